@@ -1,0 +1,126 @@
+"""Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.
+
+The face: every public name is here, flat, and its room is loaded when the name is first used, so that
+``import raytune_ft`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytune_ft.compression.config import (
+        PruningConfig,
+        PruningMethod,
+        QuantizationConfig,
+        QuantizationMethod,
+    )
+    from raytune_ft.compression.run import prune_model, quantize_model
+    from raytune_ft.core.errors import (
+        ArtifactError,
+        ClusterError,
+        ConfigError,
+        DataError,
+        MissingDependencyError,
+        ModelError,
+        RaytuneError,
+        RunError,
+        ServingError,
+        UserError,
+    )
+    from raytune_ft.data.config import DataCollectionConfig, DatasetFormat
+    from raytune_ft.data.run import DataCollector
+    from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
+    from raytune_ft.evaluation.run import ModelEvaluator, compare_models, generate_evaluation_report
+    from raytune_ft.pipeline.config import PipelineConfig
+    from raytune_ft.pipeline.run import Pipeline
+    from raytune_ft.serving.config import ServingConfig
+    from raytune_ft.serving.run import ModelServer
+    from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+    from raytune_ft.training.recommend import recommend_method
+    from raytune_ft.training.run import FineTuner
+    from raytune_ft.tuning.config import SweepConfig
+    from raytune_ft.tuning.run import HyperparameterSweep
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "compression.config": ("PruningConfig", "PruningMethod", "QuantizationConfig", "QuantizationMethod"),
+    "compression.run": ("prune_model", "quantize_model"),
+    "core.errors": (
+        "ArtifactError",
+        "ClusterError",
+        "ConfigError",
+        "DataError",
+        "MissingDependencyError",
+        "ModelError",
+        "RaytuneError",
+        "RunError",
+        "ServingError",
+        "UserError",
+    ),
+    "data.config": ("DataCollectionConfig", "DatasetFormat"),
+    "data.run": ("DataCollector",),
+    "evaluation.config": ("EvaluationConfig", "EvaluationMetric"),
+    "evaluation.run": ("ModelEvaluator", "compare_models", "generate_evaluation_report"),
+    "pipeline.config": ("PipelineConfig",),
+    "pipeline.run": ("Pipeline",),
+    "serving.config": ("ServingConfig",),
+    "serving.run": ("ModelServer",),
+    "training.config": ("FineTuningConfig", "FineTuningMethod"),
+    "training.recommend": ("recommend_method",),
+    "training.run": ("FineTuner",),
+    "tuning.config": ("SweepConfig",),
+    "tuning.run": ("HyperparameterSweep",),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "ArtifactError",
+    "ClusterError",
+    "ConfigError",
+    "DataCollectionConfig",
+    "DataCollector",
+    "DataError",
+    "DatasetFormat",
+    "EvaluationConfig",
+    "EvaluationMetric",
+    "FineTuner",
+    "FineTuningConfig",
+    "FineTuningMethod",
+    "HyperparameterSweep",
+    "MissingDependencyError",
+    "ModelError",
+    "ModelEvaluator",
+    "ModelServer",
+    "Pipeline",
+    "PipelineConfig",
+    "PruningConfig",
+    "PruningMethod",
+    "QuantizationConfig",
+    "QuantizationMethod",
+    "RaytuneError",
+    "RunError",
+    "ServingConfig",
+    "ServingError",
+    "SweepConfig",
+    "UserError",
+    "__version__",
+    "compare_models",
+    "generate_evaluation_report",
+    "prune_model",
+    "quantize_model",
+    "recommend_method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    room = _HOME.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""What all rooms agree on: settings, artifacts, records, errors, and the one door to Ray."""

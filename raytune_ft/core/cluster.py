@@ -1,0 +1,357 @@
+"""The one door to Ray's life: join or start a cluster, say which, check what a run needs, stop only what was started.
+
+A cluster is joined when ``RAY_ADDRESS`` names one (inside ``ray job submit`` it does); else a local one is started,
+with its dashboard on, since Ray Train's placement-group cleaner asks the dashboard's state API.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from raytune_ft.core.errors import ClusterError, RaytuneError
+
+logger = logging.getLogger("raytune_ft")
+
+_UNLIMITED = 1_000_000
+_MARK = "raytune-ft| "
+_CHATTER = re.compile(
+    "|".join(
+        (
+            "Requesting resources:",  # Ray Train, on what the resource plan has said
+            "Attempting to start training worker group",
+            "Started training worker group",
+            r"world_rank=\d+, local_rank",
+            "Setting up process group for",
+            "'PreemptionWatcher' and ID",  # Ray's own actor, on how Ray made it
+            "infinite retries remaining",  # Ray Serve's controller, each time it is shut down
+            r"It looks like you're running Ray Train V2",
+        )
+    )
+)
+"""Lines of Ray's own that say nothing about the run; each is a constant of Ray's code."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Processes of one kind that run at the same time: how many, and what each holds."""
+
+    what: str
+    count: int
+    cpus: float
+    gpus: float = 0
+    threads: int = 1
+
+    def __str__(self) -> str:
+        gpus = f" + {self.gpus:g} GPU" if self.gpus else ""
+        return f"{self.count} {self.what} x ({self.cpus:g} CPU{gpus}, {self.threads} thread{'s' * (self.threads != 1)})"
+
+
+@dataclass(frozen=True)
+class Node:
+    """Logical CPUs and GPUs of one node; `count` such nodes exist or can be started by the autoscaler."""
+
+    cpus: float
+    gpus: float = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    """What a run holds at once on the cluster."""
+
+    run: str
+    demands: tuple[Demand, ...]
+
+    def __str__(self) -> str:
+        return f"Resource plan of {self.run}: " + "; ".join(str(demand) for demand in self.demands)
+
+
+def misfit(plan: ResourcePlan, nodes: Sequence[Node]) -> str | None:
+    """Why `plan` cannot be placed on `nodes`, or None if it can (first-fit decreasing, one process on one node)."""
+    free = [[node.cpus, node.gpus] for node in nodes for _ in range(min(node.count, _UNLIMITED // 1000))]
+    needs = [(demand.gpus, demand.cpus, demand) for demand in plan.demands for _ in range(demand.count)]
+    for gpus, cpus, demand in sorted(needs, key=lambda need: need[:2], reverse=True):
+        for slot in free:
+            if slot[0] >= cpus - 1e-9 and slot[1] >= gpus - 1e-9:
+                slot[0] -= cpus
+                slot[1] -= gpus
+                break
+        else:
+            return f"no node has room for {demand}"
+    return None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray cluster that this process is connected to."""
+
+    address: str
+    origin: Literal["joined", "started"]
+    nodes: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> float:
+        """Logical CPUs of all nodes, those that the autoscaler may start included."""
+        return sum(node.cpus * node.count for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of all nodes, those that the autoscaler may start included."""
+        return sum(node.gpus * node.count for node in self.nodes)
+
+    @property
+    def is_one_machine(self) -> bool:
+        """Whether every process of a run sees this machine's files."""
+        return sum(node.count for node in self.nodes) == 1
+
+    def __str__(self) -> str:
+        kind = "joined" if self.origin == "joined" else "started locally"
+        nodes = sum(node.count for node in self.nodes)
+        return f"Ray cluster {kind} at {self.address}: {nodes} node(s), {self.cpus:g} CPU, {self.gpus:g} GPU"
+
+    def admit(self, plan: ResourcePlan) -> None:
+        """Prints the plan, and refuses it if this cluster cannot place it.
+
+        Raises:
+            ClusterError: with the plan, what the cluster has, and how to mend it.
+        """
+        reason = misfit(plan, self.nodes)
+        if reason is not None:
+            has = ", ".join(f"{node.count} x ({node.cpus:g} CPU, {node.gpus:g} GPU)" for node in self.nodes)
+            raise ClusterError(
+                f"{plan}. This cannot be placed: {reason}. The cluster has {has or 'no nodes'}. "
+                "Ask for fewer or smaller processes, or join a larger cluster (RAY_ADDRESS)."
+            )
+        logger.info("%s", plan)
+
+
+def connect(*, num_cpus: int | None = None) -> Cluster:
+    """Connects to Ray and says to which cluster; calling it again returns the same cluster.
+
+    Args:
+        num_cpus: logical CPUs of a cluster that has to be started here; by default this machine's usable cores.
+
+    Raises:
+        ClusterError: if ``RAY_ADDRESS`` names a cluster that cannot be reached.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        _quiet_ray()
+        if os.environ.get("RAY_ADDRESS"):
+            _join(os.environ["RAY_ADDRESS"])
+            origin: Literal["joined", "started"] = "joined"
+        else:
+            _start(num_cpus)
+            origin = "started"
+        _listen()
+        cluster = Cluster(ray.get_runtime_context().gcs_address, origin, _nodes())
+        logger.info("%s", cluster)
+        _state["origin"] = origin
+        return cluster
+    return Cluster(ray.get_runtime_context().gcs_address, _state.get("origin", "joined"), _nodes())
+
+
+def disconnect() -> None:
+    """Leaves the cluster, and stops it if `connect` started it; nothing happens when there is none."""
+    import ray
+
+    if ray.is_initialized() and "origin" in _state:
+        ray.shutdown()
+    _state.clear()
+
+
+_state: dict[str, Literal["joined", "started"]] = {}
+
+
+def own_error(error: BaseException | None) -> RaytuneError | None:
+    """The error that a worker raised on purpose, out of what Ray wraps around it; None if it raised none of ours."""
+    waiting = [error]
+    while waiting:
+        seen = waiting.pop(0)
+        if seen is None:
+            continue
+        cause = getattr(seen, "cause", None)  # Ray's copy of an error has its type, and the error itself as cause
+        if isinstance(seen, RaytuneError) and cause is None:
+            return seen
+        lost = getattr(seen, "worker_failures", None)
+        waiting += [cause, *(lost.values() if isinstance(lost, dict) else ()), seen.__cause__]
+    return None
+
+
+def report_to_driver() -> None:
+    """In a worker: our own lines go to its standard output, marked, so that the driver says them as its own."""
+    os.environ.update(worker_environment())
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter(_MARK + "%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _relay(batch: dict[str, Any]) -> None:
+    """Says what workers print: our lines as the driver's own, others with who printed them, Ray's chatter not."""
+    if batch.get("pid") == "autoscaler":
+        return  # its whole log comes this way; `ray status` shows what counts
+    for line in batch.get("lines") or ():
+        if line.startswith(_MARK):
+            logger.info("%s", line.removeprefix(_MARK))
+        elif line.strip() and not line.startswith(":") and not _CHATTER.search(line):
+            who = batch.get("actor_name") or batch.get("task_name") or "worker"
+            logger.info("(%s, process %s) %s", who, batch.get("pid"), line)
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment variables that every process of a run needs: this interpreter's scripts on PATH, no hub telemetry.
+
+    A program started as ``.venv/bin/raytune-ft`` does not put ``.venv/bin`` on PATH, where ``ninja`` lies.
+    """
+    path = os.environ.get("PATH", "")
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in path.split(os.pathsep):
+        path = scripts + os.pathsep + path
+    return {
+        "PATH": path,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    }
+
+
+def _quiet_ray() -> None:
+    os.environ.update(worker_environment())
+    for key, value in {
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_TRAIN_ENABLE_V2": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_raylet_start_wait_time_s": "120",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune would swallow Ctrl-C and return as if all trials had run
+    }.items():
+        os.environ.setdefault(key, value)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _listen() -> None:
+    """Takes over from Ray what workers print, where this Ray lets us."""
+    try:
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as printed
+    except ImportError:
+        return  # then Ray prints it, with its own prefix
+    printed.remove_handler("ray_print_logs")
+    printed.add_handler("ray_print_logs", _relay)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    _knock(address)
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": worker_environment()})
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
+            "Unset RAY_ADDRESS to start a local one, or start the cluster first."
+        ) from None
+
+
+def _knock(address: str) -> None:
+    """Refuses at once an address where nothing listens; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ClusterError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error.strerror or error}). "
+            "Unset RAY_ADDRESS to start a local one, or start the cluster first."
+        ) from None
+
+
+def _start(num_cpus: int | None) -> None:
+    import ray
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        # A plain SIGTERM would end Python without its exit handlers, and with them Ray's orderly stop.
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    # Ray's own actors ask the state API by this variable; without it they give up where two clusters share a machine.
+    port = _free_port()
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        ray.init(
+            num_cpus=num_cpus or usable_cpus(),
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            logging_level=logging.ERROR,
+            log_to_driver=True,
+        )
+    except Exception as error:
+        # Ray raises bare exceptions here, such as "The current node timed out during startup".
+        raise ClusterError(
+            f"a local Ray cluster did not start: {str(error).strip().splitlines()[0]} "
+            "Wait until the machine is less busy, or name a running cluster in RAY_ADDRESS."
+        ) from error
+    finally:
+        del os.environ["RAY_API_SERVER_ADDRESS"]
+    atexit.register(disconnect)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _nodes() -> tuple[Node, ...]:
+    import ray
+
+    alive: dict[tuple[float, float], int] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            key = (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+            alive[key] = alive.get(key, 0) + 1
+    for cpus, gpus, most in _autoscaled():
+        alive[cpus, gpus] = max(alive.get((cpus, gpus), 0), most)
+    return tuple(Node(cpus, gpus, count) for (cpus, gpus), count in sorted(alive.items(), reverse=True))
+
+
+def _autoscaled() -> list[tuple[float, float, int]]:
+    """CPUs, GPUs and highest number of nodes of each group that the cluster's autoscaler may start."""
+    from ray._private.state import state
+
+    config: Any = state.get_cluster_config()
+    if config is None:
+        return []
+    groups = []
+    for group in config.node_group_configs:
+        most = _UNLIMITED if group.max_count == -1 else group.max_count
+        if most > 0:
+            groups.append((float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)), most))
+    return groups

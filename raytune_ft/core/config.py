@@ -1,0 +1,255 @@
+"""Settings: one frozen pydantic base, files and overrides read into it, and errors that say what to mend.
+
+A settings file is YAML; every key may be overridden as ``dotted.key=value`` on the command line, with the value
+read as YAML. Errors name the file, the key, what was wanted and what came.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+
+from raytune_ft.core.errors import ConfigError
+
+C = TypeVar("C", bound="Config")
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose only booleans are true and false: in YAML 1.1 ``eval_strategy: no`` would be one, too."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF"))
+
+
+class Config(BaseModel):
+    """Base of all settings: immutable, unknown keys refused, documented under each field."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"output_dir", "output_path"})
+    """Fields that say where or how fast something is made, not what: they do not count when a run looks for its own
+    finished work."""
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigError(explain(error, type(self))) from None
+
+    # Nested settings then skip this __init__ (pydantic's own flag), so that one error carries the whole dotted key.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as JSON-ready values, defaults included, secrets and credentials masked."""
+        return masked(self.model_dump(mode="json"))  # type: ignore[no-any-return]
+
+    def identity(self) -> dict[str, Any]:
+        """The resolved settings that decide what the run makes."""
+        return {key: value for key, value in self.resolved().items() if key not in self.not_identity}
+
+    def with_overrides(self: C, **changes: Any) -> C:
+        """A copy with `changes`, validated again.
+
+        Raises:
+            ConfigError: if a changed value is not valid.
+        """
+        return type(self)(**{**self.model_dump(), **changes})
+
+
+def masked(value: Any) -> Any:
+    """`value` with credentials in URIs (``scheme://user:secret@host``) replaced by ``***``."""
+    if isinstance(value, str):
+        return _CREDENTIALS.sub("***@", value)
+    if isinstance(value, SecretStr):
+        return "***"
+    if isinstance(value, Mapping):
+        return {key: masked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item) for item in value]
+    return value
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: if the file is missing, is not YAML (with the line), or holds something else than a mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such settings file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a settings file ({error})") from None
+    try:
+        settings = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings (key: value), found {_kind(settings)}")
+    return settings
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `settings` with each ``dotted.key=value`` set; values are read as YAML.
+
+    Raises:
+        ConfigError: if an override has no ``=`` or goes through something that is not a mapping.
+    """
+    result = _copied(settings)
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"override {override!r}: expected dotted.key=value, for example learning_rate=0.001")
+        try:
+            value = yaml.load(text, _Loader) if text else ""  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            raise ConfigError(f"override {override!r}: {text!r} is not a valid YAML value") from None
+        if isinstance(value, str):
+            value = _number(value)
+        *parents, last = key.split(".")
+        target = result
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"override {override!r}: {parent} is {_kind(target)}, it has no keys")
+        target[last] = value
+    return result
+
+
+def load_config(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
+    """Settings of type `cls` from a YAML file, with command-line overrides applied.
+
+    Raises:
+        ConfigError: with one line a fault: ``file: key: what was wanted (got what)``.
+    """
+    return parse_config(cls, apply_overrides(read_settings(path), overrides), origin=str(path))
+
+
+def parse_config(cls: type[C], settings: Mapping[str, Any], *, origin: str) -> C:
+    """Settings of type `cls` from a mapping; `origin` (a file name) starts each error line.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    try:
+        return cls.model_validate(_numbers(settings))
+    except ValidationError as error:
+        raise ConfigError(explain(error, cls, origin=origin)) from None
+
+
+def explain(error: ValidationError, cls: type[BaseModel], *, origin: str = "") -> str:
+    """One line a fault of a validation error: where, what was wanted, what came, and the nearest right key."""
+    prefix = f"{origin}: " if origin else f"{cls.__name__}: "
+    return "\n".join(prefix + _fault(item, cls) for item in error.errors(include_url=False))
+
+
+def _fault(item: Any, cls: type[BaseModel]) -> str:
+    location = [str(part) for part in item["loc"] if not str(part).startswith("function-")]
+    key = ".".join(location)
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        known = sorted(_fields_at(cls, location[:-1]))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        if near:
+            return f"{key}: there is no such setting; did you mean {near[0]}?"
+        return f"{key}: there is no such setting (known: {', '.join(known)})"
+    if kind == "missing":
+        return f"{key}: is required and was not given"
+    wanted = _wanted(kind, item.get("ctx", {}), item["msg"])
+    got = masked(item["input"]) if not isinstance(item["input"], BaseModel) else None
+    if kind == "value_error" and (not location or isinstance(got, dict | None.__class__)):
+        return f"{key}: {wanted}" if key else wanted
+    return f"{key}: {wanted} (got {got!r})"
+
+
+def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:
+    words = {
+        "greater_than_equal": "must be at least {ge}",
+        "greater_than": "must be more than {gt}",
+        "less_than_equal": "must be at most {le}",
+        "less_than": "must be less than {lt}",
+        "enum": "must be one of {expected}",
+        "literal_error": "must be one of {expected}",
+        "int_parsing": "must be a whole number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_parsing": "must be a number",
+        "float_type": "must be a number",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "list_type": "must be a list",
+        "tuple_type": "must be a list",
+        "dict_type": "must be a mapping",
+        "model_type": "must be a mapping of settings",
+        "too_short": "must have at least {min_length} item(s)",
+        "string_too_short": "must not be empty",
+    }
+    if kind in words:
+        return words[kind].format(**context)
+    return message.removeprefix("Value error, ")
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> set[str]:
+    """Names of the settings that are allowed below the dotted `path` of `cls`."""
+    for part in path:
+        field = cls.model_fields.get(part)
+        if field is None:
+            continue  # the index in a list, or the tag of a union
+        models = [
+            item for item in _types_in(field.annotation) if isinstance(item, type) and issubclass(item, BaseModel)
+        ]
+        if models:
+            cls = models[0]
+    return set(cls.model_fields)
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    inner = get_args(annotation)
+    return [annotation] if not inner else [found for item in inner for found in _types_in(item)]
+
+
+def _number(text: str) -> Any:
+    """YAML 1.1 reads ``1e-3`` as text; people mean the number."""
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
+        return float(text)
+    return text
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, str):
+        return _number(value)
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return value
+
+
+def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, dict) else value for key, value in settings.items()}
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "text", int: "a number", float: "a number", bool: "true/false", dict: "a mapping"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,47 @@
+"""The exception tree: one sentence a class, and the exit code that the command line gives for it."""
+
+from __future__ import annotations
+
+
+class RaytuneError(Exception):
+    """Anything that this library raises on purpose."""
+
+    exit_code = 1
+
+
+class RunError(RaytuneError):
+    """A run started and could not be finished; its folder keeps what was done and why it stopped."""
+
+
+class UserError(RaytuneError):
+    """Something that the user can mend: the message says what was wanted, what came, and how to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A setting is missing, misspelt, of the wrong type or out of range."""
+
+
+class DataError(UserError):
+    """Records cannot be read, or cannot be used as they are; names the file and the line."""
+
+
+class ModelError(UserError):
+    """A model reference does not lead to a usable model."""
+
+
+class ArtifactError(UserError):
+    """A folder is not the finished artifact that was asked for, or cannot become one without losing something."""
+
+
+class ClusterError(UserError):
+    """The cluster cannot be reached, or cannot place what the run needs."""
+
+
+class ServingError(UserError):
+    """An endpoint cannot be started as asked for."""
+
+
+class MissingDependencyError(UserError):
+    """Something that this feature needs is not installed; the message gives the command that installs it."""

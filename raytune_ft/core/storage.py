@@ -1,0 +1,217 @@
+"""Where things lie: one name for local paths and object stores, through pyarrow's file systems.
+
+Apart from `artifacts` because sources, models and logs lie on storage, too, without being artifacts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from raytune_ft.core.config import masked
+from raytune_ft.core.errors import ArtifactError
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder or file on any storage that pyarrow knows: a local path or a URI."""
+
+    uri: str
+
+    @classmethod
+    def at(cls, where: str | os.PathLike[str] | Location) -> Location:
+        """The location of a path, a URI or a location; local paths become absolute."""
+        if isinstance(where, Location):
+            return where
+        text = os.fspath(where)
+        if text.startswith("file://"):
+            text = text.removeprefix("file://")
+        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
+
+    def __truediv__(self, name: str) -> Location:
+        base, question, query = self.uri.partition("?")
+        return Location(posixpath.join(base, name) + question + query)
+
+    def __str__(self) -> str:
+        return str(masked(self.uri.partition("?")[0]))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a path of a file system that this machine has mounted."""
+        return "://" not in self.uri
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return posixpath.basename(self.uri.partition("?")[0])
+
+    @property
+    def parent(self) -> Location:
+        """The folder that this lies in."""
+        base, question, query = self.uri.partition("?")
+        return Location(posixpath.dirname(base) + question + query)
+
+    @cached_property
+    def _opened(self) -> tuple[Any, str]:
+        if self.is_local:
+            return fs.LocalFileSystem(), self.uri
+        try:
+            return fs.FileSystem.from_uri(self._with_single_put())  # type: ignore[no-any-return]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ArtifactError(f"{self}: this storage cannot be opened ({error})") from None
+
+    def _with_single_put(self) -> str:
+        """Else pyarrow writes even a small S3 object as a multipart upload of three requests."""
+        if not self.uri.startswith("s3://") or "allow_delayed_open" in self.uri:
+            return self.uri
+        return self.uri + ("&" if "?" in self.uri else "?") + "allow_delayed_open=true"
+
+    @property
+    def filesystem(self) -> Any:
+        """The pyarrow file system."""
+        return self._opened[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside `filesystem`."""
+        return self._opened[1]
+
+    def exists(self) -> bool:
+        """Whether a file or folder is here."""
+        return bool(self._info().type != fs.FileType.NotFound)
+
+    def is_file(self) -> bool:
+        """Whether a file is here."""
+        return bool(self._info().type == fs.FileType.File)
+
+    def size(self) -> int:
+        """Size of the file here, in bytes."""
+        return int(self._info().size)
+
+    def files(self) -> dict[str, int]:
+        """Relative path and size in bytes of every file below this folder, sorted; empty if there is no folder."""
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = self._reach(lambda: self.filesystem.get_file_info(selector))
+        root = self.path.rstrip("/") + "/"
+        return dict(sorted((i.path.removeprefix(root), i.size) for i in found if i.type == fs.FileType.File))
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        found = self._reach(lambda: self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def read(self) -> bytes:
+        """The bytes of the file here.
+
+        Raises:
+            ArtifactError: if there is none, or it cannot be read.
+        """
+
+        def read() -> bytes:
+            with self.filesystem.open_input_stream(self.path) as stream:
+                return bytes(stream.read())
+
+        return bytes(self._reach(read))
+
+    def write(self, content: bytes) -> None:
+        """Puts a file here in one piece, synced to the disk where it is a local one."""
+        if self.is_local:
+            path = Path(self.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            return
+
+        def put() -> None:
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(content)
+
+        self._reach(put)
+
+    def delete(self) -> None:
+        """Removes the file or folder here; nothing happens if there is none."""
+        info = self._info()
+        if info.type == fs.FileType.File:
+            self._reach(lambda: self.filesystem.delete_file(self.path))
+        elif info.type == fs.FileType.Directory:
+            self._reach(lambda: self.filesystem.delete_dir(self.path))
+
+    def sha256(self) -> str:
+        """The sha256 of the file here, read in chunks."""
+
+        def digest() -> str:
+            hasher = hashlib.sha256()
+            with self.filesystem.open_input_stream(self.path) as stream:
+                while chunk := stream.read(_CHUNK):
+                    hasher.update(chunk)
+            return hasher.hexdigest()
+
+        return str(self._reach(digest))
+
+    def upload(self, folder: Path) -> None:
+        """Copies every file below the local `folder` here, keeping relative paths."""
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            target = self / file.relative_to(folder).as_posix()
+            if self.is_local:
+                Path(target.path).parent.mkdir(parents=True, exist_ok=True)
+            target._receive(file)
+
+    def _receive(self, file: Path) -> None:
+        def copy() -> None:
+            with file.open("rb") as source, self.filesystem.open_output_stream(self.path) as stream:
+                while chunk := source.read(_CHUNK):
+                    stream.write(chunk)
+
+        self._reach(copy)
+
+    def download(self, folder: Path) -> None:
+        """Copies every file below this folder to the local `folder`, keeping relative paths."""
+        for name in self.files():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+            with partial.open("wb") as file, self.filesystem.open_input_stream((self / name).path) as stream:
+                shutil.copyfileobj(stream, file, _CHUNK)
+            partial.replace(target)
+
+    def _info(self) -> Any:
+        return self._reach(lambda: self.filesystem.get_file_info(self.path))
+
+    def _reach(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except FileNotFoundError:
+            raise ArtifactError(f"{self}: there is no such file or folder") from None
+        except PermissionError:
+            raise ArtifactError(f"{self}: no permission to read or write here") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ArtifactError(f"{self}: the storage refused: {error}") from None
+
+
+def source_digest(where: str | os.PathLike[str] | Location) -> str:
+    """What identifies an input file: its sha256 up to 64 MiB, else its size and time of change; 16 hex digits."""
+    location = Location.at(where)
+    info = location._info()
+    if info.type == fs.FileType.File and info.size <= 64 << 20:
+        return location.sha256()[:16]
+    return hashlib.sha256(f"{info.size} {info.mtime_ns}".encode()).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """This machine's cache: ``$XDG_CACHE_HOME/raytune_ft``, by default ``~/.cache/raytune_ft``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raytune_ft"

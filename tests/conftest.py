@@ -1,0 +1,94 @@
+"""Small real things that all tests share: a two-layer model with a tokenizer, and a local Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Tiny models gain nothing from more threads, and spinning ones stall each other where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORDS = """The quick brown fox jumps over the lazy dog. user assistant system name city colour quantity answer order
+What is the capital of France? Paris. 0 1 2 3 4 5 6 7 8 9 { } [ ] " : , yes no red blue green
+Turn the text into JSON."""
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tiny_model(folder: Path, *, layers: int = 2, seed: int = 0) -> Path:
+    """A random Llama with `layers` layers of width 64, its byte-level tokenizer and a ChatML template, in `folder`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    bare.train_from_iterator(
+        [WORDS],
+        trainers.BpeTrainer(
+            vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<|pad|>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of the tiny model."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[object]:
+    """A local Ray cluster with two logical CPUs, stopped at the end of the session."""
+    from raytune_ft.core import cluster
+
+    connected = cluster.connect(num_cpus=2)
+    yield connected
+    cluster.disconnect()
+
+
+def order(number: int) -> dict[str, object]:
+    """A record of a customer who orders something, with the JSON that is to be answered."""
+    colour, city = ("red", "blue", "green")[number % 3], ("Paris", "Rome")[number % 2]
+    answer = {"colour": colour, "city": city, "quantity": number}
+    return {
+        "messages": [
+            {"role": "user", "content": f"order {number} {colour} for {city}"},
+            {"role": "assistant", "content": json.dumps(answer)},
+        ]
+    }
+
+
+@pytest.fixture(scope="session")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file with 24 records."""
+    path = tmp_path_factory.mktemp("orders") / "orders.jsonl"
+    path.write_text("".join(json.dumps(order(n)) + "\n" for n in range(24)), encoding="utf-8")
+    return path

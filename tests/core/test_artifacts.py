@@ -1,0 +1,231 @@
+"""Artifacts: finished exactly when the manifest is there, verified when opened, resumed and never overwritten."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.artifacts import begin, open_artifact, read_claim, read_failures
+from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.manifest import CLAIM, FAILURES, MANIFEST, ArtifactKind, Parent, differences
+from raytune_ft.core.storage import Location
+
+SETTINGS = {"lora_r": 8, "optimizer": {"learning_rate": 0.001}}
+
+
+def finished(where, settings=SETTINGS, **kwargs):
+    draft = begin(where, ArtifactKind.MODEL, settings=settings, **kwargs)
+    assert draft.finished is None
+    with draft:
+        (draft.folder / "deep").mkdir()
+        (draft.folder / "deep" / "weights.bin").write_bytes(b"12345")
+        draft.write_json("account.json", {"rows": 3})
+        draft.numbers["loss"] = 0.25
+    return draft.artifact
+
+
+def test_what_was_written_is_read_back(storage):
+    made = finished(f"{storage}/a")
+    found = open_artifact(f"{storage}/a", ArtifactKind.MODEL)
+    assert found.manifest == made.manifest
+    assert found.numbers == {"loss": 0.25}
+    assert found.manifest.settings == SETTINGS
+    assert found.read_json("account.json") == {"rows": 3}
+    entry = found.manifest.files["deep/weights.bin"]
+    # printf 12345 | sha256sum
+    assert (entry.size, entry.sha256[:16]) == (5, "5994471abb01112a")
+    assert sorted(found.manifest.files) == ["account.json", "deep/weights.bin"]
+    assert (found.local() / "deep" / "weights.bin").read_bytes() == b"12345"
+
+
+def test_the_same_run_finds_its_finished_work(storage):
+    made = finished(f"{storage}/a")
+    again = begin(f"{storage}/a", ArtifactKind.MODEL, settings=SETTINGS)
+    assert again.finished is not None
+    assert again.finished.manifest.finished_at == made.manifest.finished_at
+
+
+def test_another_run_is_refused_and_nothing_is_touched(storage):
+    finished(f"{storage}/a")
+    before = (Location.at(storage) / "a" / MANIFEST).read()
+    with pytest.raises(ArtifactError, match=r"made with other settings: lora_r: 8 -> 16.*Nothing was overwritten"):
+        begin(f"{storage}/a", ArtifactKind.MODEL, settings={**SETTINGS, "lora_r": 16})
+    with pytest.raises(ArtifactError, match="holds a finished model, a report was to be written there"):
+        begin(f"{storage}/a", ArtifactKind.REPORT, settings=SETTINGS)
+    assert (Location.at(storage) / "a" / MANIFEST).read() == before
+
+
+def test_a_parent_with_another_content_is_another_run(storage):
+    parent = Parent(role="dataset", where="runs/d", digest="aaaa")
+    finished(f"{storage}/a", parents=[parent])
+    assert begin(f"{storage}/a", ArtifactKind.MODEL, settings=SETTINGS, parents=[parent]).finished
+    with pytest.raises(ArtifactError, match="dataset: another content at runs/d"):
+        begin(
+            f"{storage}/a",
+            ArtifactKind.MODEL,
+            settings=SETTINGS,
+            parents=[Parent(role="dataset", where="runs/d", digest="bbbb")],
+        )
+
+
+def test_a_folder_with_something_else_is_refused(storage):
+    (Location.at(storage) / "a" / "thesis.txt").write(b"mine")
+    with pytest.raises(ArtifactError, match=r"holds something else \(thesis.txt\)"):
+        begin(f"{storage}/a", ArtifactKind.MODEL, settings=SETTINGS)
+    assert (Location.at(storage) / "a" / "thesis.txt").read() == b"mine"
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(ArtifactError, match="is a file; a folder is needed"):
+        begin(tmp_path / "a", ArtifactKind.MODEL, settings=SETTINGS)
+
+
+def test_a_failure_is_kept_and_the_next_attempt_goes_on(storage):
+    where = f"{storage}/a"
+    for attempt in (1, 2):
+        draft = begin(where, ArtifactKind.MODEL, settings=SETTINGS, keep=["checkpoints"])
+        with pytest.raises(RuntimeError), draft:
+            raise RuntimeError(f"attempt {attempt} at https://me:secret@host broke")
+    failures = read_failures(where)
+    assert [failure.message for failure in failures] == [f"attempt {n} at https://***@host broke" for n in (1, 2)]
+    assert "secret" not in failures[0].trace
+    assert read_claim(where).settings == SETTINGS
+    with pytest.raises(ArtifactError, match=r"did not finish\. Run the same command again to resume"):
+        open_artifact(where)
+    made = finished(where, keep=["checkpoints"])
+    assert len(made.manifest.failures) == 2
+
+
+def test_what_is_kept_survives_the_next_attempt_and_the_rest_does_not(storage):
+    where = Location.at(storage) / "a"
+    with pytest.raises(RuntimeError), begin(where, ArtifactKind.MODEL, settings=SETTINGS):
+        (where / "checkpoints/step1").write(b"state")
+        (where / "half.bin").write(b"torn")
+        raise RuntimeError("stop")
+    begin(where, ArtifactKind.MODEL, settings=SETTINGS, keep=["checkpoints"])
+    assert [name for name in where.files() if not name.startswith(FAILURES)] == ["checkpoints/step1", CLAIM]
+
+
+def test_unfinished_work_to_go_on_from_is_not_given_up_for_other_settings(storage):
+    begin(f"{storage}/a", ArtifactKind.MODEL, settings=SETTINGS)
+    (Location.at(f"{storage}/a") / "checkpoints/step1").write(b"1")
+    with pytest.raises(ArtifactError, match="holds an unfinished model, made with other settings"):
+        begin(f"{storage}/a", ArtifactKind.MODEL, settings={"lora_r": 1}, keep=["checkpoints"])
+
+
+def test_an_unfinished_attempt_with_nothing_to_go_on_from_gives_way_to_other_settings(storage):
+    begin(f"{storage}/a", ArtifactKind.MODEL, settings=SETTINGS)
+    draft = begin(f"{storage}/a", ArtifactKind.MODEL, settings={"lora_r": 1}, keep=["checkpoints"])
+    with draft:
+        pass
+    assert open_artifact(f"{storage}/a").manifest.settings == {"lora_r": 1}
+    with pytest.raises(ArtifactError, match="holds a finished model, a report was to be written there"):
+        begin(f"{storage}/a", ArtifactKind.REPORT, settings={})
+
+
+def test_a_claim_torn_by_a_kill_is_taken_over(storage):
+    (Location.at(storage) / "a" / CLAIM).write(b'{"kind": "mod')
+    finished(f"{storage}/a")
+    assert open_artifact(f"{storage}/a").numbers == {"loss": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda at: (at / "deep/weights.bin").delete(), "deep/weights.bin is missing"),
+        (lambda at: (at / "deep/weights.bin").write(b"123"), "deep/weights.bin has 3 bytes instead of 5"),
+        (lambda at: (at / "deep/weights.bin").write(b"12346"), r"deep/weights.bin was changed \(its sha256 differs\)"),
+        (lambda at: (at / MANIFEST).write(b'{"kind": "model"}'), "is not a manifest of raytune-ft"),
+        (lambda at: (at / MANIFEST).write(b"{"), "is not a manifest of raytune-ft"),
+        (lambda at: ((at / MANIFEST).delete(), (at / CLAIM).delete()), "was not made by raytune-ft"),
+    ],
+)
+def test_harm_is_found_and_named(storage, harm, message):
+    finished(f"{storage}/a")
+    harm(Location.at(storage) / "a")
+    with pytest.raises(ArtifactError, match=message):
+        open_artifact(f"{storage}/a")
+
+
+def test_a_folder_that_is_not_there_and_a_wrong_kind_are_named(storage):
+    with pytest.raises(ArtifactError, match="there is no such folder"):
+        open_artifact(f"{storage}/nowhere")
+    finished(f"{storage}/a")
+    with pytest.raises(ArtifactError, match="expected a dataset or report, found a model"):
+        open_artifact(f"{storage}/a", ArtifactKind.DATASET, ArtifactKind.REPORT)
+
+
+def test_the_digest_depends_on_content_alone(storage):
+    assert finished(f"{storage}/a").digest == finished(f"{storage}/b", settings={"lora_r": 1}).digest
+
+
+def test_a_child_remembers_its_parent(storage):
+    parent = finished(f"{storage}/a").as_parent("model")
+    child = finished(f"{storage}/b", parents=[parent])
+    kept = open_artifact(f"{storage}/b").manifest.parents
+    assert kept == [parent] and child.manifest.parents == kept
+    assert open_artifact(kept[0].where).digest == kept[0].digest
+
+
+def test_a_killed_run_leaves_no_manifest_and_its_claim_resumes(tmp_path):
+    program = (
+        "import os, signal, sys\n"
+        "from raytune_ft.core.artifacts import ArtifactKind, begin\n"
+        f"draft = begin(sys.argv[1], ArtifactKind.MODEL, settings={SETTINGS!r})\n"
+        "with draft:\n"
+        "    (draft.folder / 'half.bin').write_bytes(b'torn')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["half.bin", CLAIM]
+    assert sorted(finished(tmp_path / "a").manifest.files) == ["account.json", "deep/weights.bin"]
+
+
+def test_uploads_larger_than_one_part_arrive_whole(s3_bucket):
+    content = os.urandom(11 << 20)  # parts of a multipart upload are 5 MiB or more
+    draft = begin(f"{s3_bucket}/big", ArtifactKind.MODEL, settings={})
+    with draft:
+        (draft.folder / "weights.bin").write_bytes(content)
+    found = open_artifact(f"{s3_bucket}/big")
+    assert (found.local() / "weights.bin").read_bytes() == content
+
+
+def test_a_bucket_that_is_not_there_is_the_users_mistake(s3_bucket):
+    with pytest.raises(ArtifactError, match="s3://no-such-bucket-here/a"):
+        finished("s3://no-such-bucket-here/a")
+
+
+def test_a_storage_that_nobody_knows_is_the_users_mistake():
+    with pytest.raises(ArtifactError, match="this storage cannot be opened"):
+        begin("floppy://disk/a", ArtifactKind.MODEL, settings={})
+
+
+def test_the_manifest_is_plain_json(tmp_path):
+    finished(tmp_path / "a")
+    content = json.loads((tmp_path / "a" / MANIFEST).read_text())
+    assert content["kind"] == "model" and content["schema_version"] == 1
+    assert {"python", "ray", "torch", "pyarrow"} <= set(content["versions"])
+
+
+def test_differences_name_dotted_keys():
+    old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
+    assert differences(old, new) == ["b.c: 2 -> 4", "e: None -> 5"]
+
+
+def test_locations_join_and_name_their_parts(tmp_path):
+    place = Location.at("s3://bucket/runs?region=eu-west-1") / "a"
+    assert (place.uri, place.name, str(place.parent)) == (
+        "s3://bucket/runs/a?region=eu-west-1",
+        "a",
+        "s3://bucket/runs",
+    )
+    assert str(Location.at("s3://key:secret@bucket/a")) == "s3://***@bucket/a"
+    assert Location.at(tmp_path / "x").is_local and not place.is_local
+    assert Path((Location.at(f"file://{tmp_path}") / "x").path) == tmp_path / "x"

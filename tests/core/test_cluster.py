@@ -1,0 +1,122 @@
+"""Plans are checked against nodes, and a local cluster starts, works and stops without help from its surroundings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raytune_ft.core import cluster
+from raytune_ft.core.cluster import Cluster, Demand, Node, ResourcePlan, misfit
+from raytune_ft.core.errors import ClusterError
+
+
+def plan(*demands: Demand) -> ResourcePlan:
+    return ResourcePlan("test", demands)
+
+
+def test_two_workers_fit_on_two_cpus_and_three_do_not() -> None:
+    nodes = [Node(cpus=2)]
+    assert misfit(plan(Demand("worker", 2, 1)), nodes) is None
+    assert misfit(plan(Demand("worker", 3, 1)), nodes) == "no node has room for 3 worker x (1 CPU, 1 thread)"
+
+
+def test_a_process_needs_one_node_to_itself_not_the_sum_of_two() -> None:
+    nodes = [Node(cpus=2), Node(cpus=2)]
+    assert misfit(plan(Demand("worker", 1, 3)), nodes) is not None
+    assert misfit(plan(Demand("worker", 2, 2)), nodes) is None
+
+
+def test_gpus_are_counted_apart_from_cpus() -> None:
+    assert misfit(plan(Demand("worker", 1, 1, gpus=1)), [Node(cpus=8)]) is not None
+    assert misfit(plan(Demand("worker", 2, 1, gpus=1)), [Node(cpus=4, gpus=1, count=2)]) is None
+
+
+def test_the_large_processes_are_placed_first() -> None:
+    # 1 + 1 + 2 on nodes of 2: in the given order the ones would spread and leave no room for the two.
+    demands = (Demand("small", 2, 1), Demand("large", 1, 2))
+    assert misfit(plan(*demands), [Node(cpus=2), Node(cpus=2)]) is None
+
+
+def test_nodes_that_the_autoscaler_may_start_count() -> None:
+    connected = Cluster("x", "joined", (Node(cpus=4), Node(cpus=8, gpus=1, count=4)))
+    assert (connected.cpus, connected.gpus, connected.is_one_machine) == (36, 4, False)
+    connected.admit(plan(Demand("worker", 4, 1, gpus=1)))
+
+
+def test_a_refused_plan_says_what_was_wanted_what_there_is_and_how_to_mend_it() -> None:
+    with pytest.raises(ClusterError, match=r"3 worker x .2 CPU.*The cluster has 1 x .2 CPU, 0 GPU.*RAY_ADDRESS"):
+        Cluster("x", "started", (Node(cpus=2),)).admit(plan(Demand("worker", 3, 2)))
+
+
+def test_workers_find_the_environments_scripts_although_it_is_not_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert cluster.worker_environment()["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_an_address_that_nobody_answers_is_the_users_mistake() -> None:
+    script = (
+        "from raytune_ft.core import cluster\nfrom raytune_ft.core.errors import ClusterError\n"
+        "try:\n    cluster.connect()\nexcept ClusterError as error:\n    print(error)\n"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in done.stdout
+
+
+TRAIN_IN_A_HOSTILE_PLACE = """
+import logging, os, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from raytune_ft.core import cluster
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.run import FineTuner
+model, data, out = sys.argv[1:]
+cluster.connect(num_cpus=2)
+config = FineTuningConfig(model_path=model, dataset_path=data, output_dir=out, num_workers=2, max_steps=2)
+print("steps:", FineTuner(config).train().numbers["steps"], flush=True)
+children = [p.pid for p in __import__("psutil").Process().children(recursive=True)]
+print("children:", *children, flush=True)
+"""
+
+
+@pytest.mark.ray
+def test_deepspeed_trains_without_compiler_activated_environment_or_clean_build_cache(
+    tiny_model: Path, orders: Path, tmp_path: Path
+) -> None:
+    stale = tmp_path / "extensions" / "deepspeed_shm_comm"
+    stale.mkdir(parents=True)
+    (stale / "lock").touch()  # a killed build leaves this, and every later build waits for it
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("sh", "bash", "env", "uname", "ps", "ldconfig"):  # a PATH without gcc, g++, ninja and the environment
+        found = next(
+            (p for p in (Path("/bin") / tool, Path("/usr/sbin") / tool, Path("/sbin") / tool) if p.exists()), None
+        )
+        if found is not None:
+            (tools / tool).symlink_to(found)
+    environment = {key: value for key, value in os.environ.items() if key not in {"VIRTUAL_ENV", "RAY_ADDRESS"}}
+    environment |= {
+        "PATH": str(tools),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        "CC": "/nowhere/cc",
+        "CXX": "/nowhere/c++",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    arguments = [str(tiny_model), str(orders), str(tmp_path / "out")]
+    command = [sys.executable, "-c", TRAIN_IN_A_HOSTILE_PLACE, *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path, check=False
+    )
+    assert "steps: 2" in done.stdout, done.stderr[-3000:]
+    assert "started locally" in done.stderr
+    children = next(line for line in done.stdout.splitlines() if line.startswith("children:")).split()[1:]
+    assert children
+    left = [psutil.Process(pid) for pid in map(int, children) if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert not alive

@@ -1,0 +1,178 @@
+"""Settings: what a bad file says, what an override changes, and what counts as the same run."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from pydantic import Field, SecretStr, ValidationError, model_validator
+
+from raytune_ft.core.config import Config, apply_overrides, load_config, masked, parse_config, read_settings
+from raytune_ft.core.errors import ConfigError, UserError
+
+
+class Method(StrEnum):
+    LORA = "lora"
+    FULL = "full"
+
+
+class Optimizer(Config):
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Step size."""
+    token: SecretStr = SecretStr("")
+    """A secret."""
+
+
+class Settings(Config):
+    model_path: str
+    """Where the model is."""
+    lora_r: Annotated[int, Field(ge=1)] = 8
+    """Rank."""
+    method: Method = Method.LORA
+    """How."""
+    modules: tuple[str, ...] = ()
+    """Which."""
+    optimizer: Optimizer = Optimizer()
+    """Nested."""
+    output_dir: str = "runs/a"
+    """Where to."""
+
+    @model_validator(mode="after")
+    def _full_has_no_rank(self) -> "Settings":
+        if self.method == Method.FULL and self.lora_r != 8:
+            raise ValueError("lora_r means nothing for the full method")
+        return self
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "train.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def fault(folder: Path, text: str, *overrides: str) -> str:
+    path = written(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Settings, path, overrides)
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+def test_a_file_and_its_overrides_become_settings(tmp_path):
+    path = written(tmp_path, "model_path: here\nlora_r: 4\noptimizer: {learning_rate: 1e-4}\n")
+    settings = load_config(Settings, path, ["lora_r=16", "optimizer.learning_rate=5e-3", "modules=[q_proj, v_proj]"])
+    assert settings.lora_r == 16
+    assert settings.optimizer.learning_rate == 0.005
+    assert settings.modules == ("q_proj", "v_proj")
+
+
+def test_a_number_out_of_range_names_file_key_bound_and_value(tmp_path):
+    assert fault(tmp_path, "model_path: x\nlora_r: 0\n") == "train.yaml: lora_r: must be at least 1 (got 0)"
+
+
+def test_a_misspelt_key_says_which_key_was_meant(tmp_path):
+    assert fault(tmp_path, "model_path: x\nlora_rank: 4\n") == (
+        "train.yaml: lora_rank: there is no such setting; did you mean lora_r?"
+    )
+    nested = fault(tmp_path, "model_path: x\noptimizer: {learning_rat: 1}\n")
+    assert nested == "train.yaml: optimizer.learning_rat: there is no such setting; did you mean learning_rate?"
+
+
+def test_a_key_like_no_other_lists_the_known_ones(tmp_path):
+    text = fault(tmp_path, "model_path: x\nzzz: 1\n")
+    assert text.startswith("train.yaml: zzz: there is no such setting (known: lora_r, method, model_path,")
+
+
+def test_every_fault_has_its_own_line(tmp_path):
+    lines = fault(tmp_path, "lora_r: many\nmethod: lorra\nmodules: 3\n").splitlines()
+    assert lines == [
+        "train.yaml: model_path: is required and was not given",
+        "train.yaml: lora_r: must be a whole number (got 'many')",
+        "train.yaml: method: must be one of 'lora' or 'full' (got 'lorra')",
+        "train.yaml: modules: must be a list (got 3)",
+    ]
+
+
+def test_a_fault_between_keys_is_told_in_its_own_words(tmp_path):
+    text = fault(tmp_path, "model_path: x\nlora_r: 4\nmethod: full\n")
+    assert text == "train.yaml: lora_r means nothing for the full method"
+
+
+def test_a_missing_file_a_torn_file_and_a_list_are_the_users_mistake(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such settings file"):
+        read_settings(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match=r"train.yaml:2: not valid YAML"):
+        read_settings(written(tmp_path, "a: 1\nb: [1, 2}\n"))
+    with pytest.raises(ConfigError, match=r"expected a mapping of settings \(key: value\), found a list"):
+        read_settings(written(tmp_path, "- a\n- b\n"))
+    with pytest.raises(ConfigError, match="cannot be read as a settings file"):
+        read_settings(tmp_path)
+    assert issubclass(ConfigError, UserError) and ConfigError.exit_code == 2
+
+
+def test_an_empty_file_is_no_settings(tmp_path):
+    assert read_settings(written(tmp_path, "# nothing yet\n")) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora_r", "expected dotted.key=value"),
+        ("=3", "expected dotted.key=value"),
+        ("lora_r.deep=3", "lora_r is a number, it has no keys"),
+        ("modules=[a", "is not a valid YAML value"),
+    ],
+)
+def test_a_bad_override_is_quoted(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides({"lora_r": 8}, [override])
+
+
+def test_overrides_leave_the_settings_they_came_from_alone():
+    settings = {"optimizer": {"learning_rate": 0.1}}
+    changed = apply_overrides(settings, ["optimizer.learning_rate=1e-3", "optimizer.name=", "new.key=yes"])
+    assert settings == {"optimizer": {"learning_rate": 0.1}}
+    assert changed == {"optimizer": {"learning_rate": 0.001, "name": ""}, "new": {"key": True}}
+
+
+def test_yaml_files_may_write_exponents_without_a_point(tmp_path):
+    settings = parse_config(Settings, {"model_path": "x", "optimizer": {"learning_rate": "1e-3"}}, origin="a.yaml")
+    assert settings.optimizer.learning_rate == 0.001
+
+
+def test_settings_made_in_python_raise_the_same_error():
+    with pytest.raises(ConfigError, match=r"Settings: lora_r: must be at least 1 \(got -1\)"):
+        Settings(model_path="x", lora_r=-1)
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate: must be more than 0"):
+        Settings(model_path="x", optimizer={"learning_rate": 0})
+
+
+def test_settings_do_not_change_but_have_changed_copies():
+    settings = Settings(model_path="x")
+    with pytest.raises(ValidationError):
+        settings.lora_r = 4
+    assert settings.with_overrides(lora_r=4).lora_r == 4
+    assert settings.lora_r == 8
+    with pytest.raises(ConfigError):
+        settings.with_overrides(lora_r=0)
+
+
+def test_where_a_run_writes_is_no_part_of_its_identity():
+    first, second = Settings(model_path="x", output_dir="runs/a"), Settings(model_path="x", output_dir="runs/b")
+    assert first.identity() == second.identity()
+    assert first.resolved()["output_dir"] == "runs/a"
+    assert first.identity() != Settings(model_path="y").identity()
+
+
+def test_resolved_settings_show_no_secret():
+    settings = Settings(model_path="s3://key:secret@bucket/m", optimizer=Optimizer(token=SecretStr("hush")))
+    text = str(settings.resolved())
+    assert "secret" not in text and "hush" not in text
+    assert settings.resolved()["model_path"] == "s3://***@bucket/m"
+
+
+def test_masking_reaches_into_lists_and_mappings():
+    assert masked({"a": ["https://u:p@host/x", 3], "b": SecretStr("s")}) == {"a": ["https://***@host/x", 3], "b": "***"}
+
+
+def test_the_schema_carries_the_docstrings_of_the_fields():
+    assert Settings.model_json_schema()["properties"]["lora_r"]["description"] == "Rank."
