@@ -1,0 +1,1 @@
+"""Craft that several rooms need, once: loading, chat encoding, segment attention, collation, scoring, generation."""

@@ -1,0 +1,132 @@
+"""Attention that knows segments: sequences laid end to end, none of which sees another.
+
+Registered with transformers as ``segments``. The segments come as ``cu_seq_lens_q`` (the name that transformers'
+flash-attention arguments use), so that padding-free batches need no [tokens, tokens] mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from raytune_ft.core.errors import ModelError
+
+SEGMENTS = "segments"
+_UNKNOWN_TO_SEGMENTS = ("softcap", "s_aux")
+
+
+def segment_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each segment.
+
+    Args:
+        module: the attention layer (unused; transformers passes it).
+        query: [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped queries).
+        key: as `query`.
+        value: as `query`.
+        attention_mask: must be None: segments need none.
+        cu_seq_lens_q: [segments + 1] int32, where each segment starts, and the number of tokens.
+        scaling: factor of the scores; 1 / sqrt(head size) if None.
+        dropout: of the attention weights; only 0 is taken.
+        sliding_window: how many tokens back a token sees, itself included.
+        others: further arguments of the layer; those that change the result are refused.
+
+    Returns:
+        [1, tokens, heads, head size], and no weights.
+
+    Raises:
+        ModelError: if the layer asks for something that segments don't know.
+    """
+    if cu_seq_lens_q is None:
+        raise ModelError("attention 'segments' was called without segments; use 'sdpa' for padded batches")
+    refused = [name for name in _UNKNOWN_TO_SEGMENTS if others.get(name) is not None]
+    if refused or dropout:
+        what = ", ".join(refused) or f"attention dropout {dropout}"
+        raise ModelError(f"padding-free batches do not support {type(module).__name__} with {what}")
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and sliding_window is None:
+        return _varlen(query, key, value, cu_seq_lens_q, scaling), None
+    return _per_segment(query, key, value, cu_seq_lens_q, scaling=scaling, window=sliding_window), None
+
+
+def _per_segment(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, scaling: float | None, window: int | None
+) -> Tensor:
+    # Split, not sliced: the backward pass of a slice fills a gradient of full size, that of a split joins the parts.
+    lengths = (starts[1:] - starts[:-1]).tolist()
+    grouped = query.shape[1] != key.shape[1]
+    segments = zip(*(torch.split(whole, lengths, dim=2) for whole in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_band(q, window), is_causal=window is None, scale=scaling, enable_gqa=grouped
+        )
+        for q, k, v in segments
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _band(query: Tensor, window: int | None) -> Tensor | None:
+    """[tokens, tokens], true where a token sees another: itself and up to `window` - 1 before it; None without one."""
+    if window is None:
+        return None
+    places = torch.arange(query.shape[2], device=query.device)
+    ago = places[:, None] - places
+    return (ago >= 0) & (ago < window)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn  # its signature changes between torch 2.11 and 2.13
+    groups = query.shape[1] // key.shape[1]
+    tokens = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head size]
+    if groups > 1:
+        tokens[1:] = [x.repeat_interleave(groups, dim=1) for x in tokens[1:]]
+    longest = int((starts[1:] - starts[:-1]).max())
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if _takes_window(attend) else {"is_causal": True}
+    out: Tensor = attend(*tokens, starts, starts, longest, longest, scale=scaling, **causal)
+    return out.unsqueeze(0)
+
+
+def _takes_window(function: Any) -> bool:
+    import inspect
+
+    return "window_size" in inspect.signature(function).parameters
+
+
+ALL_ATTENTION_FUNCTIONS.register(SEGMENTS, segment_attention)
+
+
+def use_attention(model: Any, name: str) -> None:
+    """Switches a transformers model (or a PEFT model around one) to a registered attention."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal.config._attn_implementation != name:
+        causal.set_attn_implementation(name)
+
+
+@contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Within the block, `model` computes with the attention `name`; afterwards with its former one."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = causal.config._attn_implementation
+    use_attention(model, name)
+    try:
+        yield
+    finally:
+        use_attention(model, before)

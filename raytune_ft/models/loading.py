@@ -1,0 +1,222 @@
+"""Model references to models: a folder, an artifact, a URI, a hub id, or the starter; with or without an adapter."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
+from raytune_ft.core.errors import ModelError
+from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.storage import Location, cache_folder, source_digest
+from raytune_ft.models import starter
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.config import Precision
+
+logger = logging.getLogger("raytune_ft")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Where a model's parts lie: what `from_pretrained` takes, an adapter folder upon it, and our artifact, if any."""
+
+    given: str
+    base: str
+    adapter: Path | None
+    artifact: Artifact | None
+    digest: str
+
+    @property
+    def tokenizer_source(self) -> str:
+        """The folder (or hub id) whose tokenizer and chat template count: the adapter's, if it brings them."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").exists():
+            return str(self.adapter)
+        return self.base
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode with its tokenizer and chat template, on its device."""
+
+    model: Any
+    tokenizer: Any
+    chat: Chat
+    reference: ModelReference
+    device: str
+
+
+def shared_model(reference: str, storage: Location) -> str:
+    """What every node of the cluster can load: the starter is put under `storage`, anything else stays as it is.
+
+    A relative local path becomes absolute, since workers have another working folder.
+    """
+    if reference.startswith(starter.SCHEME):
+        return starter.place(reference, storage)
+    if "://" not in reference and Path(reference).expanduser().exists():
+        return str(Path(reference).expanduser().absolute())
+    return reference
+
+
+def resolve_model(reference: str) -> ModelReference:
+    """Where the parts of a model lie; artifacts on object stores are copied into this machine's cache.
+
+    Raises:
+        ModelError: if `reference` leads to nothing, or to a folder that holds no model.
+        ArtifactError: if it leads to an artifact that is unfinished, damaged, or no model.
+    """
+    if reference.startswith(starter.SCHEME):
+        return resolve_model(str(starter.cached(reference)))
+    location = Location.at(reference)
+    if not location.exists():
+        if "://" not in reference and _HUB_ID.fullmatch(reference):
+            return ModelReference(reference, reference, None, None, _text_digest(reference))
+        raise ModelError(f"{location}: there is no such model folder (nor is this a hub id like org/name)")
+    artifact = None
+    if has_manifest(location) or (location / "started.json").exists():
+        artifact = open_artifact(location, ArtifactKind.MODEL, verify="size")
+        folder, digest = artifact.local(), artifact.digest
+    else:
+        folder, digest = _local_folder(location)
+    if (folder / "adapter_config.json").exists():
+        base = resolve_model(_adapter_base(folder))
+        return ModelReference(reference, base.base, folder, artifact, digest)
+    if not (folder / "config.json").exists():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise ModelError(f"{location}: is not a model: neither config.json nor adapter_config.json is in it ({found})")
+    return ModelReference(reference, str(folder), None, artifact, digest)
+
+
+def model_parent(reference: str, role: str = "model") -> Parent:
+    """The entry of a model in the manifest of what is made from it."""
+    resolved = resolve_model(reference)
+    if resolved.artifact is not None:
+        return resolved.artifact.as_parent(role)
+    where = str(Location.at(reference)) if Location.at(reference).exists() else reference
+    return Parent(role=role, where=where, digest=resolved.digest)
+
+
+def load_tokenizer(reference: str) -> Any:
+    """The tokenizer of a model (the adapter's own, if it brings one).
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    source = resolve_model(reference).tokenizer_source
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_unreachable(source, "tokenizer", error)) from None
+
+
+def load_model(
+    reference: str, *, precision: Precision = Precision.AUTO, device: str | None = None, with_adapter: bool = True
+) -> LoadedModel:
+    """A model ready for scoring and generation.
+
+    Args:
+        reference: folder, artifact, URI, hub id or ``starter:``; quantized folders load as they were saved.
+        precision: of the weights; auto takes what the device does well (bf16 on CUDA, fp32 on CPU).
+        device: ``cpu``, ``cuda``, ``cuda:1``; by default CUDA where there is one.
+        with_adapter: whether an adapter folder's adapter is put upon its base.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    resolved = resolve_model(reference)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolved.base,
+            dtype=torch_dtype(precision, device),
+            attn_implementation="sdpa",
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_unreachable(resolved.base, "model", error)) from None
+    if resolved.adapter is not None and with_adapter:
+        model = _with_adapter(model, resolved.adapter, device)
+    tokenizer = load_tokenizer(reference)
+    return LoadedModel(model.eval(), tokenizer, Chat(tokenizer), resolved, device)
+
+
+def quiet_transformers() -> None:
+    """Turns off the bars that transformers draws while it loads and saves; our own lines say what happens."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def torch_dtype(precision: Precision, device: str) -> Any:
+    """The torch number format that `precision` means on `device`."""
+    import torch
+
+    fixed = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+    if precision in fixed:
+        return fixed[precision]
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def _with_adapter(model: Any, folder: Path, device: str) -> Any:
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ModelError(f"{folder}: has no adapter_model.safetensors (pickled adapters are not loaded)")
+    try:
+        return PeftModel.from_pretrained(model, str(folder), torch_device=device)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: this adapter does not fit its base model: {error}") from None
+
+
+def _adapter_base(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError):
+        base = None
+    if not base:
+        raise ModelError(f"{folder}/adapter_config.json: does not name its base_model_name_or_path")
+    return str(base)
+
+
+def _local_folder(location: Location) -> tuple[Path, str]:
+    files = location.files()
+    digest = _text_digest(json.dumps({name: source_digest(location / name) for name in files}))
+    if location.is_local:
+        return Path(location.path), digest
+    target = cache_folder() / "models" / digest
+    if not (target / ".complete").exists():
+        location.download(target)
+        (target / ".complete").touch()
+    return target, digest
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _unreachable(source: str, what: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).exists():
+        return f"{source}: its {what} cannot be loaded: {first}"
+    return (
+        f"{source}: no {what} could be loaded under this name: {first} "
+        "(Without network, give a local folder in Hugging Face layout.)"
+    )

@@ -1,0 +1,124 @@
+"""Log-probabilities and losses of supervised tokens, padding-free and without a [tokens, vocabulary] tensor.
+
+The head is applied to the hidden states that predict a supervised token only, in chunks; the backward pass computes
+each chunk's logits again instead of keeping them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+from torch.utils.checkpoint import checkpoint
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.attention import SEGMENTS, attention
+from raytune_ft.models.chat import Encoded
+from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
+from raytune_ft.models.loading import LoadedModel
+
+CHUNK = 512
+"""Targets whose logits exist at the same time."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sum of the negative log-likelihoods (nats) of a row's supervised tokens, and how many there are."""
+
+    nll: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CausalParts:
+    """The two halves of a causal language model: tokens to hidden states, and hidden states to logits."""
+
+    decoder: nn.Module
+    head: nn.Module
+
+    @classmethod
+    def of(cls, model: Any) -> CausalParts:
+        """The halves of a transformers model, or of the one inside a PEFT model.
+
+        Raises:
+            ModelError: if the model has no such halves, or changes the logits behind its head.
+        """
+        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
+        head = causal.get_output_embeddings()
+        name = type(causal).__name__
+        if decoder is None or head is None or decoder is causal:
+            raise ModelError(f"{name}: has no separate decoder and output head; only causal language models are taken")
+        changed = [
+            key
+            for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
+            if getattr(causal.config, key, None) not in (None, 1, 1.0)
+        ]
+        if changed:
+            raise ModelError(
+                f"{name}: changes its logits behind the head ({', '.join(changed)}), which is not supported"
+            )
+        return cls(decoder, head)
+
+
+def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
+    """Negative log-likelihood of every target.
+
+    Args:
+        parts: of a model whose attention is ``segments``.
+        batch: on the model's device.
+
+    Returns:
+        [targets] float32, in nats, differentiable.
+    """
+    lengths = batch.cu_seq_lens[1:] - batch.cu_seq_lens[:-1]
+    hidden: Tensor = parts.decoder(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seq_lens_q=batch.cu_seq_lens,
+        cu_seq_lens_k=batch.cu_seq_lens,
+        max_length_q=lengths.max(),
+        max_length_k=lengths.max(),
+        use_cache=False,
+    ).last_hidden_state[0]
+    chosen = hidden.index_select(0, batch.predictors)  # [targets, width]
+    if not len(batch.targets):
+        # An empty batch still depends on the model, so that every rank has a gradient to reduce.
+        return hidden[:0].sum(dim=-1)
+    if len(batch.targets) <= CHUNK:  # computing the only chunk again would save nothing
+        return _chunk_losses(parts.head, chosen, batch.targets)
+    losses = [
+        checkpoint(_chunk_losses, parts.head, states, targets, use_reentrant=False)
+        for states, targets in zip(torch.split(chosen, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def _chunk_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(states).float(), targets, reduction="none")
+
+
+@torch.no_grad()
+def sequence_scores(loaded: LoadedModel, rows: Sequence[Encoded], *, token_budget: int = 4096) -> list[Score]:
+    """Scores of `rows`, in their order; each is what it would be alone.
+
+    Args:
+        loaded: the model.
+        rows: token ids with their supervised marks.
+        token_budget: most tokens that are computed at the same time.
+    """
+    parts = CausalParts.of(loaded.model)
+    scores: list[Score] = [Score(0.0, 0)] * len(rows)
+    with attention(loaded.model, SEGMENTS):
+        for group in group_by_budget([len(row.input_ids) for row in rows], token_budget):
+            batch = pack([rows[number] for number in group])
+            losses = target_losses(parts, batch.to(loaded.device)).double().cpu()
+            sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, batch.row_of_target, losses)
+            counts = torch.bincount(batch.row_of_target, minlength=len(group))
+            for place, number in enumerate(group):
+                scores[number] = Score(float(sums[place]), int(counts[place]))
+    return scores

@@ -1,0 +1,73 @@
+"""Segments see themselves only, and compute what a padded batch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.attention import SEGMENTS, attention, segment_attention, use_attention
+from raytune_ft.models.chat import Encoded
+from raytune_ft.models.collate import pack
+from raytune_ft.models.loading import load_model
+from raytune_ft.models.scoring import CausalParts, target_losses
+
+
+def losses(loaded, rows):
+    with torch.no_grad(), attention(loaded.model, SEGMENTS):
+        return target_losses(CausalParts.of(loaded.model), pack(rows))
+
+
+def row(*ids):
+    return Encoded(list(ids), [True] * len(ids))
+
+
+def test_changing_one_row_changes_no_other_rows_loss(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    before = losses(loaded, [row(5, 6, 7, 8), row(9, 10, 11), row(12, 13, 14, 15, 16)])
+    after = losses(loaded, [row(5, 6, 7, 8), row(90, 91, 92), row(12, 13, 14, 15, 16)])
+    assert torch.equal(before[:3], after[:3])  # three targets of the first row
+    assert torch.equal(before[5:], after[5:])  # behind the two of the second
+    assert not torch.allclose(before[3:5], after[3:5])
+
+
+def test_packed_losses_equal_transformers_loss_of_each_row_alone(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    rows = [row(5, 6, 7, 8), Encoded([9, 10, 11, 12, 13], [False, False, True, True, False])]
+    packed = losses(loaded, rows)
+    with torch.no_grad():
+        first = loaded.model(input_ids=torch.tensor([[5, 6, 7, 8]]), labels=torch.tensor([[5, 6, 7, 8]])).loss
+        second = loaded.model(
+            input_ids=torch.tensor([[9, 10, 11, 12, 13]]), labels=torch.tensor([[-100, -100, 11, 12, -100]])
+        ).loss
+    assert packed[:3].mean().item() == pytest.approx(first.item(), abs=1e-6)
+    assert packed[3:].mean().item() == pytest.approx(second.item(), abs=1e-6)
+
+
+def test_a_sliding_window_hides_what_lies_further_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 6, 4, generator=generator) for _ in range(3))
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    out, _ = segment_attention(torch.nn.Identity(), q, k, v, None, cu_seq_lens_q=starts, sliding_window=2)
+    # By hand: the last token sees itself and the one before it.
+    weights = torch.softmax(q[0, 0, 5] @ k[0, 0, 4:6].T / 2.0, dim=-1)  # sqrt(4) = 2
+    assert torch.allclose(out[0, 5, 0], weights @ v[0, 0, 4:6], atol=1e-6)
+
+
+def test_what_segments_do_not_know_is_refused() -> None:
+    q = torch.zeros(1, 1, 2, 4)
+    starts = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ModelError, match="softcap"):
+        segment_attention(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, softcap=30.0)
+    with pytest.raises(ModelError, match="without segments"):
+        segment_attention(torch.nn.Identity(), q, q, q, None)
+
+
+def test_the_former_attention_comes_back_after_the_block(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    use_attention(loaded.model, "sdpa")
+    with attention(loaded.model, SEGMENTS):
+        assert loaded.model.config._attn_implementation == SEGMENTS
+    assert loaded.model.config._attn_implementation == "sdpa"
