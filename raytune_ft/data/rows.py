@@ -1,0 +1,49 @@
+"""The row between the stages of `prepare`: a record with its reason of rejection, if any, and what sorting needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from raytune_ft.core.records import REJECTED_SCHEMA, Record
+
+TOKEN_FIELDS = (pa.field("input_ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.bool_())))
+"""Columns that a dataset prepared for a model has beside the record's."""
+
+ROW_SCHEMA = pa.schema(
+    [
+        *REJECTED_SCHEMA,
+        pa.field("group", pa.string()),
+        pa.field("format", pa.string()),
+        pa.field("file", pa.int64()),
+        pa.field("is_test", pa.bool_()),
+    ]
+)
+"""`group` is the hash of what is asked (rows of one group never straddle splits), `format` the row's format and how
+that was told, `file` the number of the source file, `is_test` whether it is one of `test_sources`."""
+
+
+def mark(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
+    """The table with `reasons` set on rows that had none; rows that were rejected before keep their reason."""
+    before: list[str | None] = table.column("reason").to_pylist()
+    merged = [new if old is None else old for old, new in zip(before, reasons, strict=True)]
+    return table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(merged, pa.string()))
+
+
+def prompt_hash(record: Record) -> str:
+    """What rows that ask the same have in common: 16 hex digits over the prompt's turns, or over a raw text."""
+    turns = [[m.role, m.content, m.tool_calls] for m in record.prompt]
+    return short_hash(json.dumps(turns or record.text, ensure_ascii=False))
+
+
+def short_hash(text: str) -> str:
+    """16 hex digits of the sha256 of `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def reason_name(reason: str) -> str:
+    """What a reason is counted under: its part before the colon, so that counts stay few."""
+    return reason.partition(":")[0]

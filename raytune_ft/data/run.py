@@ -1,0 +1,237 @@
+"""Where preparing data meets Ray Data: four passes over blocks, with only counts coming back to the driver."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from raytune_ft.core.artifacts import Artifact, Draft, begin, has_manifest, open_artifact
+from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect, own_error
+from raytune_ft.core.errors import DataError, UserError
+from raytune_ft.core.manifest import CLAIM, ArtifactKind
+from raytune_ft.core.storage import Location
+from raytune_ft.data.account import Account
+from raytune_ft.data.config import SPLITS, DataCollectionConfig
+from raytune_ft.data.export import export_splits
+from raytune_ft.data.prepared import PreparedDataset
+from raytune_ft.data.shards import Layout, assign_files, write_files
+from raytune_ft.data.sources import SourceFile, find_files, source_parents
+from raytune_ft.data.split import Tally, departures, find_cuts, tally_rows
+from raytune_ft.data.stages import collect_rows, retokenize_files, settle_rows
+from raytune_ft.data.tokenize import chat_for, tokenizer_parent
+from raytune_ft.models.loading import shared_model
+
+logger = logging.getLogger("raytune_ft")
+
+_PARTITION_BYTES = 32 << 20
+_MOST_PARTITIONS = 512
+_FEW_ROWS = 3000
+
+
+class DataCollector:
+    """Collects records from sources, cleans and splits them, and exports the result."""
+
+    def __init__(self, config: DataCollectionConfig) -> None:
+        self.config = config
+
+    def prepare(self) -> PreparedDataset:
+        """The prepared splits; a finished run with the same settings and sources is found, not repeated.
+
+        Raises:
+            DataError: if a source is missing or unreadable, a row is none (by policy), or no row is left to train on.
+        """
+        return PreparedDataset(prepare(self.config))
+
+    def export(self, dataset: Mapping[str, Any], output_path: str | os.PathLike[str] | None = None) -> str:
+        """Writes the splits as `output_format`; returns the folder, by default ``export`` in the dataset's own.
+
+        Args:
+            dataset: what `prepare` gave, or any mapping of split name to `datasets.Dataset`.
+            output_path: an empty or new folder; path or URI.
+        """
+        target = Location.at(output_path) if output_path else Location.at(self.config.output_path) / "export"
+        return export_splits(dataset, target, self.config.output_format).uri
+
+
+def prepare(config: DataCollectionConfig) -> Artifact:
+    """The dataset artifact that `config` describes, made on the cluster or found finished.
+
+    Raises:
+        DataError: as `DataCollector.prepare`.
+    """
+    files = find_files(config.sources, config.test_sources)
+    parents = [*source_parents(config.sources, "source"), *source_parents(config.test_sources, "test_source")]
+    if config.model_path is not None:
+        parents.append(tokenizer_parent(config.model_path))
+    draft = _begin(config.output_path, config.resolved(), config.identity(), parents)
+    if draft.finished is None:
+        with draft, _ray_data() as cluster:
+            _prepare(config, files, draft, cluster)
+    return draft.artifact
+
+
+def tokenized_splits(
+    dataset_path: str | os.PathLike[str],
+    model_path: str,
+    output: str | os.PathLike[str] | Location,
+    *,
+    max_length: int = 1024,
+) -> dict[str, list[str]]:
+    """Split name -> Parquet files, in order, with the columns ``input_ids`` and ``supervised`` for a model.
+
+    A dataset artifact that was prepared for the same chat template and vocabulary, with no row over `max_length`
+    tokens, is taken as it is; another is tokenized into an artifact at `output`; records files of any format that
+    `prepare` reads become one there, with a tenth of the rows for validation.
+
+    Raises:
+        DataError: if no row is left to train on.
+    """
+    source, target = Location.at(dataset_path), Location.at(output)
+    if has_manifest(source) or (source / CLAIM).exists():
+        dataset = open_artifact(source, ArtifactKind.DATASET)
+        if not _is_tokenized(dataset, model_path, max_length):
+            dataset = _tokenized_anew(dataset, model_path, max_length, target)
+    else:
+        settings = {"sources": (source.uri,), "output_path": target.uri, "max_length": max_length, "test_split": 0.0}
+        dataset = prepare(DataCollectionConfig(**settings, model_path=model_path))
+    return {split: [(dataset / name).uri for name in names] for split, names in PreparedDataset(dataset).files.items()}
+
+
+def _is_tokenized(dataset: Artifact, model_path: str, max_length: int) -> bool:
+    fingerprint = dataset.numbers.get("chat_fingerprint")
+    if fingerprint is None or dataset.numbers["tokens_longest"] > max_length:
+        return False
+    parent = tokenizer_parent(model_path)
+    same_files = any(p.role == parent.role and p.digest == parent.digest for p in dataset.manifest.parents)
+    return same_files or bool(fingerprint == chat_for(model_path).fingerprint)
+
+
+def _tokenized_anew(dataset: Artifact, model_path: str, max_length: int, target: Location) -> Artifact:
+    settings = {"dataset_path": str(dataset.location), "model_path": model_path, "max_length": max_length}
+    identity = {"model_path": model_path, "max_length": max_length}
+    draft = _begin(target, settings, identity, [dataset.as_parent("dataset"), tokenizer_parent(model_path)])
+    if draft.finished is None:
+        with draft, _ray_data() as cluster:
+            _retokenize(dataset, model_path, max_length, draft, cluster)
+    return draft.artifact
+
+
+def _begin(where: str | Location, settings: Any, identity: Any, parents: Any) -> Draft:
+    draft = begin(where, ArtifactKind.DATASET, settings=settings, identity=identity, parents=parents)
+    if draft.finished is not None:
+        logger.info("prepare: found the finished dataset at %s", draft.location)
+    return draft
+
+
+def _prepare(config: DataCollectionConfig, files: list[SourceFile], draft: Draft, cluster: Cluster) -> None:
+    model = _shared(config.model_path, draft)
+    logger.info("prepare: reading %d file(s)", len(files))
+    table = pa.Table.from_pylist([asdict(file) for file in files])
+    _admit(cluster, len(files))
+    blocks = [table.slice(place, 1) for place in range(table.num_rows)]
+    rows = _mapped(ray.data.from_arrow(blocks), collect_rows, config=config).materialize()
+    rows_in = rows.count()
+    if not rows_in:
+        raise DataError(f"no rows in {', '.join(file.label for file in files[:3])}: nothing to prepare")
+    settled = _by_key(rows, "group", _partitions(rows, cluster))
+    settled = _mapped(settled, settle_rows, config=config, model=model).materialize()
+    tally = Tally()
+    for row in _mapped(settled, tally_rows, seed=config.seed).take_all():
+        tally.add(row["tally"])
+    cuts = find_cuts(tally.ranks, test_split=config.test_split, validation_split=config.validation_split)
+    layout = Layout.plan(tally, cuts, seed=config.seed, shuffle=config.shuffle)
+    if not layout.rows["train"]:
+        raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}")
+    placed = _mapped(settled, assign_files, layout=layout)
+    if settled.num_blocks() > 1:
+        placed = _by_key(placed, "path", min(len(layout.paths), _MOST_PARTITIONS))
+    counts = _mapped(placed, write_files, where=draft.location.uri).take_all()
+    account = Account.of(rows_in, [json.loads(row["counts"]) for row in counts])
+    _close(account, draft)
+    _report(config, account)
+
+
+def _retokenize(dataset: Artifact, model_path: str, max_length: int, draft: Draft, cluster: Cluster) -> None:
+    model = _shared(model_path, draft)
+    files = [name for names in PreparedDataset(dataset).files.values() for name in names]
+    _admit(cluster, len(files))
+    blocks = [pa.table({"path": [name]}) for name in files]
+    where = {"source": dataset.location.uri, "target": draft.location.uri}
+    counts = _mapped(ray.data.from_arrow(blocks), retokenize_files, **where, model=model, max_length=max_length)
+    rows_in = sum(dataset.numbers[f"rows_{split}"] for split in SPLITS)
+    account = Account.of(rows_in, [json.loads(row["counts"]) for row in counts.take_all()])
+    if not account.splits["train"]:
+        raise DataError(f"no row is left to train on: {account}")
+    _close(account, draft)
+
+
+def _shared(model_path: str | None, draft: Draft) -> str | None:
+    return None if model_path is None else shared_model(model_path, draft.location.parent)
+
+
+def _close(account: Account, draft: Draft) -> None:
+    for form, count in account.formats.most_common():
+        logger.info("prepare: %d rows read as %s", count, form)
+    logger.info("prepare: %s", account)
+    logger.info("prepare: %s", ", ".join(f"{split} {account.splits[split]}" for split in SPLITS))
+    draft.write_json("account.json", account.numbers())
+    draft.numbers.update(account.numbers())
+
+
+def _report(config: DataCollectionConfig, account: Account) -> None:
+    judged = [split for split in SPLITS if split != "test" or not config.test_sources]
+    for departure in departures({split: account.splits[split] for split in judged}):
+        logger.warning("prepare: %s", departure)
+
+
+def _mapped(rows: Any, function: Any, **settings: Any) -> Any:
+    return rows.map_batches(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs=settings)
+
+
+def _by_key(rows: Any, key: str, partitions: int) -> Any:
+    """All rows of one key in one block: all rows in one, or sorted into `partitions` blocks, which splits no key.
+
+    Ray's hash shuffle starts processes of its own for each of its steps, which takes longer than this sort.
+    """
+    return rows.repartition(1) if partitions == 1 else rows.repartition(partitions).sort(key)
+
+
+def _partitions(rows: Any, cluster: Cluster) -> int:
+    """By size; few rows stay together, since loading a tokenizer in a second process takes longer than they do."""
+    least = 1 if rows.count() < _FEW_ROWS else int(cluster.cpus)
+    return int(min(max(-(-rows.size_bytes() // _PARTITION_BYTES), least), _MOST_PARTITIONS))
+
+
+def _admit(cluster: Cluster, files: int) -> None:
+    cluster.admit(ResourcePlan("prepare", (Demand("data task", max(1, min(int(cluster.cpus), files)), 1),)))
+
+
+@contextmanager
+def _ray_data() -> Iterator[Cluster]:
+    """The cluster with Ray Data quiet; a mistake of the user's that a task raised comes out as itself."""
+    cluster = connect()
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.raise_original_map_exception, context.shuffle_strategy
+    context.enable_progress_bars, context.raise_original_map_exception = False, True
+    context.shuffle_strategy = ray.data.context.ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__module__.startswith("ray._private"):  # its console; the session's log file keeps all
+            handler.setLevel(logging.CRITICAL)
+    try:
+        yield cluster
+    except Exception as error:
+        mistake = own_error(error)
+        if not isinstance(mistake, UserError):
+            raise
+        raise mistake from None
+    finally:
+        context.enable_progress_bars, context.raise_original_map_exception, context.shuffle_strategy = before

@@ -1,0 +1,122 @@
+"""The files of a dataset: which rows go into which, in which order, and writing one of them.
+
+Names, content and bytes follow from the rows and settings alone, so a repeated run writes the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raytune_ft.core.records import RECORD_SCHEMA, REJECTED_SCHEMA
+from raytune_ft.core.storage import Location
+from raytune_ft.data.rows import TOKEN_FIELDS, reason_name, short_hash
+from raytune_ft.data.split import Cuts, Tally, rank
+
+ROWS_PER_FILE = 16_384
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become files: the splits' cuts, the order, and how many files each folder gets."""
+
+    cuts: Cuts
+    seed: int
+    shuffle: bool
+    rows: Mapping[str, int]
+    starts: Mapping[int, int]
+    total: int
+
+    @classmethod
+    def plan(cls, tally: Tally, cuts: Cuts, *, seed: int, shuffle: bool) -> Layout:
+        """The layout of rows that were counted in `tally`."""
+        rows = {"train": 0, "validation": 0, "test": tally.given_test, "rejected": tally.rejected.total()}
+        for place, count in tally.ranks.items():
+            rows[cuts.split_of(place)] += count
+        starts, total = {}, 0
+        for file, extent in sorted(tally.extents.items()):
+            starts[file] = total
+            total += extent
+        return cls(cuts, seed, shuffle, rows, starts, total)
+
+    def files(self, folder: str) -> int:
+        """Number of files in a folder."""
+        return -(-self.rows[folder] // ROWS_PER_FILE)
+
+    @property
+    def paths(self) -> list[str]:
+        """The names of all files."""
+        return [_name(folder, number) for folder in self.rows for number in range(self.files(folder))]
+
+
+def _name(folder: str, number: int) -> str:
+    return f"{folder}/{number:05d}.parquet"
+
+
+def assign_files(rows: pa.Table, layout: Layout) -> pa.Table:
+    """The table with the columns `path` (the file of a row) and `order` (its place, as text that sorts)."""
+    paths, orders = [], []
+    names = ("id", "group", "reason", "is_test", "file", "position")
+    for row_id, group, reason, is_test, file, position in zip(
+        *(rows.column(n).to_pylist() for n in names), strict=True
+    ):
+        if reason is not None:
+            folder = "rejected"
+        else:
+            folder = "test" if is_test else layout.cuts.split_of(rank(group, layout.seed))
+        if layout.shuffle and reason is None:
+            order = short_hash(f"{layout.seed}:order:{row_id}")
+            share = int(order, 16) / 2**64
+        else:
+            index = layout.starts[file] + position
+            order, share = f"{index:016d}", index / layout.total
+        paths.append(_name(folder, min(int(share * layout.files(folder)), layout.files(folder) - 1)))
+        orders.append(order)
+    return rows.append_column("path", pa.array(paths, pa.string())).append_column(
+        "order", pa.array(orders, pa.string())
+    )
+
+
+def write_files(rows: pa.Table, where: str) -> pa.Table:
+    """Writes every file that has rows in the table (each file's rows must all be here); one row of counts a file."""
+    counts = []
+    for path in sorted(set(rows.column("path").to_pylist())) if rows.num_rows else ():
+        part = rows.filter(pc.equal(rows.column("path"), path))
+        part = part.sort_by([("order", "ascending"), ("file", "ascending"), ("position", "ascending")])
+        counts.append(write_file(part, Location(where), path))
+    return pa.table({"counts": pa.array(counts, pa.string())})
+
+
+def write_file(rows: pa.Table, where: Location, path: str) -> str:
+    """Writes one Parquet file in one piece (the same rows give the same bytes); returns its counts as JSON text."""
+    tokens = [field for field in TOKEN_FIELDS if field.name in rows.column_names]
+    schema = REJECTED_SCHEMA if path.startswith("rejected/") else pa.schema([*RECORD_SCHEMA, *tokens])
+    table = rows.select(schema.names).cast(schema).combine_chunks()
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=2048)
+    (where / path).write(sink.getvalue().to_pybytes())
+    return json.dumps(count_rows(rows, path))
+
+
+def count_rows(table: pa.Table, path: str) -> dict[str, object]:
+    """What the account needs to know of the rows of one file."""
+    folder = path.partition("/")[0]
+    counts: dict[str, object] = {"folder": folder, "rows": table.num_rows}
+    if "format" in table.column_names:
+        counts["formats"] = Counter(table.column("format").to_pylist())
+    if folder == "rejected":
+        counts["reasons"] = Counter(map(reason_name, table.column("reason").to_pylist()))
+    elif "input_ids" in table.column_names:
+        counts["chat"] = table.column("chat")[0].as_py()
+        lengths = pc.list_value_length(table.column("input_ids"))
+        counts["tokens"] = pc.sum(lengths).as_py() or 0
+        counts["longest"] = pc.max(lengths).as_py() or 0
+        flat = pc.list_flatten(table.column("supervised"))
+        counts["supervised"] = pc.sum(flat).as_py() or 0
+    return counts

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raytune_ft.core.artifacts import open_artifact
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.records import table_to_records
+from raytune_ft.data import run
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.run import DataCollector, prepare, tokenized_splits
+
+pytestmark = pytest.mark.ray
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(first: int, last: int) -> list[dict[str, Any]]:
+    return [{"question": f"What is {n}?", "answer": f"{n} is {n}.", "n": n} for n in range(first, last)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    """Forty usable questions, a duplicate, a second answer to the first question, and an empty answer."""
+    extra = [*questions(3, 4), {"question": "What is 0?", "answer": "Nothing."}, {"question": "Why?", "answer": " "}]
+    return write_jsonl(tmp_path / "source.jsonl", [*questions(0, 40), *extra])
+
+
+def test_the_guides_block_prepares_and_exports(source: str, tmp_path: Path, ray_cluster: object) -> None:
+    collector = DataCollector(DataCollectionConfig(sources=[source], output_path=str(tmp_path / "out")))
+    dataset = collector.prepare()
+    numbers = dataset.artifact.numbers
+    assert (numbers["rows_in"], numbers["rows_made"], numbers["rows_out"], numbers["rows_rejected"]) == (43, 0, 41, 2)
+    assert numbers["rejected"] == {"duplicate": 1, "empty answer": 1}
+    assert {split: len(rows) for split, rows in dataset.items()} == {"train": 33, "validation": 4, "test": 4}
+    prompts = {split: {row["messages"][0]["content"] for row in rows} for split, rows in dataset.items()}
+    assert sum(map(len, prompts.values())) == len(set.union(*prompts.values())) == 40
+    assert dataset.artifact.read_json("account.json")["rows_out"] == 41
+    exported = Path(collector.export(dataset))
+    assert sum(len((exported / f"{s}.jsonl").read_text().splitlines()) for s in dataset) == 41
+    assert DataCollector(collector.config).prepare().artifact.manifest == dataset.artifact.manifest
+
+
+def test_blocks_and_workers_change_neither_content_nor_order(
+    source: str, tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = Path(source).read_text().splitlines(keepends=True)
+    (tmp_path / "test.jsonl").write_text(lines[0])
+    settings = {"test_sources": [str(tmp_path / "test.jsonl")]}
+    whole = prepare(DataCollectionConfig(sources=[source], output_path=str(tmp_path / "whole"), **settings))
+    monkeypatch.setattr(run, "_FEW_ROWS", 0)
+    parts = prepare(DataCollectionConfig(sources=[source], output_path=str(tmp_path / "parts"), **settings))
+    assert parts.manifest.files == whole.manifest.files
+    assert whole.numbers["rejected"] == {"duplicate": 2, "empty answer": 1, "prompt is in test_sources": 1}
+    assert whole.numbers["rows_test"] == 1
+
+
+def test_tokens_are_made_once_for_a_chat_template(
+    source: str, tmp_path: Path, tiny_model: Path, ray_cluster: object
+) -> None:
+    plain = prepare(DataCollectionConfig(sources=[source], output_path=str(tmp_path / "plain"), test_split=0.0))
+    splits = tokenized_splits(plain.location.uri, str(tiny_model), tmp_path / "tokens")
+    made = open_artifact(tmp_path / "tokens")
+    assert splits == {split: [str(tmp_path / f"tokens/{split}/00000.parquet")] for split in ("train", "validation")}
+    assert tokenized_splits(made.location.uri, str(tiny_model), tmp_path / "unused") == splits
+    assert not (tmp_path / "unused").exists()
+    limit = made.numbers["tokens_longest"] - 1
+    shorter = tokenized_splits(made.location.uri, str(tiny_model), tmp_path / "short", max_length=limit)
+    short = open_artifact(tmp_path / "short")
+    assert short.numbers["tokens_longest"] <= limit
+    assert short.numbers["rejected"] == {"too long": made.numbers["rows_out"] - short.numbers["rows_out"]}
+    assert shorter["train"] == [str(tmp_path / "short/train/00000.parquet")]
+    at_once = tokenized_splits(source, str(tiny_model), tmp_path / "file")
+    assert [Path(name).read_bytes() for name in at_once["train"]] == [Path(n).read_bytes() for n in splits["train"]]
+
+
+def test_a_broken_line_is_named_and_the_mended_file_goes_to_the_same_folder(
+    tmp_path: Path, ray_cluster: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_jsonl(tmp_path / "source.jsonl", questions(0, 12))
+    Path(source).write_text(Path(source).read_text() + '{"question": \n')
+    config = DataCollectionConfig(sources=[source], output_path=str(tmp_path / "out"))
+    with pytest.raises(DataError, match=r"source.jsonl:13: malformed JSON: Expecting value.*on_bad_row: reject"):
+        prepare(config)
+    lenient = config.with_overrides(on_bad_row="reject", output_path=str(tmp_path / "lenient"))
+    kept = prepare(lenient)
+    rejected = _rejected(kept.local())
+    assert [(row["raw"], row["position"]) for row in rejected] == [('{"question": ', 12)]
+    write_jsonl(tmp_path / "source.jsonl", questions(0, 12))
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        assert prepare(config).numbers["rows_out"] == 12
+    assert "validation is 8.3% of the rows; the guide recommends 10% to 15%" in caplog.text
+
+
+def _rejected(folder: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(folder / "rejected/00000.parquet")
+    assert len(table_to_records(table)) == table.num_rows
+    return list(table.to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n\n", "no rows in source.jsonl: nothing to prepare"),
+        ('{"question": "a", "answer": ""}\n', "no row is left to train on: 1 rows in, .*rejected: 1 empty answer"),
+        ('{"foo": 1}\n', "source.jsonl:1: unknown columns: foo"),
+    ],
+)
+def test_input_without_a_usable_row_is_refused_and_mended_input_takes_its_place(
+    text: str, message: str, tmp_path: Path, ray_cluster: object
+) -> None:
+    config = DataCollectionConfig(sources=[str(tmp_path / "source.jsonl")], output_path=str(tmp_path / "out"))
+    (tmp_path / "source.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        prepare(config)
+    (tmp_path / "source.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    mended = prepare(config.with_overrides(validation_split=0.0, test_split=0.0))
+    assert mended.numbers["rows_out"] == 1
+    assert len(mended.manifest.failures) == 1

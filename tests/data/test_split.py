@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from raytune_ft.data.rows import short_hash
+from raytune_ft.data.split import Cuts, Tally, departures, find_cuts, mark_leaks, rank, tally_rows
+
+
+def rows(groups: list[str], *, test: int = 0, rejected: int = 0) -> pa.Table:
+    count = len(groups)
+    reasons = ["empty answer"] * rejected + [None] * (count - rejected)
+    return pa.table(
+        {
+            "group": groups,
+            "reason": pa.array(reasons, pa.string()),
+            "is_test": [False] * (count - test) + [True] * test,
+            "file": [0] * (count - test) + [1] * test,
+            "position": list(range(count)),
+        }
+    )
+
+
+def test_cuts_give_the_wanted_shares_where_ranks_allow_it() -> None:
+    ranks = dict.fromkeys(range(0, 200, 2), 1)  # 100 rows, each of another rank
+    cuts = find_cuts(ranks, test_split=0.05, validation_split=0.1)
+    drawn = [cuts.split_of(place) for place in ranks]
+    assert (drawn.count("test"), drawn.count("validation"), drawn.count("train")) == (5, 10, 85)
+
+
+def test_a_cut_falls_on_the_nearer_side_of_a_large_group() -> None:
+    assert find_cuts({1: 2, 5: 6, 9: 12}, test_split=0.2, validation_split=0.0) == Cuts(test=5, validation=5)
+    assert find_cuts({1: 2, 5: 6, 9: 12}, test_split=0.3, validation_split=0.0) == Cuts(test=6, validation=6)
+
+
+def test_no_wanted_share_gives_no_rows() -> None:
+    cuts = find_cuts({0: 1, 7: 9}, test_split=0.0, validation_split=0.0)
+    assert {cuts.split_of(0), cuts.split_of(7)} == {"train"}
+    assert find_cuts({}, test_split=0.1, validation_split=0.1) == Cuts(0, 0)
+
+
+def test_real_prompts_are_split_within_two_rows_of_the_wanted_shares() -> None:
+    groups = [short_hash(str(number)) for number in range(2000)]
+    tally = Tally()
+    tally.add(tally_rows(rows(groups), seed=3).column("tally")[0].as_py())
+    cuts = find_cuts(tally.ranks, test_split=0.1, validation_split=0.1)
+    drawn = [cuts.split_of(rank(group, 3)) for group in groups]
+    assert abs(drawn.count("test") - 200) <= 2
+    assert abs(drawn.count("validation") - 200) <= 2
+    assert drawn != [cuts.split_of(rank(group, 4)) for group in groups]
+
+
+def test_tallies_of_parts_add_up_to_the_tally_of_the_whole() -> None:
+    table = rows(["a", "b", "b", "c"], test=1, rejected=1)
+    whole, parts = Tally(), Tally()
+    whole.add(tally_rows(table, seed=0).column("tally")[0].as_py())
+    for start in range(4):
+        parts.add(tally_rows(table.slice(start, 1), seed=0).column("tally")[0].as_py())
+    assert whole == parts
+    assert (whole.ranks.total(), whole.given_test, dict(whole.rejected)) == (2, 1, {"empty answer": 1})
+    assert whole.extents == {0: 3, 1: 4}
+
+
+def test_a_training_row_with_a_prompt_of_the_test_is_rejected() -> None:
+    reasons = mark_leaks(rows(["a", "b", "a"], test=1)).column("reason").to_pylist()
+    assert reasons == ["prompt is in test_sources", None, None]
+
+
+@pytest.mark.parametrize(
+    ("counts", "warned"),
+    [
+        ({"train": 80, "validation": 10, "test": 10}, []),
+        ({"train": 9, "validation": 1}, []),
+        ({"train": 70, "validation": 20, "test": 10}, ["train is 70.0%", "validation is 20.0%"]),
+        ({"train": 100, "validation": 0, "test": 0}, ["train is 100.0%", "validation is 0.0%", "test is 0.0%"]),
+    ],
+)
+def test_shares_outside_the_guides_ranges_are_told(counts: dict[str, int], warned: list[str]) -> None:
+    assert [text.partition(" of the")[0] for text in departures(counts)] == warned
