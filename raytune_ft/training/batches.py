@@ -1,0 +1,72 @@
+"""Which rows make up which step: a function of (seed, step) only, the same for any number of workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from raytune_ft.models.chat import Encoded
+from raytune_ft.models.collate import PackedBatch, pack
+
+
+class TokenRows:
+    """Tokenized rows of a split, mapped into memory from Parquet files; rows are read when they are used."""
+
+    def __init__(self, files: Sequence[str], cache_dir: str) -> None:
+        from datasets import Dataset, disable_progress_bars
+
+        disable_progress_bars()
+        rows: Any = Dataset.from_parquet(list(files), columns=["input_ids", "supervised"], cache_dir=cache_dir)
+        self._rows = rows.with_format("numpy")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Encoded:
+        row = self._rows[number]
+        return Encoded(row["input_ids"].tolist(), row["supervised"].tolist())
+
+
+def step_rows(rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[list[int]]:
+    """Row numbers of each step after `start`, without end: every epoch is a new order of all rows.
+
+    The last batch of an epoch has the rows that are left, and no row twice.
+    """
+    per_epoch = -(-rows // batch_size)
+    epoch, place = divmod(start, per_epoch)
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        while place < per_epoch:
+            yield order[place * batch_size : (place + 1) * batch_size].tolist()
+            place += 1
+        epoch, place = epoch + 1, 0
+
+
+def rank_share(rows: Sequence[int], rank: int, world_size: int, micro_batches: int) -> list[list[int]]:
+    """The rows of one rank in a step, in `micro_batches` lists (some may be empty in an epoch's last step)."""
+    mine = list(rows[rank::world_size])
+    return [mine[number::micro_batches] for number in range(micro_batches)]
+
+
+def packed_steps(
+    data: TokenRows, batch_size: int, seed: int, *, start: int, rank: int, world_size: int, micro_batches: int
+) -> Iterator[list[PackedBatch]]:
+    """The micro-batches of one rank for each step after `start`, without end.
+
+    A rank without rows gets a row without targets, so that all ranks take part in every reduction.
+    """
+    for rows in step_rows(len(data), batch_size, seed, start=start):
+        shares = rank_share(rows, rank, world_size, micro_batches)
+        yield [
+            pack([data[number] for number in share]) if share else pack([data[rows[0]]]).without_targets()
+            for share in shares
+        ]
+
+
+def evaluation_batches(data: TokenRows, batch_size: int, rank: int, world_size: int) -> Iterator[PackedBatch]:
+    """The rows of one rank, in batches."""
+    mine = range(rank, len(data), world_size)
+    for first in range(0, len(mine), batch_size):
+        yield pack([data[number] for number in mine[first : first + batch_size]])

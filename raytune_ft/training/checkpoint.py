@@ -1,0 +1,138 @@
+"""Checkpoints: trainable weights and optimizer moments as safetensors, the rest as JSON, a manifest last.
+
+DeepSpeed's own checkpoints are pickles and are not used. A checkpoint is whole exactly when its manifest verifies;
+resume asks storage for the newest whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.manifest import MANIFEST
+from raytune_ft.core.storage import Location
+from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner
+
+logger = logging.getLogger("raytune_ft")
+
+State = dict[str, Tensor]
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_WEIGHTS, _OPTIMIZER, _PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: full (not sharded) weights and moments by parameter name, and its progress."""
+
+    step: int
+    weights: State
+    moments: State
+    progress: dict[str, Any]
+
+
+def write(folder: Location, checkpoint: Checkpoint, *, keep: int) -> None:
+    """Writes a checkpoint below `folder`, its manifest last, and deletes all but the newest `keep`."""
+    target = folder / f"step-{checkpoint.step:08d}"
+    target.delete()
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch)
+        save_file(checkpoint.weights, local / _WEIGHTS)
+        save_file(checkpoint.moments, local / _OPTIMIZER)
+        (local / _PROGRESS).write_text(json.dumps({"step": checkpoint.step, **checkpoint.progress}), encoding="utf-8")
+        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(local.iterdir())}
+        target.upload(local)
+    (target / MANIFEST).write(json.dumps({"files": files}).encode())
+    for name in folder.folders()[:-keep]:
+        (folder / name).delete()
+
+
+def newest(folder: Location) -> Checkpoint | None:
+    """The newest whole checkpoint below `folder`; damaged ones are named and passed over."""
+    for name in reversed(folder.folders()):
+        target = folder / name
+        if not (target / MANIFEST).exists():
+            logger.warning("checkpoint %s: was not finished, passed over", target)
+            continue
+        try:
+            return _read(target)
+        except (ArtifactError, ValueError, KeyError) as error:
+            logger.warning("checkpoint %s: damaged (%s), passed over", target, error)
+    return None
+
+
+def _read(target: Location) -> Checkpoint:
+    files = json.loads((target / MANIFEST).read())["files"]
+    for name, digest in files.items():
+        if (target / name).sha256() != digest:
+            raise ValueError(f"{name} does not match the manifest")
+    with tempfile.TemporaryDirectory() as scratch:
+        target.download(Path(scratch))
+        weights = load_file(Path(scratch) / _WEIGHTS)
+        moments = load_file(Path(scratch) / _OPTIMIZER)
+        progress = json.loads((Path(scratch) / _PROGRESS).read_text(encoding="utf-8"))
+    return Checkpoint(progress.pop("step"), weights, moments, progress)
+
+
+def trainable_state(trainee: Trainee) -> State:
+    """Copies of the trainable parameters on the CPU, by name."""
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trainee.trainable().items()}
+
+
+def take(learner: ZeroLearner | LocalLearner, step: int, progress: dict[str, Any]) -> Checkpoint:
+    """The state of a learner after `step`; under ZeRO every rank has to call it (the shards are gathered)."""
+    if isinstance(learner, LocalLearner):
+        moments = {
+            f"{key}.{name}": learner.optimizer.state[p][key].cpu().clone()
+            for name, p in learner.trainee.trainable().items()
+            for key in _MOMENTS
+        }
+        return Checkpoint(step, trainable_state(learner.trainee), moments, progress)
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weights, moments = {}, {}
+    for name, parameter in learner.trainee.trainable().items():
+        weights[name] = safe_get_full_fp32_param(parameter).cpu()
+        for key in _MOMENTS:
+            moments[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).cpu()
+    return Checkpoint(step, weights, moments, progress)
+
+
+def restore(learner: ZeroLearner | LocalLearner, checkpoint: Checkpoint) -> None:
+    """Sets weights, moments and step count of a learner that has made no step yet."""
+    learner.trainee.load(checkpoint.weights)
+    if isinstance(learner, LocalLearner):
+        for name, parameter in learner.trainee.trainable().items():
+            state = {key: checkpoint.moments[f"{key}.{name}"].to(parameter.device).clone() for key in _MOMENTS}
+            learner.optimizer.state[parameter] = {"step": torch.tensor(float(checkpoint.step)), **state}
+        return
+    _restore_shards(learner, checkpoint)
+
+
+def _restore_shards(learner: ZeroLearner, checkpoint: Checkpoint) -> None:
+    """Each rank takes its part of the full tensors: a parameter's `_hp_mapping` says which part that is."""
+    zero = learner.engine.optimizer
+    flats = zero.single_partition_of_fp32_groups
+    for flat in flats:
+        moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(checkpoint.step)), **moments}
+    for name, parameter in learner.trainee.trainable().items():
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's; None if no part lies on this rank
+        if mapping is None:
+            continue
+        part, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+        flat = flats[mapping.param_group_index]
+        slots = {"weights": flat, **{key: zero.optimizer.state[flat][key] for key in _MOMENTS}}
+        for key, slot in slots.items():
+            full = checkpoint.weights[name] if key == "weights" else checkpoint.moments[f"{key}.{name}"]
+            with torch.no_grad():
+                slot.narrow(0, here.start, here.numel).copy_(full.flatten().narrow(0, part.start, part.numel))

@@ -1,0 +1,268 @@
+"""Learners: one model, its optimizer, and the arithmetic of a step; alone in a process, or under DeepSpeed ZeRO.
+
+The loss is the mean over the supervised tokens of the global batch, whatever the number of ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.adapters import add_lora
+from raytune_ft.models.attention import SEGMENTS, use_attention
+from raytune_ft.models.collate import PackedBatch
+from raytune_ft.models.loading import load_tokenizer, quiet_transformers, resolve_model, torch_dtype
+from raytune_ft.models.scoring import CausalParts, target_losses
+from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.training.loop import Metrics
+from raytune_ft.training.schedule import Timetable, learning_rate_at
+
+State = dict[str, Tensor]
+EvaluationBatches = Callable[[], Iterable[PackedBatch]]
+
+
+class SummedLoss(nn.Module):
+    """A causal language model as a module from a padding-free batch to its summed loss (nats)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._parts = (CausalParts.of(model),)  # in a tuple, so that the halves are not registered twice
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """The sum of the batch's target losses; 0, still depending on the model, if it has no targets."""
+        return target_losses(self._parts[0], batch).sum()
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model with its trainable parameters, and its tokenizer."""
+
+    loss: SummedLoss
+    tokenizer: Any
+
+    @property
+    def model(self) -> Any:
+        """The transformers or PEFT model."""
+        return self.loss.model
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def load(self, state: State) -> None:
+        """Sets the trainable parameters."""
+        for name, parameter in self.trainable().items():
+            with torch.no_grad():
+                parameter.copy_(state[name])
+
+
+def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
+    """Loads the base model and makes it trainable by the configured method.
+
+    Raises:
+        ModelError: if the model cannot be loaded, or cannot be trained by this method.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    resolved = resolve_model(config.model_path)
+    if resolved.adapter is not None:
+        raise ModelError(f"{config.model_path}: is an adapter; give its base model, or merge it first (quantize does)")
+    dtype = torch_dtype(config.precision, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolved.base,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            quantization_config=_quantization(config, dtype),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
+    tokenizer = load_tokenizer(config.model_path)
+    if config.uses_adapter:
+        model.requires_grad_(False)
+        model = add_lora(
+            model,
+            rank=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+            base=resolved.base,
+        )
+    use_attention(model, SEGMENTS)
+    return Trainee(SummedLoss(model.train()), tokenizer)
+
+
+def _quantization(config: FineTuningConfig, dtype: torch.dtype) -> Any:
+    if config.method is not FineTuningMethod.QLORA:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if config.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def optimizer_for(trainee: Trainee, config: FineTuningConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, without weight decay on norms and biases (one-dimensional parameters)."""
+    parameters = list(trainee.trainable().values())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes dropout a function of (seed, step, rank), so that a resumed run draws what the unbroken one would."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+class LocalLearner:
+    """A model trained in this process alone, by torch's AdamW."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        config: FineTuningConfig,
+        timetable: Timetable,
+        device: str,
+        evaluation: EvaluationBatches,
+    ) -> None:
+        self.trainee = trainee
+        self.optimizer = optimizer_for(trainee, config)
+        self._config, self._timetable, self._device, self._evaluation = config, timetable, device, evaluation
+
+    def step(self, batch: Sequence[PackedBatch], step: int) -> Metrics:
+        """Makes one optimizer step over micro-batches."""
+        rate = _set_rate(self.optimizer, self._config, self._timetable, step)
+        seed_step(self._config.seed, step, 0)
+        count = sum(len(micro.targets) for micro in batch)
+        total = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in batch:
+            loss = self.trainee.loss(micro.to(self._device)) / max(1, count)
+            loss.backward()
+            total += float(loss.detach())
+        norm = nn.utils.clip_grad_norm_(list(self.trainee.trainable().values()), self._config.max_grad_norm)
+        self.optimizer.step()
+        tokens = sum(micro.tokens for micro in batch)
+        return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, "tokens": tokens, "supervised": count}
+
+    def evaluate(self) -> Metrics:
+        """Mean loss over the supervised tokens of the validation split."""
+        total, count = _evaluate(self.trainee, self._evaluation(), self._device)
+        return {"eval_loss": total / max(1, count)}
+
+
+class ZeroLearner:
+    """A model trained by all workers of a torch process group under DeepSpeed ZeRO stage 1 or 2."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        config: FineTuningConfig,
+        timetable: Timetable,
+        device: str,
+        evaluation: EvaluationBatches,
+    ) -> None:
+        self.trainee = trainee
+        self._config, self._timetable, self._device, self._evaluation = config, timetable, device, evaluation
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.engine = _deepspeed_engine(trainee, config, device)
+
+    def step(self, batch: Sequence[PackedBatch], step: int) -> Metrics:
+        """Makes one optimizer step over this rank's micro-batches and those of all other ranks."""
+        rate = _set_rate(self.engine.optimizer, self._config, self._timetable, step)
+        seed_step(self._config.seed, step, self.rank)
+        mine = torch.tensor([sum(len(m.targets) for m in batch), sum(m.tokens for m in batch)], dtype=torch.float64)
+        count, tokens = self._reduced(mine).tolist()
+        # DeepSpeed divides by the number of micro-batches and of ranks; the global mean wants neither.
+        scale = self.world_size * len(batch) / max(1.0, count)
+        total = torch.zeros((), dtype=torch.float64)
+        for micro in batch:
+            loss = self.engine(micro.to(self._device))
+            self.engine.backward(loss * scale)
+            total += loss.detach().double().cpu()
+            self.engine.step()
+        mean = float(self._reduced(total.reshape(1))) / max(1.0, count)
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        return {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": count}
+
+    def evaluate(self) -> Metrics:
+        """Mean loss over the supervised tokens of the validation split, over all ranks."""
+        sums = torch.tensor(_evaluate(self.trainee, self._evaluation(), self._device), dtype=torch.float64)
+        total, count = self._reduced(sums).tolist()
+        return {"eval_loss": total / max(1.0, count)}
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        values = values.to(self._device)
+        torch.distributed.all_reduce(values)
+        return values.cpu()
+
+
+def _evaluate(trainee: Trainee, batches: Iterable[PackedBatch], device: str) -> tuple[float, int]:
+    total, count = 0.0, 0
+    trainee.model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            total += float(trainee.loss(batch.to(device)))
+            count += len(batch.targets)
+    trainee.model.train()
+    return total, count
+
+
+def _set_rate(optimizer: Any, config: FineTuningConfig, timetable: Timetable, step: int) -> float:
+    rate = learning_rate_at(
+        step, timetable.total, peak=config.learning_rate, warmup=timetable.warmup, kind=config.lr_scheduler_type
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _deepspeed_engine(trainee: Trainee, config: FineTuningConfig, device: str) -> Any:
+    if not device.startswith("cuda"):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Gloo reduces an adapter's gradients well; the shared-memory kernel would want a compiler and a 30 s build.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dtype = torch_dtype(config.precision, device)
+    settings = {
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=trainee.loss, optimizer=optimizer_for(trainee, config), config=settings, dist_init_required=False
+    )
+    return engine

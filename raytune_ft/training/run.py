@@ -1,0 +1,141 @@
+"""Where training meets Ray: tokenized data, Ray Train workers, and the finished model artifact."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raytune_ft.core import cluster
+from raytune_ft.core.artifacts import Artifact, Draft, begin, has_manifest, open_artifact
+from raytune_ft.core.errors import RaytuneError, RunError
+from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.data.run import tokenized_splits
+from raytune_ft.models.loading import model_parent, shared_model
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.loop import Metrics
+from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
+
+logger = logging.getLogger("raytune_ft")
+
+_RAY_STATE = "ray"
+
+
+class FineTuner:
+    """Fine-tunes a model as its settings say."""
+
+    def __init__(self, config: FineTuningConfig) -> None:
+        self.config = config
+
+    def train(self) -> Artifact:
+        """Trains on the cluster and returns the finished model artifact.
+
+        Run again with the same settings, it finds the finished model, or goes on from the newest checkpoint.
+
+        Raises:
+            UserError: for what the user can mend.
+            RunError: if training failed.
+        """
+        return train(self.config)
+
+
+def train(config: FineTuningConfig) -> Artifact:
+    """The verb: see `FineTuner.train`."""
+    connected = cluster.connect()
+    output = Location.at(config.output_dir)
+    model_path = shared_model(config.model_path, output.parent)
+    draft = begin(
+        output,
+        ArtifactKind.MODEL,
+        settings=config.resolved(),
+        identity=config.identity(),
+        parents=[model_parent(model_path), data_parent(config.dataset_path)],
+        keep=(CHECKPOINTS,),
+    )
+    if draft.finished:
+        logger.info("train: found finished at %s", output)
+        return draft.finished
+    with draft:
+        use_gpu = config.use_gpu if config.use_gpu is not None else connected.gpus > 0
+        connected.admit(resource_plan(config, use_gpu=use_gpu))
+        prepared = tokenized_splits(config.dataset_path, model_path, output / "tokens", max_length=config.max_length)
+        _run_workers(config.with_overrides(model_path=model_path), prepared, output, use_gpu=use_gpu)
+        _keep_numbers(draft, output)
+        for leftover in (_RAY_STATE, CHECKPOINTS, "tokens"):
+            (output / leftover).delete()
+    return draft.artifact
+
+
+def data_parent(dataset_path: str) -> Parent:
+    """The manifest entry of a dataset: an artifact, or a file of records."""
+    if has_manifest(dataset_path):
+        return open_artifact(dataset_path, ArtifactKind.DATASET).as_parent("dataset")
+    location = Location.at(dataset_path)
+    return Parent(role="dataset", where=str(location), digest=source_digest(location))
+
+
+def resource_plan(config: FineTuningConfig, *, use_gpu: bool) -> cluster.ResourcePlan:
+    """What the run's workers hold."""
+    threads = max(1, int(config.cpus_per_worker))
+    worker = cluster.Demand("train worker", config.num_workers, config.cpus_per_worker, int(use_gpu), threads)
+    return cluster.ResourcePlan("train", (worker,))
+
+
+def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output: Location, *, use_gpu: bool) -> None:
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "splits": splits, "output": output.uri},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker}
+        ),
+        run_config=RunConfig(
+            name=_RAY_STATE,
+            storage_path=output.uri,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            worker_runtime_env={"env_vars": cluster.worker_environment()},
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _failure(error) from error
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import torch
+
+    cluster.report_to_driver()
+    config = FineTuningConfig(**settings["config"])
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    device = str(ray.train.torch.get_device())
+    seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
+    train_in_process(config, settings["splits"], seat, output=Location(settings["output"]))
+
+
+def _keep_numbers(draft: Draft, output: Location) -> None:
+    summary = json.loads((output / "summary.json").read())
+    rows = [json.loads(line) for line in (output / "history.jsonl").read().decode().splitlines()]
+    metrics: Metrics = summary["metrics"]
+    draft.numbers |= {
+        "steps": summary["steps"],
+        "stopped_because": summary["reason"],
+        "train_loss": metrics["loss"],
+        "best_step": summary["best_step"],
+        "best_eval_loss": summary["best_eval_loss"],
+        "tokens": sum(row["tokens"] for row in rows),
+        "tokens_per_s": sorted(row["tokens_per_s"] for row in rows)[len(rows) // 2],
+    }
+
+
+def _failure(error: Exception) -> RaytuneError:
+    own = cluster.own_error(error)
+    last = (str(error).strip().splitlines() or [repr(error)])[-1]
+    return own or RunError(f"training failed: {last} Run the same command again to go on from the newest checkpoint.")

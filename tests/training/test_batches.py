@@ -1,0 +1,37 @@
+"""Which rows make up which step."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from raytune_ft.training.batches import TokenRows, packed_steps, rank_share, step_rows
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
+    steps = list(islice(step_rows(10, 4, seed=1), 6))
+    first, second = ([row for step in epoch for row in step] for epoch in (steps[:3], steps[3:]))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
+
+
+def test_a_later_start_continues_the_same_order() -> None:
+    whole = list(islice(step_rows(10, 4, seed=1), 8))
+    assert list(islice(step_rows(10, 4, seed=1, start=5), 3)) == whole[5:]
+
+
+def test_ranks_and_micro_batches_share_a_step_without_loss_or_overlap() -> None:
+    rows = [7, 3, 9, 1, 4, 8, 2]
+    shares = [rank_share(rows, rank, 2, 2) for rank in range(2)]
+    assert shares == [[[7, 4], [9, 2]], [[3, 8], [1]]]
+    assert sorted(row for share in shares for micro in share for row in micro) == sorted(rows)
+
+
+def test_a_rank_without_rows_takes_part_without_targets(splits: dict[str, list[str]], tmp_path) -> None:
+    data = TokenRows(splits["train"], str(tmp_path / "cache"))
+    # 18 rows in batches of 17: the second step has one row, so rank 1 has none.
+    where = {"batch_size": 17, "seed": 0, "start": 1, "world_size": 2, "micro_batches": 1}
+    [mine], [others] = (next(packed_steps(data, rank=rank, **where)) for rank in range(2))
+    assert len(mine.targets) > 0
+    assert len(others.targets) == 0
+    assert others.tokens > 0

@@ -1,0 +1,72 @@
+"""A run that was cut short ends where the unbroken one ends; damaged checkpoints are named and passed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.storage import Location
+from raytune_ft.training import checkpoint
+from raytune_ft.training.loop import Decision
+from raytune_ft.training.session import CHECKPOINTS, HISTORY, Seat, train_in_process
+
+
+def run(config, splits, output: Path, *, cut_after: int | None = None) -> list[float]:
+    class CutError(Exception):
+        pass
+
+    def report(step, metrics):
+        if step == cut_after:
+            raise CutError
+        return Decision.CONTINUE
+
+    try:
+        train_in_process(config, splits, Seat(), output=Location.at(output), report=report)
+    except CutError:
+        return []
+    return [json.loads(line)["loss"] for line in (output / HISTORY).read_text().splitlines()]
+
+
+@pytest.fixture
+def config(settings):
+    return settings(save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=1, lora_dropout=0.3)
+
+
+def test_a_resumed_run_has_the_losses_of_the_unbroken_one(config, splits, tmp_path: Path) -> None:
+    unbroken = run(config, splits, tmp_path / "a")
+    run(config, splits, tmp_path / "b", cut_after=3)
+    resumed = run(config, splits, tmp_path / "b")
+    assert len(unbroken) == 6
+    assert resumed == pytest.approx(unbroken, abs=1e-6)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(
+    config, splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unbroken = run(config, splits, tmp_path / "a")
+    run(config, splits, tmp_path / "b", cut_after=5)
+    damaged = tmp_path / "b" / CHECKPOINTS / "step-00000004" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with caplog.at_level(logging.INFO, logger="raytune_ft"):
+        resumed = run(config, splits, tmp_path / "b")
+    assert "step-00000004: damaged (weights.safetensors does not match" in caplog.text
+    assert "resumes after step 2" in caplog.text
+    assert resumed == pytest.approx(unbroken, abs=1e-6)
+
+
+def test_a_checkpoint_without_manifest_does_not_count(config, splits, tmp_path: Path) -> None:
+    run(config, splits, tmp_path, cut_after=5)
+    (tmp_path / CHECKPOINTS / "step-00000004" / "manifest.json").unlink()
+    found = checkpoint.newest(Location.at(tmp_path / CHECKPOINTS))
+    assert found is not None
+    assert found.step == 2
+
+
+def test_only_the_newest_checkpoints_are_kept(settings, splits, tmp_path: Path) -> None:
+    run(settings(save_strategy="steps", save_steps=1, save_total_limit=2), splits, tmp_path)
+    assert Location.at(tmp_path / CHECKPOINTS).folders() == ["step-00000005", "step-00000006"]

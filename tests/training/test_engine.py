@@ -1,0 +1,103 @@
+"""The arithmetic of a step against transformers, PEFT and torch by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_ft.core.storage import Location
+from raytune_ft.training.batches import TokenRows, step_rows
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.engine import make_trainee, optimizer_for
+from raytune_ft.training.session import Seat, train_in_process
+
+Settings = Callable[..., FineTuningConfig]
+
+
+def history(config: FineTuningConfig, splits: dict[str, list[str]], output: Path | None = None) -> list[float]:
+    losses: list[float] = []
+
+    def report(step, metrics):
+        losses.append(metrics["loss"])
+
+    train_in_process(config, splits, Seat(), output=Location.at(output) if output else None, report=report)
+    return losses
+
+
+def reference(config: FineTuningConfig, splits: dict[str, list[str]], cache: Path) -> list[float]:
+    """Plain PEFT on padded batches: shares nothing with the engine but the order of rows."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, get_scheduler
+
+    base = AutoModelForCausalLM.from_pretrained(config.model_path)
+    torch.manual_seed(config.seed)
+    model = get_peft_model(
+        base, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear")
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=1, num_training_steps=6)
+    data = TokenRows(splits["train"], str(cache))
+    losses = []
+    for rows in islice(step_rows(len(data), config.global_batch_size, config.seed), 6):
+        batch = [data[number] for number in rows]
+        longest = max(len(row.input_ids) for row in batch)
+        ids = torch.tensor([row.input_ids + [0] * (longest - len(row.input_ids)) for row in batch])
+        mask = torch.tensor([[1] * len(row.input_ids) + [0] * (longest - len(row.input_ids)) for row in batch])
+        kept = torch.tensor([row.supervised + [False] * (longest - len(row.supervised)) for row in batch])
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits[kept[:, 1:]], ids[:, 1:][kept[:, 1:]])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_losses_equal_plain_peft_on_padded_batches(settings: Settings, splits, tmp_path: Path) -> None:
+    config = settings()
+    assert history(config, splits) == pytest.approx(reference(config, splits, tmp_path / "cache"), abs=1e-5)
+
+
+def test_accumulation_gives_the_losses_of_the_whole_batch(settings: Settings, splits) -> None:
+    whole = history(settings(per_device_train_batch_size=8), splits)
+    parts = history(settings(per_device_train_batch_size=1, gradient_accumulation_steps=8), splits)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert whole[-1] < whole[0]
+
+
+def test_dropout_is_a_function_of_seed_and_step(settings: Settings, splits) -> None:
+    first, again, other = (history(settings(lora_dropout=0.5, seed=seed), splits) for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_norms_and_biases_do_not_decay(settings: Settings) -> None:
+    config = settings(method="full", weight_decay=0.1)
+    trainee = make_trainee(config, "cpu")
+    decays = {
+        id(p): group["weight_decay"] for group in optimizer_for(trainee, config).param_groups for p in group["params"]
+    }
+    for name, parameter in trainee.trainable().items():
+        assert decays[id(parameter)] == (0.0 if "norm" in name else 0.1), name
+
+
+def test_full_fine_tuning_leaves_a_folder_that_transformers_loads(settings: Settings, splits, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    losses = history(settings(method="full", learning_rate=1e-3), splits, tmp_path / "full")
+    assert losses[-1] < losses[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert AutoTokenizer.from_pretrained(tmp_path / "full").chat_template
+
+
+def test_qlora_trains_an_adapter_on_a_quantized_base(settings: Settings, splits, tmp_path: Path) -> None:
+    losses = history(settings(method="qlora"), splits, tmp_path / "qlora")
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "qlora/adapter_model.safetensors").exists()
