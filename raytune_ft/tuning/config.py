@@ -1,0 +1,67 @@
+"""Settings of a hyperparameter search: what is searched, how, and how far."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raytune_ft.core.config import Config
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.space import Space, check_space
+
+
+class SweepConfig(Config):
+    """A search over training settings, under Ray Tune's schedulers."""
+
+    not_identity: ClassVar[frozenset[str]] = frozenset({"output_dir", "cpus_per_trial", "max_concurrent_trials"})
+
+    output_dir: str = Field(min_length=1)
+    """Folder or URI of the sweep's artifact."""
+    training: FineTuningConfig
+    """What all trials have in common. Its `output_dir` may be left out: trials write below the sweep's."""
+    space: Space
+    """Training settings to search: a list is a grid; ``{uniform: [low, high]}``, ``loguniform``, ``quniform``
+    (with a step) and ``{choice: [...]}`` are sampled."""
+    searcher: Literal["grid", "random"] = "grid"
+    """``grid`` tries all combinations of lists; ``random`` samples every setting `num_trials` times."""
+    num_trials: int | None = Field(None, ge=1)
+    """Number of trials of a random search."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """``asha`` stops the trials that are worse than others at the same step; ``none`` runs each to its last step."""
+    grace_steps: int = Field(1, ge=1)
+    """ASHA: no trial is stopped before this step."""
+    reduction_factor: float = Field(2, gt=1)
+    """ASHA: one in so many trials goes on at each rung."""
+    metric: Literal["eval_loss", "loss"] = "eval_loss"
+    """What is compared, lower is better: validation loss, or training loss where there is no validation split."""
+    cpus_per_trial: float = Field(1, gt=0)
+    """Logical CPUs, and at least as many threads, of a trial."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """Trials at the same time; by default as many as the cluster can hold."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trials_write_below(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and isinstance(settings.get("training"), dict):
+            below = f"{settings.get('output_dir', '')}/trials"
+            return {**settings, "training": {"output_dir": below, **settings["training"]}}
+        return settings
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_space(self.space, self.training)
+        sampled = [key for key, choice in self.space.items() if not isinstance(choice, list)]
+        if self.searcher == "grid" and sampled:
+            raise ValueError(f"space: {', '.join(sampled)} is sampled, which a grid cannot do; set searcher: random")
+        if self.searcher == "random" and self.num_trials is None:
+            raise ValueError("num_trials: a random search needs a number of trials")
+        if self.searcher == "grid" and self.num_trials is not None:
+            raise ValueError("num_trials: a grid has as many trials as combinations; leave it out, or search at random")
+        if self.metric == "eval_loss" and self.training.eval_strategy == "no":
+            raise ValueError("metric: eval_loss needs evaluations; set training.eval_strategy to steps or epoch")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """As `Config.identity`, with the training settings' own exceptions."""
+        return {**super().identity(), "training": self.training.identity()}
