@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.artifacts import begin
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.evaluation import plots
+from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
+from raytune_ft.evaluation.measurement import compared, measured
+from raytune_ft.evaluation.metrics import METRICS
+from raytune_ft.evaluation.report import generate_evaluation_report, number_text, render_html, render_markdown
+from raytune_ft.evaluation.results import (
+    Answer,
+    ComparisonResult,
+    EvaluationResult,
+    ModelScores,
+    read_result,
+    to_json,
+    write_answers,
+)
+
+HOSTILE = "<script>alert('owned')</script></pre><img src=x onerror=alert(1)>\n```\n# not a heading"
+REFERENCE = '{"name": "Ada", "n": 2}'
+
+
+def result(*, rows: int = 8, label: str = "tuned") -> EvaluationResult:
+    config = EvaluationConfig(
+        model_path="runs/tuned",
+        base_model_path="base",
+        dataset_path="d",
+        metrics=["exact_match", "field_f1", "perplexity"],
+    )
+    metrics = {name: METRICS[name]() for name in config.metrics}
+    models = []
+    for name, said, nll in (("base", HOSTILE, 6.0), (label, REFERENCE, 0.6)):
+        answers = tuple(
+            Answer(str(n), f"order {n} <b>now</b>", REFERENCE, said, "length" if n == 0 else "stop", 9, nll, 3)
+            for n in range(rows)
+        )
+        models.append(measured(ModelScores(name, f"runs/{name}", "0123", {}, {}, answers), metrics, seed=0))
+    dataset = {"path": "d", "split": "test", "rows": rows, "digest": "4567"}
+    return EvaluationResult(
+        config.resolved(), dataset, tuple(models), compared(models, metrics, seed=0), "2026-01-01T00:00:00+00:00"
+    )
+
+
+class Tags(HTMLParser):
+    """Collects tags, attributes and text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(page: str) -> Tags:
+    tags = Tags()
+    tags.feed(page)
+    return tags
+
+
+def test_hostile_output_stays_text_on_the_page() -> None:
+    found = result(label="<script>evil()</script>")
+    page = parsed(render_html(found))
+    assert "script" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count(HOSTILE) == 8
+    assert "<script>evil()</script>" in page.text
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_runs_no_scripts() -> None:
+    page = parsed(render_html(result()))
+    sources = [value or "" for name, value in page.attributes if name in {"src", "href"}]
+    assert sources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+
+
+def test_the_page_shows_every_row_of_every_model_and_what_is_right() -> None:
+    page = render_html(result())
+    assert len(re.findall(r'<section class="row', page)) == 8
+    assert page.count(">wrong<") == page.count(">right<") == 8
+    assert "cut off after 9 tokens" in page
+
+
+def test_verdicts_and_intervals_stand_in_both_kinds_of_report() -> None:
+    found = result()
+    words = "Exact match: tuned is better than base on 8 rows (difference +1.000"
+    for page in (render_html(found), render_markdown(found)):
+        assert words in page
+        assert "[1.000, 1.000]" in page
+
+
+def test_markdown_answers_cannot_leave_their_fences() -> None:
+    found = render_markdown(result())
+    assert f"````text\n{HOSTILE}\n````" in found
+    assert "\n# not a heading\n````" in found
+    assert "&lt;script>evil" in render_markdown(result(label="<script>evil()</script>")).partition("## Every row")[0]
+
+
+def test_the_suffix_decides_the_kind_of_report(tmp_path: Path) -> None:
+    found = result()
+    for suffix, start in ((".html", "<!doctype html>"), (".md", "# The tuned model"), (".json", "{")):
+        path = generate_evaluation_report(found, tmp_path / f"report{suffix}")
+        assert Path(path).read_text().startswith(start)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["schema_version"] == 1
+    assert content["models"][0]["answers"][0]["answer"] == HOSTILE
+    with pytest.raises(ConfigError, match=r"must end with .html, .md, .json \(got '.pdf'\)"):
+        generate_evaluation_report(found, tmp_path / "report.pdf")
+
+
+def test_a_result_is_read_back_from_its_files_as_it_was(tmp_path: Path) -> None:
+    found = result()
+    draft = begin(tmp_path / "report", ArtifactKind.REPORT, settings=found.settings)
+    with draft:
+        draft.write_json("results.json", to_json(found))
+        for model in found.models:
+            write_answers(draft.folder / model.file, model.answers)
+    assert replace(read_result(tmp_path / "report"), where="") == found
+
+
+def test_plots_are_the_same_bytes_each_time_and_take_labels_literally() -> None:
+    drawn = plots.draw(result(label="a$b$<c"))
+    assert list(drawn) == ["metrics", "perplexity", "fields"]
+    assert drawn == plots.draw(result(label="a$b$<c"))
+    assert "a$b$&lt;c" in drawn["metrics"]
+
+
+def test_a_ranking_follows_the_direction_of_its_metric() -> None:
+    found = result()
+    config = ComparisonConfig(model_paths=["a", "b"], dataset_path="d", metrics=["perplexity", "exact_match"])
+    ranked = ComparisonResult(config.resolved(), found.dataset, found.models, (), "")
+    assert ranked.ranking("perplexity") == ranked.ranking(EvaluationMetric.EXACT_MATCH) == ["tuned", "base"]
+
+
+def test_numbers_are_short_enough_for_a_table() -> None:
+    assert [number_text(n) for n in (0.12345, 12.345, 1234.56, 123456.0)] == ["0.123", "12.3", "1,234.6", "1.23e+05"]

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from raytune_ft.core.artifacts import begin
+from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.records import Message, Record, records_to_table
+from raytune_ft.evaluation.rows import check_rows, prompt_text, read_rows
+
+ASKED = Record(messages=(Message("system", "Be short."), Message("user", "2 + 2?"), Message("assistant", "4")))
+OPEN = Record(messages=(Message("user", "Capital of France?"),), reference="Paris")
+
+
+def dataset(folder: Path, **splits: list[Record]) -> Path:
+    draft = begin(folder, ArtifactKind.DATASET, settings={})
+    with draft:
+        for name, records in splits.items():
+            (draft.folder / name).mkdir()
+            pq.write_table(records_to_table(records), draft.folder / name / "part-0.parquet")
+    return folder
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_a_split_of_an_artifact_is_read_in_order(tmp_path: Path) -> None:
+    rows = read_rows(str(dataset(tmp_path / "d", train=[OPEN], test=[ASKED, OPEN])), "test")
+    assert [record.id for record in rows.records] == [ASKED.id, OPEN.id]
+    assert (rows.split, rows.parent.role) == ("test", "dataset")
+    assert read_rows(str(tmp_path / "d"), "test", max_rows=1).records == rows.records[:1]
+
+
+def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    folder = dataset(tmp_path / "d", train=[OPEN], validation=[OPEN], rejected=[OPEN])
+    with pytest.raises(DataError, match=r"has no split 'test' \(splits with rows: train, validation\)"):
+        read_rows(str(folder), "test")
+
+
+def test_an_unfinished_dataset_is_refused(tmp_path: Path) -> None:
+    begin(tmp_path / "d", ArtifactKind.DATASET, settings={})
+    with pytest.raises(ArtifactError, match="did not finish"):
+        read_rows(str(tmp_path / "d"), "test")
+
+
+def test_files_of_conversations_are_read_with_or_without_a_folder(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}], "other": 1}
+    jsonl(tmp_path / "test.jsonl", row)
+    pq.write_table(records_to_table([ASKED]), tmp_path / "held_out.parquet")
+    alone = read_rows(str(tmp_path / "test.jsonl"), "ignored")
+    assert (alone.records[0].answer, alone.split) == ("4", None)
+    assert read_rows(str(tmp_path), "test").records == alone.records
+    assert read_rows(str(tmp_path), "held_out").records[0].id == ASKED.id
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"messages": [', "is not valid JSON"),
+        ('{"prompt": "a", "completion": "b"}', "neither `messages` nor `text`; run `raytune-ft prepare`"),
+        ('{"messages": "hello"}', "must be a list of messages"),
+        ('{"messages": [{"role": "boss", "content": "a"}]}', "a message needs a role"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "a content that is text"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
+    path = jsonl(tmp_path / "test.jsonl", {"text": "fine"}, line)
+    with pytest.raises(DataError, match=rf"test\.jsonl:2: .*{fault}"):
+        read_rows(str(path), "test")
+
+
+def test_what_cannot_be_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such dataset"):
+        read_rows(str(tmp_path / "nothing"), "test")
+    with pytest.raises(DataError, match="holds no rows"):
+        read_rows(str(jsonl(tmp_path / "empty.jsonl")), "test")
+    with pytest.raises(DataError, match="run `raytune-ft prepare`"):
+        read_rows(str(jsonl(tmp_path / "rows.csv", "a,b")), "test")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        read_rows(str(tmp_path / "bad.parquet"), "test")
+
+
+def test_rows_without_references_are_counted_and_refused(tmp_path: Path) -> None:
+    questions = [{"messages": [{"role": "user", "content": "hm?"}]}] * 2
+    rows = read_rows(str(jsonl(tmp_path / "t.jsonl", ASKED.to_row(), *questions)), "test")
+    with pytest.raises(DataError, match=r"2 of 3 rows \(the first is row 2\) have no reference"):
+        check_rows(rows, needs_answers=False)
+
+
+def test_raw_text_has_a_perplexity_but_no_answer(tmp_path: Path) -> None:
+    rows = read_rows(str(jsonl(tmp_path / "t.jsonl", {"text": "Once upon a time"})), "test")
+    check_rows(rows, needs_answers=False)
+    with pytest.raises(DataError, match="only perplexity"):
+        check_rows(rows, needs_answers=True)
+
+
+def test_the_prompt_reads_like_what_the_user_said() -> None:
+    assert prompt_text(ASKED) == "2 + 2?"
+    longer = Record(messages=(Message("user", "a"), Message("assistant", "b"), Message("user", "c")))
+    assert prompt_text(longer) == "user: a\nassistant: b\nuser: c"
