@@ -1,0 +1,117 @@
+"""Settings of compression: how weights are quantized or pruned, and the jobs that the command line reads."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from raytune_ft.core.config import Config
+from raytune_ft.models.config import Precision
+
+_PATTERN = re.compile(r"(\d+):(\d+)")
+
+
+class QuantizationMethod(StrEnum):
+    """A format that quantized weights are stored in."""
+
+    BITSANDBYTES = "bitsandbytes"
+
+
+class PruningMethod(StrEnum):
+    """How the weights that become zero are chosen."""
+
+    MAGNITUDE = "magnitude"
+    STRUCTURED = "structured"
+
+
+class PruningScope(StrEnum):
+    """Within what the smallest weights are looked for."""
+
+    LAYER = "layer"
+    GLOBAL = "global"
+
+
+class QuantizationConfig(Config):
+    """How the linear layers of a model are quantized; embeddings, norms and ``lm_head`` keep the source's precision."""
+
+    method: QuantizationMethod = QuantizationMethod.BITSANDBYTES
+    """The format; `transformers` loads ``bitsandbytes`` on CPU and GPU, vLLM on GPU only."""
+    bits: Literal[4, 8] = 4
+    """Bits a weight: 4 (nf4 or fp4, in blocks of 64 weights) or 8 (int8, one scale a row)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The sixteen values of a 4-bit weight: ``nf4`` (quantiles of a normal distribution) or ``fp4`` (a tiny float)."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the 4-bit blocks' scales too, which saves 0.4 bits a weight."""
+    bnb_4bit_compute_dtype: Precision = Precision.AUTO
+    """Precision that 4-bit weights are multiplied in; ``auto`` is the precision that the source is stored in."""
+    llm_int8_threshold: float = Field(6.0, ge=0)
+    """8 bits: input columns with a value above this are multiplied unquantized (Dettmers et al. 2022,
+    arXiv:2208.07339), which keeps much of the quality. The columns are found over the whole batch, so a neighbour's row
+    can change the last digits of a result; 0 turns it off and makes rows independent of each other."""
+
+
+class QuantizationJob(QuantizationConfig):
+    """A model to quantize, and where the result goes: what ``raytune-ft quantize`` reads."""
+
+    not_identity: ClassVar[frozenset[str]] = Config.not_identity | {"model_path"}
+
+    model_path: str = Field(min_length=1)
+    """The source: a Hugging Face folder, hub id, adapter, or model artifact; it is only read."""
+    output_dir: str = Field(min_length=1)
+    """New folder of the quantized model; a local path or a URI."""
+
+
+class PruningConfig(Config):
+    """Which weights of a model's linear layers become zero; embeddings, norms and ``lm_head`` are left alone."""
+
+    method: PruningMethod = PruningMethod.MAGNITUDE
+    """``magnitude`` zeroes the smallest weights; ``structured`` the smallest of each group along the input (N:M)."""
+    target_sparsity: float = Field(0.3, gt=0, lt=1)
+    """Share of the linear layers' weights that becomes zero; for ``structured`` it follows from the pattern."""
+    scope: PruningScope = PruningScope.LAYER
+    """``magnitude``: the same share in every layer, or the smallest weights of all layers together (``global``)."""
+    pattern: str = "2:4"
+    """``structured``: N:M, of every M neighbouring weights along the input the N largest stay."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("method") != PruningMethod.STRUCTURED:
+            return data
+        match = _PATTERN.fullmatch(str(data.get("pattern", cls.model_fields["pattern"].default)))
+        if match and 0 < int(match[1]) < int(match[2]) and data.get("target_sparsity") is None:
+            return {**data, "target_sparsity": 1 - int(match[1]) / int(match[2])}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PruningConfig:
+        match = _PATTERN.fullmatch(self.pattern)
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError(f"pattern: expected N:M with 0 < N < M, for example 2:4 (got {self.pattern!r})")
+        kept, group = self.kept_of_group
+        if self.method is PruningMethod.STRUCTURED and abs(self.target_sparsity - (1 - kept / group)) > 1e-6:
+            raise ValueError(
+                f"target_sparsity: the pattern {self.pattern} zeroes {1 - kept / group:g} of the weights "
+                f"(got {self.target_sparsity:g}); leave target_sparsity out, or use method magnitude"
+            )
+        return self
+
+    @property
+    def kept_of_group(self) -> tuple[int, int]:
+        """N and M of the pattern."""
+        kept, group = self.pattern.split(":")
+        return int(kept), int(group)
+
+
+class PruningJob(PruningConfig):
+    """A model to prune, and where the result goes: what ``raytune-ft prune`` reads."""
+
+    not_identity: ClassVar[frozenset[str]] = Config.not_identity | {"model_path"}
+
+    model_path: str = Field(min_length=1)
+    """The source: a Hugging Face folder, hub id, adapter, or model artifact; it is only read."""
+    output_dir: str = Field(min_length=1)
+    """New folder of the pruned model; a local path or a URI."""

@@ -1,0 +1,110 @@
+"""A model to fewer bits: linear layers through bitsandbytes, everything else as it was.
+
+The embeddings, the norms and the output head (`lm_head`) keep the precision that the source is stored in: they are
+read once a token or decide every token's rank, and a head that is tied to the embeddings cannot be quantized alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytune_ft.compression.agreement import Agreement, compare, next_token_logits, text_ids
+from raytune_ft.compression.config import QuantizationConfig
+from raytune_ft.compression.source import full_precision
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.config import Precision
+from raytune_ft.models.loading import load_tokenizer
+
+_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantization made: sizes of the weights in bytes, which layers, and how alike the models answer."""
+
+    bytes_before: int
+    bytes_after: int
+    layers_quantized: int
+    weights_quantized: int
+    weights_kept: int
+    agreement: Agreement
+
+
+def write_quantized(reference: str, folder: Path, config: QuantizationConfig, *, device: str = "cpu") -> Quantized:
+    """Writes a quantized copy of a model, with its tokenizer and chat template, that plain `transformers` loads.
+
+    An adapter is merged in full precision first. The figures are measured on the folder as it is loaded back.
+
+    Raises:
+        ModelError: if the source is no model, is quantized already, has an adapter that cannot merge, or has no
+            linear layer to quantize.
+        RunError: if the quantized model's outputs are not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with full_precision(reference) as source:
+        model = source.load(device=device)
+        tokenizer = load_tokenizer(source.path)
+        ids = text_ids(tokenizer, getattr(model.config, "max_position_embeddings", None))
+        expected = next_token_logits(model, ids)
+        bytes_before = weight_bytes(model)
+        settings = _bitsandbytes(config, head=head_names(model), dtype=model.dtype)
+        del model
+        model = source.load(device=device, quantization_config=settings)
+    layers = _quantized_layers(model)
+    if not layers:
+        raise ModelError(f"{reference}: has no linear layer besides its head; there is nothing to quantize")
+    kept = {id(p): p.numel() for p in model.parameters()}
+    for layer in layers:
+        kept.pop(id(layer.weight), None)
+    # Saved before its first forward pass: some CPUs repack 4-bit weights then, into a layout for this machine only.
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    return Quantized(
+        bytes_before=bytes_before,
+        bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        layers_quantized=len(layers),
+        weights_quantized=sum(layer.in_features * layer.out_features for layer in layers),
+        weights_kept=sum(kept.values()),
+        agreement=compare(expected, next_token_logits(loaded, ids)),
+    )
+
+
+def _bitsandbytes(config: QuantizationConfig, *, head: list[str], dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.bits == 8:
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=config.llm_int8_threshold, llm_int8_skip_modules=head
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=_DTYPES.get(config.bnb_4bit_compute_dtype, dtype),
+        llm_int8_skip_modules=head,
+    )
+
+
+def head_names(model: Any) -> list[str]:
+    """Dotted names of the output head's module (`lm_head` in most models)."""
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if head is not None and module is head]
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the model's weights, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _quantized_layers(model: Any) -> list[Any]:
+    import bitsandbytes
+
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return [module for module in model.modules() if isinstance(module, kinds)]

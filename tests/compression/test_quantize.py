@@ -1,0 +1,117 @@
+"""Quantized folders, loaded back by plain transformers; bounds are several times what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_ft.compression.config import QuantizationConfig
+from raytune_ft.compression.quantize import write_quantized
+from raytune_ft.compression.source import refuse_quantized
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.config import Precision
+
+# The tiny model's 14 linear layers hold 73,728 weights; its embeddings, head and norms the other 49,472, in fp32.
+LINEAR, KEPT = 73_728, 49_472
+
+
+@pytest.mark.parametrize(
+    ("config", "top1", "kl", "bits"),
+    [
+        (QuantizationConfig(), 0.8, 1e-3, 4),
+        (QuantizationConfig(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), 0.7, 2e-3, 4),
+        (QuantizationConfig(bits=8), 0.95, 1e-5, 8),
+    ],
+)
+def test_a_quantized_folder_loads_with_plain_transformers_and_answers_alike(
+    tiny_model: Path, tmp_path: Path, config: QuantizationConfig, top1: float, kl: float, bits: int
+):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    made = write_quantized(str(tiny_model), tmp_path, config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    source = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert getattr(model, f"is_loaded_in_{bits}bit")
+    assert torch.equal(model.lm_head.weight, source.lm_head.weight), "the head stays as it was"
+    assert torch.equal(model.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == (tiny_model / "chat_template.jinja").read_text()
+    assert (made.layers_quantized, made.weights_quantized, made.weights_kept) == (14, LINEAR, KEPT)
+    assert made.agreement.top1 > top1
+    assert 0 < made.agreement.kl < kl
+    ids = torch.tensor([[3, 40, 80, 120]])
+    with torch.no_grad():
+        assert (model(ids).logits - source(ids).logits).abs().max() < 0.2 * source(ids).logits.abs().max()
+
+
+def test_sizes_are_those_of_the_weights(tiny_model: Path, tmp_path: Path):
+    made = write_quantized(str(tiny_model), tmp_path, QuantizationConfig(bits=8))
+    assert made.bytes_before == 4 * (LINEAR + KEPT)
+    assert made.bytes_after == (tmp_path / "model.safetensors").stat().st_size
+    # 1 byte a weight, 4 bytes a row's scale and each kept weight; the header of the file adds a few kB.
+    assert LINEAR + 4 * KEPT < made.bytes_after < LINEAR + 4 * KEPT + 12_000
+
+
+def test_nothing_is_pickled(tiny_model: Path, tmp_path: Path):
+    write_quantized(str(tiny_model), tmp_path, QuantizationConfig())
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".jinja", ".safetensors"}
+
+
+def test_the_compute_precision_is_written_down(tiny_model: Path, tmp_path: Path):
+    write_quantized(str(tiny_model), tmp_path, QuantizationConfig(bnb_4bit_compute_dtype=Precision.BF16))
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert settings["bnb_4bit_compute_dtype"] == "bfloat16"
+    assert settings["llm_int8_skip_modules"] == ["lm_head"]
+
+
+def test_a_quantized_source_is_refused_by_name(tiny_model: Path, tmp_path: Path):
+    write_quantized(str(tiny_model), tmp_path, QuantizationConfig())
+    with pytest.raises(ModelError, match=r"is quantized already \(bitsandbytes, 4 bits nf4\)"):
+        refuse_quantized(str(tmp_path))
+
+
+def test_an_adapter_is_merged_before_it_is_quantized(tiny_model: Path, tmp_path: Path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    write_quantized(str(tmp_path / "adapter"), tmp_path / "small", QuantizationConfig(bits=8))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    bare = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter").eval()
+    ids = torch.tensor([[3, 40, 80, 120, 7, 9]])
+    with torch.no_grad():
+        to_adapted = (small(ids).logits - adapted(ids).logits).abs().max()
+        to_bare = (small(ids).logits - bare(ids).logits).abs().max()
+    assert to_adapted < to_bare / 10
+    assert not (tmp_path / "small" / "adapter_config.json").exists()
+
+
+def test_an_adapter_that_cannot_merge_is_refused_by_name(tiny_model: Path, tmp_path: Path):
+    from peft import PrefixTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    prefix = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    get_peft_model(base, prefix).save_pretrained(tmp_path / "prefix")
+    with pytest.raises(ModelError, match="PREFIX_TUNING"):
+        write_quantized(str(tmp_path / "prefix"), tmp_path / "small", QuantizationConfig())
+
+
+def test_damaged_weights_are_a_model_error(tiny_model: Path, tmp_path: Path):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        write_quantized(str(broken), tmp_path / "small", QuantizationConfig())
