@@ -1,0 +1,247 @@
+"""Where serving meets Ray: an endpoint is started on Ray Serve, waited for, and taken down again."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect
+from raytune_ft.core.errors import RaytuneError, ServingError
+from raytune_ft.core.storage import Location
+from raytune_ft.models.loading import resolve_model
+from raytune_ft.serving.config import ServingConfig
+
+logger = logging.getLogger("raytune_ft")
+
+_APPLICATION = "raytune_ft"
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class ModelServer:
+    """A model behind an OpenAI-compatible endpoint, for as long as the ``with`` block (or until `stop`).
+
+    ```
+    with ModelServer(ServingConfig(model_path="tuned")) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none")
+    ```
+    """
+
+    def __init__(self, config: ServingConfig) -> None:
+        self.config = config
+        self.url = ""
+        self._started = False
+        self._ended = threading.Event()
+
+    def start(self) -> str:
+        """Starts the endpoint and returns its base URL (``http://127.0.0.1:8000/v1``) when it answers.
+
+        Raises:
+            ServingError: if the address is taken or not this machine's, the cluster has an endpoint already, or the
+                endpoint does not come up in time.
+            ModelError: if the model cannot be loaded.
+            ClusterError: if the cluster cannot place the replicas.
+        """
+        if self.url:
+            return self.url
+        port = free_port(self.config.host, self.config.port)
+        resolve_model(self.config.model_path)
+        cluster = connect()
+        cluster.admit(_plan(self.config, cluster))
+        _refuse_second()
+        atexit.register(self.stop)  # runs before Ray's own handler: on a joined cluster Serve would outlive us
+        self._started = True
+        self._ended.clear()
+        root = _root(self.config.host, port)
+        try:
+            _deploy(self.config, cluster, port)
+            _wait_healthy(root, self.config.startup_timeout_s)
+        except BaseException:
+            self.stop()
+            raise
+        self.url = f"{root}/v1"
+        logger.info("Serving %s as %r at %s", self.config.model_path, self.config.served_name, self.url)
+        return self.url
+
+    def stop(self) -> None:
+        """Takes the endpoint down; requests in flight are answered first, for at most ten seconds."""
+        self._ended.set()
+        if not self._started:
+            return
+        self._started, self.url = False, ""
+        atexit.unregister(self.stop)
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            serve.shutdown()
+
+    def serve_forever(self) -> None:
+        """Starts the endpoint, if it is not up, and returns when Ctrl-C or SIGTERM came or `stop` was called."""
+        with self, _signals(self._ended.set):
+            logger.info("Ctrl-C stops it")
+            while not self._ended.wait(1.0):
+                pass
+            logger.info("Stopping")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def serve(config: ServingConfig) -> None:
+    """Serves a model until Ctrl-C or SIGTERM; see `ModelServer`."""
+    ModelServer(config).serve_forever()
+
+
+def free_port(host: str, port: int) -> int:
+    """`port`, or a free one for 0, after checking that it can be listened on.
+
+    Raises:
+        ServingError: naming the address, and how to choose another.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+            return int(probe.getsockname()[1])
+    except socket.gaierror:
+        raise ServingError(f"host: {host!r} is no address of this machine; 127.0.0.1 is this machine only") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ServingError(
+                f"port {port} on {host} is in use by another program; choose another (port={port + 1}), or 0 for a "
+                "free one"
+            ) from None
+        raise ServingError(f"{host}:{port} cannot be listened on: {error.strerror}; change host or port") from None
+
+
+def _root(host: str, port: int) -> str:
+    address = _EVERY_ADDRESS.get(host, host)
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+
+
+def _plan(config: ServingConfig, cluster: Cluster) -> ResourcePlan:
+    replica = Demand("replica", config.num_replicas, config.num_cpus, _gpus(cluster), threads=config.num_cpus)
+    return ResourcePlan(f"serve {config.model_path}", (replica,))
+
+
+def _gpus(cluster: Cluster) -> int:
+    return 1 if cluster.gpus else 0
+
+
+def _refuse_second() -> None:
+    from ray import serve
+
+    status = serve.status()
+    if status.proxies or status.applications:
+        names = ", ".join(repr(name) for name in status.applications) or "none yet"
+        raise ServingError(
+            f"this cluster has a Ray Serve endpoint already (applications: {names}), and a cluster has one HTTP "
+            "address; stop that one first"
+        )
+
+
+def _deploy(config: ServingConfig, cluster: Cluster, port: int) -> None:
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from raytune_ft.serving.app import Endpoint
+
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    _start_serve(config.host, port, quiet)
+    given = Location.at(config.model_path)  # a replica has another working folder: a local path becomes absolute
+    reference = given.uri if given.exists() else config.model_path
+    device = "cuda" if cluster.gpus else "cpu"
+    deployment: Any = Endpoint
+    application = deployment.options(
+        num_replicas=config.num_replicas,
+        max_ongoing_requests=2 * (config.max_queued_requests + config.max_batch_size),
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _gpus(cluster)},
+        logging_config=quiet,
+    ).bind(config, reference, device)
+    target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    _wait_running(config.startup_timeout_s)
+    failure: RaytuneError | None = handle.why_not_loaded.remote().result()
+    if failure is not None:
+        raise failure
+
+
+def _start_serve(host: str, port: int, logging_config: Any) -> None:
+    from ray import exceptions, serve
+    from ray.serve.config import HTTPOptions
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    options = HTTPOptions(host=host, port=port)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+    except (exceptions.RayActorError, TimeoutError):
+        # On a busy machine Serve replaces a proxy that needs more than five seconds to start, and gives up waiting
+        # for the first one. The controller lives and goes on; waiting for /health covers the next proxy.
+        serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
+
+
+def _wait_running(limit_s: float) -> None:
+    from ray import serve
+
+    deadline = time.monotonic() + limit_s
+    while True:
+        application = serve.status().applications[_APPLICATION]
+        if application.status == "RUNNING":
+            return
+        if application.status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+            faults = [d.message for d in application.deployments.values() if d.message] or [application.message]
+            raise ServingError(f"the endpoint did not come up: {faults[0].strip().splitlines()[-1]}")
+        if time.monotonic() > deadline:
+            raise ServingError(
+                f"the endpoint was not up after {limit_s:g} seconds ({application.status}); "
+                "raise startup_timeout_s if the model is large"
+            )
+        time.sleep(0.1)
+
+
+def _wait_healthy(root: str, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            with urllib.request.urlopen(f"{root}/health", timeout=10) as response:
+                if response.status == 200:
+                    return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise ServingError(f"{root}/health does not answer after {limit_s:g} seconds: {error}") from None
+        time.sleep(0.05)
+
+
+@contextmanager
+def _signals(end: Callable[[], None]) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM call `end` inside the block, where this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: end())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
