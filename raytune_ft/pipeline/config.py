@@ -1,0 +1,88 @@
+"""Settings of a pipeline: every step's own settings, with the joints between them filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from raytune_ft.compression.config import QuantizationJob
+from raytune_ft.core.config import Config
+from raytune_ft.core.storage import Location
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.evaluation.config import EvaluationConfig
+from raytune_ft.serving.config import ServingConfig
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.config import SweepConfig
+
+
+class PipelineConfig(Config):
+    """Prepare, search, train, evaluate, quantize and serve; a step that is left out is not done.
+
+    Every step's folder lies below `storage_path`, and what one step makes is what the next one takes: those paths
+    need not (and cannot) be given.
+    """
+
+    storage_path: str = Field(min_length=1)
+    """Folder or URI, reachable from every node, below which each step has its folder."""
+    model_path: str = Field(min_length=1)
+    """The base model."""
+    prepare: DataCollectionConfig
+    """Records to a dataset. A source ``quickstart:NAME`` is a file that ships with the package."""
+    tune: SweepConfig | None = None
+    """Search; its `training` says how trials differ from `train`."""
+    train: FineTuningConfig
+    """Training; the settings that the search found best replace these."""
+    evaluate: EvaluationConfig | None = None
+    """Evaluation of the base model and the tuned one on the test split."""
+    quantize: QuantizationJob | None = None
+    """Quantization of the tuned model."""
+    serve: ServingConfig | None = None
+    """The endpoint; one held-out request is sent to it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _joined(cls, settings: Any) -> Any:
+        if not isinstance(settings, Mapping) or not isinstance(settings.get("storage_path"), str):
+            return settings
+        return _join(dict(settings))
+
+    @property
+    def storage(self) -> Location:
+        """Where everything lies."""
+        return Location.at(self.storage_path)
+
+
+def _join(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fills in the paths that lead from step to step."""
+    storage = Location.at(settings["storage_path"])
+    places = {name: (storage / name).uri for name in ("dataset", "sweep", "tuned", "evaluation", "quantized")}
+    model = settings.get("model_path")
+    training = {"model_path": model, "dataset_path": places["dataset"]}
+    train = settings.get("train")
+    if isinstance(train, Mapping):
+        train = settings["train"] = {**train, **training, "output_dir": places["tuned"]}
+    _fill(settings, "prepare", output_path=places["dataset"], model_path=model)
+    if isinstance(settings.get("tune"), Mapping):
+        own = settings["tune"].get("training") or {}
+        trials = {**(train if isinstance(train, Mapping) else {}), "num_workers": 1, **own, **training}
+        trials["output_dir"] = (storage / "sweep" / "trials").uri
+        _fill(settings, "tune", output_dir=places["sweep"], training=trials)
+    _fill(
+        settings,
+        "evaluate",
+        model_path=places["tuned"],
+        base_model_path=model,
+        dataset_path=places["dataset"],
+        output_dir=places["evaluation"],
+    )
+    _fill(settings, "quantize", model_path=places["tuned"], output_dir=places["quantized"])
+    served = places["quantized"] if settings.get("quantize") is not None else places["tuned"]
+    _fill(settings, "serve", model_path=served)
+    return settings
+
+
+def _fill(settings: dict[str, Any], step: str, **joints: Any) -> None:
+    if isinstance(settings.get(step), Mapping):
+        settings[step] = {**settings[step], **joints}

@@ -1,0 +1,223 @@
+"""The steps in their order: each takes finished artifacts and leaves one, so a second run redoes nothing.
+
+Meets Ray only through the rooms that it calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from raytune_ft.compression.run import quantize
+from raytune_ft.core import cluster
+from raytune_ft.core.artifacts import Artifact, begin, has_manifest
+from raytune_ft.core.errors import RunError
+from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.records import Record
+from raytune_ft.core.storage import Location
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.run import prepare
+from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.results import read_result
+from raytune_ft.evaluation.run import evaluate
+from raytune_ft.models.loading import shared_model
+from raytune_ft.pipeline.config import PipelineConfig
+from raytune_ft.pipeline.report import Story, render
+from raytune_ft.pipeline.sources import placed
+from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.run import ModelServer
+from raytune_ft.training.run import train
+from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.run import tune
+
+logger = logging.getLogger("raytune_ft")
+
+
+class Pipeline:
+    """Runs the steps of its settings, one after the other."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+
+    def run(self) -> Artifact:
+        """Runs what is not finished yet, and returns the pipeline's artifact (``report.html``, ``summary.json``).
+
+        Raises:
+            UserError: for what the user can mend.
+            RunError: if a step failed; the finished steps stay, and the same command goes on from there.
+        """
+        return run_pipeline(self.config)
+
+
+@dataclass
+class _Steps:
+    """Counts the steps, and keeps what they made."""
+
+    names: list[str]
+    made: dict[str, Artifact] = field(default_factory=dict)
+
+    def take(self, name: str, work: Callable[[], Artifact]) -> Artifact:
+        """Does a step and keeps its artifact."""
+        logger.info("[%d/%d] %s", self.names.index(name) + 1, len(self.names), name)
+        started = time.perf_counter()
+        self.made[name] = work()
+        seconds = time.perf_counter() - started
+        logger.info("[%d/%d] %s: %.0f s", self.names.index(name) + 1, len(self.names), name, seconds)
+        return self.made[name]
+
+
+def run_pipeline(config: PipelineConfig) -> Artifact:
+    """The verb: see `Pipeline.run`."""
+    names = [name for name in ("prepare", "tune", "train", "evaluate", "quantize", "serve") if getattr(config, name)]
+    for line in plan(config, names):
+        logger.info("%s", line)
+    cluster.connect()
+    storage = config.storage
+    base = shared_model(config.model_path, storage)
+    steps = _Steps(names)
+    steps.take("prepare", lambda: prepare(_prepare_settings(config, base)))
+    training = config.train.with_overrides(model_path=base)
+    if config.tune is not None:
+        search = _based(config.tune, base)
+        found = steps.take("tune", lambda: tune(search))
+        training = training.with_overrides(**found.numbers["best_settings"])
+    logger.info("train: learning_rate %g, lora_r %d", training.learning_rate, training.lora_r)
+    steps.take("train", lambda: train(training))
+    if config.evaluate is not None:
+        evaluation = config.evaluate.with_overrides(base_model_path=base)
+        steps.take("evaluate", lambda: evaluate(evaluation))
+    if config.quantize is not None:
+        job = config.quantize
+        steps.take("quantize", lambda: quantize(job))
+    if config.serve is not None:
+        serving = config.serve
+        steps.take("serve", lambda: ask_endpoint(serving, steps.made, storage / "endpoint"))
+    return _conclude(config, steps)
+
+
+def plan(config: PipelineConfig, names: list[str]) -> list[str]:
+    """What the pipeline is going to do, a line a step, with what is finished already."""
+    folders = {"prepare": "dataset", "tune": "sweep", "train": "tuned", "evaluate": "evaluation"}
+    folders |= {"quantize": "quantized", "serve": "endpoint"}
+    words = {
+        "prepare": f"clean, split and tokenize {', '.join(config.prepare.sources)}",
+        "tune": f"search {', '.join(config.tune.space)}" if config.tune else "",
+        "train": f"{config.train.method} with {config.train.num_workers} worker(s), ZeRO-{config.train.zero_stage}",
+        "evaluate": "the base and the tuned model on the test split",
+        "quantize": f"{config.quantize.method}, {config.quantize.bits} bits" if config.quantize else "",
+        "serve": "host it, and send one held-out request",
+    }
+    lines = [f"Plan for {config.model_path}, everything below {config.storage}:"]
+    for number, name in enumerate(names, start=1):
+        state = " (finished before)" if has_manifest(config.storage / folders[name]) else ""
+        lines.append(f"  {number}. {name}: {words[name]} -> {folders[name]}/{state}")
+    return lines
+
+
+def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Location) -> Artifact:
+    """Serves the last model, sends it the first test record's prompt by the `openai` client, and keeps the exchange.
+
+    Raises:
+        RunError: if the dataset has no test record to ask for.
+    """
+    model = made.get("quantize") or made["train"]
+    draft = begin(
+        where,
+        ArtifactKind.ENDPOINT,
+        settings=config.resolved(),
+        identity=config.identity(),
+        parents=[model.as_parent("model"), made["prepare"].as_parent("dataset")],
+    )
+    if draft.finished:
+        logger.info("serve: found finished at %s", where)
+        return draft.finished
+    with draft:
+        record = _first_test_record(made["prepare"])
+        with ModelServer(config) as server:
+            exchange = _ask(server.url, config.served_name, record)
+        draft.write_json("exchange.json", exchange)
+        draft.numbers |= {"seconds": exchange["seconds"], "as_expected": exchange["answer"] == exchange["expected"]}
+        logger.info("served model says: %s (expected: %s)", exchange["answer"], exchange["expected"])
+    return draft.artifact
+
+
+def _ask(url: str, model: str, record: Record) -> dict[str, Any]:
+    from openai import OpenAI
+
+    messages: Any = [{"role": message.role, "content": message.content} for message in record.prompt]
+    client = OpenAI(base_url=url, api_key="none", max_retries=0)
+    started = time.perf_counter()
+    reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=128)
+    return {
+        "url": url,
+        "messages": messages,
+        "answer": reply.choices[0].message.content,
+        "expected": record.answer,
+        "usage": reply.usage.model_dump() if reply.usage else None,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _first_test_record(dataset: Artifact) -> Record:
+    import pyarrow.parquet as pq
+
+    for name in sorted(dataset.manifest.files):
+        if name.startswith("test/") and name.endswith(".parquet"):
+            place = dataset / name
+            rows = next(pq.ParquetFile(place.path, filesystem=place.filesystem).iter_batches(1)).to_pylist()
+            return Record.from_row(rows[0])
+    raise RunError(f"{dataset.location}: has no test split to take a held-out request from; set prepare.test_split")
+
+
+def _prepare_settings(config: PipelineConfig, base: str) -> DataCollectionConfig:
+    return config.prepare.with_overrides(
+        model_path=base,
+        sources=[placed(source, config.storage) for source in config.prepare.sources],
+        test_sources=[placed(source, config.storage) for source in config.prepare.test_sources],
+    )
+
+
+def _based(search: SweepConfig, base: str) -> SweepConfig:
+    return search.with_overrides(training=search.training.with_overrides(model_path=base).model_dump())
+
+
+def _conclude(config: PipelineConfig, steps: _Steps) -> Artifact:
+    draft = begin(
+        config.storage / "pipeline",
+        ArtifactKind.PIPELINE,
+        settings=config.resolved(),
+        identity={"steps": steps.names},
+        parents=[artifact.as_parent(name) for name, artifact in steps.made.items()],
+    )
+    if draft.finished:
+        return draft.finished
+    with draft:
+        story = Story.of(steps.made)
+        (draft.folder / "report.html").write_text(render(story), encoding="utf-8")
+        draft.numbers |= headline(steps.made)
+        draft.write_json("summary.json", draft.numbers)
+    return draft.artifact
+
+
+def headline(made: dict[str, Artifact]) -> dict[str, Any]:
+    """The pipeline's figures: what was measured of base and tuned model, sizes, and the time each step took."""
+    numbers: dict[str, Any] = {}
+    if "tune" in made:
+        numbers["Best settings"] = made["tune"].numbers["best_settings"]
+    if "evaluate" in made:
+        result = read_result(made["evaluate"])
+        for metric in EvaluationMetric:
+            if metric in result.metrics:
+                values = [f"{model.label} {model.values[metric.facts.headline]:.3f}" for model in result.models]
+                numbers[metric.facts.title] = " -> ".join(values)
+    if "quantize" in made:
+        before, after = (made["quantize"].numbers[key] / 1e6 for key in ("bytes_before", "bytes_after"))
+        numbers["Size"] = f"{before:.0f} MB -> {after:.0f} MB ({made['quantize'].manifest.settings['bits']} bits)"
+    if "serve" in made:
+        right = "as expected" if made["serve"].numbers["as_expected"] else "not as expected"
+        numbers["Held-out request"] = f"answered {right} in {made['serve'].numbers['seconds']} s"
+    numbers["Seconds"] = {name: artifact.seconds for name, artifact in made.items()}
+    return numbers

@@ -1,0 +1,59 @@
+"""One file of settings becomes every step's own, with the joints filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.errors import ConfigError, DataError
+from raytune_ft.core.storage import Location
+from raytune_ft.pipeline.config import PipelineConfig
+from raytune_ft.pipeline.sources import placed
+
+SETTINGS = {
+    "storage_path": "/runs/a",
+    "model_path": "m",
+    "prepare": {"sources": ["a.jsonl"]},
+    "tune": {"space": {"lora_r": [4, 8]}, "training": {"max_steps": 4}},
+    "train": {"learning_rate": 0.001, "num_workers": 2},
+    "evaluate": {"metrics": ["perplexity"]},
+    "quantize": {},
+    "serve": {},
+}
+
+
+def test_what_one_step_makes_is_what_the_next_one_takes() -> None:
+    config = PipelineConfig(**SETTINGS)
+    assert config.prepare.output_path == "/runs/a/dataset"
+    assert config.train.dataset_path == config.prepare.output_path
+    assert config.evaluate is not None and config.evaluate.model_path == config.train.output_dir == "/runs/a/tuned"
+    assert config.evaluate.base_model_path == "m"
+    assert config.quantize is not None and config.quantize.model_path == config.train.output_dir
+    assert config.serve is not None and config.serve.model_path == config.quantize.output_dir
+
+
+def test_trials_differ_from_training_only_where_the_search_says() -> None:
+    config = PipelineConfig(**SETTINGS)
+    assert config.tune is not None
+    assert (config.tune.training.learning_rate, config.tune.training.max_steps) == (0.001, 4)
+    assert (config.tune.training.num_workers, config.train.num_workers) == (1, 2)
+
+
+def test_without_quantization_the_tuned_model_is_served() -> None:
+    config = PipelineConfig(**{key: value for key, value in SETTINGS.items() if key != "quantize"})
+    assert config.serve is not None and config.serve.model_path == "/runs/a/tuned"
+
+
+def test_a_misspelt_key_deep_inside_says_where_and_what_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"train.lerning_rate: there is no such setting; did you mean learning_rate"):
+        PipelineConfig(**{**SETTINGS, "train": {"lerning_rate": 1}})
+
+
+def test_shipped_data_is_placed_on_the_runs_storage(tmp_path: Path) -> None:
+    where = placed("quickstart:orders.jsonl", Location.at(tmp_path))
+    assert Path(where).parent == tmp_path / "sources"
+    assert Path(where).read_text().count("\n") > 400
+    assert placed("mine.jsonl", Location.at(tmp_path)) == "mine.jsonl"
+    with pytest.raises(DataError, match=r"did you mean quickstart:orders.jsonl"):
+        placed("quickstart:order.jsonl", Location.at(tmp_path))
