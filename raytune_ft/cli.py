@@ -1,0 +1,285 @@
+"""The door: ``raytune-ft VERB CONFIG.yaml [dotted.key=value ...]``, and the only table of verbs.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake (a message, no traceback), 130 interrupted. Everything heavy is
+imported after the arguments are known, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raytune_ft.core.errors import ConfigError, RaytuneError
+
+if TYPE_CHECKING:
+    from raytune_ft.core.artifacts import Artifact
+    from raytune_ft.core.config import Config
+
+logger = logging.getLogger("raytune_ft")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb of the command line reads and calls, as ``module:name`` below ``raytune_ft``."""
+
+    config: str
+    function: str
+    help: str
+
+    def load_config_class(self) -> type[Config]:
+        """The class of the verb's settings."""
+        return _load(self.config)  # type: ignore[no-any-return]
+
+    def load_function(self) -> Callable[[Config], Artifact | None]:
+        """The function that does the work."""
+        return _load(self.function)  # type: ignore[no-any-return]
+
+
+VERBS: Mapping[str, Verb] = {
+    "prepare": Verb("data.config:DataCollectionConfig", "data.run:prepare", "Make a dataset from records."),
+    "train": Verb("training.config:FineTuningConfig", "training.run:train", "Fine-tune a model on a dataset."),
+    "tune": Verb("tuning.config:SweepConfig", "tuning.run:tune", "Search for the settings that train best."),
+    "evaluate": Verb("evaluation.config:EvaluationConfig", "evaluation.run:evaluate", "Measure a model on a test set."),
+    "quantize": Verb("compression.config:QuantizationJob", "compression.run:quantize", "Store a model in fewer bits."),
+    "prune": Verb("compression.config:PruningJob", "compression.run:prune", "Remove weights that matter least."),
+    "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
+    "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),
+}
+
+_HELP = """Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted (the same command goes on from there).
+"""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
+
+
+def _load(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(import_module(f"raytune_ft.{module}"), name)
+
+
+def main() -> None:
+    """The command ``raytune-ft``."""
+    app(prog_name="raytune-ft")
+
+
+def run_verb(verb: str, arguments: Sequence[str]) -> int:
+    """Runs a verb on ``CONFIG [dotted.key=value ...]`` and gives the exit code; scripts in `jobs/` call this, too.
+
+    Raises:
+        Exception: what nobody foresaw, so that its traceback is shown.
+    """
+    if not arguments:
+        return _fail(ConfigError(f"expected {verb} CONFIG.yaml [dotted.key=value ...]"))
+    path, *overrides = arguments
+    return _guarded(lambda: _run(verb, path, overrides))
+
+
+def _run(verb: str, path: str, overrides: Sequence[str]) -> None:
+    from raytune_ft.core.config import load_config
+
+    entry = VERBS[verb]
+    config = load_config(entry.load_config_class(), path, overrides)
+    _refuse_lost_work(config)
+    artifact = entry.load_function()(config)
+    if artifact is not None:
+        _print_artifact(artifact)
+
+
+def _guarded(action: Callable[[], None]) -> int:
+    _set_up_logging()
+    try:
+        action()
+    except RaytuneError as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        if "ray" in sys.modules:
+            from raytune_ft.core.cluster import disconnect
+
+            disconnect()
+        logger.warning("interrupted; the same command goes on from here")
+        return 130
+    return 0
+
+
+def _fail(error: RaytuneError) -> int:
+    # What a Ray worker raised comes wrapped in its remote traceback, with the error itself as `cause`.
+    cause = getattr(error, "cause", None)
+    own = cause if isinstance(cause, RaytuneError) else error
+    typer.echo(f"raytune-ft: {own}", err=True)
+    return own.exit_code
+
+
+def _refuse_lost_work(config: Config) -> None:
+    """A job's working folder is a copy that Ray deletes: results have to lie elsewhere."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    here = Path.cwd()
+    for key in ("output_dir", "output_path", "storage_path"):
+        where = getattr(config, key, None)
+        if isinstance(where, str | Path) and "://" not in str(where) and (here / where).is_relative_to(here):
+            raise ConfigError(
+                f"{key}: {where} lies in the job's working folder, which Ray deletes. Name a folder on storage that "
+                f"all nodes share, for example {key}=/mnt/shared/{where} or {key}=s3://BUCKET/{where}"
+            )
+
+
+def _add_verb(name: str, verb: Verb) -> None:
+    @app.command(name, help=verb.help, epilog=f"All settings: raytune-ft schema {name}")
+    def command(
+        config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The settings.")],
+        overrides: Annotated[
+            list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, dotted.key=value.")
+        ] = None,
+    ) -> None:
+        raise typer.Exit(run_verb(name, [config, *(overrides or ())]))
+
+
+for _name, _verb in VERBS.items():
+    _add_verb(_name, _verb)
+
+
+@app.command()
+def quickstart(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, dotted.key=value.")
+    ] = None,
+    output_dir: Annotated[str, typer.Option(help="Folder or URI that everything is written to.")] = "runs/quickstart",
+) -> None:
+    """The whole circle on shipped data and a small model: minutes, on a CPU."""
+    from importlib.resources import as_file, files
+
+    with as_file(files("raytune_ft.quickstart") / "quickstart.yaml") as path:
+        code = run_verb("pipeline", [str(path), f"storage_path={json.dumps(output_dir)}", *(overrides or ())])
+    raise typer.Exit(code)
+
+
+@app.command()
+def schema(verb: Annotated[str, typer.Argument(help=f"One of {', '.join(VERBS)}.")]) -> None:
+    """Print the JSON schema of a verb's settings, for editors."""
+    if verb not in VERBS:
+        raise typer.BadParameter(f"{verb!r} is not one of {', '.join(VERBS)}")
+    typer.echo(json.dumps(VERBS[verb].load_config_class().model_json_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def doctor(
+    storage: Annotated[str | None, typer.Option(help="Folder or URI to write, read and delete a probe in.")] = None,
+) -> None:
+    """Say what this machine has, what it lacks, and how to get it; exit code 1 if something needed is missing."""
+    from raytune_ft.core.doctor import Finding, Verdict, examine
+
+    findings: list[Finding] = []
+    code = _guarded(lambda: findings.extend(examine(storage)))
+    table = _table()
+    for finding in findings:
+        words = finding.found + (f"\n-> {finding.remedy}" if finding.remedy else "")
+        table.add_row(finding.verdict, finding.what, words)
+    _print(table)
+    raise typer.Exit(code or int(any(finding.verdict == Verdict.MISSING for finding in findings)))
+
+
+@app.command(epilog="raytune-ft runs [STORAGE_PATH]  or  raytune-ft runs show NAME_OR_PATH")
+def runs(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[STORAGE_PATH] | show NAME_OR_PATH", help="By default: runs")
+    ] = None,
+    storage: Annotated[str, typer.Option(help="Where `show NAME` looks for the name.")] = "runs",
+) -> None:
+    """List the runs under a storage path (a folder or URI), or tell one run's story."""
+    match words or [storage]:
+        case ["show", name]:
+            code = _guarded(lambda: _show_run(name, storage))
+        case [where]:
+            code = _guarded(lambda: _list_runs(where))
+        case _:
+            raise typer.BadParameter("expected [STORAGE_PATH], or show NAME_OR_PATH")
+    raise typer.Exit(code)
+
+
+def _list_runs(where: str) -> None:
+    from raytune_ft.core.ledger import list_runs, table
+
+    found = list_runs(where)
+    for kind in dict.fromkeys(run.kind for run in found):
+        shown = _table("run", "state", "from", "settings that differ", "numbers")
+        for row in table([run for run in found if run.kind == kind]):
+            shown.add_row(*row)
+        _print(f"{kind} ({shown.row_count})", shown)
+    if not found:
+        _print(f"no runs below {where}")
+
+
+def _show_run(name: str, storage: str) -> None:
+    from raytune_ft.core.ledger import find_run, story
+
+    shown = _table()
+    for heading, text in story(find_run(name, storage)):
+        shown.add_row(heading, text)
+    _print(shown)
+
+
+def _print_artifact(artifact: Artifact) -> None:
+    from raytune_ft.core.ledger import lines, scalars
+
+    shown = _table()
+    for key, value in scalars(artifact.numbers).items():
+        shown.add_row(key, lines({key: value}).partition("=")[2])
+    _print(f"{artifact.manifest.kind} {artifact.location}", shown)
+
+
+def _table(*columns: str) -> Any:
+    from rich.table import Column, Table
+
+    named = [Column(name, overflow="fold") for name in columns]
+    return Table(*named, box=None, pad_edge=False, show_header=bool(named))
+
+
+def _print(*what: Any) -> None:
+    from rich.console import Console
+
+    # In a log a line may be long; folding it to 80 columns would cut paths in two.
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(*what, sep="\n")
+
+
+def _set_up_logging() -> None:
+    """Our lines go to standard error, with rich on a terminal; third parties are heard from `ERROR` on."""
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(asctime)s %(message)s"))
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        console = Console(stderr=True)
+        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(_Plain("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "huggingface_hub", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Plain(logging.Formatter):
+    """``HH:MM:SS message``, with the level only where it is a warning or worse."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__(pattern, datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return text.replace(record.message, f"{record.levelname.lower()}: {record.message}", 1)

@@ -1,0 +1,96 @@
+"""The scripts of jobs/ and every shipped settings file: thin, loadable, and light enough to upload."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray._private.ray_constants import get_runtime_env_default_excludes
+from ray._private.runtime_env.packaging import create_package
+
+from raytune_ft.cli import VERBS
+from raytune_ft.core.config import load_config
+
+CHECKOUT = Path(__file__).parents[2]
+SCRIPTS = sorted((CHECKOUT / "jobs").glob("*.py"))
+SETTINGS = sorted((CHECKOUT / "jobs" / "configs").glob("*.yaml"))
+QUICKSTART = sorted((CHECKOUT / "raytune_ft" / "quickstart").glob("*.yaml"))
+
+
+def name(path):
+    return path.stem
+
+
+def run_script(script, *arguments, folder):
+    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "RAY_ADDRESS"}}
+    return subprocess.run(
+        [sys.executable, script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_verb_has_a_script_and_a_settings_file():
+    verbs = {path.stem for path in SCRIPTS if not path.stem.startswith("bench_")}
+    assert verbs == set(VERBS)
+    assert {path.stem for path in SETTINGS} == set(VERBS)
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=name)
+def test_a_shipped_settings_file_loads_and_opens_with_its_command(path):
+    load_config(VERBS[path.stem].load_config_class(), path)
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first == f"# raytune-ft {path.stem} jobs/configs/{path.name}"
+
+
+@pytest.mark.parametrize("path", QUICKSTART, ids=name)
+def test_the_quickstart_loads_and_opens_with_its_command(path):
+    load_config(VERBS["pipeline"].load_config_class(), path)
+    assert path.read_text(encoding="utf-8").startswith("# raytune-ft quickstart\n")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name)
+def test_a_script_is_thin(script):
+    source = script.read_text(encoding="utf-8")
+    tree = ast.walk(ast.parse(source))
+    if not script.stem.startswith("bench_"):
+        assert len(source.splitlines()) <= 40
+        assert not [node for node in tree if isinstance(node, ast.For | ast.While)]
+        assert "torch" not in source
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name)
+def test_a_script_tells_the_users_mistake_from_any_folder(script, tmp_path):
+    done = run_script(script, "none.yaml", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "raytune-ft: none.yaml: there is no such settings file\n")
+    done = run_script(script, folder=tmp_path)
+    assert done.returncode == 2 and "CONFIG.yaml" in done.stderr
+
+
+def test_no_script_stands_in_for_a_package_of_its_name(tmp_path):
+    program = (
+        "import runpy, sys\n"
+        "sys.path[0] = sys.argv[1]\n"  # as `python jobs/evaluate.py` sets it
+        "sys.argv = [sys.argv[1] + '/evaluate.py']\n"
+        "try:\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit:\n"
+        "    from importlib.util import find_spec\n"
+        "    print(find_spec('evaluate').origin)\n"
+    )
+    done = run_script("-c", program, str(CHECKOUT / "jobs"), folder=tmp_path)
+    assert done.stdout.strip().endswith("site-packages/evaluate/__init__.py")
+
+
+def test_what_a_job_uploads_stays_small(tmp_path):
+    # What a working checkout holds beside the sources: an environment, caches, runs.
+    copy = tmp_path / "checkout"
+    shutil.copytree(CHECKOUT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*_cache", "__pycache__"))
+    for litter in (".git/objects/pack", ".venv/lib", "runs/quickstart", "raytune_ft/__pycache__", ".mypy_cache"):
+        (copy / litter).mkdir(parents=True, exist_ok=True)
+        (copy / litter / "big.bin").write_bytes(os.urandom(6_000_000))
+    package = tmp_path / "package.zip"
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(copy), package, include_gitignore=True, include_parent_dir=False, excludes=excludes)
+    assert 50_000 < package.stat().st_size < 5_000_000
