@@ -129,9 +129,9 @@ def test_a_bad_override_is_quoted(override, message):
 
 def test_overrides_leave_the_settings_they_came_from_alone():
     settings = {"optimizer": {"learning_rate": 0.1}}
-    changed = apply_overrides(settings, ["optimizer.learning_rate=1e-3", "optimizer.name=", "new.key=yes"])
+    changed = apply_overrides(settings, ["optimizer.learning_rate=1e-3", "optimizer.name=", "new.key=true", "new.word=yes"])
     assert settings == {"optimizer": {"learning_rate": 0.1}}
-    assert changed == {"optimizer": {"learning_rate": 0.001, "name": ""}, "new": {"key": True}}
+    assert changed == {"optimizer": {"learning_rate": 0.001, "name": ""}, "new": {"key": True, "word": "yes"}}
 
 
 def test_yaml_files_may_write_exponents_without_a_point(tmp_path):
