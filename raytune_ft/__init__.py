@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from raytune_ft.pipeline.run import Pipeline
     from raytune_ft.serving.config import ServingConfig
     from raytune_ft.serving.run import ModelServer
-    from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+    from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
     from raytune_ft.training.recommend import recommend_method
-    from raytune_ft.training.run import FineTuner
+    from raytune_ft.training.run import FineTuner, distill_model
     from raytune_ft.tuning.config import SweepConfig
     from raytune_ft.tuning.run import HyperparameterSweep
 
@@ -66,9 +66,9 @@ _ROOMS = {
     "pipeline.run": ("Pipeline",),
     "serving.config": ("ServingConfig",),
     "serving.run": ("ModelServer",),
-    "training.config": ("FineTuningConfig", "FineTuningMethod"),
+    "training.config": ("DistillationConfig", "FineTuningConfig", "FineTuningMethod"),
     "training.recommend": ("recommend_method",),
-    "training.run": ("FineTuner",),
+    "training.run": ("FineTuner", "distill_model"),
     "tuning.config": ("SweepConfig",),
     "tuning.run": ("HyperparameterSweep",),
 }
@@ -82,6 +82,7 @@ __all__ = [
     "DataCollector",
     "DataError",
     "DatasetFormat",
+    "DistillationConfig",
     "EvaluationConfig",
     "EvaluationMetric",
     "FineTuner",
@@ -106,6 +107,7 @@ __all__ = [
     "UserError",
     "__version__",
     "compare_models",
+    "distill_model",
     "generate_evaluation_report",
     "prune_model",
     "quantize_model",

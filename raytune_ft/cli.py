@@ -51,6 +51,7 @@ VERBS: Mapping[str, Verb] = {
     "evaluate": Verb("evaluation.config:EvaluationConfig", "evaluation.run:evaluate", "Measure a model on a test set."),
     "quantize": Verb("compression.config:QuantizationJob", "compression.run:quantize", "Store a model in fewer bits."),
     "prune": Verb("compression.config:PruningJob", "compression.run:prune", "Remove weights that matter least."),
+    "distill": Verb("training.config:DistillationConfig", "training.run:distill", "Teach a smaller model."),
     "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
     "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),
 }

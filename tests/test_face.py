@@ -19,7 +19,7 @@ DOCUMENTED = {
     *("QuantizationConfig", "QuantizationMethod", "quantize_model"),
     *("PruningConfig", "PruningMethod", "prune_model"),
     *("SweepConfig", "HyperparameterSweep", "ServingConfig", "ModelServer", "PipelineConfig", "Pipeline"),
-    "recommend_method",
+    *("DistillationConfig", "distill_model", "recommend_method"),
 }
 
 

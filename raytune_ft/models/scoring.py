@@ -65,6 +65,24 @@ class CausalParts:
         return cls(decoder, head)
 
 
+class SummedLoss(nn.Module):
+    """A causal language model as a module from a padding-free batch to its summed loss (nats)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self._parts = (CausalParts.of(model),)  # in a tuple, so that the halves are not registered twice
+
+    @property
+    def parts(self) -> CausalParts:
+        """The model's halves."""
+        return self._parts[0]
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """The sum of the batch's target losses; 0, still depending on the model, if it has no targets."""
+        return target_losses(self.parts, batch).sum()
+
+
 def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
     """Negative log-likelihood of every target.
 
@@ -74,6 +92,21 @@ def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
 
     Returns:
         [targets] float32, in nats, differentiable.
+    """
+    states = target_states(parts, batch)
+    if len(batch.targets) <= CHUNK:  # computing the only chunk again would save nothing
+        return _chunk_losses(parts.head, states, batch.targets)
+    losses = [
+        checkpoint(_chunk_losses, parts.head, some, targets, use_reentrant=False)
+        for some, targets in zip(torch.split(states, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
+    """[targets, width] hidden states that predict the targets; of a batch without targets none, yet with a gradient.
+
+    An empty batch still depends on the model, so that every rank has a gradient to reduce.
     """
     lengths = batch.cu_seq_lens[1:] - batch.cu_seq_lens[:-1]
     hidden: Tensor = parts.decoder(
@@ -85,17 +118,7 @@ def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
         max_length_k=lengths.max(),
         use_cache=False,
     ).last_hidden_state[0]
-    chosen = hidden.index_select(0, batch.predictors)  # [targets, width]
-    if not len(batch.targets):
-        # An empty batch still depends on the model, so that every rank has a gradient to reduce.
-        return hidden[:0].sum(dim=-1)
-    if len(batch.targets) <= CHUNK:  # computing the only chunk again would save nothing
-        return _chunk_losses(parts.head, chosen, batch.targets)
-    losses = [
-        checkpoint(_chunk_losses, parts.head, states, targets, use_reentrant=False)
-        for states, targets in zip(torch.split(chosen, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
-    ]
-    return torch.cat(losses)
+    return hidden.index_select(0, batch.predictors)
 
 
 def _chunk_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ class FineTuningConfig(Config):
     """Rank of the LoRA factors."""
     lora_alpha: float = Field(16, gt=0)
     """The LoRA product is scaled by alpha / rank; usually twice the rank."""
+    use_rslora: bool = False
+    """Scales by alpha / sqrt(rank) instead, which keeps large ranks learning (Kalajdzievski, 2023)."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Share of the adapter's inputs set to zero while training."""
     lora_target_modules: list[str] | Literal["all-linear"] = Field(default_factory=lambda: ["q_proj", "v_proj"])
@@ -139,3 +141,34 @@ class FineTuningConfig(Config):
     def global_batch_size(self) -> int:
         """Rows of one optimizer step over all workers."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.num_workers
+
+
+class DistillationConfig(FineTuningConfig):
+    """How a smaller student learns from a teacher: a training run whose loss follows the teacher's distributions."""
+
+    not_identity: ClassVar[frozenset[str]] = FineTuningConfig.not_identity | {"teacher_path"}
+
+    teacher_path: str = Field(min_length=1)
+    """The model to learn from (a folder, adapter, artifact, hub id or ``starter:...``); it is only read."""
+    model_path: str = ""
+    """The student, of the teacher's vocabulary; where none is given, `student_layers` of the teacher make one."""
+    student_layers: int | None = Field(None, ge=1)
+    """Makes the student of so many of the teacher's layers, evenly spaced, the first and the last among them."""
+    method: FineTuningMethod = FineTuningMethod.FULL
+    """Which of the student's weights are trained."""
+    temperature: float = Field(2.0, gt=0)
+    """Both distributions are softened by it: above 1, the teacher's less likely tokens count more."""
+    hard_loss_weight: float = Field(0.5, ge=0, le=1)
+    """Share of the usual loss on the dataset's tokens; the rest is the divergence from the teacher."""
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        if bool(self.model_path) == (self.student_layers is not None):
+            raise ValueError(
+                "give either model_path (a student) or student_layers (to make one of the teacher's layers)"
+            )
+        if self.student_layers is not None and self.method is not FineTuningMethod.FULL:
+            raise ValueError(
+                f"student_layers makes a new model, whose weights are all trained: method full (got {self.method})"
+            )
+        return self

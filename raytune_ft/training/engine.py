@@ -18,26 +18,14 @@ from raytune_ft.models.adapters import add_lora
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.loading import load_tokenizer, quiet_transformers, resolve_model, torch_dtype
-from raytune_ft.models.scoring import CausalParts, target_losses
-from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.models.scoring import SummedLoss
+from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
+from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.loop import Metrics
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 
 State = dict[str, Tensor]
 EvaluationBatches = Callable[[], Iterable[PackedBatch]]
-
-
-class SummedLoss(nn.Module):
-    """A causal language model as a module from a padding-free batch to its summed loss (nats)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self._parts = (CausalParts.of(model),)  # in a tuple, so that the halves are not registered twice
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """The sum of the batch's target losses; 0, still depending on the model, if it has no targets."""
-        return target_losses(self._parts[0], batch).sum()
 
 
 @dataclass(frozen=True)
@@ -99,9 +87,17 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
             target_modules=config.lora_target_modules,
             seed=config.seed,
             base=resolved.base,
+            use_rslora=config.use_rslora,
         )
     use_attention(model, SEGMENTS)
-    return Trainee(SummedLoss(model.train()), tokenizer)
+    return Trainee(_objective(model.train(), config, device), tokenizer)
+
+
+def _objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
+    if not isinstance(config, DistillationConfig):
+        return SummedLoss(model)
+    teacher = load_teacher(config.teacher_path, config.precision, device, model.get_output_embeddings().weight.shape[0])
+    return DistillationLoss(model, teacher, temperature=config.temperature, hard_loss_weight=config.hard_loss_weight)
 
 
 def _quantization(config: FineTuningConfig, dtype: torch.dtype) -> Any:

@@ -17,13 +17,15 @@ from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
-from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config import DistillationConfig, FineTuningConfig
+from raytune_ft.training.distill import refuse_other_tokens, write_student
 from raytune_ft.training.loop import Metrics
 from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
 
 logger = logging.getLogger("raytune_ft")
 
 _RAY_STATE = "ray"
+_STUDENT = "student"
 
 
 class FineTuner:
@@ -44,17 +46,45 @@ class FineTuner:
         return train(self.config)
 
 
+def distill_model(teacher_path: str, output_dir: str, config: DistillationConfig) -> str:
+    """Trains a student on what a teacher says, into a new folder, and returns its path; see `distill`.
+
+    Args:
+        teacher_path: the model to learn from; overrides the settings'.
+        output_dir: overrides the settings'.
+        config: student, dataset, and how to train.
+    """
+    return distill(config.with_overrides(teacher_path=teacher_path, output_dir=output_dir)).location.uri
+
+
+def distill(config: DistillationConfig) -> Artifact:
+    """The verb: makes the student, if none was given, and trains it as `FineTuner.train` does.
+
+    Raises:
+        ModelError: if teacher and student have other tokens, or the teacher has too few layers.
+    """
+    storage = Location.at(config.output_dir).parent
+    teacher = shared_model(config.teacher_path, storage)
+    if config.model_path:
+        refuse_other_tokens(teacher, config.model_path)
+    return _trained(config.with_overrides(teacher_path=teacher), [model_parent(teacher, "teacher")])
+
+
 def train(config: FineTuningConfig) -> Artifact:
     """The verb: see `FineTuner.train`."""
+    return _trained(config, [])
+
+
+def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     connected = cluster.connect()
     output = Location.at(config.output_dir)
-    model_path = shared_model(config.model_path, output.parent)
+    students = [model_parent(shared_model(config.model_path, output.parent))] if config.model_path else []
     draft = begin(
         output,
         ArtifactKind.MODEL,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[model_parent(model_path), data_parent(config.dataset_path)],
+        parents=[*students, *teachers, data_parent(config.dataset_path)],
         keep=(CHECKPOINTS,),
     )
     if draft.finished:
@@ -63,12 +93,25 @@ def train(config: FineTuningConfig) -> Artifact:
     with draft:
         use_gpu = config.use_gpu if config.use_gpu is not None else connected.gpus > 0
         connected.admit(resource_plan(config, use_gpu=use_gpu))
-        prepared = tokenized_splits(config.dataset_path, model_path, output / "tokens", max_length=config.max_length)
-        _run_workers(config.with_overrides(model_path=model_path), prepared, output, use_gpu=use_gpu)
+        ready = _with_starting_model(config, output)
+        splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)
+        _run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)
-        for leftover in (_RAY_STATE, CHECKPOINTS, "tokens"):
+        for leftover in (_RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):
             (output / leftover).delete()
     return draft.artifact
+
+
+def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuningConfig:
+    """The settings with a model that every node can load; a student is made of its teacher's layers first."""
+    if not isinstance(config, DistillationConfig) or config.student_layers is None:
+        return config.with_overrides(model_path=shared_model(config.model_path, output.parent))
+    student = output / _STUDENT
+    try:
+        ray.get(ray.remote(write_student).remote(config.teacher_path, student, config.student_layers))
+    except ray.exceptions.RayTaskError as error:
+        raise _failure(error) from error
+    return config.with_overrides(model_path=student.uri, student_layers=None)
 
 
 def data_parent(dataset_path: str) -> Parent:
@@ -89,7 +132,7 @@ def resource_plan(config: FineTuningConfig, *, use_gpu: bool) -> cluster.Resourc
 def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output: Location, *, use_gpu: bool) -> None:
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "splits": splits, "output": output.uri},
+        train_loop_config={"config": config, "splits": splits, "output": output.uri},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker}
@@ -112,7 +155,7 @@ def _worker(settings: dict[str, Any]) -> None:
     import torch
 
     cluster.report_to_driver()
-    config = FineTuningConfig(**settings["config"])
+    config: FineTuningConfig = settings["config"]
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     device = str(ray.train.torch.get_device())
