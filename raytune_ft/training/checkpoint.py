@@ -97,14 +97,7 @@ def take(learner: ZeroLearner | LocalLearner, step: int, progress: dict[str, Any
             for key in _MOMENTS
         }
         return Checkpoint(step, trainable_state(learner.trainee), moments, progress)
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    weights, moments = {}, {}
-    for name, parameter in learner.trainee.trainable().items():
-        weights[name] = safe_get_full_fp32_param(parameter).cpu()
-        for key in _MOMENTS:
-            moments[f"{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).cpu()
-    return Checkpoint(step, weights, moments, progress)
+    return _gathered_shards(learner, step, progress)
 
 
 def restore(learner: ZeroLearner | LocalLearner, checkpoint: Checkpoint) -> None:
@@ -118,21 +111,42 @@ def restore(learner: ZeroLearner | LocalLearner, checkpoint: Checkpoint) -> None
     _restore_shards(learner, checkpoint)
 
 
+def _gathered_shards(learner: ZeroLearner, step: int, progress: dict[str, Any]) -> Checkpoint:
+    """Every rank adds its part of each tensor to zeros, so that all have the whole."""
+    weights, moments = {}, {}
+    for name, parameter in learner.trainee.trainable().items():
+        whole = {key: torch.zeros(parameter.numel(), device=parameter.device) for key in ("weights", *_MOMENTS)}
+        for key, (part, mine) in _shards(learner, parameter).items():
+            whole[key].narrow(0, part.start, part.numel).copy_(mine)
+        for tensor in whole.values():
+            torch.distributed.all_reduce(tensor)
+        weights[name] = whole["weights"].view_as(parameter).cpu()
+        moments |= {f"{key}.{name}": whole[key].view_as(parameter).cpu() for key in _MOMENTS}
+    return Checkpoint(step, weights, moments, progress)
+
+
 def _restore_shards(learner: ZeroLearner, checkpoint: Checkpoint) -> None:
-    """Each rank takes its part of the full tensors: a parameter's `_hp_mapping` says which part that is."""
     zero = learner.engine.optimizer
-    flats = zero.single_partition_of_fp32_groups
-    for flat in flats:
+    for flat in zero.single_partition_of_fp32_groups:
         moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
         zero.optimizer.state[flat] = {"step": torch.tensor(float(checkpoint.step)), **moments}
     for name, parameter in learner.trainee.trainable().items():
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's; None if no part lies on this rank
-        if mapping is None:
-            continue
-        part, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-        flat = flats[mapping.param_group_index]
-        slots = {"weights": flat, **{key: zero.optimizer.state[flat][key] for key in _MOMENTS}}
-        for key, slot in slots.items():
+        for key, (part, mine) in _shards(learner, parameter).items():
             full = checkpoint.weights[name] if key == "weights" else checkpoint.moments[f"{key}.{name}"]
             with torch.no_grad():
-                slot.narrow(0, here.start, here.numel).copy_(full.flatten().narrow(0, part.start, part.numel))
+                mine.copy_(full.flatten().narrow(0, part.start, part.numel))
+
+
+def _shards(learner: ZeroLearner, parameter: Any) -> dict[str, tuple[Any, Tensor]]:
+    """This rank's part of a parameter's fp32 weights and moments, each with its address in the whole (flat) tensor.
+
+    DeepSpeed notes both addresses in `_hp_mapping`, which is None where no part lies on this rank.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return {}
+    zero = learner.engine.optimizer
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    whole, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+    slots = {"weights": flat, **{key: zero.optimizer.state[flat][key] for key in _MOMENTS}}
+    return {key: (whole, slot.narrow(0, here.start, here.numel)) for key, slot in slots.items()}
