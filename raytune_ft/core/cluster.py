@@ -37,10 +37,12 @@ _CHATTER = re.compile(
             "'PreemptionWatcher' and ID",  # Ray's own actor, on how Ray made it
             "infinite retries remaining",  # Ray Serve's controller, each time it is shut down
             r"It looks like you're running Ray Train V2",
+            "Setting accelerator to CPU",  # DeepSpeed, on what the resource plan has said
+            "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, on a kernel that only a hub has; its own is used
         )
     )
 )
-"""Lines of Ray's own that say nothing about the run; each is a constant of Ray's code."""
+"""Lines of Ray's and of libraries' own that say nothing about the run; each is a constant of their code."""
 
 
 @dataclass(frozen=True)
@@ -248,11 +250,14 @@ def _quiet_ray() -> None:
 
 
 def _listen() -> None:
-    """Takes over from Ray what workers print, where this Ray lets us."""
+    """Takes over from Ray what workers print and what Ray has to say of them, where this Ray lets us."""
     try:
+        from ray._private import worker
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as printed
     except ImportError:
         return  # then Ray prints it, with its own prefix
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda batch, ignore_prefix=False: _relay(batch)
     printed.remove_handler("ray_print_logs")
     printed.add_handler("ray_print_logs", _relay)
 
