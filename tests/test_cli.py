@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from raytune_ft import cli
-from raytune_ft.core.artifacts import begin
 from raytune_ft.core.config import Config
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import DataError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.compression.config import PruningConfig, PruningJob, QuantizationConfig, QuantizationJob
-from raytune_ft.core.artifacts import Artifact, begin
+from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect, own_error
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -20,29 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+from raytune_ft.core import relay
 from raytune_ft.core.errors import ClusterError, RaytuneError
 
 logger = logging.getLogger("raytune_ft")
 
 _UNLIMITED = 1_000_000
-_MARK = "raytune-ft| "
-_CHATTER = re.compile(
-    "|".join(
-        (
-            "Requesting resources:",  # Ray Train, on what the resource plan has said
-            "Attempting to start training worker group",
-            "Started training worker group",
-            r"world_rank=\d+, local_rank",
-            "Setting up process group for",
-            "'PreemptionWatcher' and ID",  # Ray's own actor, on how Ray made it
-            "infinite retries remaining",  # Ray Serve's controller, each time it is shut down
-            r"It looks like you're running Ray Train V2",
-            "Setting accelerator to CPU",  # DeepSpeed, on what the resource plan has said
-            "Failed to load CPU gemm_4bit_forward",  # bitsandbytes, on a kernel that only a hub has; its own is used
-        )
-    )
-)
-"""Lines of Ray's and of libraries' own that say nothing about the run; each is a constant of their code."""
 
 
 @dataclass(frozen=True)
@@ -196,24 +178,7 @@ def own_error(error: BaseException | None) -> RaytuneError | None:
 def report_to_driver() -> None:
     """In a worker: our own lines go to its standard output, marked, so that the driver says them as its own."""
     os.environ.update(worker_environment())
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter(_MARK + "%(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
-
-
-def _relay(batch: dict[str, Any]) -> None:
-    """Says what workers print: our lines as the driver's own, others with who printed them, Ray's chatter not."""
-    if batch.get("pid") == "autoscaler":
-        return  # its whole log comes this way; `ray status` shows what counts
-    for line in batch.get("lines") or ():
-        if line.startswith(_MARK):
-            logger.info("%s", line.removeprefix(_MARK))
-        elif line.strip() and not line.startswith(":") and not _CHATTER.search(line):
-            who = batch.get("actor_name") or batch.get("task_name") or "worker"
-            logger.info("(%s, process %s) %s", who, batch.get("pid"), line)
+    relay.mark_own_lines()
 
 
 def worker_environment() -> dict[str, str]:
@@ -257,9 +222,9 @@ def _listen() -> None:
     except ImportError:
         return  # then Ray prints it, with its own prefix
     if hasattr(worker, "print_to_stdstream"):
-        worker.print_to_stdstream = lambda batch, ignore_prefix=False: _relay(batch)
+        worker.print_to_stdstream = lambda batch, ignore_prefix=False: relay.say(batch)
     printed.remove_handler("ray_print_logs")
-    printed.add_handler("ray_print_logs", _relay)
+    printed.add_handler("ray_print_logs", relay.say)
 
 
 def _join(address: str) -> None:

@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from raytune_ft.core.artifacts import read_claim
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import (
     CLAIM,
     FAILURES,
     MANIFEST,
     ArtifactKind,
-    Claim,
     Failure,
     FileEntry,
     Manifest,
@@ -41,7 +41,8 @@ class RunState(StrEnum):
     """Its manifest is there and cannot be read as one."""
 
 
-_SHARED = ("kind", "parents", "settings", "numbers", "versions", "files", "started_at", "finished_at")
+_CLAIMED = ("kind", "parents", "settings", "started_at")
+_SHARED = (*_CLAIMED, "numbers", "versions", "files", "finished_at")
 
 
 @dataclass(frozen=True)
@@ -194,20 +195,11 @@ def _read_run(root: Location, folder: str, files: Iterable[str]) -> Run | None:
         else:
             shared = {key: getattr(manifest, key) for key in _SHARED}
             return Run(name, location, state=RunState.FINISHED, failures=failures, **shared)
-    try:
-        claim = Claim.model_validate_json((location / CLAIM).read())
-    except ValidationError:
+    claim = read_claim(location)
+    if claim is None:
         return None  # torn by the kill that ended the attempt before any work was done
-    return Run(
-        name=name,
-        location=location,
-        kind=claim.kind,
-        state=_state(inside, failures),
-        parents=claim.parents,
-        settings=claim.settings,
-        started_at=claim.started_at,
-        failures=failures,
-    )
+    shared = {key: getattr(claim, key) for key in _CLAIMED}
+    return Run(name, location, state=_state(inside, failures), failures=failures, **shared)
 
 
 def _state(inside: Container[str], failures: Sequence[Failure]) -> RunState:

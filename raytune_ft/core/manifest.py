@@ -71,20 +71,13 @@ class Claim(BaseModel):
     started_at: str
 
 
-class Manifest(BaseModel):
+class Manifest(Claim):
     """What a finished folder holds, and how it came to be."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    schema_version: Literal[1] = 1
-    kind: ArtifactKind
-    identity: dict[str, Any]
-    settings: dict[str, Any]
-    parents: list[Parent]
     versions: dict[str, str]
     numbers: dict[str, Any]
     files: dict[str, FileEntry]
     failures: list[Failure]
-    started_at: str
     finished_at: str
 
 

@@ -14,8 +14,9 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from raytune_ft.core.artifacts import Artifact, Draft, begin, has_manifest, open_artifact
+from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect, own_error
+from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import DataError, UserError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind
 from raytune_ft.core.storage import Location

@@ -12,8 +12,9 @@ from typing import Any
 import ray
 
 from raytune_ft.core import cluster
-from raytune_ft.core.artifacts import Artifact, Draft, begin
+from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, own_error
+from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import RaytuneError, RunError
 from raytune_ft.core.manifest import ArtifactKind, now
 from raytune_ft.core.records import records_to_table

@@ -18,7 +18,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.core.artifacts import begin, has_manifest, open_artifact
+from raytune_ft.core.artifacts import has_manifest, open_artifact
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ModelError
 from raytune_ft.core.manifest import MANIFEST, ArtifactKind
 from raytune_ft.core.storage import Location, cache_folder

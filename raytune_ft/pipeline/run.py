@@ -13,7 +13,8 @@ from typing import Any
 
 from raytune_ft.compression.run import quantize
 from raytune_ft.core import cluster
-from raytune_ft.core.artifacts import Artifact, begin, has_manifest
+from raytune_ft.core.artifacts import Artifact, has_manifest
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Record

@@ -11,7 +11,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytune_ft.core import cluster
-from raytune_ft.core.artifacts import Artifact, Draft, begin, has_manifest, open_artifact
+from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
+from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import RaytuneError, RunError
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest

@@ -13,7 +13,8 @@ from ray.tune.callback import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 from raytune_ft.core import cluster
-from raytune_ft.core.artifacts import Artifact, begin
+from raytune_ft.core.artifacts import Artifact
+from raytune_ft.core.draft import begin
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.data.run import tokenized_splits

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.core.artifacts import begin, open_artifact, read_claim, read_failures
+from raytune_ft.core.artifacts import open_artifact, read_claim, read_failures
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import CLAIM, FAILURES, MANIFEST, ArtifactKind, Parent, differences
 from raytune_ft.core.storage import Location
@@ -175,7 +176,7 @@ def test_a_child_remembers_its_parent(storage):
 def test_a_killed_run_leaves_no_manifest_and_its_claim_resumes(tmp_path):
     program = (
         "import os, signal, sys\n"
-        "from raytune_ft.core.artifacts import ArtifactKind, begin\n"
+        "from raytune_ft.core.draft import ArtifactKind, begin\n"
         f"draft = begin(sys.argv[1], ArtifactKind.MODEL, settings={SETTINGS!r})\n"
         "with draft:\n"
         "    (draft.folder / 'half.bin').write_bytes(b'torn')\n"

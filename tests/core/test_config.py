@@ -129,7 +129,8 @@ def test_a_bad_override_is_quoted(override, message):
 
 def test_overrides_leave_the_settings_they_came_from_alone():
     settings = {"optimizer": {"learning_rate": 0.1}}
-    changed = apply_overrides(settings, ["optimizer.learning_rate=1e-3", "optimizer.name=", "new.key=true", "new.word=yes"])
+    overrides = ["optimizer.learning_rate=1e-3", "optimizer.name=", "new.key=true", "new.word=yes"]
+    changed = apply_overrides(settings, overrides)
     assert settings == {"optimizer": {"learning_rate": 0.1}}
     assert changed == {"optimizer": {"learning_rate": 0.001, "name": ""}, "new": {"key": True, "word": "yes"}}
 

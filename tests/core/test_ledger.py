@@ -2,7 +2,7 @@
 
 import pytest
 
-from raytune_ft.core.artifacts import begin
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.ledger import RunState, differing, find_run, flat, lines, list_runs, scalars, story, table
 from raytune_ft.core.manifest import MANIFEST, ArtifactKind, Parent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.core.artifacts import begin
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import plots

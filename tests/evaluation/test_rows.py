@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from raytune_ft.core.artifacts import begin
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Message, Record, records_to_table

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.core.artifacts import begin, open_artifact
+from raytune_ft.core.artifacts import open_artifact
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ConfigError, DataError, ModelError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import run

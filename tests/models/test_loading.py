@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raytune_ft.core.artifacts import begin
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ModelError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
