@@ -17,7 +17,15 @@ ALL_LINEAR = "all-linear"
 
 
 def add_lora(
-    model: Any, *, rank: int, alpha: float, dropout: float, target_modules: list[str] | str, seed: int, base: str
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str] | str,
+    seed: int,
+    base: str,
+    use_rslora: bool = False,
 ) -> Any:
     """A PEFT model with a new LoRA adapter upon `model`; only the adapter is trainable.
 
@@ -29,6 +37,7 @@ def add_lora(
         target_modules: names of linear layers, or ``all-linear``.
         seed: of the initial values (PEFT's own initialization).
         base: what the saved adapter names as its base model.
+        use_rslora: scales by alpha / sqrt(rank) instead.
 
     Raises:
         ModelError: if no layer has one of the names.
@@ -40,6 +49,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        use_rslora=use_rslora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )

@@ -57,25 +57,7 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
     Raises:
         ModelError: if the model cannot be loaded, or cannot be trained by this method.
     """
-    from transformers import AutoModelForCausalLM
-
-    quiet_transformers()
-    resolved = resolve_model(config.model_path)
-    if resolved.adapter is not None:
-        raise ModelError(f"{config.model_path}: is an adapter; give its base model, or merge it first (quantize does)")
-    dtype = torch_dtype(config.precision, device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolved.base,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            quantization_config=_quantization(config, dtype),
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
+    model = load_base(config, device)
     tokenizer = load_tokenizer(config.model_path)
     if config.uses_adapter:
         model.requires_grad_(False)
@@ -86,11 +68,44 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
             seed=config.seed,
-            base=resolved.base,
+            base=resolve_model(config.model_path).base,
             use_rslora=config.use_rslora,
         )
     use_attention(model, SEGMENTS)
     return Trainee(_objective(model.train(), config, device), tokenizer)
+
+
+def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 6.0) -> Any:
+    """The base model as the method wants it (quantized for QLoRA), without an adapter.
+
+    Args:
+        config: the run's settings.
+        device: where it is put.
+        int8_threshold: with 8 bits, columns with an activation above it are not quantized; 0 quantizes all, and then
+            a row's result does not depend on the rows beside it.
+
+    Raises:
+        ModelError: if it cannot be loaded, or is an adapter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    resolved = resolve_model(config.model_path)
+    if resolved.adapter is not None:
+        raise ModelError(f"{config.model_path}: is an adapter; give its base model, or merge it first (quantize does)")
+    dtype = torch_dtype(config.precision, device)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolved.base,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            quantization_config=_quantization(config, dtype, int8_threshold),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
 
 
 def _objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
@@ -100,13 +115,13 @@ def _objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
     return DistillationLoss(model, teacher, temperature=config.temperature, hard_loss_weight=config.hard_loss_weight)
 
 
-def _quantization(config: FineTuningConfig, dtype: torch.dtype) -> Any:
+def _quantization(config: FineTuningConfig, dtype: torch.dtype, int8_threshold: float) -> Any:
     if config.method is not FineTuningMethod.QLORA:
         return None
     from transformers import BitsAndBytesConfig
 
     if config.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
