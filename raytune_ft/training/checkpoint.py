@@ -113,7 +113,8 @@ def restore(learner: ZeroLearner | LocalLearner, checkpoint: Checkpoint) -> None
 
 def _gathered_shards(learner: ZeroLearner, step: int, progress: dict[str, Any]) -> Checkpoint:
     """Every rank adds its part of each tensor to zeros, so that all have the whole."""
-    weights, moments = {}, {}
+    weights: State = {}
+    moments: State = {}
     for name, parameter in learner.trainee.trainable().items():
         whole = {key: torch.zeros(parameter.numel(), device=parameter.device) for key in ("weights", *_MOMENTS)}
         for key, (part, mine) in _shards(learner, parameter).items():

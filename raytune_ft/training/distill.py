@@ -43,7 +43,9 @@ class DistillationLoss(SummedLoss):
             taught = target_states(self._teacher[0], batch)
         states = target_states(self.parts, batch)
         total = states.sum() * 0.0 if not len(batch.targets) else states.new_zeros(())
-        for mine, theirs, targets in zip(*(part.split(CHUNK) for part in (states, taught, batch.targets)), strict=True):
+        for mine, theirs, targets in zip(
+            *(torch.split(part, CHUNK) for part in (states, taught, batch.targets)), strict=True
+        ):
             total = total + checkpoint(self._chunk, mine, theirs, targets, use_reentrant=False)
         return total
 
