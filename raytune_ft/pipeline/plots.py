@@ -76,12 +76,12 @@ def sizes(megabytes: dict[str, float]) -> str:
 
 def _log_scale(axes: Any) -> None:
     """A logarithmic y axis with plain numbers; our style leaves the formulas raw that matplotlib would write."""
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    axes.tick_params(axis="y", which="minor", labelsize=8, length=0)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
