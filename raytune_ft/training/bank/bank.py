@@ -1,0 +1,304 @@
+"""The adapter bank: trials come, step together on one frozen base, and go."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.models.collate import group_by_budget
+from raytune_ft.models.scoring import CausalParts, target_states
+from raytune_ft.training.bank.base import FrozenBase
+from raytune_ft.training.bank.layout import Share, lay_out
+from raytune_ft.training.bank.losses import losses_and_gradient, sums_by_trial
+from raytune_ft.training.bank.packed_linear import PassSeat
+from raytune_ft.training.bank.ragged import RaggedSlots
+from raytune_ft.training.bank.slot import SlotSettings, SlotState
+from raytune_ft.training.bank.snapshot import slot_state, snapshot_of
+from raytune_ft.training.bank.stacked import StackedSlots
+from raytune_ft.training.bank.template import AdapterTemplate
+from raytune_ft.training.bank.trial import Progress, Rows, Status, Trial
+from raytune_ft.training.bank.turns import next_group, row_chunks
+from raytune_ft.training.checkpoint import Checkpoint
+from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
+from raytune_ft.training.schedule import Timetable
+
+TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
+"""Tokens of a step, by device: on CPUs larger batches only leave the caches, on GPUs smaller ones leave it idle."""
+
+Arithmetic = Literal["ragged", "stacked"]
+
+
+class AdapterBank:
+    """LoRA trials on one frozen base; each gets the batches and the losses that it would get alone.
+
+    All methods may be called from several threads: one that changes the trials waits for the step that is under way.
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        train: Rows,
+        validation: Rows | None = None,
+        *,
+        token_budget: int | None = None,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
+        """A bank without trials.
+
+        Args:
+            base: what they share; its linear layers are wrapped as trials need them.
+            train: rows that they train on, each in its own order.
+            validation: rows that they are evaluated on.
+            token_budget: most tokens computed at the same time; trials that don't fit take turns.
+            arithmetic: a loop over adapters of exact rank, or all stacked to the highest rank; by default the former
+                on CPUs, the latter on GPUs.
+        """
+        self._base, self._train, self._validation = base, train, validation
+        self._budget = token_budget or TOKEN_BUDGET["cuda" if base.device.type == "cuda" else "cpu"]
+        self._template = AdapterTemplate(base.model, base.name)
+        self._seat = PassSeat(base.model)
+        self._parts = CausalParts.of(base.model)
+        arithmetic = arithmetic or ("stacked" if base.device.type == "cuda" else "ragged")
+        self._slots = (StackedSlots if arithmetic == "stacked" else RaggedSlots)(base.device)
+        self._trials: dict[str, Trial] = {}
+        self._paused: dict[str, Checkpoint] = {}
+        self._lock = threading.RLock()
+        base.model.train()
+
+    def names(self) -> list[str]:
+        """The trials in the bank, those that wait longest for a step first."""
+        with self._lock:
+            return list(self._trials)
+
+    def trial(self, name: str) -> Trial:
+        """A trial's settings and state."""
+        with self._lock:
+            return self._found(name)
+
+    def admit(self, name: str, config: FineTuningConfig, snapshot: Checkpoint | None = None) -> None:
+        """Takes in a trial: new, or going on from a snapshot (its own, or that of a donor of equal shape).
+
+        Raises:
+            ConfigError: if there is such a trial already, or if it is no LoRA trial.
+            ModelError: if its target modules, or its snapshot, don't fit the base.
+        """
+        with self._lock:
+            if name in self._trials:
+                raise ConfigError(f"trial {name}: is in the bank already; evict it first")
+            if config.method is FineTuningMethod.FULL or isinstance(config, DistillationConfig):
+                raise ConfigError(f"trial {name}: only LoRA and QLoRA fine-tuning share a base (got {config.method})")
+            if not len(self._train):
+                raise ConfigError(f"trial {name}: there are no training rows")
+            timetable = Timetable.of(config, len(self._train), has_validation=self._validation is not None)
+            trial = Trial(name, config, timetable, self._train)
+            self._seat_trial(trial, snapshot)
+            self._trials[name] = trial
+
+    def evict(self, name: str) -> None:
+        """Frees all that a trial holds."""
+        with self._lock:
+            self._found(name)
+            del self._trials[name]
+            if self._paused.pop(name, None) is None:
+                self._slots.evict(name)
+
+    def pause(self, name: str) -> None:
+        """Moves a trial's tensors to the CPU; it makes no steps until it is resumed."""
+        with self._lock:
+            if name not in self._paused:
+                self._paused[name] = self.snapshot(name)
+                self._slots.evict(name)
+
+    def resume(self, name: str) -> None:
+        """Lets a paused trial go on where it was."""
+        with self._lock:
+            self._found(name)
+            if name in self._paused:
+                self._seat_trial(self._trials[name], self._paused[name])
+                del self._paused[name]
+
+    def snapshot(self, name: str) -> Checkpoint:
+        """All that a trial needs to go on, on the CPU; `checkpoint.write` puts it on disk."""
+        with self._lock:
+            trial = self._found(name)
+            return self._paused.get(name) or snapshot_of(trial, self._slots.read(name))
+
+    def save(self, name: str, folder: Path) -> None:
+        """Writes a trial's adapter as a PEFT folder with the tokenizer: of its best evaluation, if there was one."""
+        with self._lock:
+            trial = self._found(name)
+            weights = trial.best or self.snapshot(name).weights
+        self._template.save(trial.config, weights, self._base.tokenizer, folder)
+
+    def save_snapshot(self, config: FineTuningConfig, snapshot: Checkpoint, folder: Path) -> None:
+        """As `save`, for a trial that is not here any more."""
+        best = {key.removeprefix("best."): t for key, t in snapshot.moments.items() if key.startswith("best.")}
+        self._template.save(config, best or snapshot.weights, self._base.tokenizer, folder)
+
+    def running(self) -> list[str]:
+        """The trials that have steps left to make and are not paused."""
+        with self._lock:
+            return [name for name in self._trials if self._steps(name)]
+
+    def step(self, *, hold: Collection[str] = ()) -> list[Progress]:
+        """One optimizer step of the trials that are next in line, and their evaluation where it is due.
+
+        Args:
+            hold: trials that make no step now.
+
+        Returns:
+            A report of each that stepped; nothing if no trial is running.
+        """
+        with self._lock:
+            owing = [trial for trial in self._trials.values() if trial.owes_evaluation]
+            if owing:  # memory ran out in the midst of their evaluation
+                self._evaluate_due(owing)
+                return [trial.progress() for trial in owing]
+            running = {name: self._trials[name] for name in self.running() if name not in hold}
+            group = next_group({name: trial.tokens for name, trial in running.items()}, self._budget)
+            if not group:
+                return []
+            self._step_group([running[name] for name in self._slots.order(group)])
+            for name in group:  # to the end of the line
+                self._trials[name] = self._trials.pop(name)
+            self._evaluate_due([running[name] for name in group if running[name].owes_evaluation])
+            return [running[name].progress() for name in group]
+
+    def make_room(self, *, hold: Collection[str] = ()) -> str | None:
+        """After memory ran out: the next step takes half the tokens at most.
+
+        Returns:
+            The next trial in line, if it needs less than that by itself already: then no smaller step will help it.
+        """
+        with self._lock:
+            first = next((name for name in self.running() if name not in hold), None)
+            if first is None:
+                return None
+            longest = max(len(row.input_ids) for row in self._trials[first].upcoming())
+            if self._budget <= longest:
+                return first
+            self._budget = max(longest, self._budget // 2)
+            return None
+
+    def fail(self, name: str, reason: str) -> Progress:
+        """Marks a trial infeasible and reports it; its curve stays."""
+        with self._lock:
+            trial = self._found(name)
+            trial.fail(reason)
+            return trial.progress()
+
+    def evaluate(self, names: Sequence[str]) -> dict[str, float]:
+        """Mean loss of these trials over the supervised tokens of the validation rows.
+
+        Raises:
+            ConfigError: if there are no validation rows, or a trial is paused.
+        """
+        with self._lock:
+            if self._validation is None or not len(self._validation):
+                raise ConfigError("the bank has no validation rows to evaluate on")
+            paused = [name for name in names if name in self._paused]
+            if paused:
+                raise ConfigError(f"trials {', '.join(paused)}: are paused; resume them first")
+            return self._evaluate([self._found(name) for name in names], self._validation)
+
+    def _found(self, name: str) -> Trial:
+        if name not in self._trials:
+            raise ConfigError(f"trial {name}: is not in the bank (it holds {', '.join(self._trials) or 'none'})")
+        return self._trials[name]
+
+    def _steps(self, name: str) -> bool:
+        return self._trials[name].status is Status.RUNNING and name not in self._paused
+
+    def _seat_trial(self, trial: Trial, snapshot: Checkpoint | None) -> None:
+        targets, initial = self._template.initial(trial.config)
+        state = SlotState.initial(initial)
+        if snapshot is not None:
+            state = slot_state(snapshot, initial, trial.name)
+            trial.recall(snapshot)
+        self._seat.wrap(targets)
+        self._slots.admit(trial.name, SlotSettings.of(trial.config, targets), state)
+
+    def _step_group(self, trials: list[Trial]) -> None:
+        shares = [
+            Share(trial.name, trial.upcoming(), trial.config.seed, trial.step + 1, range(len(trial.upcoming())))
+            for trial in trials
+        ]
+        supervised = [sum(sum(row.supervised[1:]) for row in share.rows) for share in shares]
+        rates = {trial.name: trial.rate() for trial in trials}
+        self._slots.zero_gradients([trial.name for trial in trials])
+        sums = torch.zeros(len(trials), dtype=torch.float64, device=self._base.device)
+        for some in self._chunks(shares):
+            sums += self._train_pass(some, supervised)
+        norms = self._slots.step(rates)
+        counts = torch.tensor(supervised, dtype=torch.float64).clamp_(min=1)
+        # The only place in a step where the host waits for the device.
+        losses, norms = torch.stack([sums, norms.double()]).cpu() / torch.stack([counts, torch.ones_like(counts)])
+        for trial, share, loss, norm, count in zip(
+            trials, shares, losses.tolist(), norms.tolist(), supervised, strict=True
+        ):
+            numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rates[trial.name]}
+            trial.advance({**numbers, "tokens": share.tokens, "supervised": count})
+
+    def _chunks(self, shares: list[Share]) -> list[list[Share]]:
+        """One pass; or, where a single trial's step is larger than the budget, some of its rows at a time."""
+        if len(shares) > 1:
+            return [shares]
+        (share,) = shares
+        runs = row_chunks([len(row.input_ids) for row in share.rows], self._budget)
+        return [
+            [Share(share.name, [share.rows[i] for i in run], share.seed, share.step, [share.places[i] for i in run])]
+            for run in runs
+        ]
+
+    def _train_pass(self, shares: list[Share], supervised: list[int]) -> Tensor:
+        dropout = any(self._slots.settings(share.name).dropout for share in shares)
+        batch, layout = lay_out(shares, self._base.device, dropout=dropout)
+        weights = torch.tensor([1 / max(1, count) for count in supervised])
+        counts = torch.tensor(layout.targets)
+        with self._seat.runs(self._slots.run(layout)):
+            states = target_states(self._parts, batch)
+            each = torch.repeat_interleave(weights, counts).to(states.device, non_blocking=True)
+            losses, gradient = losses_and_gradient(self._parts.head, states.detach(), batch.targets, each)
+            torch.autograd.backward(states, gradient)
+        return sums_by_trial(losses, counts.to(states.device, non_blocking=True))
+
+    def _evaluate_due(self, trials: list[Trial]) -> None:
+        if not trials or self._validation is None:
+            return
+        losses = self._evaluate(trials, self._validation)
+        for trial in trials:
+            if trial.evaluated(losses[trial.name]):
+                trial.best = self._slots.read(trial.name).weights
+
+    @torch.no_grad()
+    def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, float]:
+        names = self._slots.order([trial.name for trial in trials])
+        lengths = [len(rows[number].input_ids) for number in range(len(rows))]
+        sums = dict.fromkeys(names, 0.0)
+        count = 0
+        self._base.model.eval()
+        try:
+            for group in group_by_budget(lengths, max(1, self._budget // len(names))):
+                some = [rows[number] for number in group]
+                count += sum(sum(row.supervised[1:]) for row in some)
+                together = max(1, self._budget // sum(lengths[number] for number in group))
+                for start in range(0, len(names), together):
+                    shares = [Share(name, some) for name in names[start : start + together]]
+                    for share, total in zip(shares, self._score(shares), strict=True):
+                        sums[share.name] += total
+        finally:
+            self._base.model.train()
+        return {name: total / max(1, count) for name, total in sums.items()}
+
+    def _score(self, shares: list[Share]) -> list[float]:
+        batch, layout = lay_out(shares, self._base.device, dropout=False)
+        with self._seat.runs(self._slots.run(layout)):
+            states = target_states(self._parts, batch)
+        losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
+        return sums_by_trial(losses, torch.tensor(layout.targets).to(states.device)).tolist()

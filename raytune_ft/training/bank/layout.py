@@ -1,0 +1,71 @@
+"""Which tokens of a padding-free batch belong to which trial."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from raytune_ft.models.chat import Encoded
+from raytune_ft.models.collate import PackedBatch, pack
+from raytune_ft.training.bank.dropout import row_key, token_keys
+
+
+@dataclass(frozen=True)
+class Share:
+    """Some rows of one trial; `places` are their places in the batch of its step, which dropout depends on."""
+
+    name: str
+    rows: Sequence[Encoded]
+    seed: int = 0
+    step: int = 0
+    places: Sequence[int] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of these rows."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Trials with the number of tokens and targets of each, in the order in which they lie.
+
+    `keys` [tokens] are what dropout masks are made of; None where nothing is dropped.
+    """
+
+    names: tuple[str, ...]
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    keys: Tensor | None
+
+    def segments(self) -> Iterator[tuple[str, int, int]]:
+        """Name, first token and end of each trial."""
+        ends = list(accumulate(self.tokens, initial=0))
+        return zip(self.names, ends[:-1], ends[1:], strict=True)
+
+
+def lay_out(shares: Sequence[Share], device: torch.device, *, dropout: bool) -> tuple[PackedBatch, Layout]:
+    """The rows of all `shares` end to end on `device`, with the layout.
+
+    Args:
+        shares: one of each trial, none of them empty.
+        device: where the base is.
+        dropout: whether any of the trials drops features in this pass.
+    """
+    batch = pack([row for share in shares for row in share.rows])
+    rows = [len(share.rows) for share in shares]
+    per_row = torch.bincount(batch.row_of_target, minlength=sum(rows))
+    targets = tuple(int(some.sum()) for some in torch.split(per_row, rows))
+    keys = _keys(shares, batch).to(device, non_blocking=True) if dropout else None
+    names, tokens = tuple(share.name for share in shares), tuple(share.tokens for share in shares)
+    return batch.to(device), Layout(names, tokens, targets, keys)
+
+
+def _keys(shares: Sequence[Share], batch: PackedBatch) -> Tensor:
+    rows = [row_key(share.seed, share.step, place) for share in shares for place in share.places]
+    lengths = (batch.cu_seq_lens[1:] - batch.cu_seq_lens[:-1]).long()
+    return token_keys(torch.tensor(rows), lengths, batch.position_ids[0])

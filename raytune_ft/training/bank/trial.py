@@ -1,0 +1,167 @@
+"""One trial of a bank: where it stands, and what comes next; all of it a function of its settings and its step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from raytune_ft.models.chat import Encoded
+from raytune_ft.training.bank.slot import State
+from raytune_ft.training.batches import step_rows
+from raytune_ft.training.checkpoint import Checkpoint
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.loop import Metrics
+from raytune_ft.training.schedule import Timetable, learning_rate_at
+from raytune_ft.training.stopping import Patience
+
+
+class Rows(Protocol):
+    """Tokenized rows, read one at a time (`TokenRows`, or a list)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Encoded: ...
+
+
+class Status(StrEnum):
+    """Whether a trial goes on."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    INFEASIBLE = "infeasible"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A trial's optimizer step: its metrics (and ``eval_loss`` where due), and whether it goes on."""
+
+    name: str
+    step: int
+    metrics: Metrics
+    status: Status
+    reason: str
+
+
+@dataclass
+class Trial:
+    """A trial's settings and state, except its tensors."""
+
+    name: str
+    config: FineTuningConfig
+    timetable: Timetable
+    train: Rows
+    step: int = 0
+    status: Status = Status.RUNNING
+    reason: str = ""
+    patience: Patience = field(default_factory=Patience)
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: State | None = None
+    _order: Iterator[list[int]] | None = None
+    _upcoming: list[Encoded] | None = None
+
+    def upcoming(self) -> list[Encoded]:
+        """The rows of the next step."""
+        if self._order is None:
+            self._order = step_rows(len(self.train), self.config.global_batch_size, self.config.seed, start=self.step)
+        if self._upcoming is None:
+            self._upcoming = [self.train[number] for number in next(self._order)]
+        return self._upcoming
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the next step."""
+        return sum(len(row.input_ids) for row in self.upcoming())
+
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return learning_rate_at(
+            self.step + 1,
+            self.timetable.total,
+            peak=self.config.learning_rate,
+            warmup=self.timetable.warmup,
+            kind=self.config.lr_scheduler_type,
+        )
+
+    def advance(self, metrics: Metrics) -> None:
+        """Takes in the metrics of the step that was made; a loss that is no finite number makes it infeasible."""
+        self.step += 1
+        self._upcoming = None
+        self.history.append({"step": self.step, **metrics})
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            what = "loss" if not math.isfinite(metrics["loss"]) else "gradient norm"
+            value = metrics["loss" if what == "loss" else "grad_norm"]
+            self.fail(f"the {what} of step {self.step} is {value}")
+        elif self.step >= self.timetable.total:
+            self.finish("all steps made")
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether an evaluation is due after the last step and was not made yet."""
+        if self.status is Status.INFEASIBLE or not self.history or not self.timetable.evaluates(self.step):
+            return False
+        return "eval_loss" not in self.history[-1]
+
+    def evaluated(self, loss: float) -> bool:
+        """Takes in an evaluation after the last step; whether it is the best so far."""
+        self.history[-1]["eval_loss"] = loss
+        if not math.isfinite(loss):
+            self.fail(f"the validation loss of step {self.step} is {loss}")
+            return False
+        improved = self.patience.improved(loss, self.step)
+        if self.patience.spent and self.status is Status.RUNNING:
+            self.finish(f"no lower validation loss in {self.patience.patience} evaluations")
+        return improved
+
+    def finish(self, reason: str) -> None:
+        """The trial made its last step."""
+        self.status, self.reason = Status.FINISHED, reason
+
+    def fail(self, reason: str) -> None:
+        """The trial can't go on; its curve stays."""
+        self.status, self.reason = Status.INFEASIBLE, reason
+
+    def progress(self) -> Progress:
+        """The last step as a report; step 0 without metrics, if there was none."""
+        row = dict(self.history[-1]) if self.history else {"step": 0.0}
+        return Progress(self.name, int(row.pop("step")), row, self.status, self.reason)
+
+    def remembered(self) -> dict[str, Any]:
+        """What a snapshot keeps besides tensors; JSON-ready but for numbers that are not finite."""
+        patience = {"best": self.patience.best, "best_step": self.patience.best_step, "waited": self.patience.waited}
+        return {"history": self.history, "patience": patience, "status": self.status, "reason": self.reason}
+
+    def recall(self, snapshot: Checkpoint) -> None:
+        """Stands where a snapshot says; with settings of more steps, a finished trial goes on."""
+        kept = snapshot.progress
+        self.step = snapshot.step
+        self.history = [dict(row) for row in kept["history"]]
+        self.patience = Patience(self.config.early_stopping_patience, **kept["patience"])
+        self.best = {
+            key.removeprefix("best."): tensor for key, tensor in snapshot.moments.items() if key.startswith("best.")
+        } or None
+        self.status, self.reason = Status(kept["status"]), kept["reason"]
+        if self.status is Status.FINISHED and self.step < self.timetable.total and not self.patience.spent:
+            self.status, self.reason = Status.RUNNING, ""
+        self._order = self._upcoming = None
+
+
+_PACK_FIELDS = ("model_path", "dataset_path", "method", "precision", "max_length", "use_gpu")
+_QUANTIZED_FIELDS = ("bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+
+
+def pack_key(config: FineTuningConfig) -> tuple[object, ...]:
+    """Trials with equal keys can share a bank: the base, its number format, the data and the row length agree."""
+    fields = _PACK_FIELDS + (_QUANTIZED_FIELDS if config.method == "qlora" else ())
+    return tuple(getattr(config, name) for name in fields)
+
+
+def disagreement(configs: Sequence[FineTuningConfig]) -> str | None:
+    """Why these trials cannot share a bank, naming the first key that differs; None if they can."""
+    for name in _PACK_FIELDS + _QUANTIZED_FIELDS:
+        values = sorted({str(getattr(config, name)) for config in configs})
+        if len(values) > 1 and len({pack_key(config) for config in configs}) > 1:
+            return f"{name} differs ({', '.join(values)})"
+    return None
