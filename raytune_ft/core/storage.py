@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ from raytune_ft.core.config import masked
 from raytune_ft.core.errors import ArtifactError
 
 _CHUNK = 1 << 22
+_DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|PERMISSION_DENIED"
+                     r"|UNAUTHENTICATED|OAuth2 access token|HTTP status 40[13]|\b40[13], message")  # fmt: skip
+_GCS_RETRY_S = 30
+"""Else pyarrow retries for 15 minutes what can never succeed, such as a call without credentials."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,21 @@ class Location:
         if self.is_local:
             return fs.LocalFileSystem(), self.uri
         try:
-            return fs.FileSystem.from_uri(self._with_single_put())  # type: ignore[no-any-return]
+            if self.uri.startswith(("http://", "https://")):
+                import fsspec
+
+                return fs.PyFileSystem(_Http(fsspec.filesystem("http"))), self.uri
+            return fs.FileSystem.from_uri(self._with_options())  # type: ignore[no-any-return]
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self}: this storage cannot be opened ({error})") from None
 
-    def _with_single_put(self) -> str:
-        """Else pyarrow writes even a small S3 object as a multipart upload of three requests."""
-        if not self.uri.startswith("s3://") or "allow_delayed_open" in self.uri:
+    def _with_options(self) -> str:
+        """On S3 a small object is then one request, not a multipart upload of three; Google's retries have an end."""
+        options = {"s3": "allow_delayed_open=true", "gs": f"retry_limit_seconds={_GCS_RETRY_S}"}
+        option = options.get(self.uri.partition("://")[0])
+        if option is None or option.partition("=")[0] in self.uri:
             return self.uri
-        return self.uri + ("&" if "?" in self.uri else "?") + "allow_delayed_open=true"
+        return self.uri + ("&" if "?" in self.uri else "?") + option
 
     @property
     def filesystem(self) -> Any:
@@ -97,8 +110,9 @@ class Location:
         return bool(self._info().type == fs.FileType.File)
 
     def size(self) -> int:
-        """Size of the file here, in bytes."""
-        return int(self._info().size)
+        """Size of the file here, in bytes; -1 where a web server does not say."""
+        size = self._info().size
+        return -1 if size is None else int(size)
 
     def files(self) -> dict[str, int]:
         """Relative path and size in bytes of every file below this folder, sorted; empty if there is no folder."""
@@ -197,10 +211,43 @@ class Location:
             return action()
         except FileNotFoundError:
             raise ArtifactError(f"{self}: there is no such file or folder") from None
-        except PermissionError:
-            raise ArtifactError(f"{self}: no permission to read or write here") from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(f"{self}: the storage refused: {error}") from None
+        except storage_errors() as error:
+            raise ArtifactError(f"{self}: {storage_reason(error)}") from None
+
+
+class _Http(fs.FSSpecHandler):  # type: ignore[misc]
+    """Files of a web server: fsspec's own reports every status but success as a missing file."""
+
+    def get_file_info(self, paths: list[str]) -> list[Any]:
+        return [self._info_of(path) for path in paths]
+
+    def _info_of(self, path: str) -> Any:
+        try:
+            info = self.fs.info(path)
+        except FileNotFoundError as error:
+            status = getattr(error.__cause__, "status", None)
+            if status in {404, 410}:
+                return fs.FileInfo(path, fs.FileType.NotFound)
+            if error.__cause__ is None:
+                raise
+            raise (PermissionError if status in {401, 403} else OSError)(str(error.__cause__)) from None
+        changed = info.get("Last-Modified")
+        when = parsedate_to_datetime(changed) if changed else None
+        return fs.FileInfo(path, fs.FileType.File, size=info["size"], mtime=when)
+
+
+def storage_errors() -> tuple[type[BaseException], ...]:
+    """What reading from storage may raise: aiohttp, which fsspec asks web servers with, has errors of its own."""
+    aiohttp = sys.modules.get("aiohttp")
+    return (OSError, pa.ArrowInvalid, *((aiohttp.ClientError,) if aiohttp else ()))
+
+
+def storage_reason(error: BaseException) -> str:
+    """What storage said, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, PermissionError) or _DENIED.search(text):
+        return "no permission to read or write here; check the rights, and the credentials that this machine gives"
+    return f"the storage refused: {text[:300] or type(error).__name__}"
 
 
 def source_digest(where: str | os.PathLike[str] | Location) -> str:

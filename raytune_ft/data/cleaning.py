@@ -5,36 +5,82 @@ Reasons start with a short name and a colon where details follow, so that they c
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from raytune_ft.core.records import Message, Record
-from raytune_ft.data.config import DataCollectionConfig
-
-_CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
-
-
-def clean(record: Record, config: DataCollectionConfig) -> tuple[Record, str | None]:
-    """The record with its texts mended, and the reason why it is rejected (None: it is not)."""
-    mended = mend(record, _menders(config.fix_encoding, config.remove_control_characters, config.strip_whitespace))
-    return mended, wrong_roles(mended) or (empty(mended) if config.drop_empty else None)
+from raytune_ft.data.config import DataCollectionConfig, Measure, PersonalData
+from raytune_ft.data.language import foreign
+from raytune_ft.data.mending import STEPS
+from raytune_ft.data.redaction import redact_value
+from raytune_ft.data.refusals import refuses
+from raytune_ft.data.tool_calls import unbalanced_tool_calls
 
 
-def mend(record: Record, menders: Sequence[Callable[[str], str]]) -> Record:
-    """The record with every text passed through `menders`, in order."""
+@dataclass(frozen=True)
+class Cleaned:
+    """A record after cleaning, why it is rejected (None: it is not), and what was done to it.
+
+    `changed` are the steps that changed a text of it, `redacted` counts replacements by kind, `undecided` are the
+    checks that could not tell.
+    """
+
+    record: Record
+    reason: str | None = None
+    changed: tuple[str, ...] = ()
+    redacted: Mapping[str, int] = field(default_factory=dict)
+    undecided: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> str | None:
+        """What was done to it as JSON text, so that equal notes are equal texts; None where nothing was."""
+        named = {"changed": self.changed, "redacted": dict(self.redacted), "undecided": self.undecided}
+        said = {name: value for name, value in named.items() if value}
+        return json.dumps(said, sort_keys=True) if said else None
+
+
+def clean(record: Record, config: DataCollectionConfig) -> Cleaned:
+    """The record with its texts mended and personal data replaced, and the first reason to reject it, if any."""
+    mended, changed = mend(record, _menders(config))
+    redacted: Counter[str] = Counter()
+    if config.redact:
+        mended = redact_record(mended, config.redact, redacted)
+    reason = _reason(mended, config)
+    undecided = False
+    if reason is None and config.languages:
+        reason, undecided = foreign(mended, config.languages)
+    return Cleaned(mended, reason, changed, redacted, ("language",) if undecided else ())
+
+
+def _reason(record: Record, config: DataCollectionConfig) -> str | None:
+    return (
+        (unbalanced_tool_calls(record) if config.drop_unbalanced_tool_calls else None)
+        or wrong_roles(record)
+        or (empty(record) if config.drop_empty else None)
+        or (out_of_bounds(record, config.length_bounds) if config.length_bounds else None)
+        or (refuses(record) if config.drop_refusals else None)
+    )
+
+
+def mend(record: Record, menders: Mapping[str, Callable[[str], str]]) -> tuple[Record, tuple[str, ...]]:
+    """The record with every text passed through `menders` in order, and the names of those that changed one."""
+    changed: dict[str, None] = {}
 
     def text(value: str) -> str:
-        for mender in menders:
+        for name, mender in menders.items():
+            before = value
             value = mender(value)
+            if value != before:
+                changed[name] = None
         return value
 
     def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        mended = tuple(replace(m, content=text(m.content)) for m in messages)
+        mended = tuple(Message(m.role, text(m.content), m.tool_calls) for m in messages)
         return mended[1:] if mended and mended[0].role == "system" and not mended[0].content else mended
 
-    return replace(
+    mended = replace(
         record,
         messages=turns(record.messages),
         chosen=turns(record.chosen),
@@ -42,44 +88,32 @@ def mend(record: Record, menders: Sequence[Callable[[str], str]]) -> Record:
         text=(text(record.text) or None) if record.text is not None else None,
         reference=(text(record.reference) or None) if record.reference is not None else None,
     )
+    return mended, tuple(changed)
 
 
-@functools.cache
-def _menders(encoding: bool, controls: bool, whitespace: bool) -> tuple[Callable[[str], str], ...]:
-    wanted: list[tuple[bool, Callable[[str], str]]] = [
-        (encoding, fix_encoding),
-        (controls, remove_control_characters),
-        (whitespace, str.strip),
-    ]
-    return tuple(mender for switch, mender in wanted if switch)
+def _menders(config: DataCollectionConfig) -> dict[str, Callable[[str], str]]:
+    return {name: mender for name, mender in STEPS.items() if getattr(config, name)}
 
 
-def fix_encoding(text: str) -> str:
-    """Text with mojibake repaired and Unicode in NFC (ftfy); quotes, width and HTML entities stay as they are."""
-    return text if text.isascii() else _ftfy()(text)
+def redact_record(record: Record, kinds: Sequence[PersonalData], found: Counter[str]) -> Record:
+    """The record with personal data replaced in every text, tool call, tool and metadata; counts go to `found`."""
 
+    def text(value: str | None) -> str | None:
+        return value and redact_value(value, kinds, found)
 
-@functools.cache
-def _ftfy() -> Callable[[str], str]:
-    import ftfy
+    def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        return tuple(Message(m.role, text(m.content) or "", text(m.tool_calls)) for m in messages)
 
-    config = ftfy.TextFixerConfig(
-        unescape_html=False,
-        uncurl_quotes=False,
-        fix_latin_ligatures=False,
-        fix_character_width=False,
-        fix_line_breaks=False,
-        remove_control_chars=False,
-        remove_terminal_escapes=False,
-        explain=False,
+    return replace(
+        record,
+        messages=turns(record.messages),
+        chosen=turns(record.chosen),
+        rejected=turns(record.rejected),
+        text=text(record.text),
+        reference=text(record.reference),
+        tools=text(record.tools),
+        metadata=redact_value(dict(record.metadata), kinds, found),
     )
-    return functools.partial(ftfy.fix_text, config=config)
-
-
-def remove_control_characters(text: str) -> str:
-    """Text without control characters and terminal escapes; every kind of line end becomes a newline, tabs stay."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
-    return _CONTROLS.sub("", text)
 
 
 def wrong_roles(record: Record) -> str | None:
@@ -146,3 +180,35 @@ def empty(record: Record) -> str | None:
 
 def _speaks(message: Message) -> bool:
     return bool(message.content.strip() or message.tool_calls or message.role == "tool")
+
+
+def out_of_bounds(record: Record, bounds: Mapping[Measure, tuple[int | None, int | None]]) -> str | None:
+    """Which of `bounds` a record does not keep; None if it keeps all. Both sides of a preference must keep them."""
+    for measure, (least, most) in bounds.items():
+        for length in _lengths(record, measure):
+            if least is not None and length < least:
+                return f"too few {measure}: {length}, at least {least}"
+            if most is not None and length > most:
+                return f"too many {measure}: {length}, at most {most}"
+    return None
+
+
+def _lengths(record: Record, measure: Measure) -> list[int]:
+    part, _, unit = measure.rpartition("_")
+    sides = [side for side in (record.chosen, record.rejected) if side]
+    prompt = record.messages if sides else record.prompt
+    answers = sides or ([record.messages[-1:]] if len(prompt) < len(record.messages) else [])
+    if record.text is not None:
+        texts = [] if part else [[record.text]]
+    elif part == "prompt":
+        texts = [[m.content for m in prompt]]
+    elif part == "answer":
+        texts = [[m.content for m in answer] for answer in answers]
+    else:
+        texts = [[m.content for m in (*prompt, *answer)] for answer in answers or [()]]
+    count = len if unit == "characters" else _words
+    return [sum(map(count, text)) for text in texts]
+
+
+def _words(text: str) -> int:
+    return len(text.split())

@@ -5,13 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.core.storage import Location
-from raytune_ft.data.sources import SourceFile
+from raytune_ft.core.storage import Location, storage_errors, storage_reason
+from raytune_ft.data.hub import hub_rows
+from raytune_ft.data.json_text import JsonFault, kind_in_words, list_items, parse
+from raytune_ft.data.sources import SourceFile, compression_of
+
+_BATCH_BYTES = 32 << 20
+_BATCH_ROWS = 512
+_MAGIC = {
+    b"\x1f\x8b": "gzip-compressed; name it with .gz behind its name",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed; name it with .zst behind its name",
+    b"BZh": "bzip2-compressed; name it with .bz2 behind its name",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"PAR1": "Parquet; name it .parquet",
+    b"\xff\xfe": "UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
+}
+"""How files begin that are no UTF-8 text, and what to do with them."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +51,54 @@ class SourceRow:
 
 
 def read_rows(file: SourceFile) -> Iterator[SourceRow]:
-    """The rows of a file in order, streamed (a JSON list is read whole).
+    """The rows of a file in order, streamed: in memory are a few rows (of a list, one item) at a time.
 
     Raises:
-        DataError: if the file as a whole cannot be read: not a list, no header, damaged.
+        DataError: if the file as a whole cannot be read: not a list, no header, damaged, no text, without any row.
     """
     location = Location(file.uri)
-    readers = {"jsonl": _jsonl, "json": _json, "csv": _csv, "parquet": _parquet, "text": _text}
+    rows = 0
     try:
-        yield from readers[file.kind](location)
-    except OSError as error:
-        raise DataError(f"{location}: cannot be read: {error}") from None
+        for row in _READERS[file.kind](location):
+            yield row
+            rows += 1
+    except storage_errors() as error:
+        raise DataError(f"{location}: cannot be read behind row {rows}: {storage_reason(error)}") from None
+    if not rows and file.kind not in {"parquet", "arrow", "hub"}:  # those are written in parts, some of them empty
+        raise DataError(f"{location}: holds no rows")
 
 
 def _open(location: Location) -> io.BufferedReader:
-    return io.BufferedReader(location.filesystem.open_input_stream(location.path, compression="detect"), 1 << 20)
+    """The bytes of a text file, unpacked.
+
+    Raises:
+        DataError: if they begin like something else than UTF-8 text.
+    """
+    packed = compression_of(location.name)
+    stream = io.BufferedReader(location.filesystem.open_input_stream(location.path, compression=packed), 1 << 20)
+    head = stream.peek(4)[:4]
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            raise DataError(f"{location}: is {what}")
+    if head.count(0) >= 2 and any(head):  # as every ASCII text in UTF-16 or UTF-32 begins
+        raise DataError(f"{location}: is UTF-16 or UTF-32 without a mark that says so; convert it to UTF-8 with iconv")
+    return stream
+
+
+def _open_anywhere(location: Location) -> Any:
+    """The bytes of a file that is not read from its beginning on.
+
+    Raises:
+        DataError: if a web server gives no parts of files.
+    """
+    stream = location.filesystem.open_input_file(location.path)
+    try:
+        stream.seek(0, 2)
+        stream.seek(0)
+    except ValueError:
+        stream.close()
+        raise DataError(f"{location}: its server gives no ranges of files; download it and give its path") from None
+    return stream
 
 
 def _lines(location: Location) -> Iterator[tuple[int, str, str | None]]:
@@ -81,54 +129,42 @@ def _jsonl(location: Location) -> Iterator[SourceRow]:
 def _object(line: str) -> tuple[dict[str, Any] | None, str | None]:
     """The JSON object in a line, or why there is none."""
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return None, f"malformed JSON: {_reason(error)}"
+        values = parse(line)
+    except JsonFault as fault:
+        return None, str(fault)
     if not isinstance(values, dict):
-        return None, f"expected a JSON object, found {_json_kind(values)}"
-    return _whole(values, line), None
+        return None, f"expected a JSON object, found {kind_in_words(values)}"
+    return values, None
 
 
 def _json(location: Location) -> Iterator[SourceRow]:
-    with _open(location) as stream:
-        data = stream.read()
     try:
-        text = data.decode("utf-8-sig")
-        content = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{location}: not UTF-8: byte 0x{data[error.start]:02x} at place {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            raise DataError(
-                f"{location}:{error.lineno}: more follows the first JSON value; if it has a record a line, "
-                "name the file .jsonl"
-            ) from None
-        raise DataError(f"{location}:{error.lineno}: malformed JSON: {_reason(error)}") from None
-    except RecursionError:
-        raise DataError(f"{location}: malformed JSON: nested too deep") from None
-    if not isinstance(content, list):
-        raise DataError(f"{location}: expected a JSON list of records, found {_json_kind(content)}")
-    for place, values in enumerate(content):
-        if isinstance(values, dict):
-            yield SourceRow(place, _whole(values, text))
-        else:
-            fault = f"expected a JSON object, found {_json_kind(values)}"
-            yield SourceRow(place, fault=fault, text=json.dumps(values))
+        with _open(location) as stream:
+            for place, (line, value) in enumerate(list_items(stream.read1)):
+                if isinstance(value, JsonFault):
+                    yield SourceRow(place, None, line, str(value), value.text)
+                elif isinstance(value, dict):
+                    yield SourceRow(place, value, line)
+                else:
+                    fault = f"expected a JSON object, found {kind_in_words(value)}"
+                    yield SourceRow(place, None, line, fault, json.dumps(value))
+    except JsonFault as fault:
+        where = f"{location}:{fault.line}" if fault.line else str(location)
+        raise DataError(f"{where}: {fault}") from None
 
 
 def _csv(location: Location) -> Iterator[SourceRow]:
     csv.field_size_limit(1 << 30)
     with _open(location) as stream:
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+        # Bytes that are no UTF-8 become surrogates, so that only their row is at fault.
+        text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+        reader = csv.reader(text, strict=True)
         try:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{location}: has no header line with column names")
             _refuse_repeated(location, header)
             yield from _csv_rows(reader, header)
-        except UnicodeDecodeError as error:
-            where = f"byte 0x{error.object[error.start]:02x}"
-            raise DataError(f"{location}: not UTF-8: {where} behind line {reader.line_num}") from None
         except csv.Error as error:
             raise DataError(f"{location}:{reader.line_num}: malformed CSV: {error}") from None
 
@@ -136,28 +172,100 @@ def _csv(location: Location) -> Iterator[SourceRow]:
 def _csv_rows(reader: Any, header: list[str]) -> Iterator[SourceRow]:
     cells: list[str]
     for place, cells in enumerate(row for row in reader if row):
+        fault = None
         if len(cells) != len(header):
             fault = f"ragged row: {len(cells)} cells where the header has {len(header)} columns"
-            yield SourceRow(place, None, reader.line_num, fault, json.dumps(cells, ensure_ascii=False))
+        else:
+            fault = _undecoded(header, cells)
+        if fault:
+            legible = [cell.encode("utf-8", "replace").decode() for cell in cells]
+            yield SourceRow(place, None, reader.line_num, fault, json.dumps(legible, ensure_ascii=False))
         else:
             yield SourceRow(place, dict(zip(header, cells, strict=True)), reader.line_num)
+
+
+def _undecoded(header: list[str], cells: list[str]) -> str | None:
+    for name, cell in zip(header, cells, strict=True):
+        if cell.isascii():
+            continue
+        try:
+            cell.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return f"not UTF-8: byte 0x{ord(cell[error.start]) - 0xDC00:02x} in column {name!r}"
+    return None
 
 
 def _parquet(location: Location) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    where = "its end, where the description of its columns should be"
     try:
-        with location.filesystem.open_input_file(location.path) as stream:
+        with _open_anywhere(location) as stream:
             parquet = pq.ParquetFile(stream)
             _refuse_repeated(location, parquet.schema_arrow.names)
             place = 0
-            for batch in parquet.iter_batches(batch_size=512):
-                for values in batch.to_pylist():
-                    yield SourceRow(place, values)
-                    place += 1
+            for group in range(parquet.num_row_groups):
+                where = f"row group {group} of {parquet.num_row_groups} (rows from {place})"
+                described = parquet.metadata.row_group(group)
+                size = _rows_at_once(described.total_byte_size, described.num_rows)
+                for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
+                    for values in batch.to_pylist():
+                        yield SourceRow(place, values)
+                        place += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{location}: cannot be read as Parquet: {_reason(error)}") from None
+        raise DataError(f"{location}: cannot be read as Parquet at {where}: {_reason(error)}") from None
+
+
+def _arrow(location: Location) -> Iterator[SourceRow]:
+    """An Arrow stream, as `datasets` writes them, or an Arrow file."""
+    import pyarrow as pa
+
+    place = 0
+    try:
+        with _open_anywhere(location) as stream:
+            for batch in _arrow_batches(stream):
+                _refuse_repeated(location, batch.schema.names)
+                size = _rows_at_once(batch.nbytes, batch.num_rows)
+                for start in range(0, batch.num_rows, size):
+                    for values in batch.slice(start, size).to_pylist():
+                        yield SourceRow(place, values)
+                        place += 1
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{location}: cannot be read as Arrow behind row {place}: {_reason(error)}") from None
+
+
+def _arrow_batches(stream: Any) -> Iterator[Any]:
+    import pyarrow as pa
+
+    if stream.read(6) == b"ARROW1":
+        stream.seek(0)
+        file = pa.ipc.open_file(stream)
+        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+    else:
+        stream.seek(0)
+        yield from pa.ipc.open_stream(stream)
+
+
+def _rows_at_once(size: int, rows: int) -> int:
+    """So many rows that they stay small as Python values, too, even where each has megabytes."""
+    return max(1, min(_BATCH_ROWS, rows * _BATCH_BYTES // max(size, 1)))
+
+
+def _hub(location: Location) -> Iterator[SourceRow]:
+    for place, values in enumerate(hub_rows(location.uri)):
+        yield SourceRow(place, values)
+
+
+_READERS: dict[str, Callable[[Location], Iterator[SourceRow]]] = {
+    "jsonl": _jsonl,
+    "json": _json,
+    "csv": _csv,
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "text": _text,
+    "hub": _hub,
+}
 
 
 def _refuse_repeated(location: Location, names: Iterable[str]) -> None:
@@ -165,26 +273,6 @@ def _refuse_repeated(location: Location, names: Iterable[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(f"{location}: has more than one column named {', '.join(map(repr, repeated))}")
-
-
-def _whole(value: Any, raw: str) -> Any:
-    """`value` with half surrogate pairs replaced, which JSON may escape but no text may hold."""
-    return _mended(value) if "\\ud" in raw.lower() else value
-
-
-def _mended(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
-    if isinstance(value, list):
-        return [_mended(item) for item in value]
-    if isinstance(value, dict):
-        return {_mended(key): _mended(item) for key, item in value.items()}
-    return value
-
-
-def _json_kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
-    return kinds.get(type(value), "null")
 
 
 def _reason(error: BaseException) -> str:

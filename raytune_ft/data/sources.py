@@ -13,17 +13,25 @@ from raytune_ft.core.artifacts import has_manifest
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import Parent
 from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.data.hub import SCHEME, HubSource, content_of, parts_of
 
 logger = logging.getLogger("raytune_ft")
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-_COMPRESSED = (".gz", ".zst", ".bz2")
+KINDS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow",
+    ".txt": "text",
+}  # fmt: skip
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_WHOLE = frozenset({"parquet", "arrow"})
 _HASHED_FILES = 64
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to read: `label` names it in records, `number` is its place in the order of all files."""
+    """One file to read: `label` names it in records, `number` is its place in the order of all files.
+
+    A shard of a hub's dataset is one, too, of the kind ``hub``.
+    """
 
     uri: str
     label: str
@@ -58,6 +66,10 @@ def source_parents(sources: Sequence[str], role: str) -> list[Parent]:
     """
     parents = []
     for source in sources:
+        if source.startswith(SCHEME):
+            digest = hashlib.sha256(content_of(source).encode()).hexdigest()[:16]
+            parents.append(Parent(role=role, where=source_uri(source), digest=digest))
+            continue
         files = _files_of(source)
         if len(files) <= _HASHED_FILES:
             content = [[file.name, source_digest(file)] for file in files]
@@ -69,24 +81,41 @@ def source_parents(sources: Sequence[str], role: str) -> list[Parent]:
 
 
 def kind_of(location: Location) -> str:
-    """The kind of a file by its name: jsonl, json, csv, parquet or text.
+    """The kind of a file by its name: jsonl, json, csv, parquet, arrow, text, or hub for a dataset's shard.
 
     Raises:
-        DataError: if the name tells none.
+        DataError: if the name tells none, or a file that is read in parts is compressed as a whole.
     """
+    if location.uri.startswith(SCHEME):
+        return "hub"
     kind = _kind(location.name)
     if kind is None:
         raise DataError(f"{location}: of no known kind; expected a file named {', '.join(KINDS)} (also with .gz, .zst)")
+    if kind in _WHOLE and compression_of(location.name):
+        raise DataError(f"{location}: {kind} is compressed inside already; unpack this file and give it as .{kind}")
     return kind
 
 
+def compression_of(name: str) -> str | None:
+    """How a file is compressed, by its name: gzip, zstd, bz2 or None."""
+    return next((codec for ending, codec in COMPRESSED.items() if name.lower().endswith(ending)), None)
+
+
 def _kind(name: str) -> str | None:
-    for ending in _COMPRESSED:
+    name = name.lower()
+    for ending in COMPRESSED:
         name = name.removesuffix(ending)
     return KINDS.get("." + name.rpartition(".")[2]) if "." in name else None
 
 
+def source_uri(source: str) -> str:
+    """A source as the URIs of its files begin: absolute, or the dataset of the hub with its split."""
+    return str(HubSource.parse(source)) if source.startswith(SCHEME) else Location.at(source).uri
+
+
 def _files_of(source: str) -> list[Location]:
+    if source.startswith(SCHEME):
+        return [Location(part) for part in parts_of(source)]
     location = Location.at(source)
     try:
         if location.is_file():
@@ -96,7 +125,8 @@ def _files_of(source: str) -> list[Location]:
             return [location]
         if location.exists():
             return _in_folder(location)
-        if any(sign in source for sign in "*?"):
+        pattern = source.partition("?")[0] if "://" in source else source  # behind the ? of a URI stand options
+        if any(sign in pattern for sign in "*?") and not location.uri.startswith(("http://", "https://")):
             return _matching(location)
     except ArtifactError as error:
         raise DataError(str(error)) from None
@@ -104,20 +134,49 @@ def _files_of(source: str) -> list[Location]:
 
 
 def _in_folder(folder: Location) -> list[Location]:
-    names = folder.files()
+    names = _without_saved(folder, folder.files())
     if has_manifest(folder):  # a dataset of ours: its splits, not what it rejected or says about itself
         names = {n: size for n, size in names.items() if n.endswith(".parquet") and not n.startswith("rejected/")}
     return _usable(folder, names, f"{folder}: holds no file to read ({', '.join(KINDS)})")
 
 
+def _without_saved(folder: Location, names: dict[str, int]) -> dict[str, int]:
+    """Of the files below a folder, for each dataset that `save_to_disk` wrote there only those that hold its rows."""
+    kept = dict(names)
+    splits = []
+    for state in [name for name in names if name.rpartition("/")[2] == "state.json"]:
+        base = state.removesuffix("state.json")
+        if base + "dataset_info.json" not in names:
+            continue
+        try:
+            rows = {base + file["filename"] for file in json.loads((folder / state).read())["_data_files"]}
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{folder / state}: is not what save_to_disk writes; the dataset is damaged") from None
+        lacking = sorted(rows - set(names))
+        if lacking:
+            raise DataError(f"{folder / lacking[0]}: is missing, and the dataset's state.json names it")
+        splits.append(base.rstrip("/") or ".")
+        inside = {name for name in names if name.startswith(base) and "/" not in name[len(base) :]}
+        kept = {name: size for name, size in kept.items() if name not in inside or name in rows}
+    if "dataset_dict.json" in kept and splits:
+        del kept["dataset_dict.json"]
+        logger.info("%s: reading all its splits (%s); give a split's folder to read one", folder, ", ".join(splits))
+    return kept
+
+
 def _matching(pattern: Location) -> list[Location]:
-    head = re.split(r"[*?]", pattern.uri, maxsplit=1)[0].rpartition("/")[0]
-    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.uri[len(head) + 1 :])
-    wanted = re.compile("".join(signs.get(part) or re.escape(part) for part in parts))
-    folder = Location(head or "/")
+    uri, question, query = pattern.uri.partition("?") if "://" in pattern.uri else (pattern.uri, "", "")
+    head = re.split(r"[*?]", uri, maxsplit=1)[0].rpartition("/")[0]
+    wanted = re.compile(pattern_of(uri[len(head) + 1 :]))
+    folder = Location((head or "/") + question + query)
     names = {name: size for name, size in folder.files().items() if wanted.fullmatch(name)}
     return _usable(folder, names, f"{pattern}: no file to read matches")
+
+
+def pattern_of(glob: str) -> str:
+    """A glob as a regular expression: ``*`` and ``?`` stay in a folder, ``**`` goes below."""
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(signs.get(part) or re.escape(part) for part in re.split(r"(\*\*/|\*\*|\*|\?)", glob))
 
 
 def _usable(folder: Location, names: dict[str, int], nothing: str) -> list[Location]:

@@ -7,7 +7,7 @@ import pytest
 
 from raytune_ft.core.records import Message, Record
 from raytune_ft.data.config import RecordFormat
-from raytune_ft.data.formats import FormatFault, detect, format_of, renamed, to_record
+from raytune_ft.data.formats import FormatFault, detect, format_of, format_of_row, renamed, to_record
 
 ASKED = (Message("user", "Q"),)
 ANSWERED = (*ASKED, Message("assistant", "A"))
@@ -130,3 +130,98 @@ def test_a_record_as_csv_cells_reads_back_as_the_same_record() -> None:
     cells = {k: "" if v is None else v if isinstance(v, str) else json.dumps(v) for k, v in record.to_row().items()}
     again = read(cells)
     assert (again.id, again.label, again.metadata) == (record.id, False, {"topic": "x"})
+
+
+def test_the_last_line_of_a_gsm8k_answer_is_the_reference_and_the_answer_stays_whole() -> None:
+    record = read({"question": "2*3?", "answer": "2*3 = <<2*3=6>>6\n#### 6"})
+    assert (record.answer, record.reference) == ("2*3 = <<2*3=6>>6\n#### 6", "6")
+    assert read({"question": "Q", "answer": "#### title\ntext"}).reference is None
+    assert read({"question": "Q", "answer": "a\n#### 1", "reference": "2"}).reference == "2"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "Q", "reference": "42"},
+        {"prompt": [USER], "reference": 42},
+        {"question": "Q", "reference": "42"},
+        {"instruction": "Q", "reference": "42"},
+    ],
+)
+def test_a_prompt_with_only_a_reference_has_no_answer_turn(values: dict[str, Any]) -> None:
+    record = read(values)
+    assert detect(values)[0] is RecordFormat.PROMPT_REFERENCE
+    assert (record.messages, record.reference, record.answer) == (ASKED, "42", "42")
+
+
+def test_which_column_is_the_prompt_and_what_an_answer_is_are_not_guessed() -> None:
+    with pytest.raises(FormatFault, match="each of prompt, question could be the prompt"):
+        detect(["prompt", "question", "reference"])
+    with pytest.raises(FormatFault, match="unknown columns: answer, prompt"):
+        detect(["prompt", "answer"])
+    with pytest.raises(FormatFault, match="no reference"):
+        read({"prompt": "Q", "reference": None})
+    assert detect(["prompt", "completion", "reference"])[0] is RecordFormat.PROMPT_COMPLETION
+
+
+def test_rows_of_several_formats_under_one_schema_are_told_by_what_is_filled() -> None:
+    table = {"prompt": None, "completion": None, "text": None, "instruction": "", "output": ""}
+    assert format_of_row({**table, "text": "T"}, None)[0] is RecordFormat.TEXT
+    assert format_of_row({**table, "prompt": "Q", "completion": "A"}, None)[0] is RecordFormat.PROMPT_COMPLETION
+    assert format_of_row({"prompt": "Q", "completion": None}, None)[0] is RecordFormat.PROMPT_COMPLETION
+    with pytest.raises(FormatFault, match="ambiguous columns: completion, instruction, output, prompt, text"):
+        format_of_row({**table, "text": "T", "prompt": "Q", "completion": "A"}, None)
+
+
+def test_openai_tool_calls_keep_their_arguments_and_ids() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"q": "x"}'}}
+    turns = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "[]"},
+        ASSISTANT,
+    ]
+    record = read({"messages": turns, "tools": [{"type": "function", "function": {"name": "find"}}]})
+    assert json.loads(record.messages[1].tool_calls or "") == [call]
+    assert record.messages[1].content == ""
+    assert json.loads(record.tools or "")[0]["function"]["name"] == "find"
+    assert record.metadata == {"messages (other fields)": {"2": {"tool_call_id": "c1"}}}
+
+
+def test_older_and_shorter_ways_to_write_a_call_become_the_same() -> None:
+    call = {"name": "find", "arguments": "{}"}
+    written = [
+        {"role": "assistant", "function_call": call},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", "content": "", "tool_calls": json.dumps([{"type": "function", "function": call}])},
+        {"from": "tool_call", "value": json.dumps(call)},
+    ]
+    ids = {read({"messages": [USER, turn, {"role": "function", "content": "1"}, ASSISTANT]}).id for turn in written}
+    assert len(ids) == 1
+
+
+def test_text_parts_become_one_text_and_images_are_refused() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert read({"messages": [{"role": "user", "content": parts}, ASSISTANT]}).messages[0].content == "ab"
+    with pytest.raises(FormatFault, match=r"wrong type in 'messages\.user': a part that is no text"):
+        read({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ASSISTANT]})
+
+
+def test_turns_as_a_struct_of_lists_or_with_other_spellings_are_turns() -> None:
+    assert read({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}).messages == ANSWERED
+    assert (
+        read({"conversations": [{"role": "User", "content": "Q"}, {"role": "AI", "content": "A"}]}).messages == ANSWERED
+    )
+    assert read({"messages": json.dumps([USER, ASSISTANT])}).messages == ANSWERED
+
+
+def test_what_turns_say_beside_role_and_text_and_a_second_system_prompt_are_kept() -> None:
+    record = read({"messages": [{"role": "system", "content": "S"}, {**USER, "name": "Ann", "weight": None}, ASSISTANT],
+                   "system": "other"})  # fmt: skip
+    assert record.messages[0] == Message("system", "S")
+    assert record.metadata == {"messages (other fields)": {"1": {"name": "Ann"}}, "system": "other"}
+
+
+def test_tokens_of_an_earlier_run_are_not_kept_as_metadata() -> None:
+    row = {**Record(messages=ANSWERED).to_row(), "input_ids": [1, 2], "supervised": [False, True]}
+    assert read(row) == Record(messages=ANSWERED, source="a.jsonl", position=3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ def test_jsonl_rows_keep_their_line_and_blank_lines_are_none(tmp_path: Path) -> 
 def test_what_is_wrong_with_a_line_is_said_and_its_text_kept(tmp_path: Path) -> None:
     rows = rows_of(tmp_path / "a.jsonl", b'{"text": \n[1]\n{"text": "\xe9"}\n')
     assert [r.fault for r in rows] == [
-        "malformed JSON: Expecting value: line 1 column 10 (char 9)",
+        "malformed JSON: Expecting value: character 10",
         "expected a JSON object, found a list",
         "not UTF-8: byte 0xe9 at place 11 of the line",
     ]
@@ -37,9 +38,26 @@ def test_half_a_surrogate_pair_is_replaced_and_a_whole_one_kept(tmp_path: Path) 
     assert row.values == {"text": "? \U0001f600"}
 
 
-def test_compressed_files_read_the_same(tmp_path: Path) -> None:
-    (row,) = rows_of(tmp_path / "a.jsonl.gz", gzip.compress(b'{"text": "a"}\n'))
-    assert row.values == {"text": "a"}
+CONTENTS = {"a.jsonl": b'{"text": "a"}\n{"text": "b"}', "a.json": b'[{"text": "a"}, {"text": "b"}]',
+            "a.csv": b"text\na\nb\n", "a.txt": b"a\nb\n"}  # fmt: skip
+
+
+def packed(content: bytes, codec: str) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, codec) as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(("name", "content"), CONTENTS.items())
+@pytest.mark.parametrize(("ending", "codec"), [(".gz", "gzip"), (".zst", "zstd"), (".bz2", "bz2")])
+def test_compressed_files_read_the_same(tmp_path: Path, name: str, content: bytes, ending: str, codec: str) -> None:
+    half = len(content) // 2
+    appended = packed(content[:half], codec) + packed(content[half:], codec)
+    for whole in (packed(content, codec), appended):
+        assert [row.values for row in rows_of(tmp_path / (name + ending), whole)] == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(DataError, match=f"{name}{ending}: "):
+        rows_of(tmp_path / (name + ending), packed(content, codec)[:-9])
 
 
 @pytest.mark.parametrize(
@@ -50,8 +68,19 @@ def test_compressed_files_read_the_same(tmp_path: Path) -> None:
         ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a.json:2: more follows .* name the file .jsonl"),
         ("a.csv", b"a,a\n1,2\n", "more than one column named 'a'"),
         ("a.csv", b'text\n"open\n', "a.csv:2: malformed CSV"),
-        ("a.csv", b"text\ncaf\xe9\n", "a.csv: not UTF-8"),
-        ("a.parquet", b"PAR1 cut short", "a.parquet: cannot be read as Parquet"),
+        ("a.csv", b"\n", "a.csv: has no header line"),
+        ("a.csv", b"text\n", "a.csv: holds no rows"),
+        ("a.json", b"[]", "a.json: holds no rows"),
+        ("a.json", b'["\xe9"]', "a.json:1: not UTF-8: byte 0xe9"),
+        ("a.txt", b"\n \n", "a.txt: holds no rows"),
+        ("a.parquet", b"PAR1 cut short", "a.parquet: cannot be read as Parquet at its end"),
+        ("a.arrow", b"ARROW1 cut short", "a.arrow: cannot be read as Arrow behind row 0"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl: is UTF-16; convert it to UTF-8: iconv"),
+        ("a.csv", "text\na\n".encode("utf-16-le"), "a.csv: is UTF-16 or UTF-32 without a mark"),
+        ("a.json", "[]".encode("utf-32-be"), "a.json: is UTF-16 or UTF-32 without a mark"),
+        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl: is gzip-compressed; name it with .gz"),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "a.jsonl.gz: cannot be read behind row 0"),
+        ("a.txt", b"PAR1....", "a.txt: is Parquet; name it .parquet"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_refused(
@@ -72,3 +101,83 @@ def test_parquet_and_text_give_a_row_each(tmp_path: Path) -> None:
     parquet = list(read_rows(find_files([str(tmp_path / "a.parquet")])[0]))
     text = rows_of(tmp_path / "a.txt", b"a\n\nb\n")
     assert [r.values for r in parquet] == [r.values for r in text] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_csv_bytes_that_are_no_text_are_a_fault_of_their_row(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a.csv", b"prompt,completion\na,caf\xe9\nb,caf\xc3\xa9\nNUL,a\x00b\n")
+    assert (rows[0].fault, rows[0].line) == ("not UTF-8: byte 0xe9 in column 'completion'", 2)
+    assert rows[0].raw == '["a", "caf?"]'
+    assert [row.values for row in rows[1:]] == [
+        {"prompt": "b", "completion": "café"},
+        {"prompt": "NUL", "completion": "a\x00b"},
+    ]
+
+
+def test_a_fault_in_a_list_names_its_line_and_keeps_its_text(tmp_path: Path) -> None:
+    rows = rows_of(tmp_path / "a.json", b'[{"a": 1},\n 7,\n{"a": 1, "a": 2}, null]')
+    assert [(row.position, row.line, row.fault, row.raw) for row in rows] == [
+        (0, 1, None, '{"a": 1}'),
+        (1, 2, "expected a JSON object, found a number", "7"),
+        (2, 3, "repeated key: 'a' stands more than once in an object", '{"a": 1, "a": 2}'),
+        (3, 3, "expected a JSON object, found null", "null"),
+    ]
+
+
+def test_a_damaged_row_group_is_named_and_the_ones_before_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [f"row {n} " * 50 for n in range(300)]}), path, row_group_size=100)
+    described = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = described.dictionary_page_offset or described.data_page_offset
+    data[start : start + described.total_compressed_size] = b"\xff" * described.total_compressed_size
+    path.write_bytes(bytes(data))
+    read = []
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read as Parquet at row group 1 of 3 \(rows from 100\)"):
+        for row in read_rows(find_files([str(path)])[0]):
+            read.append(row)
+    assert len(read) == 100
+    path.write_bytes(bytes(data[:-20]))
+    with pytest.raises(DataError, match="at its end, where the description of its columns should be"):
+        rows_of(path, bytes(data[:-20]))
+
+
+def test_columns_of_the_same_name_are_refused_in_parquet_and_arrow(tmp_path: Path) -> None:
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(DataError, match=f"{name}: has more than one column named 'text'"):
+            list(read_rows(find_files([str(tmp_path / name)])[0]))
+
+
+def test_arrow_streams_and_files_read_the_same(tmp_path: Path) -> None:
+    table = pa.table({"text": ["a", None], "n": [1, 2]})
+    for name, writer in (("stream.arrow", pa.ipc.new_stream), ("file.arrow", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / name), "wb") as sink, writer(sink, table.schema) as out:
+            out.write_table(table)
+    streamed, filed = (list(read_rows(find_files([str(tmp_path / n)])[0])) for n in ("stream.arrow", "file.arrow"))
+    assert [row.values for row in streamed] == [row.values for row in filed] == table.to_pylist()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
+def test_a_row_of_ten_megabytes_is_a_row(tmp_path: Path, name: str) -> None:
+    long = "word " * (2 << 20)
+    row = {"text": long}
+    contents = {"a.jsonl": json.dumps(row), "a.json": json.dumps([row]), "a.csv": f"text\n{long}\n", "a.txt": long}
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": [long]}), tmp_path / name)
+        content_bytes = (tmp_path / name).read_bytes()
+    else:
+        content_bytes = contents[name].encode()
+    (row,) = rows_of(tmp_path / name, content_bytes)
+    assert row.values == {"text": long}
+
+
+def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" + '{"text": "a"},\n' * 20_000 + "oops")
+    rows = read_rows(find_files([str(tmp_path / "a.json")])[0])
+    assert next(rows).values == {"text": "a"}
+    with pytest.raises(DataError, match=r"a.json:20001: malformed JSON"):
+        for _ in rows:
+            pass

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 import pytest
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.data.readers import read_rows
 from raytune_ft.data.sources import find_files, source_parents
 
 
@@ -65,3 +67,49 @@ def test_the_digest_of_a_source_changes_with_its_content(folder: Path) -> None:
     assert source_parents([str(folder)], "source") == before
     (folder / "sub/a.jsonl").write_text("[]\n")
     assert source_parents([str(folder)], "source")[0].digest != before[0].digest
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.parquet.gz", "parquet is compressed inside already"),
+        ("hf:", "expected hf:org/name"),
+        ("hf:a:b:c", "expected hf:org/name"),
+    ],
+)
+def test_what_cannot_be_a_source_is_said_before_anything_is_read(folder: Path, name: str, message: str) -> None:
+    (folder / "a.parquet.gz").write_text("x")
+    with pytest.raises(DataError, match=message):
+        find_files([name if name.startswith("hf:") else str(folder / name)])
+
+
+def test_endings_in_capitals_and_compressed_ones_are_known(tmp_path: Path) -> None:
+    for name in ("A.JSONL", "b.json.gz", "c.txt.zst", "d.csv.bz2", "e.ndjson"):
+        (tmp_path / name).write_text("x")
+    assert [f.kind for f in find_files([str(tmp_path)])] == ["jsonl", "json", "text", "csv", "jsonl"]
+
+
+def test_a_dataset_saved_to_disk_is_a_source_of_its_rows_only(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}", "completion": "A"} for n in range(5)]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "one", num_shards=2)
+    files = find_files([str(tmp_path / "one")])
+    assert [(f.label, f.kind) for f in files] == [
+        ("data-00000-of-00002.arrow", "arrow"),
+        ("data-00001-of-00002.arrow", "arrow"),
+    ]
+    assert [row.values for file in files for row in read_rows(file)] == rows
+    (tmp_path / "one/cache-1234.arrow").write_bytes(b"left by an earlier map()")
+    assert find_files([str(tmp_path / "one")]) == files
+
+
+def test_all_splits_of_a_saved_dataset_are_read_or_the_one_whose_folder_is_given(tmp_path: Path) -> None:
+    split = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(tmp_path / "two")
+    assert [f.label for f in find_files([str(tmp_path / "two")])] == [
+        "test/data-00000-of-00001.arrow",
+        "train/data-00000-of-00001.arrow",
+    ]
+    assert len(find_files([str(tmp_path / "two/train")])) == 1
+    (tmp_path / "two/train/data-00000-of-00001.arrow").unlink()
+    with pytest.raises(DataError, match=r"train/data-00000-of-00001.arrow: is missing, and .*state.json names it"):
+        find_files([str(tmp_path / "two")])

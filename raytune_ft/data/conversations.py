@@ -1,0 +1,168 @@
+"""Turns as the usual formats write them, to messages; whatever a turn says beyond that is set aside, not lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from raytune_ft.core.records import ROLES, Message
+from raytune_ft.data.json_text import JsonFault, parse
+
+_ROLE_NAMES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "ai": "assistant", "function_call": "assistant", "tool_call": "assistant",
+    "observation": "tool", "function_response": "tool", "tool_response": "tool", "function": "tool",
+    "developer": "system",
+}  # fmt: skip
+_CALLS = frozenset({"function_call", "tool_call"})
+_TURN_FIELDS = frozenset({"role", "from", "content", "value", "tool_calls", "function_call"})
+
+
+class FormatFault(ValueError):  # noqa: N818 - a finding about one row, turned into a reason or an error by policy
+    """Why a row is no record."""
+
+
+class Columns:
+    """The values of one row, with a note of what was taken, so that the rest can become metadata."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+        self.taken: set[str] = set()
+        self.spare: dict[str, Any] = {}
+
+    def __call__(self, name: str) -> Any:
+        """The value of a column (None if there is none), which counts as used from here on."""
+        self.taken.add(name)
+        return self._values.get(name)
+
+    def see(self, name: str) -> Any:
+        """The value of a column, which does not count as used."""
+        return self._values.get(name)
+
+    def set_aside(self, name: str, turn: int, fields: Mapping[str, Any]) -> None:
+        """Keeps what a turn of column `name` has beyond role, content and tool calls."""
+        self.spare.setdefault(f"{name} (other fields)", {})[str(turn)] = dict(fields)
+
+
+def conversation(take: Columns, name: str, value: Any = None) -> tuple[Message, ...]:
+    """The turns in a column: a list of them, JSON text of one (a CSV cell), or a struct of lists.
+
+    Raises:
+        FormatFault: if it is something else, or a turn has no known role or no text.
+    """
+    value = decoded(take(name) if value is None else value)
+    if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
+        lengths = {len(part) for part in value.values()}
+        if len(lengths) == 1:  # how `datasets` stores a sequence of turns
+            value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    if not isinstance(value, list | tuple):
+        raise FormatFault(f"wrong type in {name!r}: expected a list of turns, found {value!r:.40}")
+    return tuple(_turn(take, name, number, turn) for number, turn in enumerate(value))
+
+
+def asked(take: Columns, name: str) -> tuple[Message, ...]:
+    """What a column asks: its turns, or its text as the user's."""
+    value = take(name)
+    if isinstance(value, list | tuple) or name in {"messages", "conversations"}:
+        return conversation(take, name)
+    return (Message("user", text_of(value, name)),)
+
+
+def continuation(take: Columns, name: str) -> tuple[Message, ...]:
+    """What a column answers: its turns, its one turn, or its text as the assistant's."""
+    value = take(name)
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list | tuple):
+        return conversation(take, name, value)
+    return (Message("assistant", text_of(value, name)),)
+
+
+def with_system(take: Columns, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns with the text of column ``system`` before them; beside a system turn of theirs it is metadata."""
+    if turns and turns[0].role == "system" and take.see("system"):
+        return turns
+    system = text_of(take("system"), "system")
+    return (Message("system", system), *turns) if system else turns
+
+
+def text_of(value: Any, name: str) -> str:
+    """A text value; nothing where there is null.
+
+    Raises:
+        FormatFault: if it is neither.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise FormatFault(f"wrong type in {name!r}: expected text, found {value!r:.40}")
+    return value
+
+
+def decoded(value: Any) -> Any:
+    """What JSON text says; other values as they are.
+
+    Raises:
+        FormatFault: if a text is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except JsonFault:
+        raise FormatFault(f"wrong type: expected JSON, found {value!r:.40}") from None
+
+
+def as_json(value: Any) -> str | None:
+    """A value as JSON text; text is taken to be that already, and nothing is None."""
+    if value is None or isinstance(value, str):
+        return value or None
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _turn(take: Columns, name: str, number: int, turn: Any) -> Message:
+    if not isinstance(turn, Mapping):
+        raise FormatFault(f"wrong type in {name!r}: expected a turn with role and content, found {turn!r:.40}")
+    said = turn.get("role") or turn.get("from")
+    role = str(said).strip().lower()
+    is_call = role in _CALLS
+    role = _ROLE_NAMES.get(role, role)
+    if role not in ROLES:
+        raise FormatFault(f"unknown role in {name!r}: {said!r:.40} (known: {', '.join(ROLES)})")
+    spare = {key: value for key, value in turn.items() if key not in _TURN_FIELDS and value is not None}
+    if spare:
+        take.set_aside(name, number, spare)
+    content = _content(turn.get("content", turn.get("value")), f"{name}.{said}")
+    if is_call:
+        return Message(role, "", _calls(content, name))
+    given = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    return Message(role, content, _calls(given, name) if given else None)
+
+
+def _content(value: Any, name: str) -> str:
+    """The text of a turn; a list of parts, as OpenAI writes it, must be texts, which follow one another."""
+    if not isinstance(value, list | tuple):
+        return text_of(value, name)
+    parts = []
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise FormatFault(f"wrong type in {name!r}: a part that is no text: {part!r:.40}")
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+def _calls(value: Any, name: str) -> str:
+    """Tool calls as JSON text in OpenAI's form, with the arguments as they are written."""
+    if isinstance(value, str):
+        try:
+            value = parse(value)
+        except JsonFault:
+            raise FormatFault(f"wrong type in {name!r}: a tool call that is not JSON: {value!r:.40}") from None
+    calls = list(value) if isinstance(value, list | tuple) else [value]
+    wrapped = []
+    for call in calls:
+        if not isinstance(call, Mapping):
+            raise FormatFault(f"wrong type in {name!r}: a tool call that is no object: {call!r:.40}")
+        wrapped.append(call if isinstance(call.get("function"), Mapping) else {"type": "function", "function": call})
+    return json.dumps(wrapped, ensure_ascii=False, default=str)
