@@ -220,7 +220,7 @@ class _Product:
     ) -> None:
         self.a, self.b = factors
         self.gradient_a, self.gradient_b = gradients
-        self.scales, self.products = scales.to(a.dtype), products
+        self.scales, self.products = scales.to(self.a.dtype), products
         self._kept: Callable[[Tensor], Tensor] = lambda x: x if mask is None else torch.where(mask, x, 0.0)
 
     def low(self, x: Tensor) -> Tensor:
