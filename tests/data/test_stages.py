@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from raytune_ft.core.errors import DataError
+from raytune_ft.data import stages
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.shards import count_notes
+from raytune_ft.data.sources import find_files
+from raytune_ft.data.stages import collect_rows
+
+
+def collected(path: Path, content: bytes | str, **settings: Any) -> list[dict[str, Any]]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    config = DataCollectionConfig(sources=[str(path)], output_path="out", **settings)
+    files = pa.Table.from_pylist([asdict(file) for file in find_files(config.sources)])
+    return [row for table in collect_rows(files, config) for row in table.to_pylist()]
+
+
+BAD_LINES = [
+    ('{"text": ', "malformed JSON: Expecting value"),
+    ('["text"]', "expected a JSON object, found a list"),
+    ('{"text": null}', "empty text"),
+    ('{"text": 5}', "wrong type in 'text': expected text, found 5"),
+    ('{"text": "a", "text": "b"}', "repeated key: 'text'"),
+    ('{"text": ' + "[" * 2000 + "]" * 2000 + "}", "nested too deep"),
+    ('{"other": "a"}', "unknown columns: other"),
+    ('{"text": "a", "prompt": "Q", "completion": "A"}', "ambiguous columns: completion, prompt, text"),
+    ('{"messages": [{"role": "user", "content": 7}]}', "wrong type in 'messages.user': expected text, found 7"),
+    ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "A"}]}', "empty prompt"),
+    ('{"messages": []}', "empty text"),
+    ("\x00\x00\x00", "malformed JSON"),
+]
+
+
+def test_every_bad_row_is_kept_with_its_reason_and_its_text(tmp_path: Path) -> None:
+    lines = ['{"text": "first"}', *(line for line, _ in BAD_LINES), '{"text": "last \\u0000"}']
+    rows = collected(tmp_path / "a.jsonl", "\n".join(lines), on_bad_row="reject")
+    assert [row["text"] for row in rows if row["reason"] is None] == ["first", "last"]
+    assert [row["position"] for row in rows] == list(range(len(lines)))
+    for row, (line, reason) in zip(rows[1:], BAD_LINES, strict=False):
+        assert (row["reason"] or "").startswith(reason)
+        assert row["raw"] in {line, None}
+        assert row["raw"] is None or "empty" not in reason
+
+
+@pytest.mark.parametrize(("line", "reason"), [bad for bad in BAD_LINES if not bad[1].startswith("empty")])
+def test_by_default_the_first_bad_row_stops_the_run_with_its_file_and_line(
+    tmp_path: Path, line: str, reason: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        collected(tmp_path / "a.jsonl", '{"text": "first"}\n\n' + line)
+    assert f"{tmp_path}/a.jsonl:3: {reason}" in str(caught.value)
+    assert "set on_bad_row: reject" in str(caught.value)
+
+
+def test_feedback_without_judgement_never_stops_a_run(tmp_path: Path) -> None:
+    feedback = [{"prompt": "Q", "response": "A", "rating": rating} for rating in ("up", 3, None)]
+    rows = collected(tmp_path / "a.jsonl", "\n".join(map(json.dumps, feedback)))
+    assert [(row["label"], row["reason"]) for row in rows] == [
+        (True, None),
+        (None, "feedback without judgement: rating 3 of 5 is neither good nor bad"),
+        (None, "feedback without judgement: neither rating, correction nor a pair"),
+    ]
+    assert json.loads(rows[1]["raw"]) == feedback[1]
+
+
+def test_rows_of_several_schemas_may_share_a_file(tmp_path: Path) -> None:
+    mixed = [{"text": "T"}, {"prompt": "Q", "completion": "A"}, {"question": "Q", "answer": "A\n#### 1", "topic": "x"}]
+    rows = collected(tmp_path / "a.json", json.dumps(mixed))
+    assert [row["format"].partition(" ")[0] for row in rows] == ["text", "prompt_completion", "question_answer"]
+    assert (rows[2]["reference"], json.loads(rows[2]["metadata"])) == ("1", {"topic": "x"})
+
+
+def test_redaction_reaches_rejected_rows_and_is_counted(tmp_path: Path) -> None:
+    lines = ['{"text": "mail a@b.org or c@d.org"}', '{"who": "a@b.org"}', '{"text": "none"}', '{"text": "e@f.org"}']
+    rows = collected(tmp_path / "a.jsonl", "\n".join(lines), on_bad_row="reject", redact=["email"])
+    assert [row["text"] or row["raw"] for row in rows] == [
+        "mail [EMAIL] or [EMAIL]",
+        '{"who": "[EMAIL]"}',
+        "none",
+        "[EMAIL]",
+    ]
+    notes = pa.chunked_array([[row["notes"] for row in rows]], pa.string())
+    assert count_notes(notes) == {"changed": {"redact email": 2}, "redacted": {"email": 3}}
+
+
+def test_steps_that_changed_rows_are_counted(tmp_path: Path) -> None:
+    lines = ['{"text": " a"}', '{"text": "b "}', '{"text": "c\\u0007 "}', '{"text": "d"}']
+    rows = collected(tmp_path / "a.jsonl", "\n".join(lines), languages=["en"])
+    notes = pa.chunked_array([[row["notes"] for row in rows]], pa.string())
+    assert count_notes(notes) == {
+        "changed": {"strip_whitespace": 3, "remove_control_characters": 1},
+        "undecided": {"language": 4},
+    }
+
+
+def test_batches_stay_small_where_rows_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_BATCH_CHARACTERS", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * 400}) + "\n" for _ in range(9)))
+    config = DataCollectionConfig(sources=[str(path)], output_path="out")
+    tables = list(collect_rows(pa.Table.from_pylist([asdict(f) for f in find_files(config.sources)]), config))
+    assert [table.num_rows for table in tables] == [3, 3, 3, 0]
