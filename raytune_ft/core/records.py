@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -68,10 +68,10 @@ class Record:
     def id(self) -> str:
         """16 hex digits of the sha256 of the content (source, position and metadata do not count)."""
         content = [
-            [asdict(m) for m in self.messages],
+            [vars(m) for m in self.messages],
             self.text,
-            [asdict(m) for m in self.chosen],
-            [asdict(m) for m in self.rejected],
+            [vars(m) for m in self.chosen],
+            [vars(m) for m in self.rejected],
             self.label,
             self.reference,
             self.tools,
@@ -82,10 +82,10 @@ class Record:
         """The record as a row of `RECORD_SCHEMA`."""
         return {
             "id": self.id,
-            "messages": [asdict(m) for m in self.messages],
+            "messages": [dict(vars(m)) for m in self.messages],
             "text": self.text,
-            "chosen": [asdict(m) for m in self.chosen],
-            "rejected": [asdict(m) for m in self.rejected],
+            "chosen": [dict(vars(m)) for m in self.chosen],
+            "rejected": [dict(vars(m)) for m in self.rejected],
             "label": self.label,
             "reference": self.reference,
             "tools": self.tools,

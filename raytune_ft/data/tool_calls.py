@@ -16,6 +16,9 @@ def unbalanced_tool_calls(record: Record) -> str | None:
     a call to train on: calls with ids by a result each, calls without by at least one and no more than there are.
     Arguments that are no JSON object, and (where the record lists its tools) calls of another tool are wrong, too.
     """
+    turns = record.messages + record.chosen + record.rejected
+    if not record.tools and not any(turn.tool_calls or turn.role == "tool" for turn in turns):
+        return None
     try:
         known = tool_names(record.tools)
     except ValueError as error:
