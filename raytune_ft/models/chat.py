@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message, Record
-
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<response>\n{{ message['content'] }}\n</response>{{ eos_token }}\n"
-    "{% else %}<instruction>\n{{ message['content'] }}\n</instruction>\n{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<response>\n{% endif %}"
-)
-"""The guide's ``<instruction>/<response>`` format, for models that bring no chat template."""
+from raytune_ft.models import templates
+from raytune_ft.models.config import TrainOn
+from raytune_ft.models.layout import Conversation, Layout, LayoutMaker
+from raytune_ft.models.templates import INSTRUCTION_TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,18 @@ class Encoded:
     supervised: list[bool]
 
 
-class Chat:
-    """A tokenizer with its chat template."""
+@dataclass(frozen=True)
+class TokenRow:
+    """As `Encoded`, in arrays: int32 ids and booleans."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+
+class Chat:
+    """A tokenizer with its chat template: the given one, else the tokenizer's own, else the guide's format."""
+
+    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
                 f"{tokenizer.name_or_path}: its tokenizer has no fast version, and masks need character offsets; "
@@ -45,54 +51,77 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.brings_template = tokenizer.chat_template is not None
-        if not self.brings_template:
-            tokenizer.chat_template = PLAIN_TEMPLATE
+        if template is not None or not self.brings_template:
+            wanted = template or INSTRUCTION_TEMPLATE
+            tokenizer.chat_template = templates.for_tokenizer(wanted, adds_bos=self._adds_bos)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The conversation as the template writes it.
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: str | None = None
+    ) -> str:
+        """The conversation as the template writes it; `tools` is JSON text (a list of function schemas).
 
         Raises:
             DataError: if the template refuses the conversation (for example two user turns in a row).
         """
-        turns = [_turn(message) for message in messages]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-            )
-        except Exception as error:  # noqa: BLE001 - templates are programs of the model's makers: any error is theirs
-            raise DataError(f"the model's chat template refuses this conversation: {error}") from None
+        return self._layouts(tools).render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], *, tools: str | None = None) -> list[int]:
         """Token ids of the conversation, ending with the generation prompt."""
-        text = self.render(messages, add_generation_prompt=True)
+        text = self.render(messages, add_generation_prompt=True, tools=tools)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Token ids with every assistant turn supervised, its end-of-turn token included.
+    def encode(self, messages: Sequence[Message], train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS) -> Encoded:
+        """Token ids with the assistant turns supervised, their end-of-turn tokens included.
 
         Raises:
-            DataError: if the template rewrites earlier turns when later ones come (no mask is right then).
+            DataError: if the template rewrites earlier turns when later ones come, so that no mask is right, or
+                refuses the conversation.
         """
-        text = self.render(messages)
-        spans = [self._span(messages, turn, text) for turn, m in enumerate(messages) if m.role == "assistant"]
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = list(encoding["input_ids"])
-        offsets: list[tuple[int, int]] = encoding["offset_mapping"]
-        supervised = [False] * len(ids)
-        for start, content_end, end in spans:
-            for place, (begin, _) in enumerate(offsets):
-                if start <= begin < end:
-                    supervised[place] = True
-                    if begin >= content_end and ids[place] in self._special_ids:
-                        break  # the end of the turn; what the template adds behind it is not the model's to say
-        return Encoded(ids, supervised)
+        return self.encode_conversation(Conversation(tuple(messages)), train_on)
 
-    def encode_text(self, text: str) -> Encoded:
-        """Token ids of raw text, closed with the end-of-text token, all supervised."""
+    def encode_conversation(
+        self, conversation: Conversation, train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS
+    ) -> Encoded:
+        """As `encode`, with the tools and supervised spans of the conversation."""
+        (row,) = self.encode_batch([conversation], train_on)
+        if isinstance(row, DataError):
+            raise row
+        return Encoded(row.ids.tolist(), row.supervised.tolist())
+
+    def encode_batch(
+        self, conversations: Sequence[Conversation], train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS
+    ) -> list[TokenRow | DataError]:
+        """As `encode_conversation` for many at once; a conversation without a right mask has its error instead."""
+        laid_out: list[Layout | DataError] = []
+        for conversation in conversations:
+            try:
+                laid_out.append(self._layouts(conversation.tools).lay_out(conversation, train_on))
+            except DataError as error:
+                laid_out.append(error)
+        texts = [layout.text for layout in laid_out if isinstance(layout, Layout)]
+        encodings = iter(self._encoder.encode_batch(texts, add_special_tokens=False))
+        return [self._masked(next(encodings), layout) if isinstance(layout, Layout) else layout for layout in laid_out]
+
+    def encode_text(self, text: str, *, closed: bool = True) -> Encoded:
+        """Token ids of raw text, all supervised: begun as the tokenizer begins texts, and closed with end-of-text.
+
+        Args:
+            text: the text; special tokens that it writes at its ends are not doubled.
+            closed: whether the text ends here; false for a piece that has a continuation.
+        """
         ids = list(self.tokenizer(text)["input_ids"])
-        if self.tokenizer.eos_token_id is not None and (not ids or ids[-1] != self.tokenizer.eos_token_id):
-            ids.append(self.tokenizer.eos_token_id)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        if closed and eos is not None and (not ids or ids[-1] != eos):
+            ids.append(eos)
+        if not closed and eos is not None and ids[-1:] == [eos] and not text.endswith(self.tokenizer.eos_token):
+            del ids[-1]
         return Encoded(ids, [True] * len(ids))
+
+    def text_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Where each token of `text` begins and ends in it, without special tokens."""
+        return list(self._encoder.encode(text, add_special_tokens=False).offsets)
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -115,34 +144,117 @@ class Chat:
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    def _layouts(self, tools: str | None) -> LayoutMaker:
+        # Some tokenizers have a template of its own for conversations with tools.
+        template = self.tokenizer.get_chat_template(None, [{}] if tools else None)
+        if template not in self._makers:
+            self._makers[template] = LayoutMaker(template, self.tokenizer.special_tokens_map)
+        return self._makers[template]
+
+    @cached_property
+    def _makers(self) -> dict[str, LayoutMaker]:
+        return {}
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         added = self.tokenizer.added_tokens_decoder
         return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
 
-    def _span(self, messages: Sequence[Message], turn: int, text: str) -> tuple[int, int, int]:
-        """Where the turn starts, where its content ends, and where the turn ends in `text`."""
-        before = self.render(messages[:turn], add_generation_prompt=True)
-        until = self.render(messages[: turn + 1])
-        if not text.startswith(before) or not text.startswith(until):
-            raise DataError(
-                f"the model's chat template rewrites earlier turns (turn {turn + 1} of {len(messages)}), so no mask is "
-                "right for the whole conversation; keep one assistant turn a row, or give another template"
-            )
-        content = messages[turn].content.strip()
-        found = text.rfind(content, len(before), len(until)) if content else -1
-        return len(before), (found + len(content) if found >= 0 else len(before)), len(until)
+    @cached_property
+    def _encoder(self) -> Any:
+        """The fast tokenizer with offsets as they are: post-processors move them over whitespace."""
+        from tokenizers import Tokenizer
+        from tokenizers.processors import Sequence as Processors
+
+        encoder = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        encoder.post_processor = Processors([])
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
+
+    def _masked(self, encoding: Any, layout: Layout) -> TokenRow:
+        ids = encoding.ids
+        supervised = np.zeros(len(ids), np.bool_)
+        tokens = _Positions(encoding, len(layout.text))
+        for span in layout.spans:
+            last, content_end = tokens.at(span.end), tokens.at(span.content_end)
+            stop = self._stop(ids, content_end, last, span.calls_tools)
+            if span.parts is None:
+                supervised[tokens.at(span.start) : stop] = True
+                continue
+            for start, end in span.parts:
+                supervised[tokens.at(start) : stop if end >= span.content_end else tokens.at(end)] = True
+        return TokenRow(np.array(ids, np.int32), supervised)
+
+    def _stop(self, ids: list[int], first: int, last: int, calls_tools: bool) -> int:
+        """Behind the token that ends the turn; what the template adds after it is not the model's to say."""
+        if calls_tools:  # calls may be written with special tokens of their own
+            found = [place for place in range(first, last) if ids[place] in self.stop_ids]
+            found = found or [place for place in range(first, last) if ids[place] in self._special_ids][-1:]
+            return found[0] + 1 if found else last
+        for place in range(first, last):
+            if ids[place] in self._special_ids:
+                return place + 1
+        return last
 
 
-def encode_record(chat: Chat, record: Record) -> Encoded:
-    """Tokens of a record: assistant turns of a conversation supervised, or all tokens of a raw text."""
+class _Positions:
+    """Which token begins at or after a character of the encoded text."""
+
+    def __init__(self, encoding: Any, length: int) -> None:
+        self._encoding, self._length = encoding, length
+        self._tokens = len(encoding)
+        self._begins: NDArray[np.int64] | None = None
+
+    def at(self, position: int) -> int:
+        if position >= self._length:
+            return self._tokens
+        token = self._encoding.char_to_token(position)  # a search in compiled code; all offsets would be a list
+        if token is not None:
+            begin = self._encoding.token_to_chars(token)[0]
+            return int(token) if begin >= position else int(token) + 1
+        if self._begins is None:  # a character that no token has, as where a normalizer drops it
+            self._begins = np.array([begin for begin, _ in self._encoding.offsets], np.int64)
+        return int(np.searchsorted(self._begins, position))
+
+
+def conversation_of(record: Record, *, rejected: bool = False) -> Conversation:
+    """What is tokenized of a record: a preference is its prompt with the chosen (or rejected) continuation.
+
+    Raises:
+        DataError: if the metadata's ``supervised_spans`` are no character spans of the last assistant turn.
+    """
+    messages = record.messages + (record.rejected if rejected else record.chosen)
+    spans = None if rejected else record.metadata.get("supervised_spans")
+    return Conversation(messages, record.tools, _spans(spans, messages) if spans is not None else None)
+
+
+def encode_record(chat: Chat, record: Record, train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS) -> Encoded:
+    """Tokens of a record: assistant turns of a conversation supervised, or all tokens of a raw text.
+
+    Raises:
+        DataError: as `Chat.encode`, or if its ``supervised_spans`` do not fit.
+    """
     if record.messages:
-        return chat.encode(record.messages)
+        return chat.encode_conversation(conversation_of(record), train_on)
     return chat.encode_text(record.text or "")
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = json.loads(message.tool_calls)
-    return turn
+def _spans(value: Any, messages: Sequence[Message]) -> tuple[tuple[int, int], ...]:
+    answers = [message.content for message in messages if message.role == "assistant"]
+    length = len(answers[-1]) if answers else 0
+    try:
+        spans = tuple((int(start), int(end)) for start, end in value)
+    except (TypeError, ValueError):
+        spans = ((-1, -1),)
+    if not all(0 <= start < end <= length for start, end in spans):
+        raise DataError(
+            f"supervised_spans: expected [[start, end], ...] within the {length} characters of the last assistant "
+            f"turn, found {value!r:.60}"
+        )
+    return spans

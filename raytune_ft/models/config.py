@@ -31,3 +31,10 @@ class DecodingConfig(Config):
     """Seed of the sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not part of it."""
+
+
+class TrainOn(StrEnum):
+    """Which turns of a conversation count for the loss."""
+
+    ALL_ASSISTANT_TURNS = "all_assistant_turns"
+    LAST_ASSISTANT_TURN = "last_assistant_turn"

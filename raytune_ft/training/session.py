@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.storage import Location
+from raytune_ft.data.tokenize import template_beside
 from raytune_ft.models.adapters import save_adapter
+from raytune_ft.models.chat import Chat
 from raytune_ft.training import checkpoint
 from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_steps
 from raytune_ft.training.config import FineTuningConfig
@@ -74,6 +76,8 @@ def train_in_process(
         validation = TokenRows(splits["validation"], cache) if splits.get("validation") else None
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
         trainee = make_trainee(config, seat.device)
+        # The tokenizer is saved with the model: it takes the template that the rows were rendered with.
+        Chat(trainee.tokenizer, template_beside(Location.at(splits["train"][0]).parent.parent))
         learner = _learner(trainee, config, timetable, seat, validation)
         run = _Run(config, timetable, learner, seat, output)
         run.resume()
