@@ -190,6 +190,33 @@ def doctor(
     raise typer.Exit(code or int(any(finding.verdict == Verdict.MISSING for finding in findings)))
 
 
+@app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A prepared dataset: folder or URI.")],
+    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+    html: Annotated[str | None, typer.Option(help="Write a page there instead of printing.")] = None,
+    model: Annotated[str | None, typer.Option(help="Whose tokenizer shows them; by default the dataset's.")] = None,
+) -> None:
+    """Show rows as training sees them: their tokens, the supervised ones in colour."""
+    raise typer.Exit(_guarded(lambda: _inspect(dataset, rows, split, html, model)))
+
+
+def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str | None) -> None:
+    from raytune_ft.data.inspection import inspect_rows, print_rows, to_html
+
+    found = inspect_rows(dataset, rows=rows, split=split, model=model)
+    if html is None:
+        from rich.console import Console
+
+        return print_rows(found, Console(highlight=False))
+    from raytune_ft.core.storage import Location
+
+    target = Location.at(html)
+    target.write(to_html(found, title=f"{dataset}: {split}").encode())
+    return _print(f"{len(found)} rows of {split}: {target}")
+
+
 @app.command(epilog="raytune-ft runs [STORAGE_PATH]  or  raytune-ft runs show NAME_OR_PATH")
 def runs(
     words: Annotated[
