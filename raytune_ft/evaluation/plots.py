@@ -140,3 +140,13 @@ def svg(paint: Paint, *, height: float = 3.6, grid: str = "x") -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def log_scale(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers; our style leaves the formulas raw that matplotlib would write."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

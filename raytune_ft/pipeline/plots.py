@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytune_ft.evaluation.plots import COLOURS, svg
-from raytune_ft.tuning.result import SweepResult
+from raytune_ft.evaluation.plots import COLOURS, log_scale, svg
 
 
 def losses(history: Sequence[dict[str, float]]) -> str:
@@ -21,39 +20,10 @@ def losses(history: Sequence[dict[str, float]]) -> str:
         if evaluated:
             where, what = [row["step"] for row in evaluated], [row["eval_loss"] for row in evaluated]
             axes.plot(where, what, "o-", color=COLOURS[2], linewidth=2, label="validation")
-        _log_scale(axes)
+        log_scale(axes)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss (nats a supervised token)")
         axes.legend(frameon=False)
-
-    return svg(paint, grid="y")
-
-
-def survival(result: SweepResult) -> str:
-    """The curve of every trial; the best one stands out, and a cross ends the ones that were stopped."""
-    best = result.best
-
-    def paint(axes: Any) -> None:
-        for number, trial in enumerate(result.trials):
-            points = [(row["global_step"], row[result.metric]) for row in trial.curve if result.metric in row]
-            if not points:
-                continue
-            colour, chosen = COLOURS[(number + 1) % len(COLOURS)], trial is best
-            axes.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                "o-",
-                color=colour,
-                linewidth=3 if chosen else 1.5,
-                markersize=5,
-                label=trial.label() + (" (best)" if chosen else ""),
-            )
-            if trial.ending != "finished":
-                axes.plot(*points[-1], "x", color=colour, markersize=11, markeredgewidth=2.5)
-        _log_scale(axes)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("validation loss" if result.metric == "eval_loss" else "training loss")
-        axes.legend(frameon=False, fontsize=9)
 
     return svg(paint, grid="y")
 
@@ -72,16 +42,6 @@ def sizes(megabytes: dict[str, float]) -> str:
         axes.invert_yaxis()
 
     return svg(paint, height=1.1 + 0.4 * len(megabytes))
-
-
-def _log_scale(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers; our style leaves the formulas raw that matplotlib would write."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:

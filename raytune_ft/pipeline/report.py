@@ -10,6 +10,7 @@ from raytune_ft.core.artifacts import Artifact
 from raytune_ft.evaluation.report import image, page_template, page_values
 from raytune_ft.evaluation.results import EvaluationResult, read_result
 from raytune_ft.pipeline import plots
+from raytune_ft.tuning.plots import survival
 from raytune_ft.tuning.result import SweepResult
 
 _MEGABYTE = 1_000_000
@@ -69,11 +70,12 @@ def render(story: Story) -> str:
     pictures = [(plots.losses(story.history), "Loss while training the chosen settings.")]
     if story.sweep is not None:
         caption = "The search: a line a trial; a cross where the scheduler stopped it."
-        pictures.insert(0, (plots.survival(story.sweep), caption))
+        pictures.insert(0, (survival(story.sweep), caption))
     pictures.append((plots.sizes(story.megabytes), "Weights on disk."))
     images = [(image(svg), caption) for svg, caption in pictures]
     if story.evaluation is None:
-        return str(page_template("raytune_ft.pipeline", "unmeasured.html.j2").render(story=story, images=images))
+        page = page_template("raytune_ft.pipeline", "unmeasured.html.j2")
+        return str(page.render(title="From records to a model", story=story, images=images))
     values = {**page_values(story.evaluation), "story": story, "images": images, "title": "From records to an endpoint"}
     return str(page_template("raytune_ft.pipeline", "report.html.j2").render(**values))
 

@@ -40,8 +40,8 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def write(folder: Location, checkpoint: Checkpoint, *, keep: int) -> None:
-    """Writes a checkpoint below `folder`, its manifest last, and deletes all but the newest `keep`."""
+def write(folder: Location, checkpoint: Checkpoint, *, keep: int) -> Location:
+    """Writes a checkpoint below `folder`, its manifest last; deletes all but the newest `keep`. Returns its folder."""
     target = folder / f"step-{checkpoint.step:08d}"
     target.delete()
     with tempfile.TemporaryDirectory() as scratch:
@@ -54,6 +54,7 @@ def write(folder: Location, checkpoint: Checkpoint, *, keep: int) -> None:
     (target / MANIFEST).write(json.dumps({"files": files}).encode())
     for name in folder.folders()[:-keep]:
         (folder / name).delete()
+    return target
 
 
 def newest(folder: Location) -> Checkpoint | None:
@@ -64,13 +65,18 @@ def newest(folder: Location) -> Checkpoint | None:
             logger.warning("checkpoint %s: was not finished, passed over", target)
             continue
         try:
-            return _read(target)
+            return read(target)
         except (ArtifactError, ValueError, KeyError) as error:
             logger.warning("checkpoint %s: damaged (%s), passed over", target, error)
     return None
 
 
-def _read(target: Location) -> Checkpoint:
+def read(target: Location) -> Checkpoint:
+    """The checkpoint in a folder that `write` made.
+
+    Raises:
+        ValueError: if a file is not what the manifest says.
+    """
     files = json.loads((target / MANIFEST).read())["files"]
     for name, digest in files.items():
         if (target / name).sha256() != digest:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from raytune_ft.core.errors import RunError
 
-Ending = Literal["finished", "stopped early", "failed"]
+Ending = Literal["finished", "stopped early", "failed", "infeasible"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Trial:
     ending: Ending
     curve: list[dict[str, float]]
     error: str | None = None
+    snapshot: str | None = None
+    """Where its last state lies while the sweep runs, if it was packed."""
 
     def best(self, metric: str) -> float | None:
         """The lowest value of `metric` on the curve; None without one."""
@@ -29,6 +31,11 @@ class Trial:
     def steps(self) -> int:
         """Optimizer steps that were made."""
         return int(self.curve[-1]["global_step"]) if self.curve else 0
+
+    @property
+    def tokens(self) -> float:
+        """Tokens that it was trained on."""
+        return self.curve[-1].get("tokens", 0.0) if self.curve else 0.0
 
     def label(self) -> str:
         """The settings in a few words."""
@@ -51,7 +58,8 @@ class SweepResult:
         Raises:
             RunError: if no trial reported it, with every trial's reason.
         """
-        scored = [(value, trial.name, trial) for trial in self.trials if (value := trial.best(self.metric)) is not None]
+        feasible = [trial for trial in self.trials if trial.ending != "infeasible"]
+        scored = [(value, trial.name, trial) for trial in feasible if (value := trial.best(self.metric)) is not None]
         if not scored:
             reasons = "; ".join(f"{trial.label()}: {trial.error or 'reported nothing'}" for trial in self.trials)
             raise RunError(f"no trial reported {self.metric}: {reasons}")
@@ -64,7 +72,7 @@ class SweepResult:
             "schema_version": 1,
             "metric": self.metric,
             "best": {"name": best.name, "settings": best.settings, self.metric: best.best(self.metric)},
-            "trials": [asdict(trial) for trial in self.trials],
+            "trials": [{**asdict(trial), "snapshot": None} for trial in self.trials],
         }
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -38,14 +38,69 @@ class QUniform(Config):
     quniform: tuple[float, float, float]
 
 
+class TimesRank(Config):
+    """`lora_alpha` as a multiple of the trial's rank (the guide: usually twice)."""
+
+    times_rank: list[float] = Field(min_length=1)
+
+
 Sampled = Choice | Uniform | LogUniform | QUniform
-Space = Annotated[dict[str, list[Any] | Sampled], Field(min_length=1)]
-Kind = Literal["choice", "uniform", "loguniform", "quniform"]
+Domain = list[Any] | Sampled | TimesRank
+Space = Annotated[dict[str, Domain], Field(min_length=1)]
+
+_ALPHA_TIMES_RANK = "lora_alpha.times_rank"
+
+GUIDE: dict[str, Any] = {
+    "learning_rate": [1e-4, 2e-4, 5e-4],
+    "lora_r": [4, 8, 16, 32],
+    "lora_alpha": {"times_rank": [2.0]},
+    "lora_dropout": [0.05, 0.1],
+    "per_device_train_batch_size": [1, 2, 4, 8],
+    "num_train_epochs": [2, 3, 4, 5],
+    "weight_decay": [0.01, 0.1],
+    "warmup_ratio": [0.1],
+}
+"""The guide's ranges as grids, for ``key: guide``. Its learning rates, 1e-5 to 5e-5, are for full fine-tuning; an
+adapter's are ten times those."""
 
 
-def extremes(choice: list[Any] | Sampled) -> list[Any]:
+def with_guide(space: Any) -> Any:
+    """The space with every ``key: guide`` replaced by the guide's values for that key.
+
+    Raises:
+        ValueError: if the guide names none.
+    """
+    if not isinstance(space, dict):
+        return space
+    unknown = [key for key, choice in space.items() if choice == "guide" and key not in GUIDE]
+    if unknown:
+        raise ValueError(f"space.{unknown[0]}: the guide gives no range for it; it does for {', '.join(GUIDE)}")
+    return {key: GUIDE[key] if choice == "guide" else choice for key, choice in space.items()}
+
+
+def dimension(key: str, choice: Domain) -> str:
+    """The name that a setting is searched under: alphas that follow the rank are searched as factors."""
+    return _ALPHA_TIMES_RANK if isinstance(choice, TimesRank) else key
+
+
+def settings_at(point: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """The training settings at a point of the space: a factor of the rank becomes an alpha.
+
+    Args:
+        point: what Ray Tune chose, by `dimension`.
+        shared: the settings that all trials have in common.
+    """
+    settings = dict(point)
+    if _ALPHA_TIMES_RANK in settings:
+        settings["lora_alpha"] = settings.pop(_ALPHA_TIMES_RANK) * settings.get("lora_r", shared["lora_r"])
+    return settings
+
+
+def extremes(choice: Domain) -> list[Any]:
     """The values that decide whether a whole choice is valid: all of a list, both ends of a range."""
     match choice:
+        case TimesRank():
+            return list(choice.times_rank)
         case Choice():
             return list(choice.choice)
         case Uniform():
@@ -57,7 +112,7 @@ def extremes(choice: list[Any] | Sampled) -> list[Any]:
     return list(choice)
 
 
-def check_space(space: dict[str, list[Any] | Sampled], training: FineTuningConfig) -> None:
+def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
     """Tries every setting of the space on the training settings.
 
     Raises:
@@ -69,10 +124,12 @@ def check_space(space: dict[str, list[Any] | Sampled], training: FineTuningConfi
             raise ValueError(f"space.{key}: is no training setting" + (f"; did you mean {near[0]}?" if near else ""))
         if key in _FIXED:
             raise ValueError(f"space.{key}: cannot be searched; all trials of a sweep share it")
+        if isinstance(choice, TimesRank) and key != "lora_alpha":
+            raise ValueError(f"space.{key}: times_rank is for lora_alpha")
         values = extremes(choice)
         if not values:
             raise ValueError(f"space.{key}: has no values")
-        if not isinstance(choice, list | Choice) and values[0] >= values[1]:
+        if not isinstance(choice, list | Choice | TimesRank) and values[0] >= values[1]:
             raise ValueError(f"space.{key}: the low end {values[0]} is not below the high end {values[1]}")
         for value in values:
             try:
@@ -81,9 +138,9 @@ def check_space(space: dict[str, list[Any] | Sampled], training: FineTuningConfi
                 raise ValueError(f"space.{str(error).removeprefix('FineTuningConfig: ')}") from None
 
 
-def grid_size(space: dict[str, list[Any] | Sampled]) -> int:
+def grid_size(space: dict[str, Domain]) -> int:
     """Number of combinations of a space of lists."""
     size = 1
     for choice in space.values():
-        size *= len(choice) if isinstance(choice, list) else 1
+        size *= len(extremes(choice)) if isinstance(choice, list | TimesRank) else 1
     return size

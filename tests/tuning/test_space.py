@@ -6,7 +6,7 @@ import pytest
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.space import grid_size
+from raytune_ft.tuning.space import GUIDE, grid_size, settings_at
 
 COMMON = {"output_dir": "sweep", "training": {"model_path": "m", "dataset_path": "d", "max_steps": 4}}
 
@@ -56,3 +56,34 @@ def test_sampling_needs_a_random_search_and_a_number_of_trials() -> None:
 def test_a_metric_that_no_trial_would_report_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs evaluations"):
         sweep(training={**COMMON["training"], "eval_strategy": "no"})
+
+
+def test_guide_stands_for_the_guides_values() -> None:
+    config = sweep(space={"lora_r": "guide", "lora_alpha": "guide"})
+    assert config.space["lora_r"] == GUIDE["lora_r"] == [4, 8, 16, 32]
+    assert grid_size(config.space) == 4
+    with pytest.raises(ConfigError, match=r"space.seed: the guide gives no range for it; it does for learning_rate"):
+        sweep(space={"seed": "guide"})
+
+
+def test_alpha_follows_the_rank_of_its_trial() -> None:
+    assert grid_size(sweep(space={"lora_alpha": {"times_rank": [1, 2]}}).space) == 2
+    assert settings_at({"lora_alpha.times_rank": 2.0, "lora_r": 16}, {"lora_r": 8}) == {"lora_r": 16, "lora_alpha": 32}
+    assert settings_at({"lora_alpha.times_rank": 2.0}, {"lora_r": 8}) == {"lora_alpha": 16}
+    with pytest.raises(ConfigError, match="times_rank is for lora_alpha"):
+        sweep(space={"lora_r": {"times_rank": [1, 2]}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"searcher": "optuna"}, "num_trials: a search with searcher optuna needs a number of trials"),
+        ({"scheduler": "pbt", "packed": "never"}, "scheduler: pbt pauses trials, which only packed ones can"),
+        ({"grace_steps": 5}, "grace_steps: 5 is beyond the last step .4."),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1"),
+        ({"max_hours": 0}, "max_hours"),
+    ],
+)
+def test_a_schedule_or_budget_that_cannot_work_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep(**changes)

@@ -1,0 +1,231 @@
+"""A bank of trials behind calls: one thread makes the steps, and callers admit trials and wait for their evaluations.
+
+Knows nothing of Ray; as a Ray actor with several threads it serves the trials of a sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from raytune_ft.core.cluster import report_to_driver
+from raytune_ft.core.errors import RaytuneError
+from raytune_ft.core.storage import Location
+from raytune_ft.training import checkpoint
+from raytune_ft.training.bank.bank import AdapterBank
+from raytune_ft.training.bank.base import load_frozen_base
+from raytune_ft.training.bank.trial import Progress, Status
+from raytune_ft.training.batches import TokenRows
+from raytune_ft.training.config import FineTuningConfig
+
+logger = logging.getLogger("raytune_ft")
+
+_AHEAD = 2
+"""Evaluations that a trial may be ahead of what was asked for; then it waits, so that a late stop costs little."""
+_KEPT = 3
+"""Snapshots that are kept of each trial: its own newest, and those that population-based training may still copy."""
+
+
+@dataclass
+class _Line:
+    """What a trial has to say that was not asked for yet, and how many tokens it has trained on."""
+
+    reports: deque[dict[str, Any]] = field(default_factory=deque)
+    writing: int = 0
+    published: int = 0
+    tokens: float = 0.0
+
+
+class BankHost:
+    """An adapter bank with a thread that steps it; all methods may be called from any thread."""
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        splits: Mapping[str, list[str]],
+        snapshots: str,
+        *,
+        device: str,
+        threads: int,
+        token_budget: int | None = None,
+        own_process: bool = False,
+    ) -> None:
+        """Loads the base; what keeps trials from sharing it is told by `fault`.
+
+        Args:
+            settings: of the training that all trials share, as `FineTuningConfig` dumps them.
+            splits: Parquet files of the tokenized splits.
+            snapshots: folder or URI that every node reaches.
+            device: of the base and all adapters.
+            threads: CPU threads.
+            token_budget: most tokens computed at the same time.
+            own_process: whether this process is there for the bank alone: then its lines go to the driver, and it ends
+                when the bank breaks, so that Ray starts it anew.
+        """
+        if own_process:
+            report_to_driver()
+        self._own_process = own_process
+        torch.set_num_threads(threads)
+        self._snapshots = Location.at(snapshots)
+        self._lines: dict[str, _Line] = {}
+        self._changed = threading.Condition()
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._cache = TemporaryDirectory()
+        self._fault: str | None = None
+        self._broken: str | None = None
+        try:
+            base = load_frozen_base(FineTuningConfig(**settings), device)
+        except RaytuneError as error:
+            self._fault = str(error)
+            return
+        train = TokenRows(splits["train"], self._cache.name)
+        validation = TokenRows(splits["validation"], self._cache.name) if splits.get("validation") else None
+        self._bank = AdapterBank(base, train, validation, token_budget=token_budget)
+        threading.Thread(target=self._step_on, name="bank", daemon=True).start()
+
+    def fault(self) -> str | None:
+        """Why trials cannot share this base; None if they can."""
+        return self._fault
+
+    def load(self) -> int:
+        """Trials in the bank."""
+        return len(self._lines)
+
+    def admit(self, name: str, settings: Mapping[str, Any], snapshot: str | None = None) -> None:
+        """Takes in a trial, new or from a snapshot; one of the same name gives way.
+
+        Raises:
+            UserError: if its settings or its snapshot don't fit the base.
+        """
+        config = FineTuningConfig(**settings)
+        kept = checkpoint.read(Location.at(snapshot)) if snapshot else None
+        self.evict(name)
+        self._bank.admit(name, config, kept)
+        with self._changed:
+            tokens = sum(row["tokens"] for row in kept.progress["history"]) if kept else 0.0
+            self._lines[name] = _Line(tokens=tokens)
+            self._changed.notify_all()
+
+    def evict(self, name: str) -> None:
+        """Lets a trial go, if it is here; its snapshots stay."""
+        with self._changed:
+            here = self._lines.pop(name, None)
+            self._changed.notify_all()
+        if here is not None:
+            self._bank.evict(name)
+
+    def report(self, name: str, after: int, timeout_s: float = 20.0) -> dict[str, Any] | None:
+        """The first report of a trial whose number is above `after`; None if there is none in time.
+
+        A report has its `number` (from 1 since the trial was admitted), `step`, `metrics`, `status`, `reason` and
+        `snapshot` (where the trial's state of that step lies). Asking again with the same `after` gives it again.
+
+        Raises:
+            KeyError: if the trial is not here (this process was started anew).
+            RuntimeError: if the bank's thread ended, with what ended it.
+        """
+        with self._changed:
+            found = self._changed.wait_for(lambda: self._ready(name, after), timeout_s)
+            return self._lines[name].reports[0] if found else None
+
+    def _ready(self, name: str, after: int) -> bool:
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+        reports = self._lines[name].reports
+        while reports and reports[0]["number"] <= after:
+            reports.popleft()
+            self._changed.notify_all()
+        return bool(reports)
+
+    def save(self, settings: Mapping[str, Any], snapshot: str, folder: str) -> None:
+        """Writes the best adapter of a snapshot as a PEFT folder with the tokenizer."""
+        kept = checkpoint.read(Location.at(snapshot))
+        with TemporaryDirectory(prefix="raytune-ft-adapter-") as scratch:
+            self._bank.save_snapshot(FineTuningConfig(**settings), kept, Path(scratch))
+            Location.at(folder).upload(Path(scratch))
+
+    def _step_on(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(self._some_may_step)
+                    held = self._held()
+                for progress in self._steps(held):
+                    self._take_note(progress)
+        except Exception as error:  # noqa: BLE001 - whatever ends the thread is told to every caller
+            self._break(f"{type(error).__name__}: {error}")
+
+    def _break(self, why: str) -> None:
+        logger.error("the bank stopped: %s", why)
+        if self._own_process:
+            os._exit(1)
+        with self._changed:
+            self._broken = why
+            self._changed.notify_all()
+
+    def _steps(self, held: set[str]) -> list[Progress]:
+        """One step; where memory runs out, fewer trials step together, and one that cannot even alone is given up."""
+        while True:
+            try:
+                return self._bank.step(hold=held)
+            except torch.OutOfMemoryError as error:
+                torch.cuda.empty_cache()
+                too_large = self._bank.make_room(hold=held)
+                if too_large is not None:
+                    return [self._bank.fail(too_large, f"out of memory: {str(error).splitlines()[0]}")]
+
+    def _held(self) -> set[str]:
+        return {name for name, line in self._lines.items() if len(line.reports) + line.writing >= _AHEAD}
+
+    def _some_may_step(self) -> bool:
+        held = self._held()
+        return any(name not in held for name in self._bank.running() if name in self._lines)
+
+    def _take_note(self, progress: Progress) -> None:
+        with self._changed:
+            line = self._lines.get(progress.name)
+            if line is None:
+                return  # stopped in the meantime
+            line.tokens += progress.metrics.get("tokens", 0.0)
+            due = "eval_loss" in progress.metrics or progress.status is not Status.RUNNING
+            if not (due or self._bank.trial(progress.name).timetable.eval_every is None):
+                return
+            line.writing += 1
+            metrics = {**progress.metrics, "tokens": line.tokens}
+        kept = self._bank.snapshot(progress.name)
+        self._writer.submit(self._publish, progress, metrics, kept)
+
+    def _publish(self, progress: Progress, metrics: Mapping[str, float], kept: checkpoint.Checkpoint) -> None:
+        """The state lies on disk before anybody hears of the step."""
+        folder = self._snapshots / progress.name
+        try:
+            where = checkpoint.write(folder, kept, keep=_KEPT)
+        except OSError as error:
+            self._break(f"{folder}: the snapshot cannot be written: {error}")
+            return
+        with self._changed:
+            line = self._lines.get(progress.name)
+            if line is not None:
+                line.writing -= 1
+                line.published += 1
+                line.reports.append(
+                    {
+                        "number": line.published,
+                        "step": progress.step,
+                        "metrics": dict(metrics),
+                        "status": str(progress.status),
+                        "reason": progress.reason,
+                        "snapshot": where.uri,
+                    }
+                )
+            self._changed.notify_all()

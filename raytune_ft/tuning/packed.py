@@ -1,0 +1,203 @@
+"""Packed trials under Ray Tune: light proxies that ask a bank for evaluations, one bank per GPU or CPU machine.
+
+Meets Ray, beside `run.py`, because a proxy is a class of Ray Tune's and a bank is an actor. Proxies load no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.tune import Trainable
+
+from raytune_ft.core import cluster
+from raytune_ft.core.errors import RunError
+from raytune_ft.core.storage import Location
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.space import settings_at
+
+logger = logging.getLogger("raytune_ft")
+
+PROXY_CPUS = 0.01
+_POINTER = "bank.json"
+_RESTARTS = 3
+_UNPACKED = ("method", "precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+
+
+@dataclass(frozen=True)
+class Banks:
+    """Actors that hold a bank each."""
+
+    actors: tuple[Any, ...]
+
+    def save(self, settings: Mapping[str, Any], snapshot: str, folder: Location) -> None:
+        """Writes the best adapter of a snapshot as a PEFT folder."""
+        ray.get(self.actors[0].save.remote(settings, snapshot, folder.uri))
+
+    def close(self) -> None:
+        """Ends the actors, and with them frees what they hold."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def why_alone(config: SweepConfig) -> str | None:
+    """Why the trials of a sweep cannot share a base, as far as its settings tell; None if they can."""
+    if config.packed == "never":
+        return "packed: never"
+    if not config.training.uses_adapter:
+        return f"method {config.training.method} trains the base itself"
+    if config.training.num_workers > 1:
+        return f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
+    searched = [key for key in _UNPACKED if key in config.space]
+    return f"the space searches {', '.join(searched)}, which a pack shares" if searched else None
+
+
+def start_banks(
+    connected: cluster.Cluster, training: FineTuningConfig, splits: dict[str, list[str]], snapshots: str, trials: int
+) -> Banks | str:
+    """Starts the banks of a sweep, one per GPU (without any, one); or says why trials cannot share this base.
+
+    Args:
+        connected: where to.
+        training: what all trials have in common.
+        splits: Parquet files of the tokenized splits.
+        snapshots: folder or URI that every node reaches.
+        trials: trials at the same time.
+    """
+    from raytune_ft.tuning.host import BankHost
+
+    use_gpu = training.use_gpu if training.use_gpu is not None else connected.gpus > 0
+    count = max(1, min(int(connected.gpus), trials)) if use_gpu else 1
+    cpus, threads = bank_cpus(connected.nodes, trials, count if use_gpu else 0)
+    demand = cluster.Demand("bank of adapters", count, cpus, int(use_gpu), threads)
+    proxies = cluster.Demand("light trial", trials, PROXY_CPUS)
+    connected.admit(cluster.ResourcePlan("tune", (demand, proxies)))
+    make = ray.remote(BankHost).options(
+        num_cpus=cpus,
+        num_gpus=int(use_gpu),
+        max_restarts=_RESTARTS,
+        max_concurrency=2 * trials + 4,
+        runtime_env={"env_vars": cluster.worker_environment()},
+    )
+    settings, device = training.model_dump(mode="json"), "cuda" if use_gpu else "cpu"
+    banks = Banks(
+        tuple(
+            make.remote(settings, splits, snapshots, device=device, threads=threads, own_process=True)
+            for _ in range(count)
+        )
+    )
+    fault: str | None = ray.get(banks.actors[0].fault.remote())
+    if fault is not None:
+        banks.close()
+        return fault
+    return banks
+
+
+def bank_cpus(nodes: Sequence[cluster.Node], trials: int, gpus: int) -> tuple[float, int]:
+    """Logical CPUs and threads of a bank: all of the largest node but what proxies need, shared by its GPUs' banks.
+
+    Ray takes whole CPUs, or a fraction below one.
+    """
+    node = max(nodes, key=lambda node: (node.gpus, node.cpus))
+    banks = max(1, min(gpus, int(node.gpus)))
+    room = (node.cpus - PROXY_CPUS * trials) / banks
+    cpus = math.floor(room) if room >= 1 else round(max(0.01, room), 2)
+    return float(cpus), max(1, int(node.cpus // banks))
+
+
+class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
+    """A trial as Ray Tune sees it: each step is the wait for its next evaluation in a bank."""
+
+    _snapshot: str | None
+
+    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: tuple[Any, ...]) -> None:
+        """Ray Tune's hook: the trial's part of the space, what all trials share, and the banks there are."""
+        self._shared, self._banks = settings, banks
+        self._start_over(config)
+
+    def step(self) -> dict[str, Any]:
+        """Ray Tune's hook: the metrics of the next evaluation."""
+        report = self._next_report()
+        self._step, self._snapshot = report["step"], report["snapshot"]
+        infeasible = report["reason"] if report["status"] == "infeasible" else None
+        return {
+            "eval_loss": math.inf,
+            **report["metrics"],
+            "global_step": self._step,
+            "snapshot": self._snapshot,
+            "infeasible": infeasible,
+            "done": report["status"] != "running",
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Ray Tune's hook: where the bank left the trial's state on storage, as JSON; the state itself stays there."""
+        pointer = {"snapshot": self._snapshot, "step": self._step}
+        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps(pointer), encoding="utf-8")
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Ray Tune's hook: goes on from a state on storage, its own or (population-based training) a donor's."""
+        pointer = json.loads((Path(checkpoint) / _POINTER).read_text(encoding="utf-8"))
+        self._leave()
+        self._snapshot, self._step = pointer["snapshot"], pointer["step"]
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Ray Tune's hook: this process becomes another trial."""
+        self._leave()
+        self._start_over(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """Ray Tune's hook: the trial was stopped."""
+        self._leave()
+
+    def _start_over(self, config: dict[str, Any]) -> None:
+        self._space = dict(config)
+        self._bank: Any = None
+        self._name = ""
+        self._step = self._seen = 0
+        self._snapshot = None
+
+    def _next_report(self) -> dict[str, Any]:
+        lost = 0
+        while True:
+            try:
+                if self._bank is None:
+                    self._enter()
+                report = ray.get(self._bank.report.remote(self._name, self._seen))
+                if report is not None:
+                    self._seen = report["number"]
+                    return report  # type: ignore[no-any-return]
+            except ray.exceptions.RayActorError as error:
+                lost += 1
+                if lost > _RESTARTS * 20:
+                    raise RunError(f"the bank did not come back: {str(error).splitlines()[0]}") from None
+                self._bank = None
+                time.sleep(0.5)
+            except KeyError:  # a bank that was started anew knows no trial
+                self._bank = None
+
+    def _enter(self) -> None:
+        """Takes a seat in the bank with the fewest trials, from the last state on storage."""
+        loads = ray.get([bank.load.remote() for bank in self._banks])
+        bank = self._banks[loads.index(min(loads))]
+        self._name = self.trial_id
+        ray.get(
+            bank.admit.remote(self._name, {**self._shared, **settings_at(self._space, self._shared)}, self._snapshot)
+        )
+        self._bank, self._seen = bank, 0
+
+    def _leave(self) -> None:
+        if self._bank is not None:
+            try:
+                ray.get(self._bank.evict.remote(self._name))
+            except ray.exceptions.RayActorError:
+                logger.info("the bank of trial %s is gone already", self._name)
+            self._bank = None

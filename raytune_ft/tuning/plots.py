@@ -1,0 +1,154 @@
+"""Plots of a sweep, as SVG text in the style of all our pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from raytune_ft.evaluation.plots import COLOURS, log_scale, svg
+from raytune_ft.tuning.result import SweepResult
+
+_SHADES = "viridis_r"
+_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+_NAMED = 12
+"""Trials that a legend may name."""
+
+
+def survival(result: SweepResult) -> str:
+    """The curve of every trial; the best one stands out, and a cross ends the ones that were stopped."""
+    best = result.best
+
+    def paint(axes: Any) -> None:
+        for number, trial in enumerate(result.trials):
+            points = [(row["global_step"], row[result.metric]) for row in trial.curve if result.metric in row]
+            if not points:
+                continue
+            chosen = trial is best
+            colour = COLOURS[2] if chosen else COLOURS[(number + 1) % len(COLOURS)]
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                "o-",
+                color=colour,
+                linewidth=3 if chosen else 1.5,
+                markersize=5,
+                label=trial.label() + (" (best)" if chosen else ""),
+            )
+            if trial.ending != "finished":
+                axes.plot(*points[-1], "x", color=colour, markersize=11, markeredgewidth=2.5)
+        log_scale(axes)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("validation loss" if result.metric == "eval_loss" else "training loss")
+        if len(result.trials) <= _NAMED:
+            axes.legend(frameon=False, fontsize=9)
+
+    return svg(paint, grid="y")
+
+
+def parallel(result: SweepResult) -> str:
+    """Parallel coordinates: a line a trial through its settings to its metric, darker where that is lower."""
+    names = list(result.trials[0].settings)
+    scored = [(trial, value) for trial in result.trials if (value := trial.best(result.metric)) is not None]
+    columns = [[_shown(trial.settings[name]) for trial, _ in scored] for name in names]
+    places = [_places(values) for values in columns]
+    metric = [value for _, value in scored]
+    order = _ranks(metric)
+
+    def paint(axes: Any) -> None:
+        import matplotlib as mpl
+
+        shades = mpl.colormaps[_SHADES]
+        for number in range(len(scored)):
+            heights = [column[number] for column in places] + [1 - order[number]]
+            best = metric[number] == min(metric)
+            axes.plot(
+                range(len(names) + 1),
+                heights,
+                color=COLOURS[2] if best else shades(1 - order[number]),
+                linewidth=3 if best else 1.3,
+                zorder=3 if best else 2,
+            )
+        for x, values in enumerate(columns):
+            for value, height in {value: places[x][n] for n, value in enumerate(values)}.items():
+                axes.annotate(
+                    value, (x, height), (4, 0), textcoords="offset points", size=8, va="center", bbox=_PAPER, zorder=4
+                )
+        axes.set_xticks(range(len(names) + 1), [*names, f"rank by {result.metric}"])
+        axes.set_yticks([])
+        axes.margins(x=0.12)
+
+    return svg(paint)
+
+
+def heat_map(result: SweepResult) -> str | None:
+    """The best metric at each rank and learning rate; None if the sweep did not search both."""
+    cells: dict[tuple[float, float], float] = {}
+    for trial in result.trials:
+        value = trial.best(result.metric)
+        if value is None or not {"lora_r", "learning_rate"} <= set(trial.settings):
+            continue
+        cell = (trial.settings["lora_r"], trial.settings["learning_rate"])
+        cells[cell] = min(value, cells.get(cell, math.inf))
+    ranks, rates = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
+    if len(ranks) < 2 or len(rates) < 2 or len(cells) > _NAMED * 4:
+        return None
+
+    def paint(axes: Any) -> None:
+        grid = [[cells.get((rank, rate), math.nan) for rate in rates] for rank in ranks]
+        axes.imshow(grid, cmap=_SHADES, aspect="auto", origin="lower")
+        middle = (min(cells.values()) + max(cells.values())) / 2
+        for y, row in enumerate(grid):
+            for x, value in enumerate(row):
+                if not math.isnan(value):
+                    axes.text(
+                        x,
+                        y,
+                        f"{value:.3f}",
+                        ha="center",
+                        va="center",
+                        size=9,
+                        color="white" if value > middle else "black",
+                    )
+        axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+        axes.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
+        axes.set_xlabel("learning_rate")
+        axes.set_ylabel("lora_r")
+        axes.grid(visible=False)
+
+    return svg(paint)
+
+
+def shares(importance: dict[str, float]) -> str:
+    """How much of the trials' differences each setting explains."""
+    names = sorted(importance, key=lambda name: importance[name])
+
+    def paint(axes: Any) -> None:
+        axes.barh(names, [importance[name] for name in names], color=COLOURS[1], height=0.6)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the variance between trials")
+
+    return svg(paint, height=1.1 + 0.4 * len(names))
+
+
+def _places(values: Sequence[str]) -> list[float]:
+    """Heights from 0 to 1 for the values of a setting, evenly spaced in their order."""
+    known = sorted(set(values), key=_sort_key)
+    return [known.index(value) / max(1, len(known) - 1) if len(known) > 1 else 0.5 for value in values]
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """0 for the lowest to 1 for the highest."""
+    order = sorted(range(len(values)), key=lambda n: values[n])
+    return [order.index(n) / max(1, len(values) - 1) for n in range(len(values))]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _sort_key(text: str) -> tuple[int, float, str]:
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text

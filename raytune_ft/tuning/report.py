@@ -1,0 +1,85 @@
+"""The page of a sweep: every trial, its curve, which settings mattered, and what the search cost."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from raytune_ft.evaluation.report import image, page_template
+from raytune_ft.tuning import plots
+from raytune_ft.tuning.result import SweepResult, Trial
+
+
+def render(result: SweepResult, seconds: float, last_step: int | None) -> str:
+    """The self-contained page.
+
+    Args:
+        result: all trials.
+        seconds: how long the search took.
+        last_step: the step that a trial ends at when nothing stops it; None if that differs between trials.
+    """
+    worst_last = sorted(result.trials, key=lambda trial: _sort_key(trial, result.metric))
+    pictures = [(plots.survival(result), "Every trial's curve; a cross where the scheduler stopped it.")]
+    pictures.append(
+        (plots.parallel(result), "Settings of each trial, and its place among all; the best one stands out.")
+    )
+    heat = plots.heat_map(result)
+    if heat is not None:
+        pictures.append((heat, f"Lowest {result.metric} at each rank and learning rate."))
+    shares = importance(result)
+    if shares:
+        caption = "What the trials' differences come from: the variance of each setting's group means (main effects)."
+        pictures.append((plots.shares(shares), caption))
+    return str(
+        page_template("raytune_ft.tuning", "report.html.j2").render(
+            title="Search for the settings that train best",
+            words=cost_in_words(result, seconds, last_step),
+            result=result,
+            trials=worst_last,
+            images=[(image(svg), caption) for svg, caption in pictures],
+        )
+    )
+
+
+def importance(result: SweepResult) -> dict[str, float]:
+    """Share of the variance of the trials' metric (as a logarithm) that each setting's main effect explains.
+
+    Between-group sum of squares over the total one, as in a one-way analysis of variance, over feasible trials; a
+    setting whose every trial has a value of its own is left out, since it would explain everything.
+    """
+    scored = [
+        (trial, math.log(value))
+        for trial in result.trials
+        if trial.ending != "infeasible" and (value := trial.best(result.metric)) is not None and value > 0
+    ]
+    if len(scored) < 3:
+        return {}
+    mean = sum(value for _, value in scored) / len(scored)
+    total = sum((value - mean) ** 2 for _, value in scored)
+    shares = {}
+    for name in scored[0][0].settings:
+        groups = defaultdict(list)
+        for trial, value in scored:
+            groups[str(trial.settings[name])].append(value)
+        if 1 < len(groups) < len(scored) and total > 0:
+            between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
+            shares[name] = between / total
+    return shares
+
+
+def cost_in_words(result: SweepResult, seconds: float, last_step: int | None) -> str:
+    """What the search spent, and against what every trial to its last step would have."""
+    spent = sum(trial.tokens for trial in result.trials)
+    words = f"{len(result.trials)} trials, {sum(t.steps for t in result.trials):,} steps, {spent:,.0f} tokens"
+    words += f" in {seconds:,.0f} s"
+    if last_step is None or not spent:
+        return words
+    whole = sum(trial.tokens * last_step / trial.steps for trial in result.trials if trial.steps)
+    return (
+        f"{words}; all of them to step {last_step}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"
+    )
+
+
+def _sort_key(trial: Trial, metric: str) -> tuple[int, float]:
+    value = trial.best(metric)
+    return (1, math.inf) if value is None or trial.ending == "infeasible" else (0, value)

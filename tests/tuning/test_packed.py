@@ -1,0 +1,199 @@
+"""Trials that share a frozen base, under Ray Tune's own schedulers, on a real Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raytune_ft.core.cluster import Node
+from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.packed import bank_cpus, why_alone
+from raytune_ft.tuning.result import SweepResult
+from raytune_ft.tuning.run import HyperparameterSweep, RememberedASHA
+
+
+def sweep(tiny_model: Path, orders: Path, folder: Path, **changes: object) -> SweepConfig:
+    training = {
+        "model_path": str(tiny_model),
+        "dataset_path": str(orders),
+        "max_steps": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_train_batch_size": 4,
+        "lora_target_modules": "all-linear",
+        "lora_dropout": 0.0,
+    }
+    common = {"output_dir": str(folder), "space": {"lora_r": [2, 8], "learning_rate": [2e-2, 1e-4]}, "grace_steps": 4}
+    return SweepConfig(**{**common, "training": {**training, **changes.pop("training", {})}, **changes})
+
+
+def curves(result: SweepResult) -> dict[str, list[float]]:
+    return {trial.label(): [row["eval_loss"] for row in trial.curve] for trial in result.trials}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "trials", "gpus", "cpus", "threads"),
+    [
+        ([Node(2)], 16, 0, 1, 2),  # 2 - 0.16, in whole CPUs
+        ([Node(1)], 4, 0, 0.96, 1),
+        ([Node(16, 8)], 32, 8, 1, 2),  # (16 - 0.32) / 8
+        ([Node(4), Node(16, 1, 3)], 8, 3, 15, 16),
+    ],
+)
+def test_a_bank_leaves_room_for_the_proxies(nodes, trials, gpus, cpus, threads) -> None:
+    assert bank_cpus(nodes, trials, gpus) == (cpus, threads)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"packed": "never"}, "packed: never"),
+        ({"space": {"precision": ["fp32", "bf16"]}}, "the space searches precision"),
+        ({"training": {"method": "full"}}, "method full trains the base"),
+        ({"training": {"num_workers": 2}}, "num_workers is 2"),
+        ({}, None),
+    ],
+)
+def test_what_keeps_trials_apart_is_named(changes, reason, tmp_path) -> None:
+    told = why_alone(sweep(tmp_path, tmp_path, tmp_path, **changes))
+    assert (told is None) if reason is None else (reason in told)
+
+
+def test_asha_remembers_its_rungs_after_the_driver_is_gone(tmp_path) -> None:
+    from ray.tune.experiment import Trial as RayTrial
+    from ray.tune.schedulers import TrialScheduler
+
+    from raytune_ft.core.storage import Location
+
+    def scheduler() -> RememberedASHA:
+        made = RememberedASHA(
+            Location.at(tmp_path / "rungs.json"), time_attr="t", grace_period=2, max_t=8, reduction_factor=2
+        )
+        made.set_search_properties("loss", "min")
+        return made
+
+    def told(asha: RememberedASHA, name: str, loss: float) -> str:
+        trial = RayTrial("trainable", trial_id=name, stub=True)
+        asha.on_trial_add(None, trial)
+        return asha.on_trial_result(None, trial, {"t": 2, "loss": loss})
+
+    assert told(scheduler(), "good", 0.1) == TrialScheduler.CONTINUE
+    assert told(scheduler(), "bad", 0.9) == TrialScheduler.STOP  # another scheduler, the same rung
+    fresh = RememberedASHA(
+        Location.at(tmp_path / "none.json"), time_attr="t", grace_period=2, max_t=8, reduction_factor=2
+    )
+    fresh.set_search_properties("loss", "min")
+    assert told(fresh, "bad", 0.9) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.ray
+def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
+    ray_cluster, tiny_model, orders, tmp_path
+) -> None:
+    import ray
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    together = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "packed", scheduler="none")).run()
+    alone = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "alone", scheduler="none", packed="never")).run()
+    packed, solo = (SweepResult.from_json(a.read_json("result.json")) for a in (together, alone))
+    assert [len(trial.curve) for trial in packed.trials] == [4, 4, 4, 4]
+    for label, curve in curves(solo).items():
+        assert curves(packed)[label] == pytest.approx(curve, abs=1e-4), label
+    assert packed.best.settings == solo.best.settings == together.numbers["best_settings"]
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "packed/best")
+    assert adapted.peft_config["default"].r == packed.best.settings["lora_r"]
+    assert not (tmp_path / "packed/snapshots").exists()
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2.0
+
+
+@pytest.mark.ray
+def test_a_killed_bank_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, orders, tmp_path) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not list((tmp_path / "sweep").glob("snapshots/*/*/manifest.json")):
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if "BankHost" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", training={"max_steps": 60})
+    artifact = HyperparameterSweep(config).run()
+    killer.join()
+    assert killed
+    result = SweepResult.from_json(artifact.read_json("result.json"))
+    assert [trial.ending for trial in result.trials] == ["finished"] * 4
+    for trial in result.trials:
+        steps = [row["global_step"] for row in trial.curve]
+        assert steps == list(range(2, 61, 2)), steps
+
+
+@pytest.mark.ray
+def test_a_trial_that_diverges_is_infeasible_and_hurts_no_other(ray_cluster, tiny_model, orders, tmp_path) -> None:
+    config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", space={"learning_rate": [1e-2, 1e30]})
+    artifact = HyperparameterSweep(config).run()
+    result = SweepResult.from_json(artifact.read_json("result.json"))
+    endings = {trial.settings["learning_rate"]: trial for trial in result.trials}
+    assert endings[1e30].ending == "infeasible"
+    assert "is nan" in endings[1e30].error or "is inf" in endings[1e30].error
+    assert endings[1e-2].ending == "finished"
+    assert result.best.settings == {"learning_rate": 1e-2}
+
+
+@pytest.mark.ray
+def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders, tmp_path) -> None:
+    config = sweep(tiny_model, orders, tmp_path / "sweep", training={"max_steps": 40})
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    program = textwrap.dedent(
+        """
+        import json, sys
+        from raytune_ft.core.cluster import connect
+        from raytune_ft.tuning.config import SweepConfig
+        from raytune_ft.tuning.run import tune
+        if __name__ == "__main__":
+            connect(num_cpus=2)
+            tune(SweepConfig(**json.load(open(sys.argv[1]))))
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-c", program, str(tmp_path / "config.json")]
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (tmp_path / "sweep/ray/rungs.json").exists():
+        time.sleep(0.02)
+    time.sleep(1.0)
+    tree = [first, *psutil.Process(first.pid).children(recursive=True)]
+    for process in tree:
+        os.kill(process.pid, signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "sweep/manifest.json").exists()
+    rungs = json.loads((tmp_path / "sweep/ray/rungs.json").read_text())
+    subprocess.run(command, env=environment, check=True, timeout=200)
+    result = SweepResult.from_json(json.loads((tmp_path / "sweep/result.json").read_text()))
+    assert len(result.trials) == 4
+    assert {trial.ending for trial in result.trials} <= {"finished", "stopped early"}
+    assert sum(len(recorded) for _, recorded in rungs[0]) > 0
+    for trial in result.trials:
+        steps = [row["global_step"] for row in trial.curve]
+        assert steps == sorted(steps)

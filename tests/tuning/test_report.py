@@ -1,0 +1,47 @@
+"""What the page of a sweep says, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from raytune_ft.tuning.report import cost_in_words, importance, render
+from raytune_ft.tuning.result import SweepResult, Trial
+
+
+def trial(rank: int, rate: float, loss: float, *, steps: int = 4, ending: str = "finished") -> Trial:
+    curve = [
+        {"global_step": float(step), "eval_loss": loss * (1 + steps - step), "tokens": 100.0 * step}
+        for step in range(2, steps + 1, 2)
+    ]
+    return Trial(f"{rank}-{rate}", {"lora_r": rank, "learning_rate": rate}, ending, curve)
+
+
+def test_importance_is_the_share_of_variance_between_groups() -> None:
+    # ln of the losses: rank 4 has 0 and 2, rank 8 has 1 and 3; mean 1.5, total 5.
+    # Ranks: means 1 and 2, between 2*0.25*2 = 1; rates: means 0.5 and 2.5, between 4. Together all of it.
+    losses = {(4, 0.1): 0, (4, 0.2): 2, (8, 0.1): 1, (8, 0.2): 3}
+    trials = tuple(trial(rank, rate, math.exp(value)) for (rank, rate), value in losses.items())
+    assert importance(SweepResult("eval_loss", trials)) == pytest.approx({"lora_r": 0.2, "learning_rate": 0.8})
+
+
+def test_a_setting_with_a_value_for_every_trial_explains_nothing() -> None:
+    trials = tuple(trial(4, rate, 1 + rate) for rate in (0.1, 0.2, 0.3))
+    assert importance(SweepResult("eval_loss", trials)) == {}
+
+
+def test_cost_is_told_against_the_full_grid() -> None:
+    result = SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.1, 2.0, steps=2, ending="stopped early")))
+    assert cost_in_words(result, 12.0, 4) == (
+        "2 trials, 6 steps, 600 tokens in 12 s; all of them to step 4: about 800 tokens (75% of that was spent)"
+    )
+
+
+def test_the_page_stands_alone_and_keeps_hostile_text_as_text() -> None:
+    bad = Trial("x", {"lora_r": 4, "learning_rate": 9.0}, "infeasible", [], "loss <script>alert(1)</script>")
+    page = render(SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.2, 0.5), trial(8, 0.1, 0.7), bad)), 1.0, 4)
+    assert "<script>" not in page
+    assert "loss &lt;script&gt;" in page
+    assert page.count("data:image/svg+xml") == 4  # curves, parallel coordinates, heat map, importance
+    assert "http://" not in page.replace("http://www.w3.org", "")
