@@ -13,17 +13,28 @@ from raytune_ft.data.config import SPLITS
 
 @dataclass
 class Account:
-    """Rows that came in and were made, and what became of them, by split and by reason."""
+    """Rows that came in and were made, and what became of them, by split and by reason.
+
+    `changed` counts rows by the cleaning step that changed a text of theirs (rejected ones, too), `redacted` the
+    placeholders by kind, `undecided` rows by the check that could not tell, `remarks` rows that were used though
+    something is to be said of them. `made` counts rows that no source had, by cause.
+    """
 
     rows_in: int
-    rows_made: int = 0
+    made: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    redacted: Counter[str] = field(default_factory=Counter)
+    undecided: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     supervised: Counter[str] = field(default_factory=Counter)
     longest: int = 0
     chats: set[str] = field(default_factory=set)
+    conflicting: int = 0
+    distances: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows_in: int, counts: Iterable[Mapping[str, Any]]) -> Account:
@@ -37,6 +48,11 @@ class Account:
         for file in counts:
             written += file["rows"]
             account.formats.update(file.get("formats", {}))
+            account.changed.update(file.get("changed", {}))
+            account.redacted.update(file.get("redacted", {}))
+            account.undecided.update(file.get("undecided", {}))
+            account.remarks.update(file.get("remarks", {}))
+            account.made.update(file.get("made", {}))
             if file["folder"] == "rejected":
                 account.rejected.update(file["reasons"])
                 continue
@@ -52,6 +68,11 @@ class Account:
         return account
 
     @property
+    def rows_made(self) -> int:
+        """Rows that no source had."""
+        return self.made.total()
+
+    @property
     def rows_out(self) -> int:
         """Rows in all splits."""
         return self.splits.total()
@@ -62,11 +83,28 @@ class Account:
         return self.rejected.total()
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
         return (
-            f"{self.rows_in} rows in + {self.rows_made} made = {self.rows_out} out + {self.rows_rejected} rejected"
-            + (f" ({reasons})" if reasons else "")
+            f"{self.rows_in} rows in + {self.rows_made} made{_listed(self.made)} = "
+            f"{self.rows_out} out + {self.rows_rejected} rejected{_listed(self.rejected)}"
         )
+
+    def _notes(self) -> dict[str, Counter[str]]:
+        return {
+            "changed": self.changed,
+            "redacted": self.redacted,
+            "undecided": self.undecided,
+            "remarks": self.remarks,
+        }
+
+    def notes(self) -> list[str]:
+        """What cleaning did, a line a kind, for people."""
+        words = {"changed": "rows changed by", "redacted": "placeholders put for", "undecided": "rows not told by"}
+        words["remarks"] = "rows used though"
+        return [
+            f"{words[name]} " + ", ".join(f"{item} {count}" for item, count in counter.most_common())
+            for name, counter in self._notes().items()
+            if counter
+        ]
 
     def numbers(self) -> dict[str, Any]:
         """The account as the numbers of a manifest."""
@@ -76,13 +114,22 @@ class Account:
         return {
             "rows_in": self.rows_in,
             "rows_made": self.rows_made,
+            **({"made": dict(self.made.most_common())} if self.made else {}),
             "rows_out": self.rows_out,
             "rows_rejected": self.rows_rejected,
             **rows,
             "rejected": dict(self.rejected.most_common()),
             "formats": dict(self.formats.most_common()),
+            **{name: dict(counter.most_common()) for name, counter in self._notes().items() if counter},
             **tokens,
             **supervised,
             **({"tokens_longest": self.longest} if self.longest else {}),
+            **({"conflicting_answers": self.conflicting} if self.conflicting else {}),
+            **({"distance_from_whole": self.distances} if self.distances else {}),
             **({"chat_fingerprint": min(self.chats)} if self.chats else {}),
         }
+
+
+def _listed(counter: Counter[str]) -> str:
+    items = ", ".join(f"{count} {name}" for name, count in counter.most_common())
+    return f" ({items})" if items else ""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
+from raytune_ft.models.config import TrainOn
 
 SPLITS = ("train", "validation", "test")
 
@@ -22,7 +23,11 @@ class DatasetFormat(StrEnum):
 
 
 class RecordFormat(StrEnum):
-    """How the rows of a source say what was asked and answered."""
+    """How the rows of a source say what was asked and answered.
+
+    `QUESTION_ANSWER` reads a last line ``#### 42`` of the answer (as GSM8K has it) as the reference, too;
+    `PROMPT_REFERENCE` is a prompt without an answer, for learning from rewards; `FEEDBACK` is what serving writes.
+    """
 
     MESSAGES = "messages"
     SHAREGPT = "sharegpt"
@@ -30,9 +35,61 @@ class RecordFormat(StrEnum):
     PROMPT_COMPLETION = "prompt_completion"
     QUESTION_ANSWER = "question_answer"
     TEXT = "text"
+    PROMPT_REFERENCE = "prompt_reference"
     PREFERENCE = "preference"
     KTO = "kto"
+    FEEDBACK = "feedback"
     RECORD = "record"
+
+
+class PersonalData(StrEnum):
+    """What redaction finds and replaces by a placeholder such as ``[EMAIL]``."""
+
+    EMAIL = "email"
+    PHONE = "phone"
+    CARD = "card"
+    IBAN = "iban"
+    API_KEY = "api_key"
+
+
+class Measure(StrEnum):
+    """What a length bound counts: of all turns together (or the raw text), of the prompt, or of the answer."""
+
+    CHARACTERS = "characters"
+    WORDS = "words"
+    PROMPT_CHARACTERS = "prompt_characters"
+    PROMPT_WORDS = "prompt_words"
+    ANSWER_CHARACTERS = "answer_characters"
+    ANSWER_WORDS = "answer_words"
+
+
+class NearDuplicates(StrEnum):
+    """What becomes of rows that say nearly the same: all but the first go, all stay in one split, or none is sought."""
+
+    DROP = "drop"
+    GROUP = "group"
+    KEEP = "keep"
+
+
+class Reasoning(StrEnum):
+    """What becomes of reasoning that a row brings: left as it is, or written before the answer and trained or not."""
+
+    NONE = "none"
+    TRAIN = "train"
+    MASK = "mask"
+
+
+class OverLength(StrEnum):
+    """What becomes of a row with more than `max_length` tokens.
+
+    `SPLIT` cuts a conversation between exchanges (the system turn goes with each piece) and a raw text between tokens.
+    """
+
+    DROP = "drop"
+    TRUNCATE_LEFT = "truncate_left"
+    TRUNCATE_RIGHT = "truncate_right"
+    SPLIT = "split"
+    RAISE = "raise"
 
 
 class DataCollectionConfig(Config):
@@ -41,7 +98,12 @@ class DataCollectionConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset({"output_path", "output_format"})
 
     sources: tuple[str, ...] = Field(min_length=1)
-    """Files, folders and globs of JSONL, JSON lists, CSV, Parquet and plain text (a record a line); paths or URIs."""
+    """Files, folders and globs of JSONL, JSON lists, CSV, Parquet, Arrow and plain text (a record a line), compressed
+    too; paths or URIs (``s3://``, ``gs://``, ``https://``); ``hf:org/name[:config][@split]``; folders that
+    `save_to_disk` wrote."""
+    source_weights: dict[str, float] = Field(default_factory=dict)
+    """How often the training split has the rows of a source (as named in `sources`, or a file or glob of files): 0.5
+    leaves out half of them, chosen by hash; 2.5 has each two or three times. Files without a weight count once."""
     output_path: str = Field(min_length=1)
     """Folder of the dataset artifact; a local path or a URI."""
     output_format: DatasetFormat = DatasetFormat.JSONL
@@ -60,10 +122,35 @@ class DataCollectionConfig(Config):
     """Removes whitespace around every text; what is inside stays."""
     remove_control_characters: bool = True
     """Removes control characters and terminal escapes, and turns all line ends to a newline."""
+    normalize_whitespace: bool = False
+    """Makes one blank of several inside a line and one empty line of several; indentation and fenced code stay."""
+    normalize_capitalization: bool = False
+    """Writes lines that are all in capitals (four words or more) in sentence case; names in them lose theirs."""
+    redact: tuple[PersonalData, ...] = ()
+    """Personal data to replace by placeholders (``[email, phone, card, iban, api_key]``), in metadata and rejected
+    rows, too."""
     drop_empty: bool = True
     """Rejects rows without a prompt, an answer or a text."""
+    drop_unbalanced_tool_calls: bool = True
+    """Rejects rows with a call without result, a result without call, malformed arguments, or a call of a tool that
+    `tools` does not list."""
+    drop_refusals: bool = False
+    """Rejects rows whose answer refuses or is a model's boilerplate about itself (English)."""
+    length_bounds: dict[Measure, tuple[int | None, int | None]] = Field(default_factory=dict)
+    """Least and most of a measure, both inclusive, null for none: ``{answer_words: [1, 500]}``. Others are rejected."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes of the languages to keep (``[en, de]``); texts too short to tell are kept, and counted."""
     drop_duplicates: bool = True
     """Rejects rows whose content occurred before; the first by source and position stays."""
+    near_duplicates: NearDuplicates = NearDuplicates.DROP
+    """Rows nearly like another: ``drop`` rejects all but the first by source and position, ``group`` keeps them in one
+    split, ``keep`` does not look for them. With `test_sources`, those nearly like a test row are rejected by both."""
+    near_duplicate_threshold: float = Field(0.7, gt=0.0, le=1.0)
+    """Jaccard similarity of two rows' sets of word 5-grams (all turns but the system's) from which they are nearly
+    alike."""
+    conflicting_answers: Literal["keep", "drop"] = "keep"
+    """Rows that answer one prompt differently are kept and counted in a warning, or all rejected; preferences and rows
+    with a label are not meant."""
 
     shuffle: bool = True
     """Orders each split by a hash of seed and record; otherwise by source and position."""
@@ -75,11 +162,37 @@ class DataCollectionConfig(Config):
     """Share of the rows for the test (the guide: 0.05 to 0.10); 0 when `test_sources` are given."""
     test_sources: tuple[str, ...] = ()
     """Sources that make the test split as they are; rows of `sources` with a prompt from these are rejected."""
+    stratify_by: str | None = "length_and_source"
+    """What every split gets its share of: ``length``, ``source``, ``length_and_source``, or a metadata field of few
+    values; null for none."""
+    group_by: str | None = "conversation_id"
+    """Metadata field whose rows must stay in one split; rows without it are not grouped by it; null for none."""
+    benchmarks: tuple[str, ...] = ()
+    """Files (as `sources`) of benchmarks that no row may share 13 words in a row with; texts of fewer are not found."""
+    on_leak: Literal["raise", "reject"] = "raise"
+    """A row that shares 13 words with a benchmark stops the run, or goes to ``rejected/``."""
 
     model_path: str | None = None
     """Tokenizes for this model (folder, artifact, hub id or ``starter:...``); none leaves records only."""
     max_length: int = Field(1024, ge=1)
-    """Most tokens of a row; longer ones are rejected."""
+    """Most tokens of a row; what becomes of longer ones says `over_length`."""
+    over_length: OverLength = OverLength.DROP
+    """Rows over `max_length`: rejected (``drop``), cut, split into several rows, or the end of the run (``raise``)."""
+    train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS
+    """Turns that count for the loss. Templates that rewrite earlier turns have a right mask for the last one only."""
+    template: str = "model"
+    """Chat template: the ``model``'s own, ``instruction`` (``<instruction>/<response>`` tags), a Jinja file, or Jinja
+    text. It is kept beside the dataset and the trained model, so that serving uses the same."""
+    system_prompt: str | None = Field(None, min_length=1)
+    """System turn for conversations without one; a row's own stays."""
+    reasoning: Reasoning = Reasoning.NONE
+    """Writes answers as reasoning and answer (`reasoning_format`), with the reasoning trained or masked. It is taken
+    from the answer (``<think>`` tags, or before a last line ``#### answer``) or from a column ``reasoning``,
+    ``reasoning_content``, ``rationale`` or ``thinking``."""
+    reasoning_format: str = "<think>\n{reasoning}\n</think>\n\n{answer}"
+    """How reasoning and answer are written in the assistant's turn."""
+    on_reasoning_fault: Literal["keep", "reject"] = "keep"
+    """Rows without reasoning, or whose reasoning ends in another answer: kept as they are and counted, or rejected."""
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +200,26 @@ class DataCollectionConfig(Config):
         if isinstance(settings, dict) and settings.get("test_sources"):
             return {"test_split": 0.0, **settings}
         return settings
+
+    @model_validator(mode="after")
+    def _cleaning_can_be_met(self) -> DataCollectionConfig:
+        for source, weight in self.source_weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"source_weights.{source}: must be 0 or more (got {weight:g})")
+        for measure, (least, most) in self.length_bounds.items():
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"length_bounds.{measure}: the least ({least}) is more than the most ({most})")
+        return self
+
+    @model_validator(mode="after")
+    def _reasoning_is_before_the_answer(self) -> DataCollectionConfig:
+        before, answer, after = self.reasoning_format.partition("{answer}")
+        if not answer or "{reasoning}" not in before or "{answer}" in after:
+            raise ValueError(
+                "reasoning_format must have {reasoning} and, after it, {answer} once "
+                f"(got {self.reasoning_format!r})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _splits_leave_training_rows(self) -> DataCollectionConfig:

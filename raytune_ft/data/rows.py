@@ -10,8 +10,14 @@ import pyarrow as pa
 
 from raytune_ft.core.records import REJECTED_SCHEMA, Record
 
-TOKEN_FIELDS = (pa.field("input_ids", pa.list_(pa.int32())), pa.field("supervised", pa.list_(pa.bool_())))
-"""Columns that a dataset prepared for a model has beside the record's."""
+TOKEN_FIELDS = (
+    pa.field("input_ids", pa.list_(pa.int32())),
+    pa.field("supervised", pa.list_(pa.bool_())),
+    pa.field("rejected_input_ids", pa.list_(pa.int32())),
+    pa.field("rejected_supervised", pa.list_(pa.bool_())),
+)
+"""Columns that a dataset prepared for a model has beside the record's; a preference's first two are those of its prompt
+with the chosen answer, the last two those with the rejected one (null in other rows)."""
 
 ROW_SCHEMA = pa.schema(
     [
@@ -20,10 +26,12 @@ ROW_SCHEMA = pa.schema(
         pa.field("format", pa.string()),
         pa.field("file", pa.int64()),
         pa.field("is_test", pa.bool_()),
+        pa.field("notes", pa.string()),
     ]
 )
 """`group` is the hash of what is asked (rows of one group never straddle splits), `format` the row's format and how
-that was told, `file` the number of the source file, `is_test` whether it is one of `test_sources`."""
+that was told, `file` the number of the source file, `is_test` whether it is one of `test_sources`, `notes`
+JSON text of what cleaning changed (`Cleaned.notes`), null where nothing."""
 
 
 def mark(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
@@ -31,6 +39,25 @@ def mark(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
     before: list[str | None] = table.column("reason").to_pylist()
     merged = [new if old is None else old for old, new in zip(before, reasons, strict=True)]
     return table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(merged, pa.string()))
+
+
+def with_remarks(table: pa.Table, remarks: Sequence[str | None]) -> pa.Table:
+    """The table with `remarks` added to the JSON in `notes`, for the account; without that column as it is."""
+    places = [place for place, remark in enumerate(remarks) if remark is not None]
+    if not places or "notes" not in table.column_names:
+        return table
+    notes: list[str | None] = table.column("notes").to_pylist()
+    for place in places:
+        notes[place] = remarked(notes[place], remarks[place])
+    return table.set_column(table.schema.get_field_index("notes"), "notes", pa.array(notes, pa.string()))
+
+
+def remarked(notes: str | None, remark: str | None) -> str | None:
+    """The JSON in a row's `notes` with a remark added."""
+    if remark is None:
+        return notes
+    said = json.loads(notes or "{}")
+    return json.dumps({**said, "remarks": [*said.get("remarks", ()), remark]}, sort_keys=True)
 
 
 def prompt_hash(record: Record) -> str:

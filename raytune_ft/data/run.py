@@ -21,21 +21,46 @@ from raytune_ft.core.errors import DataError, UserError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.data.account import Account
+from raytune_ft.data.blocks import Blocks, Step, key_range, packed, pass_here, reaches, unpacked, within
 from raytune_ft.data.config import SPLITS, DataCollectionConfig
 from raytune_ft.data.export import export_splits
+from raytune_ft.data.groups import link_rows
+from raytune_ft.data.language import check_languages
+from raytune_ft.data.leaks import (
+    audit,
+    benchmark_grams,
+    mark_benchmarks,
+    overlapping,
+    refuse_overlaps,
+    refuse_straddles,
+    sorted_grams,
+)  # fmt: skip
+from raytune_ft.data.near import NEAR_REASON
 from raytune_ft.data.prepared import PreparedDataset
-from raytune_ft.data.shards import Layout, assign_files, write_files
+from raytune_ft.data.representativeness import FIELDS, added_counts, distances
+from raytune_ft.data.shards import Layout, assign_files, assign_folders
 from raytune_ft.data.sources import SourceFile, find_files, source_parents
 from raytune_ft.data.split import Tally, departures, find_cuts, tally_rows
-from raytune_ft.data.stages import collect_rows, retokenize_files, settle_rows
-from raytune_ft.data.tokenize import chat_for, tokenizer_parent
+from raytune_ft.data.stages import collect_rows, retokenize_files, settle_rows, write_rows
+from raytune_ft.data.strata import refuse_many
+from raytune_ft.data.tokenize import (
+    TEMPLATE_FILE,
+    TokenPolicy,
+    chat_for,
+    policy_of_dataset,
+    template_parents,
+    tokenizer_parent,
+)
+from raytune_ft.data.weights import file_weights
 from raytune_ft.models.loading import shared_model
+from raytune_ft.models.templates import template_text
 
 logger = logging.getLogger("raytune_ft")
 
 _PARTITION_BYTES = 32 << 20
 _MOST_PARTITIONS = 512
 _FEW_ROWS = 3000
+_MANY_NEAR = 0.2
 
 
 class DataCollector:
@@ -69,14 +94,19 @@ def prepare(config: DataCollectionConfig) -> Artifact:
     Raises:
         DataError: as `DataCollector.prepare`.
     """
+    check_languages(config.languages)
     files = find_files(config.sources, config.test_sources)
+    file_weights(files, config.source_weights)
     parents = [*source_parents(config.sources, "source"), *source_parents(config.test_sources, "test_source")]
+    parents += source_parents(config.benchmarks, "benchmark")
     if config.model_path is not None:
         parents.append(tokenizer_parent(config.model_path))
+    policy = TokenPolicy.of(config, template_text(config.template))
+    parents += template_parents(config.template, policy.template)
     draft = _begin(config.output_path, config.resolved(), config.identity(), parents)
     if draft.finished is None:
         with draft, _ray_data() as cluster:
-            _prepare(config, files, draft, cluster)
+            _prepare(config, files, policy, draft, cluster)
     return draft.artifact
 
 
@@ -99,30 +129,31 @@ def tokenized_splits(
     source, target = Location.at(dataset_path), Location.at(output)
     if has_manifest(source) or (source / CLAIM).exists():
         dataset = open_artifact(source, ArtifactKind.DATASET)
-        if not _is_tokenized(dataset, model_path, max_length):
-            dataset = _tokenized_anew(dataset, model_path, max_length, target)
+        policy = policy_of_dataset(dataset, max_length)
+        if not _is_tokenized(dataset, model_path, policy):
+            dataset = _tokenized_anew(dataset, model_path, policy, target)
     else:
         settings = {"sources": (source.uri,), "output_path": target.uri, "max_length": max_length, "test_split": 0.0}
         dataset = prepare(DataCollectionConfig(**settings, model_path=model_path))
     return {split: [(dataset / name).uri for name in names] for split, names in PreparedDataset(dataset).files.items()}
 
 
-def _is_tokenized(dataset: Artifact, model_path: str, max_length: int) -> bool:
+def _is_tokenized(dataset: Artifact, model_path: str, policy: TokenPolicy) -> bool:
     fingerprint = dataset.numbers.get("chat_fingerprint")
-    if fingerprint is None or dataset.numbers["tokens_longest"] > max_length:
+    if fingerprint is None or dataset.numbers["tokens_longest"] > policy.max_length:
         return False
     parent = tokenizer_parent(model_path)
     same_files = any(p.role == parent.role and p.digest == parent.digest for p in dataset.manifest.parents)
-    return same_files or bool(fingerprint == chat_for(model_path).fingerprint)
+    return same_files or bool(fingerprint == chat_for(model_path, policy.template).fingerprint)
 
 
-def _tokenized_anew(dataset: Artifact, model_path: str, max_length: int, target: Location) -> Artifact:
-    settings = {"dataset_path": str(dataset.location), "model_path": model_path, "max_length": max_length}
-    identity = {"model_path": model_path, "max_length": max_length}
+def _tokenized_anew(dataset: Artifact, model_path: str, policy: TokenPolicy, target: Location) -> Artifact:
+    identity = {"model_path": model_path, **asdict(policy)}
+    settings = {"dataset_path": str(dataset.location), **identity}
     draft = _begin(target, settings, identity, [dataset.as_parent("dataset"), tokenizer_parent(model_path)])
     if draft.finished is None:
         with draft, _ray_data() as cluster:
-            _retokenize(dataset, model_path, max_length, draft, cluster)
+            _retokenize(dataset, model_path, policy, draft, cluster)
     return draft.artifact
 
 
@@ -133,8 +164,11 @@ def _begin(where: str | Location, settings: Any, identity: Any, parents: Any) ->
     return draft
 
 
-def _prepare(config: DataCollectionConfig, files: list[SourceFile], draft: Draft, cluster: Cluster) -> None:
+def _prepare(
+    config: DataCollectionConfig, files: list[SourceFile], policy: TokenPolicy, draft: Draft, cluster: Cluster
+) -> None:
     model = _shared(config.model_path, draft)
+    _keep_template(policy, draft)
     logger.info("prepare: reading %d file(s)", len(files))
     table = pa.Table.from_pylist([asdict(file) for file in files])
     _admit(cluster, len(files))
@@ -144,35 +178,81 @@ def _prepare(config: DataCollectionConfig, files: list[SourceFile], draft: Draft
     if not rows_in:
         raise DataError(f"no rows in {', '.join(file.label for file in files[:3])}: nothing to prepare")
     settled = _by_key(rows, "group", _partitions(rows, cluster))
-    settled = _mapped(settled, settle_rows, config=config, model=model).materialize()
+    settled = _mapped(settled, settle_rows, config=config, model=model, policy=policy)
+    settled = _linked(_without_benchmarks(settled, config), files, config)
     tally = Tally()
     for row in _mapped(settled, tally_rows, seed=config.seed).take_all():
         tally.add(row["tally"])
+    refuse_many(tally.ranks, config.stratify_by)
     cuts = find_cuts(tally.ranks, test_split=config.test_split, validation_split=config.validation_split)
     layout = Layout.plan(tally, cuts, seed=config.seed, shuffle=config.shuffle)
     if not layout.rows["train"]:
         raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}")
-    placed = _mapped(settled, assign_files, layout=layout)
+    split = _mapped(settled, assign_folders, layout=layout)
+    far = _audited(split, settled.num_blocks(), files, config)
+    placed = _mapped(split, assign_files, layout=layout)
     if settled.num_blocks() > 1:
         placed = _by_key(placed, "path", min(len(layout.paths), _MOST_PARTITIONS))
-    counts = _mapped(placed, write_files, where=draft.location.uri).take_all()
+    counts = _mapped(placed, write_rows, where=draft.location.uri, model=model, policy=policy).take_all()
     account = Account.of(rows_in, [json.loads(row["counts"]) for row in counts])
+    account.conflicting, account.distances = tally.conflicting, far
     _close(account, draft)
     _report(config, account)
 
 
-def _retokenize(dataset: Artifact, model_path: str, max_length: int, draft: Draft, cluster: Cluster) -> None:
+def _without_benchmarks(rows: Any, config: DataCollectionConfig) -> Any:
+    """The rows, computed, with those marked (by policy: refused) that share text with a benchmark."""
+    if not config.benchmarks:
+        return rows.materialize()
+    files = find_files(config.benchmarks)
+    blocks = [pa.Table.from_pylist([asdict(file)]) for file in files]
+    grams = _mapped(ray.data.from_arrow(blocks), benchmark_grams).repartition(1)
+    grams = _mapped(grams, sorted_grams).materialize()
+    if not grams.count():
+        logger.warning("prepare: no text of the benchmarks has 13 words: nothing to compare with")
+        return rows.materialize()
+    refs = grams.to_arrow_refs()
+    labels = [file.label for file in files]
+    marked = _mapped(rows, _stepped, refs=refs, step=mark_benchmarks, settings={"labels": labels}).materialize()
+    if config.on_leak == "raise":
+        refuse_overlaps(_mapped(marked, overlapping).take_all())
+    return marked
+
+
+def _linked(rows: Any, files: list[SourceFile], config: DataCollectionConfig) -> Any:
+    """The rows with near-duplicates marked, and one group for all that must stay together."""
+    settings = {"config": config, "labels": [file.label for file in files], "tests": sum(f.is_test for f in files)}
+    return _passed(rows, rows.num_blocks(), link_rows, **settings).materialize()
+
+
+def _audited(
+    rows: Any, parts: int, files: list[SourceFile], config: DataCollectionConfig
+) -> dict[str, dict[str, float]]:
+    """Distances of the splits from the whole, after the check that nothing stands in two of them."""
+    found = _passed(rows, parts, audit, config=config).take_all()
+    refuse_straddles([row for row in found if row["kind"] != FIELDS], [file.label for file in files])
+    return distances(added_counts(row["text"] for row in found if row["kind"] == FIELDS))
+
+
+def _retokenize(dataset: Artifact, model_path: str, policy: TokenPolicy, draft: Draft, cluster: Cluster) -> None:
     model = _shared(model_path, draft)
+    _keep_template(policy, draft)
     files = [name for names in PreparedDataset(dataset).files.values() for name in names]
     _admit(cluster, len(files))
     blocks = [pa.table({"path": [name]}) for name in files]
     where = {"source": dataset.location.uri, "target": draft.location.uri}
-    counts = _mapped(ray.data.from_arrow(blocks), retokenize_files, **where, model=model, max_length=max_length)
+    counts = _mapped(ray.data.from_arrow(blocks), retokenize_files, **where, model=model, policy=policy)
     rows_in = sum(dataset.numbers[f"rows_{split}"] for split in SPLITS)
     account = Account.of(rows_in, [json.loads(row["counts"]) for row in counts.take_all()])
     if not account.splits["train"]:
         raise DataError(f"no row is left to train on: {account}")
     _close(account, draft)
+
+
+def _keep_template(policy: TokenPolicy, draft: Draft) -> None:
+    """Training takes it from here into the model's folder, so that serving renders what was trained on."""
+    if policy.template is not None:
+        (draft.folder / TEMPLATE_FILE).write_text(policy.template, encoding="utf-8")
 
 
 def _shared(model_path: str | None, draft: Draft) -> str | None:
@@ -182,6 +262,8 @@ def _shared(model_path: str | None, draft: Draft) -> str | None:
 def _close(account: Account, draft: Draft) -> None:
     for form, count in account.formats.most_common():
         logger.info("prepare: %d rows read as %s", count, form)
+    for note in account.notes():
+        logger.info("prepare: %s", note)
     logger.info("prepare: %s", account)
     logger.info("prepare: %s", ", ".join(f"{split} {account.splits[split]}" for split in SPLITS))
     draft.write_json("account.json", account.numbers())
@@ -192,6 +274,98 @@ def _report(config: DataCollectionConfig, account: Account) -> None:
     judged = [split for split in SPLITS if split != "test" or not config.test_sources]
     for departure in departures({split: account.splits[split] for split in judged}):
         logger.warning("prepare: %s", departure)
+    for split in judged:
+        far = ", ".join(f"{field} {distance:.3f}" for field, distance in account.distances.get(split, {}).items())
+        if far:
+            logger.info("prepare: %s: Jensen–Shannon distance from the whole: %s", split, far)
+    if account.conflicting:
+        logger.warning(
+            "prepare: %d rows answer the same prompt as another row, but differently; conflicting_answers: drop "
+            "leaves them out",
+            account.conflicting,
+        )
+    if account.rejected[NEAR_REASON] > _MANY_NEAR * account.rows_in:
+        logger.warning(
+            "prepare: %.0f%% of the rows were left out as near-duplicates of others; where a template makes rows "
+            "alike, set near_duplicates: group, or raise near_duplicate_threshold",
+            100 * account.rejected[NEAR_REASON] / account.rows_in,
+        )
+
+
+class RayBlocks:
+    """`Blocks` in the cluster's memory, shuffled by Ray Data."""
+
+    def __init__(self, dataset: Any, parts: int) -> None:
+        self.dataset = dataset
+        self.parts = parts
+
+    def _of(self, dataset: Any) -> RayBlocks:
+        return RayBlocks(dataset, self.parts)
+
+    def map(self, function: Step, /, **settings: Any) -> RayBlocks:
+        """See `Blocks.map`."""
+        return self._of(_mapped(self.dataset, _stepped, step=function, settings=settings))
+
+    def by_key(self, key: str) -> RayBlocks:
+        """See `Blocks.by_key`; rows travel in buckets."""
+        buckets = _mapped(self.dataset, _stepped, step=packed, settings={"key": key, "buckets": 4 * self.parts})
+        buckets = buckets.materialize()
+        if not buckets.count():
+            return self._of(buckets)
+        return self._of(_mapped(buckets.sort("bucket"), _stepped, step=unpacked, settings={}))
+
+    def together(self) -> RayBlocks:
+        """See `Blocks.together`."""
+        return self._of(self.dataset.repartition(1))
+
+    def union(self, other: Blocks) -> RayBlocks:
+        """See `Blocks.union`."""
+        assert isinstance(other, RayBlocks)
+        return self._of(self.dataset.union(other.dataset))
+
+    def kept(self) -> RayBlocks:
+        """See `Blocks.kept`."""
+        return self._of(self.dataset.materialize())
+
+    def rows(self) -> int:
+        """See `Blocks.rows`."""
+        return int(self.dataset.count())
+
+    def table(self) -> pa.Table:
+        """See `Blocks.table`."""
+        return pa.Table.from_pylist(self.dataset.take_all())
+
+    def joined(self, labels: Blocks, key: str, function: Step, /, **settings: Any) -> RayBlocks:
+        """Each part fetches only the parts of `labels` whose keys reach into its own range."""
+        assert isinstance(labels, RayBlocks)
+        refs = _by_key(labels.dataset, key, self.parts).materialize().to_arrow_refs()
+        ends = ray.get([ray.remote(key_range).remote(ref, key) for ref in refs])
+        where = {"refs": refs, "ends": ends, "key": key}
+        return self._of(_mapped(self.dataset, _stepped, step=function, settings=settings, **where))
+
+
+def _stepped(
+    rows: pa.Table, *, step: Step, settings: Any, refs: Any = None, ends: Any = None, key: str | None = None
+) -> Iterator[pa.Table]:
+    """A step over one block, with the tables behind `refs` (those whose `ends` reach into the block's range)."""
+    if not rows.num_rows:  # a block that no key fell into: it may have no columns either
+        yield rows
+        return
+    tables = []
+    if refs is not None:
+        low, high = (key_range(rows, key) if key else None) or (0, 0)
+        wanted = [ref for place, ref in enumerate(refs) if ends is None or reaches(ends[place], low, high)]
+        found = pa.concat_tables(ray.get(wanted or refs[:1]))
+        tables = [within(found, key, low, high) if key else found]
+    given = step(rows, *tables, **settings)
+    yield from [given] if isinstance(given, pa.Table) else given
+
+
+def _passed(rows: Any, parts: int, function: Any, **settings: Any) -> Any:
+    """A pass over `Blocks`: in one task where the rows are one part, else by shuffles."""
+    if parts == 1:
+        return _mapped(rows, pass_here, run=function, settings=settings)
+    return function(RayBlocks(rows, parts), **settings).dataset
 
 
 def _mapped(rows: Any, function: Any, **settings: Any) -> Any:

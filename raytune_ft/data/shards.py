@@ -37,8 +37,9 @@ class Layout:
     def plan(cls, tally: Tally, cuts: Cuts, *, seed: int, shuffle: bool) -> Layout:
         """The layout of rows that were counted in `tally`."""
         rows = {"train": 0, "validation": 0, "test": tally.given_test, "rejected": tally.rejected.total()}
-        for place, count in tally.ranks.items():
-            rows[cuts.split_of(place)] += count
+        for stratum, counts in tally.ranks.items():
+            for place, count in counts.items():
+                rows[cuts.split_of(stratum, place)] += count
         starts, total = {}, 0
         for file, extent in sorted(tally.extents.items()):
             starts[file] = total
@@ -59,18 +60,24 @@ def _name(folder: str, number: int) -> str:
     return f"{folder}/{number:05d}.parquet"
 
 
-def assign_files(rows: pa.Table, layout: Layout) -> pa.Table:
-    """The table with the columns `path` (the file of a row) and `order` (its place, as text that sorts)."""
-    paths, orders = [], []
-    names = ("id", "group", "reason", "is_test", "file", "position")
-    for row_id, group, reason, is_test, file, position in zip(
-        *(rows.column(n).to_pylist() for n in names), strict=True
-    ):
+def assign_folders(rows: pa.Table, layout: Layout) -> pa.Table:
+    """The table with the column `folder`: the split of a row, or ``rejected``."""
+    folders = []
+    names = ("group", "stratum", "reason", "is_test")
+    for group, stratum, reason, is_test in zip(*(rows.column(n).to_pylist() for n in names), strict=True):
         if reason is not None:
-            folder = "rejected"
+            folders.append("rejected")
         else:
-            folder = "test" if is_test else layout.cuts.split_of(rank(group, layout.seed))
-        if layout.shuffle and reason is None:
+            folders.append("test" if is_test else layout.cuts.split_of(stratum, rank(group, layout.seed)))
+    return rows.append_column("folder", pa.array(folders, pa.string()))
+
+
+def assign_files(rows: pa.Table, layout: Layout) -> pa.Table:
+    """The table of `assign_folders` with `path` (the file of a row) and `order` (its place, as text that sorts)."""
+    paths, orders = [], []
+    names = ("id", "folder", "file", "position")
+    for row_id, folder, file, position in zip(*(rows.column(n).to_pylist() for n in names), strict=True):
+        if layout.shuffle and folder != "rejected":
             order = short_hash(f"{layout.seed}:order:{row_id}")
             share = int(order, 16) / 2**64
         else:
@@ -109,14 +116,33 @@ def count_rows(table: pa.Table, path: str) -> dict[str, object]:
     folder = path.partition("/")[0]
     counts: dict[str, object] = {"folder": folder, "rows": table.num_rows}
     if "format" in table.column_names:
-        counts["formats"] = Counter(table.column("format").to_pylist())
+        counts["formats"] = Counter(table.column("format").drop_null().to_pylist())
+    if "made" in table.column_names:
+        counts["made"] = Counter(table.column("made").drop_null().to_pylist())
+    if "notes" in table.column_names:
+        counts.update(count_notes(table.column("notes")))
     if folder == "rejected":
         counts["reasons"] = Counter(map(reason_name, table.column("reason").to_pylist()))
     elif "input_ids" in table.column_names:
         counts["chat"] = table.column("chat")[0].as_py()
         lengths = pc.list_value_length(table.column("input_ids"))
         counts["tokens"] = pc.sum(lengths).as_py() or 0
-        counts["longest"] = pc.max(lengths).as_py() or 0
+        sides = [name for name in ("input_ids", "rejected_input_ids") if name in table.column_names]
+        counts["longest"] = max(pc.max(pc.list_value_length(table.column(name))).as_py() or 0 for name in sides)
         flat = pc.list_flatten(table.column("supervised"))
         counts["supervised"] = pc.sum(flat).as_py() or 0
     return counts
+
+
+def count_notes(notes: pa.ChunkedArray) -> dict[str, Counter[str]]:
+    """Rows by what cleaning changed in them, replacements of personal data, and rows by what could not be told."""
+    found: dict[str, Counter[str]] = {name: Counter() for name in ("changed", "redacted", "undecided", "remarks")}
+    for entry in pc.value_counts(notes.drop_null()).to_pylist():
+        said = json.loads(entry["values"])
+        for name, count in said.get("redacted", {}).items():
+            found["redacted"][name] += count * entry["counts"]
+            found["changed"][f"redact {name}"] += entry["counts"]
+        for kind in ("changed", "undecided", "remarks"):
+            for name in said.get(kind, ()):
+                found[kind][name] += entry["counts"]
+    return {kind: counter for kind, counter in found.items() if counter}

@@ -1,7 +1,7 @@
-"""Which split a row falls into: told by a hash of seed and prompt, so that blocks and workers cannot change it.
+"""Which split a row falls into: told by a hash of seed and group, so that blocks and workers cannot change it.
 
-Groups (rows that ask the same) are ranked by hash; the lowest ranks are the test, the next the validation. Where the
-cuts lie is decided from counts per rank, at most 65,536 numbers however many rows there are.
+Groups are ranked by hash within their stratum; the lowest ranks are the test, the next the validation. Where the cuts
+lie is decided from counts per stratum and rank, at most a million numbers however many rows there are.
 """
 
 from __future__ import annotations
@@ -20,33 +20,44 @@ GUIDE = {"train": (0.80, 0.90), "validation": (0.10, 0.15), "test": (0.05, 0.10)
 """Shares that the guide recommends."""
 
 _TOLERANCE = 0.005
+_RANK_DIGITS = 3
 
 
 @dataclass
 class Tally:
-    """Counts that the split needs: usable rows of `sources` per rank, those of the test files, rejected by reason.
+    """Counts that the split needs: usable rows of `sources` per stratum and rank, those of the test files, rejected.
 
-    `extents` is the highest position plus one of each source file.
+    `extents` is the highest position plus one of each source file, `conflicting` the usable rows whose prompt has
+    another answer elsewhere.
     """
 
-    ranks: Counter[int] = field(default_factory=Counter)
+    ranks: dict[int, Counter[int]] = field(default_factory=dict)
     given_test: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     extents: dict[int, int] = field(default_factory=dict)
+    conflicting: int = 0
 
     def to_json(self) -> str:
         """The counts as text, to travel in a table."""
-        return json.dumps([list(self.ranks.items()), self.given_test, self.rejected, list(self.extents.items())])
+        ranks = [[stratum, list(counts.items())] for stratum, counts in self.ranks.items()]
+        return json.dumps([ranks, self.given_test, self.rejected, list(self.extents.items()), self.conflicting])
+
+    @property
+    def usable(self) -> int:
+        """Rows that fall into the splits by their rank."""
+        return sum(counts.total() for counts in self.ranks.values())
 
     def __str__(self) -> str:
         rejected = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
-        return f"{self.ranks.total()} usable for the splits, rejected: {rejected or 'none'}"
+        return f"{self.usable} usable for the splits, rejected: {rejected or 'none'}"
 
     def add(self, text: str) -> None:
         """Adds the counts of another tally, given as its `to_json`."""
-        ranks, given_test, rejected, extents = json.loads(text)
-        self.ranks.update(dict(ranks))
+        ranks, given_test, rejected, extents, conflicting = json.loads(text)
+        for stratum, counts in ranks:
+            self.ranks.setdefault(stratum, Counter()).update(dict(counts))
         self.given_test += given_test
+        self.conflicting += conflicting
         self.rejected.update(rejected)
         for file, extent in extents:
             self.extents[file] = max(self.extents.get(file, 0), extent)
@@ -55,14 +66,17 @@ class Tally:
 def tally_rows(rows: pa.Table, seed: int) -> pa.Table:
     """One row with the `Tally` of a table, in a column ``tally``."""
     tally = Tally()
-    for group, reason, is_test, file, position in _columns(rows, "group", "reason", "is_test", "file", "position"):
+    names = ("group", "stratum", "reason", "is_test", "file", "position", "conflicting")
+    for group, stratum, reason, is_test, file, position, conflicting in _columns(rows, *names):
         tally.extents[file] = max(tally.extents.get(file, 0), position + 1)
         if reason is not None:
             tally.rejected[reason_name(reason)] += 1
-        elif is_test:
+            continue
+        tally.conflicting += conflicting
+        if is_test:
             tally.given_test += 1
         else:
-            tally.ranks[rank(group, seed)] += 1
+            tally.ranks.setdefault(stratum, Counter())[rank(group, seed)] += 1
     return pa.table({"tally": [tally.to_json()]})
 
 
@@ -71,37 +85,57 @@ def _columns(rows: pa.Table, *names: str) -> Iterable[tuple[Any, ...]]:
 
 
 def rank(group: str, seed: int) -> int:
-    """Rank of a group, 0 to 65,535, uniform over groups and another for each seed."""
-    return int(short_hash(f"{seed}:{group}")[:4], 16)
+    """Rank of a group, 0 to 4,095, uniform over groups and another for each seed."""
+    return int(short_hash(f"{seed}:{group}")[:_RANK_DIGITS], 16)
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """Ranks below `test` are the test split, from there below `validation` the validation, the rest is trained on."""
+    """In a stratum, ranks below its first cut are the test, from there below the second the validation.
 
-    test: int
-    validation: int
+    The rest is trained on, and so is a stratum without cuts.
+    """
 
-    def split_of(self, place: int) -> str:
-        """The split of a rank."""
-        return "test" if place < self.test else "validation" if place < self.validation else "train"
+    by_stratum: Mapping[int, tuple[int, int]]
+
+    def split_of(self, stratum: int, place: int) -> str:
+        """The split of a rank in a stratum."""
+        test, validation = self.by_stratum.get(stratum, (0, 0))
+        return "test" if place < test else "validation" if place < validation else "train"
 
 
-def find_cuts(ranks: Mapping[int, int], *, test_split: float, validation_split: float) -> Cuts:
-    """The cuts that come nearest to the wanted shares of all rows.
+def find_cuts(ranks: Mapping[int, Mapping[int, int]], *, test_split: float, validation_split: float) -> Cuts:
+    """The cuts that come nearest to the wanted shares in each stratum, and in all together.
+
+    What one stratum, taken whole groups at a time, gets too much or too little of, the next makes up for; the large
+    ones come first, since the small ones can make up for most.
 
     Args:
-        ranks: usable rows per rank.
+        ranks: usable rows per stratum and rank.
         test_split: wanted share for the test.
         validation_split: wanted share for validation.
     """
-    total = sum(ranks.values())
-    test = _cut(ranks, int(total * test_split + 0.5))
-    both = _cut(ranks, int(total * test_split + 0.5) + int(total * validation_split + 0.5))
-    return Cuts(test, max(test, both))
+    cuts = {}
+    seen = tested = validated = 0
+    for stratum, counts in sorted(ranks.items(), key=lambda item: (-sum(item[1].values()), item[0])):
+        seen += sum(counts.values())
+        test = _cut(counts, int(seen * test_split + 0.5) - tested)
+        below_test = _below(counts, test)
+        wanted = int(seen * validation_split + 0.5) - validated
+        both = max(test, _cut(counts, below_test + max(wanted, 0)))
+        tested += below_test
+        validated += _below(counts, both) - below_test
+        cuts[stratum] = (test, both)
+    return Cuts(cuts)
+
+
+def _below(counts: Mapping[int, int], cut: int) -> int:
+    return sum(count for place, count in counts.items() if place < cut)
 
 
 def _cut(ranks: Mapping[int, int], wanted: int) -> int:
+    if wanted <= 0:
+        return 0
     below = 0
     for place in sorted(ranks):
         if below >= wanted:

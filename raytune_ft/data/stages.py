@@ -12,18 +12,23 @@ import pyarrow.parquet as pq
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import RECORD_SCHEMA
 from raytune_ft.core.storage import Location
+from raytune_ft.data.additions import moved_spans, with_reasoning, with_system_prompt
 from raytune_ft.data.cleaning import clean
-from raytune_ft.data.config import DataCollectionConfig
-from raytune_ft.data.dedup import mark_duplicates
-from raytune_ft.data.formats import FormatFault, format_of, renamed, to_record
+from raytune_ft.data.config import DataCollectionConfig, OverLength
+from raytune_ft.data.dedup import mark_conflicts, mark_duplicates
+from raytune_ft.data.formats import FormatFault, NothingToLearnError, format_of_row, renamed, to_record
+from raytune_ft.data.groups import with_nodes
 from raytune_ft.data.readers import SourceRow, read_rows
-from raytune_ft.data.rows import ROW_SCHEMA, prompt_hash, short_hash
-from raytune_ft.data.shards import write_file
+from raytune_ft.data.redaction import redact
+from raytune_ft.data.rows import ROW_SCHEMA, prompt_hash, remarked, short_hash
+from raytune_ft.data.shards import write_file, write_files
 from raytune_ft.data.sources import SourceFile
 from raytune_ft.data.split import mark_leaks
-from raytune_ft.data.tokenize import add_tokens, chat_for
+from raytune_ft.data.strata import with_strata
+from raytune_ft.data.tokenize import TokenPolicy, add_tokens, chat_for, split_rows
 
 _BATCH_ROWS = 512
+_BATCH_CHARACTERS = 16 << 20
 
 
 def collect_rows(files: pa.Table, config: DataCollectionConfig) -> Iterator[pa.Table]:
@@ -35,12 +40,20 @@ def collect_rows(files: pa.Table, config: DataCollectionConfig) -> Iterator[pa.T
     for columns in files.to_pylist():
         file = SourceFile(**columns)
         batch: list[dict[str, Any]] = []
+        characters = 0
         for row in read_rows(file):
             batch.append(_collected(file, row, config))
-            if len(batch) == _BATCH_ROWS:
+            characters += _characters(batch[-1])
+            if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
                 yield pa.Table.from_pylist(batch, schema=ROW_SCHEMA)
-                batch = []
+                batch, characters = [], 0
         yield pa.Table.from_pylist(batch, schema=ROW_SCHEMA)
+
+
+def _characters(row: dict[str, Any]) -> int:
+    turns = (*row.get("messages", ()), *row.get("chosen", ()), *row.get("rejected", ()))
+    texts = (row.get("text"), row.get("raw"), row.get("metadata"), row.get("tools"))
+    return sum(len(turn["content"]) for turn in turns) + sum(len(text) for text in texts if text)
 
 
 def _collected(file: SourceFile, row: SourceRow, config: DataCollectionConfig) -> dict[str, Any]:
@@ -49,34 +62,61 @@ def _collected(file: SourceFile, row: SourceRow, config: DataCollectionConfig) -
         if row.values is None:
             raise FormatFault(row.fault)
         values = renamed(row.values, config.columns)
-        kind, why = format_of(values.keys(), config.input_format)
+        kind, why = format_of_row(values, config.input_format)
         record = to_record(values, kind, source=file.label, position=row.position)
     except FormatFault as fault:
-        if config.on_bad_row == "raise":
+        if config.on_bad_row == "raise" and not isinstance(fault, NothingToLearnError):
             where = f"{Location(file.uri)}" + (f":{row.line}" if row.line else f": row {row.position + 1}")
             mend = "Mend the row, or set on_bad_row: reject to leave such rows out."
             raise DataError(f"{where}: {fault}. {mend}") from None
         named = {"source": file.label, "position": row.position, "group": short_hash(f"{file.number}:{row.position}")}
-        return {**named, **place, "reason": str(fault), "raw": row.raw, "format": "no record"}
-    record, reason = clean(record, config)
-    return {**record.to_row(), **place, "reason": reason, "group": prompt_hash(record), "format": f"{kind} ({why})"}
+        words, raw = (redact(text, config.redact)[0] for text in (str(fault), row.raw))
+        return {**named, **place, "reason": words, "raw": raw, "format": "no record"}
+    record = with_system_prompt(record, config.system_prompt)
+    cleaned = clean(record, config)
+    shaped, remark = with_reasoning(cleaned.record, config)
+    refused = remark if config.on_reasoning_fault == "reject" else None
+    reason = cleaned.reason or moved_spans(record, cleaned.record) or refused
+    notes = remarked(cleaned.notes, remark if reason is None else None)
+    row_of = {"group": prompt_hash(shaped), "format": f"{kind} ({why})", "notes": notes, "reason": reason}
+    return {**shaped.to_row(), **place, **row_of}
 
 
-def settle_rows(rows: pa.Table, config: DataCollectionConfig, model: str | None) -> pa.Table:
+def settle_rows(
+    rows: pa.Table, config: DataCollectionConfig, model: str | None, policy: TokenPolicy | None = None
+) -> pa.Table:
     """Whole groups of rows with duplicates, leaks from the test and, for a `model`, untrainable rows marked.
 
-    The result is ordered by group, source file and position, whatever the order of `rows`.
+    Added are the columns `conflicting`, `stratum`, `prompt`, `place` and `node`. The result is ordered by group, source
+    file and position, whatever the order of `rows`.
     """
     if not rows.num_rows:
         return ROW_SCHEMA.empty_table()  # a block that no key fell into
     rows = rows.sort_by([("group", "ascending"), ("file", "ascending"), ("position", "ascending")])
     if config.drop_duplicates:
         rows = mark_duplicates(rows)
-    rows = mark_leaks(rows)
-    return rows if model is None else add_tokens(rows, chat_for(model), config.max_length)
+    rows = mark_conflicts(mark_leaks(rows), drop=config.conflicting_answers == "drop")
+    if model is not None:
+        policy = policy or TokenPolicy.of(config, None)
+        rows = add_tokens(rows, chat_for(model, policy.template), policy)
+    return with_nodes(with_strata(rows, config.stratify_by))
 
 
-def retokenize_files(files: pa.Table, source: str, target: str, model: str, max_length: int) -> pa.Table:
+def write_rows(rows: pa.Table, where: str, model: str | None = None, policy: TokenPolicy | None = None) -> pa.Table:
+    """As `write_files`, with rows that are too long in pieces; pieces that cannot be trained on go to ``rejected/``."""
+    if model is not None and policy is not None and policy.over_length is OverLength.SPLIT and rows.num_rows:
+        rows = split_rows(rows, chat_for(model, policy.template), policy)
+        paths = zip(rows.column("path").to_pylist(), rows.column("reason").to_pylist(), strict=True)
+        moved = [path if reason is None else _rejected_path(path) for path, reason in paths]
+        rows = rows.set_column(rows.column_names.index("path"), "path", pa.array(moved, pa.string()))
+    return write_files(rows, where)
+
+
+def _rejected_path(path: str) -> str:
+    return path if path.startswith("rejected/") else f"rejected/{path.replace('/', '-')}"
+
+
+def retokenize_files(files: pa.Table, source: str, target: str, model: str, policy: TokenPolicy) -> pa.Table:
     """Tokenizes each Parquet file in column `path` of the dataset at `source` into one of the same name at `target`.
 
     Rows that cannot be trained on go to ``rejected/``. Returns a row of counts for each file written.
@@ -86,11 +126,13 @@ def retokenize_files(files: pa.Table, source: str, target: str, model: str, max_
         with Location(source).filesystem.open_input_file((Location(source) / path).path) as stream:
             records = pq.read_table(stream).select(RECORD_SCHEMA.names)
         empty = pa.nulls(records.num_rows, pa.string())
-        records = records.append_column("reason", empty).append_column("raw", empty)
-        rows = add_tokens(records, chat_for(model), max_length)
+        for name in ("reason", "raw", "notes"):
+            records = records.append_column(name, empty)
+        chat = chat_for(model, policy.template)
+        rows = split_rows(add_tokens(records, chat, policy), chat, policy)
         usable = pc.is_null(rows.column("reason"))
-        rejected = f"rejected/{path.replace('/', '-')}"
-        for name, part in ((path, rows.filter(usable)), (rejected, rows.filter(pc.invert(usable)))):
+        parts = ((path, rows.filter(usable)), (_rejected_path(path), rows.filter(pc.invert(usable))))
+        for name, part in parts:
             if part.num_rows:
                 counts.append(write_file(part, Location(target), name))
     return pa.table({"counts": pa.array(counts, pa.string())})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from raytune_ft.core.errors import ConfigError
@@ -36,3 +38,26 @@ def test_where_and_in_which_format_it_is_exported_does_not_change_the_identity()
     other = DataCollectionConfig(sources=["a.jsonl"], output_path="y", output_format=DatasetFormat.CSV)
     assert one.identity() == other.identity()
     assert one.identity() != DataCollectionConfig(sources=["a.jsonl"], output_path="x", seed=1).identity()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source_weights": {"a.jsonl": -1}}, r"source_weights\.a\.jsonl: must be 0 or more \(got -1\)"),
+        ({"source_weights": {"a.jsonl": float("nan")}}, r"source_weights\.a\.jsonl: must be 0 or more"),
+        ({"length_bounds": {"words": [5, 2]}}, r"length_bounds\.words: the least \(5\) is more than the most \(2\)"),
+        ({"length_bounds": {"syllables": [1, 2]}}, "length_bounds"),
+        ({"redact": ["mail"]}, "redact"),
+    ],
+)
+def test_cleaning_that_cannot_be_met_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataCollectionConfig(sources=["a.jsonl"], output_path="out", **settings)
+
+
+def test_cleaning_settings_read_from_plain_values_and_count_for_the_identity() -> None:
+    settings = {"length_bounds": {"answer_words": [1, None]}, "redact": ["email"], "source_weights": {"a.jsonl": 2}}
+    config = DataCollectionConfig(sources=["a.jsonl"], output_path="out", **settings)
+    assert config.identity()["length_bounds"] == {"answer_words": [1, None]}
+    assert config.with_overrides(seed=0) == config
+    assert config.identity() != DataCollectionConfig(sources=["a.jsonl"], output_path="out").identity()

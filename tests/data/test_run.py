@@ -10,8 +10,9 @@ import pytest
 from raytune_ft.core.artifacts import open_artifact
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import table_to_records
-from raytune_ft.data import run
+from raytune_ft.data import components, run
 from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.prepared import PreparedDataset
 from raytune_ft.data.run import DataCollector, prepare, tokenized_splits
 
 pytestmark = pytest.mark.ray
@@ -126,3 +127,37 @@ def test_input_without_a_usable_row_is_refused_and_mended_input_takes_its_place(
     mended = prepare(config.with_overrides(validation_split=0.0, test_split=0.0))
     assert mended.numbers["rows_out"] == 1
     assert len(mended.manifest.failures) == 1
+
+
+def talks(count: int) -> list[dict[str, Any]]:
+    """Rows of 30 words, of which every fifth is nearly like the one before, and two make a conversation."""
+    rows = []
+    for number in range(count):
+        words = " ".join(f"w{number - (number % 5 == 4)}_{place}" for place in range(30))
+        told = {"prompt": f"Tell {number}", "completion": f"{words} {number}", "conversation_id": number // 2}
+        rows.append({**told, "topic": "ab"[number % 2]})
+    return rows
+
+
+def test_splits_and_near_duplicates_are_the_same_in_one_task_and_by_shuffles(
+    tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    benchmark = write_jsonl(tmp_path / "bench.jsonl", [{"stem": talks(8)[7]["completion"]}])
+    settings = {
+        "sources": [write_jsonl(tmp_path / "talks.jsonl", talks(100))],
+        "benchmarks": [benchmark],
+        "stratify_by": "topic",
+    }
+    with pytest.raises(DataError, match=r"1 row\(s\) share 13 words.*talks.jsonl:7 \('w7 0 w7 1.*bench.jsonl:0"):
+        prepare(DataCollectionConfig(output_path=str(tmp_path / "refused"), **settings))
+    settings["on_leak"] = "reject"
+    whole = prepare(DataCollectionConfig(output_path=str(tmp_path / "whole"), **settings))
+    assert whole.numbers["rejected"] == {"near-duplicate": 20, "benchmark overlap": 1}
+    assert whole.numbers["distance_from_whole"]["test"].keys() == {"topic"}  # all of one length, of one source
+    splits = PreparedDataset(whole).values()
+    talked = [{json.loads(row["metadata"])["conversation_id"] for row in rows} for rows in splits]
+    assert sum(map(len, talked)) == len(set.union(*talked)) == 50
+    monkeypatch.setattr(run, "_FEW_ROWS", 0)
+    monkeypatch.setattr(components, "FEW_EDGES", 0)
+    parts = prepare(DataCollectionConfig(output_path=str(tmp_path / "parts"), **settings))
+    assert parts.manifest.files == whole.manifest.files

@@ -10,7 +10,7 @@ import pytest
 from raytune_ft.core.records import RECORD_SCHEMA, REJECTED_SCHEMA, Message, Record
 from raytune_ft.data import shards
 from raytune_ft.data.rows import ROW_SCHEMA, prompt_hash
-from raytune_ft.data.shards import Layout, assign_files, write_files
+from raytune_ft.data.shards import Layout, assign_files, assign_folders, write_files
 from raytune_ft.data.split import Tally, find_cuts, tally_rows
 
 
@@ -21,7 +21,9 @@ def table_of(count: int) -> pa.Table:
         record = Record(messages=(Message("user", f"Q{number}"), Message("assistant", "A")), position=number)
         reason = "too long: 9 tokens" if number % 5 == 4 else None
         rows.append({**record.to_row(), "reason": reason, "group": prompt_hash(record), "file": 0, "is_test": False})
-    return pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
+    zeros = pa.array([0] * count, pa.int64())
+    return table.append_column("stratum", zeros).append_column("conflicting", zeros.cast(pa.bool_()))
 
 
 def layout_of(table: pa.Table, *, shuffle: bool) -> Layout:
@@ -45,7 +47,7 @@ def test_files_are_the_same_however_the_rows_came_in(
     layout = layout_of(table, shuffle=shuffle)
     backwards = table.take(list(range(49, -1, -1)))
     for name, rows in (("one", table), ("other", backwards)):
-        write_files(assign_files(rows, layout), str(tmp_path / name))
+        write_files(assign_files(assign_folders(rows, layout), layout), str(tmp_path / name))
     one, other = (
         {p.relative_to(tmp_path / n).as_posix(): p.read_bytes() for p in (tmp_path / n).rglob("*.parquet")}
         for n in ("one", "other")
@@ -61,7 +63,8 @@ def test_files_are_the_same_however_the_rows_came_in(
 
 def test_columns_are_the_contracts_and_counts_are_of_what_was_written(tmp_path: Path) -> None:
     table = table_of(5)
-    counts = write_files(assign_files(table, layout_of(table, shuffle=True)), str(tmp_path))
+    layout = layout_of(table, shuffle=True)
+    counts = write_files(assign_files(assign_folders(table, layout), layout), str(tmp_path))
     assert pq.read_schema(tmp_path / "train/00000.parquet").equals(RECORD_SCHEMA)
     assert pq.read_schema(tmp_path / "rejected/00000.parquet").equals(REJECTED_SCHEMA)
     found = {count["folder"]: count for count in map(json.loads, counts.column("counts").to_pylist())}
