@@ -20,6 +20,9 @@ from raytune_ft.core.errors import ConfigError
 C = TypeVar("C", bound="Config")
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY_SECRETS = re.compile(
+    r"([?&][\w.-]*(?:token|secret|signature|password|credential|key|sig)[\w.-]*=)[^&\s]+", re.IGNORECASE
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,13 +74,14 @@ class Config(BaseModel):
 
 
 def masked(value: Any) -> Any:
-    """`value` with credentials in URIs (``scheme://user:secret@host``) replaced by ``***``."""
+    """`value` with credentials in URIs (``scheme://user:secret@host``, ``?token=secret``) replaced by ``***``."""
     if isinstance(value, str):
-        return _CREDENTIALS.sub("***@", value)
+        hidden = _CREDENTIALS.sub("***@", value)
+        return _QUERY_SECRETS.sub(r"\1***", hidden) if "://" in hidden else hidden
     if isinstance(value, SecretStr):
         return "***"
     if isinstance(value, Mapping):
-        return {key: masked(item) for key, item in value.items()}
+        return {masked(key): masked(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [masked(item) for item in value]
     return value

@@ -20,7 +20,7 @@ logger = logging.getLogger("raytune_ft")
 
 SCHEME = "hf:"
 _SOURCE = re.compile(
-    r"hf:(?P<path>[^:@#]+)(?::(?P<config>[^:@#]+))?(?:@(?P<split>[^#]+))?(?:#(?P<shard>\d+)-of-(?P<of>\d+))?"
+    r"hf:(?P<path>[^:@#]+)(?::(?P<config>[^:@#]+))?(?:@(?P<split>[^#@]+))?(?:#(?P<shard>\d+)-of-(?P<of>\d+))?"
 )
 
 
@@ -101,7 +101,9 @@ def hub_rows(source: str) -> Iterator[dict[str, Any]]:
 def _builder(source: HubSource) -> Any:
     import datasets
 
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    for name in ("datasets", "huggingface_hub"):  # a line for each of its retries, else
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logger.debug("%s: looking up its files", source)
     try:
         return datasets.load_dataset_builder(source.path, source.config)
     except ConnectionError as error:

@@ -159,14 +159,18 @@ def _csv(location: Location) -> Iterator[SourceRow]:
         # Bytes that are no UTF-8 become surrogates, so that only their row is at fault.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, strict=True)
+        last = 0
         try:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{location}: has no header line with column names")
             _refuse_repeated(location, header)
-            yield from _csv_rows(reader, header)
-        except csv.Error as error:
-            raise DataError(f"{location}:{reader.line_num}: malformed CSV: {error}") from None
+            last = reader.line_num
+            for row in _csv_rows(reader, header):
+                yield row
+                last = row.line or last
+        except csv.Error as error:  # an open quote is noticed at the end only, so the line is that of its row
+            raise DataError(f"{location}:{last + 1}: malformed CSV in the row that begins here: {error}") from None
 
 
 def _csv_rows(reader: Any, header: list[str]) -> Iterator[SourceRow]:

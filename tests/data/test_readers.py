@@ -68,6 +68,8 @@ def test_compressed_files_read_the_same(tmp_path: Path, name: str, content: byte
         ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "a.json:2: more follows .* name the file .jsonl"),
         ("a.csv", b"a,a\n1,2\n", "more than one column named 'a'"),
         ("a.csv", b'text\n"open\n', "a.csv:2: malformed CSV"),
+        ("a.csv", b'text\n"two\nlines"\n"open\n,\n,\n', "a.csv:4: malformed CSV in the row that begins here"),
+        ("a.csv", b'text\na\n"b"c\nd\n', "a.csv:3: malformed CSV in the row that begins here"),
         ("a.csv", b"\n", "a.csv: has no header line"),
         ("a.csv", b"text\n", "a.csv: holds no rows"),
         ("a.json", b"[]", "a.json: holds no rows"),

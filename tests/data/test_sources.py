@@ -75,6 +75,7 @@ def test_the_digest_of_a_source_changes_with_its_content(folder: Path) -> None:
         ("a.parquet.gz", "parquet is compressed inside already"),
         ("hf:", "expected hf:org/name"),
         ("hf:a:b:c", "expected hf:org/name"),
+        ("hf:a@b@c", "expected hf:org/name"),
     ],
 )
 def test_what_cannot_be_a_source_is_said_before_anything_is_read(folder: Path, name: str, message: str) -> None:
