@@ -34,6 +34,8 @@ _BASES: dict[RecordFormat, tuple[str, str | None]] = {
 }
 """Column that asks (or holds all), and column that answers."""
 _PROMPTS = ("prompt", "question", "instruction")
+_PREFERENCE_PROMPTS = ("prompt", "messages", "conversations", "question", "instruction")
+"""In the order in which a preference takes its prompt."""
 _RECORD_COLUMNS = frozenset({"id", "messages", "text", "chosen", "rejected", "source", "position", "metadata"})
 _DERIVED = frozenset({"id", "source", "position", "input_ids", "supervised"})
 """Columns of our own datasets that are worked out anew."""
@@ -53,8 +55,12 @@ def detect(columns: Collection[str]) -> tuple[RecordFormat, str]:
         base for base, (ask, answer) in _BASES.items() if ask in present and (answer is None or answer in present)
     ]
     if {"chosen", "rejected"} <= present:
-        asking = [base for base, (ask, _) in _BASES.items() if ask in present and base is not RecordFormat.TEXT]
-        _refuse_ambiguous(asking, columns)
+        prompts = [name for name in _PREFERENCE_PROMPTS if name in present]
+        if len(prompts) > 1:
+            raise FormatFault(
+                f"ambiguous columns: {_listed(columns)}; each of {', '.join(prompts)} could be the prompt of "
+                f"'chosen' and 'rejected'; input_format: preference takes {prompts[0]} and keeps the rest as metadata"
+            )
         return RecordFormat.PREFERENCE, "columns 'chosen' and 'rejected'"
     if is_feedback(present):
         _refuse_ambiguous([RecordFormat.FEEDBACK, *(b for b in fitting if b is not RecordFormat.MESSAGES)], columns)
@@ -232,11 +238,9 @@ def _reference(take: Columns) -> str | None:
 
 def _preference_fields(take: Columns) -> dict[str, Any]:
     prompt: tuple[Message, ...] = ()
-    for name in ("prompt", "messages", "conversations", "question"):
+    for name in _PREFERENCE_PROMPTS:
         if not prompt and take.see(name) not in (None, ""):
-            prompt = asked(take, name)
-    if not prompt and take.see("instruction") is not None:
-        prompt = (_instruction(take),)
+            prompt = (_instruction(take),) if name == "instruction" else asked(take, name)
     chosen, rejected = continuation(take, "chosen"), continuation(take, "rejected")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:

@@ -225,3 +225,13 @@ def test_what_turns_say_beside_role_and_text_and_a_second_system_prompt_are_kept
 def test_tokens_of_an_earlier_run_are_not_kept_as_metadata() -> None:
     row = {**Record(messages=ANSWERED).to_row(), "input_ids": [1, 2], "supervised": [False, True]}
     assert read(row) == Record(messages=ANSWERED, source="a.jsonl", position=3)
+
+
+def test_of_several_prompts_of_a_preference_the_stated_format_takes_the_first() -> None:
+    values = {"prompt": "Q", "messages": [USER, ASSISTANT], "chosen": [USER, ASSISTANT],
+              "rejected": [USER, {"role": "assistant", "content": "B"}], "score": 3}  # fmt: skip
+    with pytest.raises(FormatFault, match=r"each of prompt, messages could be the prompt .*input_format: preference"):
+        detect(values)
+    record = to_record(values, RecordFormat.PREFERENCE, source="a.jsonl", position=0)
+    assert (record.messages, record.chosen) == (ASKED, (Message("assistant", "A"),))
+    assert record.metadata == {"messages": [USER, ASSISTANT], "score": 3}

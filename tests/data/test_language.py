@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.errors import ConfigError, MissingDependencyError
 from raytune_ft.core.records import Message, Record
+from raytune_ft.data import language
 from raytune_ft.data.language import check_languages, foreign, language_scores
 
 GERMAN = "Der schnelle braune Fuchs springt über den faulen Hund und läuft davon."
@@ -40,3 +43,11 @@ def test_unknown_codes_are_refused_with_the_known_ones() -> None:
     check_languages(["en", "de"])
     with pytest.raises(ConfigError, match=r"languages: english, xx cannot be told; known are .*\ben\b"):
         check_languages(["xx", "english"])
+
+
+def test_without_the_library_the_command_that_installs_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    language._identifier.cache_clear()
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'py3langid>=0\.4'"):
+        check_languages(["en"])
+    check_languages([])
