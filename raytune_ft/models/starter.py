@@ -60,8 +60,12 @@ def place(reference: str, storage: Location) -> str:
     if has_manifest(target):
         open_artifact(target, ArtifactKind.MODEL, verify="size")
         return target.uri
-    source = open_artifact(cached(reference), ArtifactKind.MODEL, verify="hash")
-    folder = source.local()
+    return copied(cached(reference), target)
+
+
+def copied(folder: Path, target: Location) -> str:
+    """A cached model artifact put at `target`, hash by hash checked and with its manifest last; returns the URI."""
+    source = open_artifact(folder, ArtifactKind.MODEL, verify="hash")
     if target.is_local:
         for name in source.manifest.files:
             _link(folder / name, Path(target.path) / name)
@@ -71,7 +75,7 @@ def place(reference: str, storage: Location) -> str:
                 _link(folder / name, Path(scratch) / name)
             target.upload(Path(scratch))
     (target / MANIFEST).write((folder / MANIFEST).read_bytes())
-    logger.info("starter model %s: from %s, placed at %s", NAME, source.numbers.get("origin"), target)
+    logger.info("model %s: from %s, placed at %s", folder.name, source.numbers.get("origin"), target)
     return target.uri
 
 

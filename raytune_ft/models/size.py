@@ -1,0 +1,53 @@
+"""How many parameters a model has, told without loading its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.loading import resolve_model
+
+
+def parameter_count(reference: str) -> int:
+    """Parameters of a model's base: from the headers of its safetensors files, else counted on an empty model.
+
+    Quantized weights are packed, so that there the configuration is what tells.
+
+    Raises:
+        ModelError: if `reference` leads to no causal language model.
+    """
+    base = resolve_model(reference).base
+    folder = Path(base)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if files:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not settings.get("quantization_config"):
+            return sum(map(_header_count, files))
+    return _empty_count(base)
+
+
+def _header_count(file: Path) -> int:
+    """Elements of all tensors of a safetensors file: 8 bytes say how long its JSON header is."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _empty_count(base: str) -> int:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{base}: its parameters cannot be counted: {first}") from None
+    return int(model.num_parameters())
