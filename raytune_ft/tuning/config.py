@@ -45,6 +45,10 @@ class SweepConfig(Config):
     """Budget: no trial goes on after so many hours."""
     seed: int = 0
     """Decides what is sampled."""
+    repeat_top: int = Field(0, ge=0)
+    """So many of the best settings are trained again with fresh seeds, so that the winner wins by more than noise."""
+    repeat_seeds: int = Field(2, ge=1)
+    """Fresh seeds of each repeated setting."""
     metric: Literal["eval_loss", "loss"] = "eval_loss"
     """What is compared, lower is better: validation loss, or training loss where there is no validation split."""
     packed: Literal["auto", "never"] = "auto"
@@ -82,6 +86,8 @@ class SweepConfig(Config):
             )
         if self.searcher == "grid" and self.num_trials is not None:
             raise ValueError("num_trials: a grid has as many trials as combinations; leave it out, or search at random")
+        if self.repeat_top and "seed" in self.space:
+            raise ValueError("repeat_top: repeats settings with fresh seeds, but the space searches the seed; drop one")
         if self.metric == "eval_loss" and self.training.eval_strategy == "no":
             raise ValueError("metric: eval_loss needs evaluations; set training.eval_strategy to steps or epoch")
         return self

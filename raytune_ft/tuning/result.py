@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -45,25 +47,60 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """A setting that was trained with several seeds: mean of its best values, and the 95% interval of that mean.
+
+    The interval is Student's; with one seed there is none.
+    """
+
+    settings: dict[str, Any]
+    seeds: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
 class SweepResult:
-    """All trials of a sweep, and which is best by `metric` (lower is better)."""
+    """All trials of a sweep, those repeated with fresh seeds, and which is best by `metric` (lower is better)."""
 
     metric: str
     trials: tuple[Trial, ...]
+    repeats: tuple[Trial, ...] = ()
+
+    @property
+    def ranked(self) -> list[Trial]:
+        """The feasible trials that reported the metric, best first."""
+        feasible = [trial for trial in self.trials if trial.ending != "infeasible"]
+        scored = [(value, trial.name, trial) for trial in feasible if (value := trial.best(self.metric)) is not None]
+        return [trial for _, _, trial in sorted(scored, key=lambda item: item[:2])]
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest metric.
+        """The trial with the lowest metric; where some were repeated, that of the setting with the lowest mean.
 
         Raises:
             RunError: if no trial reported it, with every trial's reason.
         """
-        feasible = [trial for trial in self.trials if trial.ending != "infeasible"]
-        scored = [(value, trial.name, trial) for trial in feasible if (value := trial.best(self.metric)) is not None]
-        if not scored:
+        ranked = self.ranked
+        if not ranked:
             reasons = "; ".join(f"{trial.label()}: {trial.error or 'reported nothing'}" for trial in self.trials)
             raise RunError(f"no trial reported {self.metric}: {reasons}")
-        return min(scored, key=lambda item: item[:2])[2]
+        if not self.repeats:
+            return ranked[0]
+        winner = self.repeated[0].settings
+        return next(trial for trial in ranked if trial.settings == winner)
+
+    @property
+    def repeated(self) -> list[Repeated]:
+        """The repeated settings, lowest mean first; the search's own trial counts as one seed."""
+        found = []
+        for trial in self.ranked:
+            again = [t for t in self.repeats if {**t.settings, "seed": None} == {**trial.settings, "seed": None}]
+            values = [value for t in (trial, *again) if (value := t.best(self.metric)) is not None]
+            if again:
+                found.append(_over_seeds(trial.settings, values))
+        return sorted(found, key=lambda one: one.mean)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_json` reads it."""
@@ -73,9 +110,21 @@ class SweepResult:
             "metric": self.metric,
             "best": {"name": best.name, "settings": best.settings, self.metric: best.best(self.metric)},
             "trials": [{**asdict(trial), "snapshot": None} for trial in self.trials],
+            "repeats": [{**asdict(trial), "snapshot": None} for trial in self.repeats],
         }
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> SweepResult:
         """The result that `to_json` wrote."""
-        return cls(content["metric"], tuple(Trial(**trial) for trial in content["trials"]))
+        trials, repeats = (tuple(Trial(**trial) for trial in content[key]) for key in ("trials", "repeats"))
+        return cls(content["metric"], trials, repeats)
+
+
+def _over_seeds(settings: dict[str, Any], values: list[float]) -> Repeated:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Repeated(settings, len(values), mean, None, None)
+    from scipy.stats import t as student
+
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return Repeated(settings, len(values), mean, mean - half, mean + half)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ray import tune as ray_tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.callback import Callback
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    HyperBandScheduler,
-    MedianStoppingRule,
-    PopulationBasedTraining,
-)
-from ray.tune.search import BasicVariantGenerator
-from ray.tune.stopper import Stopper
+from ray.tune.schedulers import FIFOScheduler
 
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact
@@ -36,23 +30,15 @@ from raytune_ft.tuning import packed
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
-from raytune_ft.tuning.space import (
-    Choice,
-    Domain,
-    LogUniform,
-    QUniform,
-    TimesRank,
-    Uniform,
-    dimension,
-    grid_size,
-    settings_at,
-)
+from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
+from raytune_ft.tuning.space import REPEAT, dimension, grid_size, settings_at
 
 logger = logging.getLogger("raytune_ft")
 
 _RAY_STATE = "ray"
+_RAY_REPEATS = "ray-repeats"
 _SNAPSHOTS = "snapshots"
-_TIME = "global_step"
+_KEPT = (_RAY_STATE, _RAY_REPEATS, _SNAPSHOTS)
 _MOST_TOGETHER = 64
 _FAILURES = 2
 _ENDINGS: dict[str, Ending] = {"stopped_early": "stopped early", "failed": "failed", "infeasible": "infeasible"}
@@ -87,7 +73,7 @@ def tune(config: SweepConfig) -> Artifact:
         settings=config.resolved(),
         identity=config.identity(),
         parents=[model_parent(model_path), data_parent(config.training.dataset_path)],
-        keep=(_RAY_STATE, _SNAPSHOTS),
+        keep=_KEPT,
     )
     if draft.finished:
         logger.info("tune: found finished at %s", output)
@@ -96,7 +82,8 @@ def tune(config: SweepConfig) -> Artifact:
         training = config.training.with_overrides(model_path=model_path)
         splits = tokenized_splits(training.dataset_path, model_path, output / "tokens", max_length=training.max_length)
         started = time.perf_counter()
-        result = _search(config, training, splits, output, connected)
+        with _arranged(config, training, splits, output, connected) as arrangement:
+            result = _search(config, arrangement, output)
         seconds = round(time.perf_counter() - started, 1)
         draft.write_json("result.json", result.to_json())
         page = render(result, seconds, config.training.max_steps)
@@ -110,59 +97,100 @@ def tune(config: SweepConfig) -> Artifact:
             "seconds": seconds,
             f"best_{config.metric}": best.best(config.metric),
             "best_settings": best.settings,
+            **({"repeats": [asdict(again) for again in result.repeated]} if result.repeats else {}),
         }
         logger.info("tune: best trial %s, %s %.4f", best.label(), config.metric, best.best(config.metric))
-        for leftover in (_RAY_STATE, _SNAPSHOTS, "tokens"):
+        for leftover in (*_KEPT, "tokens"):
             (output / leftover).delete()
     return draft.artifact
 
 
-def _search(
+@dataclass(frozen=True)
+class _Arrangement:
+    """How trials run: what Ray Tune starts for each, how many at a time, and the banks that they share, if any."""
+
+    trainable: Any
+    together: int
+    banks: packed.Banks | None = None
+
+
+@contextmanager
+def _arranged(
     config: SweepConfig,
     training: FineTuningConfig,
     splits: dict[str, list[str]],
     output: Location,
     connected: cluster.Cluster,
-) -> SweepResult:
-    """All trials of the sweep: on shared bases, or each in a process of its own."""
+) -> Iterator[_Arrangement]:
+    """Trials on shared bases where they can share one, else each in a process of its own; says which, and why."""
     trials = config.num_trials or grid_size(config.space)
+    settings = training.model_dump(mode="json")
     why = packed.why_alone(config)
     if why is None:
         together = min(trials, config.max_concurrent_trials or _MOST_TOGETHER)
-        logger.info(
-            "tune: %d trials, %d at a time on one frozen base, scheduler %s", trials, together, config.scheduler
-        )
         banks = packed.start_banks(connected, training, splits, (output / _SNAPSHOTS).uri, together)
         if isinstance(banks, packed.Banks):
+            logger.info("tune: %d trials, %d at a time on one frozen base, %s", trials, together, config.scheduler)
+            proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks.actors)
+            trainable = ray_tune.with_resources(proxy, {"CPU": packed.PROXY_CPUS})
             try:
-                return _packed_search(config, training, output, banks, together)
+                yield _Arrangement(trainable, together, banks)
             finally:
                 banks.close()
+            return
         why = banks
-    concurrent = concurrency(config, connected, trials)
+    together = concurrency(config, connected, trials)
     threads = max(1, math.floor(config.cpus_per_trial))
     connected.admit(
-        cluster.ResourcePlan("tune", (cluster.Demand("trial", concurrent, config.cpus_per_trial, 0, threads),))
+        cluster.ResourcePlan("tune", (cluster.Demand("trial", together, config.cpus_per_trial, 0, threads),))
     )
-    logger.info("tune: each trial on a base of its own (%s)", why)
-    logger.info("tune: %d trials, %d at a time, scheduler %s", trials, concurrent, config.scheduler)
-    settings = training.model_dump(mode="json")
+    logger.info("tune: %d trials, %d at a time, each on a base of its own (%s)", trials, together, why)
     trial = ray_tune.with_parameters(_trial, settings=settings, splits=splits, cpus=config.cpus_per_trial)
-    trainable = ray_tune.with_resources(trial, {"CPU": config.cpus_per_trial})
-    return _collect(config, _tuner(config, trainable, output, concurrent).fit())
+    yield _Arrangement(ray_tune.with_resources(trial, {"CPU": config.cpus_per_trial}), together)
 
 
-def _packed_search(
-    config: SweepConfig, training: FineTuningConfig, output: Location, banks: packed.Banks, together: int
-) -> SweepResult:
-    settings = training.model_dump(mode="json")
-    proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks.actors)
-    trainable = ray_tune.with_resources(proxy, {"CPU": packed.PROXY_CPUS})
-    result = _collect(config, _tuner(config, trainable, output, together, checkpoints=True).fit())
-    best = result.best
-    if best.snapshot is not None:
-        banks.save({**settings, **best.settings}, best.snapshot, output / "best")
+@dataclass(frozen=True)
+class _Stage:
+    """A run of Ray Tune's below the sweep's folder: the points, who chooses and stops, and a budget."""
+
+    name: str
+    space: dict[str, Any]
+    searched: TuneConfig
+    stop: Any = None
+
+
+def _search(config: SweepConfig, arrangement: _Arrangement, output: Location) -> SweepResult:
+    """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
+    grid = _tuner(config, arrangement, output, _first_stage(config, output)).fit()
+    result = SweepResult(config.metric, _collect(config, grid))
+    if config.repeat_top:
+        grid = _tuner(config, arrangement, output, _second_stage(config, result)).fit()
+        result = replace(result, repeats=_collect(config, grid))
+    if arrangement.banks is not None and result.best.snapshot is not None:
+        best = {**config.training.model_dump(mode="json"), **result.best.settings}
+        arrangement.banks.save(best, result.best.snapshot, output / "best")
     return result
+
+
+def _first_stage(config: SweepConfig, output: Location) -> _Stage:
+    grid = config.searcher == "grid"
+    searched = TuneConfig(
+        scheduler=scheduler(config, output / _RAY_STATE / "rungs.json"),
+        search_alg=searcher(config),
+        num_samples=config.num_trials or 1,
+        time_budget_s=config.max_hours and config.max_hours * 3600,
+    )
+    space = {dimension(key, choice): domain(choice, grid=grid) for key, choice in config.space.items()}
+    return _Stage(_RAY_STATE, space, searched, TokenBudget(config.max_tokens) if config.max_tokens else None)
+
+
+def _second_stage(config: SweepConfig, result: SweepResult) -> _Stage:
+    points = [
+        {**trial.settings, "seed": config.training.seed + number}
+        for trial in result.ranked[: config.repeat_top]
+        for number in range(1, config.repeat_seeds + 1)
+    ]
+    return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, TuneConfig(scheduler=FIFOScheduler()))
 
 
 def concurrency(config: SweepConfig, connected: cluster.Cluster, trials: int) -> int:
@@ -171,133 +199,27 @@ def concurrency(config: SweepConfig, connected: cluster.Cluster, trials: int) ->
     return max(1, min(trials, room, config.max_concurrent_trials or trials))
 
 
-def _tuner(
-    config: SweepConfig, trainable: Any, output: Location, concurrent: int, *, checkpoints: bool = False
-) -> Tuner:
-    where = (output / _RAY_STATE).uri
+def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage) -> Tuner:
+    where = (output / stage.name).uri
     if Tuner.can_restore(where):
         logger.info("tune: resumes the trials that are left")
-        return Tuner.restore(where, trainable=trainable, resume_unfinished=True, restart_errored=True)
+        return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
+    together = {"max_concurrent_trials": arrangement.together, "reuse_actors": True}
+    checkpoints = CheckpointConfig(checkpoint_frequency=1, num_to_keep=2) if arrangement.banks else CheckpointConfig()
     return Tuner(
-        trainable,
-        param_space={dimension(key, choice): _domain(choice, config.searcher) for key, choice in config.space.items()},
-        tune_config=TuneConfig(
-            metric=config.metric,
-            mode="min",
-            scheduler=_scheduler(config, output),
-            search_alg=_searcher(config),
-            num_samples=config.num_trials or 1,
-            time_budget_s=config.max_hours and config.max_hours * 3600,
-            max_concurrent_trials=concurrent,
-            reuse_actors=True,
-        ),
+        arrangement.trainable,
+        param_space=stage.space,
+        tune_config=replace(stage.searched, metric=config.metric, mode="min", **together),
         run_config=RunConfig(
-            name=_RAY_STATE,
+            name=stage.name,
             storage_path=output.uri,
-            checkpoint_config=CheckpointConfig(checkpoint_frequency=1 if checkpoints else 0, num_to_keep=2),
+            checkpoint_config=checkpoints,
             failure_config=FailureConfig(max_failures=_FAILURES),
-            stop=_TokenBudget(config.max_tokens) if config.max_tokens else None,
+            stop=stage.stop,
             callbacks=[_Progress(config.metric)],
             verbose=0,
         ),
     )
-
-
-def _scheduler(config: SweepConfig, output: Location) -> Any:
-    most = config.training.max_steps or 10**9
-    match config.scheduler:
-        case "none":
-            return FIFOScheduler()
-        case "median":
-            return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
-        case "hyperband":
-            return HyperBandScheduler(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
-        case "pbt":
-            return PopulationBasedTraining(
-                time_attr=_TIME,
-                perturbation_interval=config.grace_steps,
-                hyperparam_mutations={
-                    dimension(key, choice): _mutation(choice) for key, choice in config.space.items()
-                },
-                require_attrs=False,
-            )
-    return RememberedASHA(
-        output / _RAY_STATE / "rungs.json",
-        time_attr=_TIME,
-        grace_period=config.grace_steps,
-        reduction_factor=config.reduction_factor,
-        max_t=most,
-    )
-
-
-def _searcher(config: SweepConfig) -> Any:
-    if config.searcher == "optuna":
-        from ray.tune.search.optuna import OptunaSearch
-
-        return OptunaSearch(seed=config.seed)
-    return BasicVariantGenerator(random_state=config.seed)
-
-
-def _mutation(choice: Domain) -> Any:
-    """What population-based training draws a changed setting from; PBT's explicit lists are neighbours in order."""
-    if isinstance(choice, list):
-        return list(choice)
-    return _domain(choice, "random")
-
-
-class _TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
-    """Stops all trials once they have trained on `most` tokens together."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._spent = most, dict[str, float]()
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        self._spent[trial_id] = float(result.get("tokens", 0.0))
-        return self.stop_all()
-
-    def stop_all(self) -> bool:
-        """Ray Tune's hook: whether the budget is spent."""
-        return sum(self._spent.values()) >= self._most
-
-
-class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes count as Any
-    """ASHA whose rungs outlive the driver; Ray's own forgets on restore which results its cutoffs were made of."""
-
-    def __init__(self, memory: Location, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._memory, self._recalled = memory, False
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Ray Tune's hook: decides as ASHA does, and writes the rungs before the decision takes effect."""
-        self._recall()
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        rungs = [[[milestone, recorded] for milestone, recorded in bracket._rungs] for bracket in self._brackets]
-        self._memory.write(json.dumps(rungs).encode())
-        return decision
-
-    def _recall(self) -> None:
-        if self._recalled or not self._memory.exists():
-            self._recalled = True
-            return
-        self._recalled = True
-        for bracket, rungs in zip(self._brackets, json.loads(self._memory.read()), strict=True):
-            for (_, recorded), (_, remembered) in zip(bracket._rungs, rungs, strict=True):
-                recorded.update(remembered)
-
-
-def _domain(choice: Domain, searcher: str) -> Any:
-    match choice:
-        case TimesRank():
-            return _domain(list(choice.times_rank), searcher)
-        case Choice():
-            return ray_tune.choice(choice.choice)
-        case Uniform():
-            return ray_tune.uniform(*choice.uniform)
-        case LogUniform():
-            return ray_tune.loguniform(*choice.loguniform)
-        case QUniform():
-            return ray_tune.quniform(*choice.quniform)
-    return ray_tune.grid_search(choice) if searcher == "grid" else ray_tune.choice(choice)
 
 
 def _trial(space: dict[str, Any], *, settings: dict[str, Any], splits: dict[str, list[str]], cpus: float) -> None:
@@ -339,7 +261,7 @@ def _label(trial: Any) -> str:
     return Trial(trial.trial_id, dict(trial.config), "finished", []).label()
 
 
-def _collect(config: SweepConfig, grid: Any) -> SweepResult:
+def _collect(config: SweepConfig, grid: Any) -> tuple[Trial, ...]:
     trials = []
     for result in grid:
         frame = result.metrics_dataframe
@@ -348,11 +270,10 @@ def _collect(config: SweepConfig, grid: Any) -> SweepResult:
         curve = [{key: float(value) for key, value in row.items() if math.isfinite(value)} for row in rows]
         last = result.metrics or {}
         shared = config.training.model_dump(mode="json")
-        point = {name: result.config[name] for name in (dimension(*item) for item in config.space.items())}
-        settings = settings_at(point, shared)
+        settings = settings_at(result.config, shared)
         ending, error = _ending(config, result, curve)
         trials.append(Trial(last.get("trial_id", ""), settings, ending, curve, error, last.get("snapshot")))
-    return SweepResult(config.metric, tuple(trials))
+    return tuple(trials)
 
 
 def _ending(config: SweepConfig, result: Any, curve: list[dict[str, float]]) -> tuple[Ending, str | None]:

@@ -49,6 +49,8 @@ Domain = list[Any] | Sampled | TimesRank
 Space = Annotated[dict[str, Domain], Field(min_length=1)]
 
 _ALPHA_TIMES_RANK = "lora_alpha.times_rank"
+REPEAT = "repeat"
+"""The name under which a whole trial's settings are given at once, to run it again."""
 
 GUIDE: dict[str, Any] = {
     "learning_rate": [1e-4, 2e-4, 5e-4],
@@ -90,7 +92,7 @@ def settings_at(point: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]
         point: what Ray Tune chose, by `dimension`.
         shared: the settings that all trials have in common.
     """
-    settings = dict(point)
+    settings = dict(point.get(REPEAT, point))
     if _ALPHA_TIMES_RANK in settings:
         settings["lora_alpha"] = settings.pop(_ALPHA_TIMES_RANK) * settings.get("lora_r", shared["lora_r"])
     return settings

@@ -15,7 +15,8 @@ from raytune_ft.cli import VERBS
 from raytune_ft.core.config import load_config
 
 CHECKOUT = Path(__file__).parents[2]
-SCRIPTS = sorted((CHECKOUT / "jobs").glob("*.py"))
+BENCHMARKS = sorted((CHECKOUT / "jobs").glob("bench_*.py"))
+SCRIPTS = sorted(set((CHECKOUT / "jobs").glob("*.py")) - set(BENCHMARKS))
 SETTINGS = sorted((CHECKOUT / "jobs" / "configs").glob("*.yaml"))
 QUICKSTART = sorted((CHECKOUT / "raytune_ft" / "quickstart").glob("*.yaml"))
 
@@ -32,8 +33,7 @@ def run_script(script, *arguments, folder):
 
 
 def test_every_verb_has_a_script_and_a_settings_file():
-    verbs = {path.stem for path in SCRIPTS if not path.stem.startswith("bench_")}
-    assert verbs == set(VERBS)
+    assert {path.stem for path in SCRIPTS} == set(VERBS)
     assert {path.stem for path in SETTINGS} == set(VERBS)
 
 
@@ -53,11 +53,9 @@ def test_the_quickstart_loads_and_opens_with_its_command(path):
 @pytest.mark.parametrize("script", SCRIPTS, ids=name)
 def test_a_script_is_thin(script):
     source = script.read_text(encoding="utf-8")
-    tree = ast.walk(ast.parse(source))
-    if not script.stem.startswith("bench_"):
-        assert len(source.splitlines()) <= 40
-        assert not [node for node in tree if isinstance(node, ast.For | ast.While)]
-        assert "torch" not in source
+    assert len(source.splitlines()) <= 40
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For | ast.While)]
+    assert "torch" not in source
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name)
@@ -66,6 +64,14 @@ def test_a_script_tells_the_users_mistake_from_any_folder(script, tmp_path):
     assert (done.returncode, done.stderr) == (2, "raytune-ft: none.yaml: there is no such settings file\n")
     done = run_script(script, folder=tmp_path)
     assert done.returncode == 2 and "CONFIG.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("script", [path for path in BENCHMARKS if path.stem != "bench_machine"], ids=name)
+def test_a_benchmark_says_how_it_is_run_and_can_measure_a_busy_machine_only_when_told(script, tmp_path):
+    done = run_script(script, "--help", folder=tmp_path)
+    assert done.returncode == 0
+    assert f"python jobs/{script.name}" in done.stdout
+    assert "--allow-busy" in done.stdout
 
 
 def test_no_script_stands_in_for_a_package_of_its_name(tmp_path):

@@ -19,7 +19,8 @@ from raytune_ft.core.cluster import Node
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packed import bank_cpus, why_alone
 from raytune_ft.tuning.result import SweepResult
-from raytune_ft.tuning.run import HyperparameterSweep, RememberedASHA
+from raytune_ft.tuning.run import HyperparameterSweep
+from raytune_ft.tuning.schedulers import RememberedASHA
 
 
 def sweep(tiny_model: Path, orders: Path, folder: Path, **changes: object) -> SweepConfig:
@@ -197,3 +198,33 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders
     for trial in result.trials:
         steps = [row["global_step"] for row in trial.curve]
         assert steps == sorted(steps)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": "hyperband"},
+        {"scheduler": "median"},
+        {"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-6], "lora_dropout": [0.0, 0.1]}},
+        {"searcher": "optuna", "num_trials": 4, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
+        {"scheduler": "none", "repeat_top": 1, "space": {"lora_r": [2], "learning_rate": [2e-2, 1e-6]}},
+    ],
+    ids=["hyperband", "median", "pbt", "optuna", "repeats"],
+)
+def test_tunes_own_schedulers_and_searchers_drive_packed_trials(
+    changes, ray_cluster, tiny_model, orders, tmp_path
+) -> None:
+    artifact = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "sweep", **changes)).run()
+    result = SweepResult.from_json(artifact.read_json("result.json"))
+    assert {trial.ending for trial in result.trials} <= {"finished", "stopped early"}
+    assert result.best.curve[-1]["eval_loss"] < 6.0
+    assert (tmp_path / "sweep/best/adapter_model.safetensors").exists()
+    if "repeat_top" in changes:
+        (again,) = result.repeated
+        assert again.seeds == 3
+        assert [trial.settings["seed"] for trial in result.repeats] == [1, 2]
+        assert len({trial.curve[-1]["eval_loss"] for trial in result.repeats}) == 2
+    if changes.get("scheduler") == "pbt":
+        rates = [trial.settings["learning_rate"] for trial in result.trials]
+        assert rates.count(1e-6) < 2 or len(set(rates)) > 2  # the slow learners took over from others

@@ -33,3 +33,21 @@ def test_what_is_written_reads_back_equal() -> None:
 
 def test_a_label_is_the_settings_in_words() -> None:
     assert trial("a").label() == "lora_r=8, learning_rate=0.001"
+
+
+def test_the_winner_of_repeats_is_the_setting_with_the_lowest_mean() -> None:
+    def seeded(rank: int, seed: int | None, loss: float) -> Trial:
+        settings = {"lora_r": rank} if seed is None else {"lora_r": rank, "seed": seed}
+        return Trial(f"{rank}-{seed}", settings, "finished", [{"global_step": 1.0, "eval_loss": loss}])
+
+    # Rank 4 wins the search by luck (0.9), its mean over three seeds is 1.2; rank 8 has 1.0 in all.
+    trials = (seeded(4, None, 0.9), seeded(8, None, 1.0), seeded(16, None, 3.0))
+    repeats = (seeded(4, 1, 1.2), seeded(4, 2, 1.5), seeded(8, 1, 1.0), seeded(8, 2, 1.0))
+    result = SweepResult("eval_loss", trials, repeats)
+    assert result.best.settings == {"lora_r": 8}
+    first, second = result.repeated
+    assert (first.settings, first.seeds, first.mean, first.low, first.high) == ({"lora_r": 8}, 3, 1.0, 1.0, 1.0)
+    # Student's t with 2 degrees of freedom is 4.3027 at 97.5%; the deviation of 0.9, 1.2, 1.5 is 0.3.
+    assert second.mean == pytest.approx(1.2)
+    assert second.high - second.mean == pytest.approx(4.3027 * 0.3 / 3**0.5, abs=1e-4)
+    assert SweepResult.from_json(json.loads(json.dumps(result.to_json()))) == result

@@ -1,0 +1,104 @@
+"""What every benchmark needs: a machine that is quiet, turns that are fair, and a result that is written down."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def busy() -> str | None:
+    """Why this machine cannot be timed now; None if it can."""
+    import psutil
+
+    load = psutil.cpu_percent(interval=2.0)
+    return f"other programs use {load:.0f}% of the processors" if load > 15 else None
+
+
+def calibration() -> float:
+    """Seconds of a fixed loop, the median of five: what a busy machine makes longer."""
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        sum(number * number for number in range(1_000_000))
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measured(name: str, work: Callable[[], dict[str, Any]], *, allow_busy: bool) -> int:
+    """Runs a benchmark on a quiet machine and writes what it gave to ``jobs/results/NAME.json``.
+
+    Returns:
+        The exit code: 2 if the machine was busy before, or ran at another speed after than before.
+    """
+    reason = busy()
+    if reason and not allow_busy:
+        print(f"refused: {reason}; wait, or pass --allow-busy")
+        return 2
+    before = calibration()
+    result = work()
+    after = calibration()
+    if not 0.8 < after / before < 1.25:
+        reason = f"a fixed loop took {before:.3f} s before and {after:.3f} s after"
+    if reason:
+        print(f"busy machine: {reason}")
+    command = " ".join(["python", *map(str, sys.argv)])
+    about = {"command": command, "platform": platform.platform(), "python": platform.python_version(), "busy": reason}
+    RESULTS.mkdir(exist_ok=True)
+    where = RESULTS / f"{name}.json"
+    where.write_text(json.dumps({**about, **result}, indent=1) + "\n", encoding="utf-8")
+    print(f"written to jobs/results/{where.name}")
+    return 2 if reason and not allow_busy else 0
+
+
+@dataclass
+class Watch:
+    """Wall seconds, processor seconds and highest memory (PSS) of this process and all below it, within the block."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_mb: float = 0.0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _spent: dict[int, float] = field(default_factory=dict)
+
+    def __enter__(self) -> Watch:
+        self._start = self._sample()
+        self._began = time.perf_counter()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self._stop.set()
+        self._thread.join()
+        self.cpu_seconds = self._sample() - self._start
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.5):
+            self._sample()
+
+    def _sample(self) -> float:
+        """Processor seconds so far, of ended processes what was last seen of them."""
+        import psutil
+
+        me = psutil.Process()
+        memory = 0
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                times = process.cpu_times()
+                memory += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+            self._spent[process.pid] = times.user + times.system
+        self.peak_mb = max(self.peak_mb, memory / 1e6)
+        return sum(self._spent.values())

@@ -1,0 +1,283 @@
+"""Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
+
+python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--arms peer-one,peer-shared,alone,packed]
+
+Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
+and a quarter of it) tell start-up from steady work: what a trial-token costs is the slope between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from jobs.bench_machine import Watch, measured
+
+RATES = [1e-4, 3e-4, 1e-3, 2e-3]
+RANKS = [4, 8, 16, 32]
+BATCH, ROWS = 2, 1280
+SHAPES = {
+    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+
+
+def make_base(name: str, folder: Path) -> str:
+    """A model folder: random weights of a shape, with a tokenizer of its own; or the starter."""
+    if name == "smollm2-135m":
+        return "starter:smollm2-135m"
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    texts = [message["content"] for row in chat_rows(400) for message in row["messages"]]
+    bare.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<|pad|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, max_position_embeddings=2048, bos_token_id=None, **SHAPES[name])
+    config.eos_token_id = tokenizer.eos_token_id
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def chat_rows(count: int) -> list[dict[str, Any]]:
+    """Questions and answers of natural, varied length: words by Zipf's law, lengths log-normal (median 60 words)."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    stems = ["ta", "ri", "mo", "ke", "lun", "sol", "ver", "pan", "dis", "gra", "ne", "fol"]
+    vocabulary = sorted({a + b + c for a in stems for b in stems for c in ("", "s", "ed", "ing")})
+    rows = []
+    for _ in range(count):
+        asked, said = (int(np.clip(rng.lognormal(np.log(median), 0.6), 4, 300)) for median in (25, 60))
+        words = [vocabulary[min(int(n) - 1, len(vocabulary) - 1)] for n in rng.zipf(1.4, asked + said)]
+        question, answer = " ".join(words[:asked]), " ".join(words[asked:])
+        rows.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def prepare_rows(base: str, folder: Path) -> Path:
+    """The rows as a dataset of ours; peers read its token columns."""
+    from raytune_ft.data.config import DataCollectionConfig
+    from raytune_ft.data.run import prepare
+
+    source = folder / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(ROWS)), encoding="utf-8")
+    settings = {"sources": (str(source),), "output_path": str(folder / "dataset"), "model_path": base}
+    prepare(DataCollectionConfig(**settings, validation_split=0.05, test_split=0.0, near_duplicates="keep"))
+    return folder / "dataset"
+
+
+def peer_trial(space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, threads: int) -> None:
+    """A trial of the peer: TRL's trainer on a PEFT model, on rows with the labels that ours have."""
+    import datasets
+    import torch
+    from peft import LoraConfig
+    from ray import tune
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    torch.set_num_threads(threads)
+    datasets.disable_progress_bars()
+
+    def split(name: str) -> Any:
+        rows = datasets.Dataset.from_parquet(sorted(map(str, Path(dataset, name).glob("*.parquet"))))
+        labels = [
+            [token if kept else -100 for token, kept in zip(row["input_ids"], row["supervised"], strict=True)]
+            for row in rows
+        ]
+        return datasets.Dataset.from_dict({"input_ids": rows["input_ids"], "labels": labels})
+
+    where = Path(out) / f"r{space['lora_r']}-lr{space['learning_rate']}"
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        args=SFTConfig(
+            output_dir=str(where), max_steps=steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=8,
+            learning_rate=space["learning_rate"], lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
+            weight_decay=0.01, seed=0, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
+        ),
+        peft_config=LoraConfig(
+            r=space["lora_r"], lora_alpha=2 * space["lora_r"], lora_dropout=0.0, target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+        train_dataset=split("train"),
+        eval_dataset=split("validation"),
+    )  # fmt: skip
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(where))
+    tune.report({"eval_loss": loss})
+
+
+def peers(cpus: float, threads: int) -> Callable[..., dict[str, float]]:
+    """An arm of the peer's trials, each with so many logical CPUs and threads (or all of a GPU, shared by `cpus`)."""
+
+    def run(base: str, dataset: Path, out: Path, steps: int, device: str) -> dict[str, float]:
+        from ray import tune
+
+        resources = {"CPU": cpus} if device == "cpu" else {"CPU": 1, "GPU": 1 / threads}
+        trial = tune.with_parameters(
+            peer_trial, base=base, dataset=str(dataset), out=str(out), steps=steps, threads=threads
+        )
+        tuner = tune.Tuner(
+            tune.with_resources(trial, resources),
+            param_space={"lora_r": tune.grid_search(RANKS), "learning_rate": tune.grid_search(RATES)},
+            run_config=tune.RunConfig(storage_path=str(out), name="ray", verbose=0),
+        )
+        return {
+            f"{result.config['lora_r']}/{result.config['learning_rate']:g}": result.metrics["eval_loss"]
+            for result in tuner.fit()
+        }
+
+    return run
+
+
+def ours(packed: str) -> Callable[..., dict[str, float]]:
+    """An arm of ours: the bank, or our trainer one trial after the other."""
+
+    def run(base: str, dataset: Path, out: Path, steps: int, device: str) -> dict[str, float]:
+        from raytune_ft.tuning.config import SweepConfig
+        from raytune_ft.tuning.result import SweepResult
+        from raytune_ft.tuning.run import tune
+
+        training = {
+            "model_path": base, "dataset_path": str(dataset), "max_steps": steps, "per_device_train_batch_size": BATCH,
+            "per_device_eval_batch_size": 8, "eval_strategy": "steps", "eval_steps": steps, "lora_dropout": 0.0,
+            "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10), "save_strategy": "no",
+        }  # fmt: skip
+        space = {"lora_r": RANKS, "learning_rate": RATES, "lora_alpha": {"times_rank": [2]}}
+        found = tune(
+            SweepConfig(
+                output_dir=str(out), space=space, scheduler="none", packed=packed, training=training, cpus_per_trial=2
+            )
+        )
+        trials = SweepResult.from_json(found.read_json("result.json")).trials
+        return {f"{t.settings['lora_r']}/{t.settings['learning_rate']:g}": t.curve[-1]["eval_loss"] for t in trials}
+
+    return run
+
+
+ARMS: dict[str, Callable[..., dict[str, float]]] = {
+    "peer-one": peers(2, 2),
+    "peer-shared": peers(1, 1),
+    "alone": ours("never"),
+    "packed": ours("auto"),
+}
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs the arms in turn, short and long, and prints the table."""
+    from raytune_ft.core.cluster import connect
+
+    arms = options.arms.split(",")
+    lengths = [max(1, options.steps // 4), options.steps]
+    watched: dict[str, dict[int, list[Watch]]] = {arm: {steps: [] for steps in lengths} for arm in arms}
+    losses: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-sweep-") as scratch:
+        folder = Path(scratch)
+        base = make_base(options.base, folder / "base")
+        connect()
+        dataset = prepare_rows(base, folder)
+        for turn in range(options.repeats):
+            for steps in lengths:
+                for arm in arms:
+                    out = folder / f"{arm}-{steps}-{turn}"
+                    with Watch() as watch:
+                        losses[arm] = ARMS[arm](base, dataset, out, steps, options.device)
+                    watched[arm][steps].append(watch)
+                    shutil.rmtree(out, ignore_errors=True)
+                    print(f"{arm}, {steps} steps: {watch.seconds:.1f} s", flush=True)
+                    time.sleep(2)
+    return table(watched, losses, lengths, options)
+
+
+def table(
+    watched: dict[str, dict[int, list[Watch]]],
+    losses: dict[str, dict[str, float]],
+    lengths: list[int],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Prints and returns the figures: medians over the turns."""
+    short, long = lengths
+    trials = len(RANKS) * len(RATES)
+    figures = {}
+    for arm, runs in watched.items():
+        seconds = {steps: statistics.median(w.seconds for w in runs[steps]) for steps in lengths}
+        steady = (seconds[long] - seconds[short]) / ((long - short) * trials)
+        figures[arm] = {
+            "makespan_s": seconds,
+            "steady_ms_per_trial_step": 1000 * steady,
+            "start_up_s": seconds[short] - steady * short * trials,
+            "cpu_seconds": statistics.median(w.cpu_seconds for w in runs[long]),
+            "peak_mb": max(w.peak_mb for w in runs[long]),
+        }
+    print(f"\n{trials} trials (rank x rate), batch {BATCH}, base {options.base}, {options.device}; medians")
+    heads = [f"{short} steps s", f"{long} steps s", "ms/trial-step", "start s", "cpu s", "MB"]
+    print(f"{'arm':12}" + "".join(f"{head:>14}" for head in heads))
+    for arm, f in figures.items():
+        spans = list(f["makespan_s"].values())
+        values = [*spans, f["steady_ms_per_trial_step"], f["start_up_s"], f["cpu_seconds"], f["peak_mb"]]
+        print(f"{arm:12}" + "".join(f"{value:14.1f}" for value in values))
+    result: dict[str, Any] = {"base": options.base, "device": options.device, "trials": trials, "arms": figures}
+    if "packed" in figures:
+        mine = figures["packed"]
+        result["ratios"] = {
+            arm: {
+                "makespan": f["makespan_s"][long] / mine["makespan_s"][long],
+                "steady": f["steady_ms_per_trial_step"] / mine["steady_ms_per_trial_step"],
+            }
+            for arm, f in figures.items()
+            if arm != "packed"
+        }
+        for arm, ratio in result["ratios"].items():
+            print(f"packed against {arm}: makespan {ratio['makespan']:.2f}x, steady {ratio['steady']:.2f}x")
+    if {"alone", "packed"} <= set(losses):
+        apart = max(abs(losses["alone"][key] - losses["packed"][key]) for key in losses["alone"])
+        result["largest_difference_of_losses"] = apart
+        print(f"largest difference of validation losses, alone against packed: {apart:.2e}")
+    return result
+
+
+def main() -> int:
+    """Runs the benchmark; 2 if the machine was busy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
+    options = parser.parse_args()
+    name = f"bench_sweep_{options.base}_{options.steps}_{options.device}"
+    return measured(name, lambda: compare(options), allow_busy=options.allow_busy)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

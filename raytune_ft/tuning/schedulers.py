@@ -1,0 +1,127 @@
+"""What a sweep's settings are in Ray Tune's terms: schedulers, searchers, domains and budgets.
+
+Meets Ray, beside `run.py`, because schedulers and stoppers are classes of Ray Tune's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ray import tune as ray_tune
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    HyperBandScheduler,
+    MedianStoppingRule,
+    PopulationBasedTraining,
+)
+from ray.tune.search import BasicVariantGenerator
+from ray.tune.stopper import Stopper
+
+from raytune_ft.core.storage import Location
+from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.space import Choice, Domain, LogUniform, QUniform, TimesRank, Uniform, dimension
+
+_TIME = "global_step"
+
+
+def scheduler(config: SweepConfig, memory: Location) -> Any:
+    """The scheduler; ASHA keeps its rungs in the file `memory`."""
+    most = config.training.max_steps or 10**9
+    match config.scheduler:
+        case "none":
+            return FIFOScheduler()
+        case "median":
+            return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
+        case "hyperband":
+            return HyperBandScheduler(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
+        case "pbt":
+            return PopulationBasedTraining(
+                time_attr=_TIME,
+                perturbation_interval=config.grace_steps,
+                hyperparam_mutations={
+                    dimension(key, choice): _mutation(choice) for key, choice in config.space.items()
+                },
+                require_attrs=False,
+            )
+    return RememberedASHA(
+        memory,
+        time_attr=_TIME,
+        grace_period=config.grace_steps,
+        reduction_factor=config.reduction_factor,
+        max_t=most,
+    )
+
+
+def searcher(config: SweepConfig) -> Any:
+    """What chooses the points of the space."""
+    if config.searcher == "optuna":
+        from ray.tune.search.optuna import OptunaSearch
+
+        return OptunaSearch(seed=config.seed)
+    return BasicVariantGenerator(random_state=config.seed)
+
+
+def _mutation(choice: Domain) -> Any:
+    """What population-based training draws a changed setting from; PBT's explicit lists are neighbours in order."""
+    if isinstance(choice, list):
+        return list(choice)
+    return domain(choice, grid=False)
+
+
+class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
+    """Stops all trials once they have trained on `most` tokens together."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._spent = most, dict[str, float]()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Ray Tune's hook: whether the trial that reported `result` stops."""
+        self._spent[trial_id] = float(result.get("tokens", 0.0))
+        return self.stop_all()
+
+    def stop_all(self) -> bool:
+        """Ray Tune's hook: whether the budget is spent."""
+        return sum(self._spent.values()) >= self._most
+
+
+class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes count as Any
+    """ASHA whose rungs outlive the driver; Ray's own forgets on restore which results its cutoffs were made of."""
+
+    def __init__(self, memory: Location, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._memory, self._recalled = memory, False
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray Tune's hook: decides as ASHA does, and writes the rungs before the decision takes effect."""
+        self._recall()
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        rungs = [[[milestone, recorded] for milestone, recorded in bracket._rungs] for bracket in self._brackets]
+        self._memory.write(json.dumps(rungs).encode())
+        return decision
+
+    def _recall(self) -> None:
+        if self._recalled or not self._memory.exists():
+            self._recalled = True
+            return
+        self._recalled = True
+        for bracket, rungs in zip(self._brackets, json.loads(self._memory.read()), strict=True):
+            for (_, recorded), (_, remembered) in zip(bracket._rungs, rungs, strict=True):
+                recorded.update(remembered)
+
+
+def domain(choice: Domain, *, grid: bool) -> Any:
+    """What Ray Tune draws a setting from; a list is a grid, or values that are each as likely."""
+    match choice:
+        case TimesRank():
+            return domain(list(choice.times_rank), grid=grid)
+        case Choice():
+            return ray_tune.choice(choice.choice)
+        case Uniform():
+            return ray_tune.uniform(*choice.uniform)
+        case LogUniform():
+            return ray_tune.loguniform(*choice.loguniform)
+        case QUniform():
+            return ray_tune.quniform(*choice.quniform)
+    return ray_tune.grid_search(choice) if grid else ray_tune.choice(choice)
