@@ -6,8 +6,7 @@ python jobs/bench_data.py --part near_duplicates [--rows 100000] [--repeats 3] [
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import functools
 import statistics
 import sys
 import time
@@ -22,6 +21,8 @@ if __name__ == "__main__":
 import numpy as np
 import pyarrow as pa
 
+from jobs.bench_machine import measured
+
 WORDS, VOCABULARY, THRESHOLD = 104, 30_000, 0.7
 RUNS = {0.5: (1, 1, 1, 1, 1, 4), 0.6: (1, 1, 1, 1, 1), 0.7: (1, 1, 3), 0.8: (1, 2), 0.9: (1,)}
 """Runs of words to change for a similarity: one of n words changes n + 4 of a row's 100 shingles, and x changed ones
@@ -32,23 +33,22 @@ def near_duplicates(rows: int, repeats: int) -> dict[str, Any]:
     """Near-duplicate detection against datasketch on the same rows, and what share of planted pairs each finds."""
     import ray
 
-    from raytune_ft.core.cluster import connect
+    from raytune_ft.data.run import ray_data
 
     texts, planted = planted_rows(rows)
     table = settled_table(texts)
     began = time.perf_counter()
-    connect()
-    on_ray(ray.data.from_arrow([table.slice(0, 200), table.slice(rows - 200, 200)]).materialize())
-    startup = time.perf_counter() - began
-    parts = 2 * int(ray.cluster_resources()["CPU"])
-    size = -(-rows // parts)
-    dataset = ray.data.from_arrow([table.slice(at, size) for at in range(0, rows, size)]).materialize()
-    rivals: dict[str, Callable[[], set[tuple[int, int]]]] = {
-        "raytune-ft on Ray": lambda: on_ray(dataset),
-        "raytune-ft in one process": lambda: in_process(table),
-        "datasketch": lambda: by_datasketch(texts),
-    }
-    seconds, found = interleaved(rivals, repeats)
+    with ray_data() as cluster:
+        on_ray(ray.data.from_arrow([table.slice(0, 200), table.slice(rows - 200, 200)]).materialize())
+        startup = time.perf_counter() - began
+        size = -(-rows // (2 * int(cluster.cpus)))
+        dataset = ray.data.from_arrow([table.slice(at, size) for at in range(0, rows, size)]).materialize()
+        rivals: dict[str, Callable[[], set[tuple[int, int]]]] = {
+            "raytune-ft on Ray": lambda: on_ray(dataset),
+            "raytune-ft in one process": lambda: in_process(table),
+            "datasketch": lambda: by_datasketch(texts),
+        }
+        seconds, found = interleaved(rivals, repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     print(
         f"{rows:,} rows of {WORDS} words, threshold {THRESHOLD}; start-up of Ray and its workers {startup:.1f} s, apart"
@@ -164,24 +164,6 @@ def interleaved(rivals: dict[str, Callable[[], Any]], repeats: int) -> tuple[dic
     return seconds, given
 
 
-def calibration() -> float:
-    """Seconds of a fixed loop, the median of five: what a busy machine makes longer."""
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        sum(number * number for number in range(1_000_000))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def busy() -> str | None:
-    """Why this machine cannot be timed now; None if it can."""
-    import psutil
-
-    load = psutil.cpu_percent(interval=2.0)
-    return f"other programs use {load:.0f}% of the processors" if load > 15 else None
-
-
 PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {"near_duplicates": near_duplicates}
 
 
@@ -193,23 +175,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
-    reason = busy()
-    if reason and not options.allow_busy:
-        print(f"refused: {reason}; wait, or pass --allow-busy")
-        return 2
-    before = calibration()
-    result = PARTS[options.part](options.rows, options.repeats)
-    after = calibration()
-    if not 0.8 < after / before < 1.25:
-        reason = f"a fixed loop took {before:.3f} s before and {after:.3f} s after"
-    if reason:
-        print(f"busy machine: {reason}")
-    machine = {"platform": platform.platform(), "python": platform.python_version(), "busy": reason}
-    where = Path(__file__).resolve().parent / "results" / f"bench_data_{options.part}.json"
-    where.parent.mkdir(exist_ok=True)
-    where.write_text(json.dumps({"part": options.part, **machine, **result}, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {where.relative_to(Path.cwd()) if where.is_relative_to(Path.cwd()) else where}")
-    return 2 if reason and not options.allow_busy else 0
+    work = functools.partial(PARTS[options.part], options.rows, options.repeats)
+    return measured(f"bench_data_{options.part}", work, allow_busy=options.allow_busy)
 
 
 if __name__ == "__main__":

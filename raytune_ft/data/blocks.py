@@ -39,6 +39,9 @@ class Blocks(Protocol):
     def rows(self) -> int:
         """How many rows there are."""
 
+    def size(self) -> int:
+        """How many bytes they take."""
+
     def table(self) -> pa.Table:
         """All rows, here; only for a few numbers of each part."""
 
@@ -88,6 +91,10 @@ class LocalBlocks:
     def rows(self) -> int:
         """See `Blocks.rows`."""
         return sum(part.num_rows for part in self.parts)
+
+    def size(self) -> int:
+        """See `Blocks.size`."""
+        return sum(part.nbytes for part in self.parts)
 
     def joined(self, labels: Blocks, key: str, function: Step, /, **settings: Any) -> LocalBlocks:
         """See `Blocks.joined`."""

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from raytune_ft.data.blocks import Blocks
-from raytune_ft.data.components import components
+from raytune_ft.data import components
+from raytune_ft.data.blocks import Blocks, pass_here
 from raytune_ft.data.config import DataCollectionConfig, NearDuplicates
 from raytune_ft.data.minhash import place_ids, sketch_rows
 from raytune_ft.data.near import near_edges, near_labels, near_reasons
@@ -98,9 +98,16 @@ def near_links(edges: pa.Table) -> pa.Table:
 
 def group_labels(links: Blocks) -> Blocks:
     """For each node that has rows its `root`, the group's name, and the group's `stratum`: its smallest node's."""
-    roots = components(links).map(as_members)
+    if links.rows() <= components.FEW_EDGES:
+        return links.together().map(pass_here, run=shuffled_groups, settings={}).kept()
+    return shuffled_groups(links).kept()
+
+
+def shuffled_groups(links: Blocks) -> Blocks:
+    """The labels by shuffles of nodes and roots."""
+    roots = components.components(links).map(as_members)
     members = roots.union(links.map(link_ends)).by_key("node").map(member_strata)
-    return members.by_key("root").map(one_stratum).kept()
+    return members.by_key("root").map(one_stratum)
 
 
 _MEMBER_SCHEMA = pa.schema([pa.field(name, pa.int64()) for name in ("node", "root", "stratum")])

@@ -107,10 +107,10 @@ def signatures(shingles: np.ndarray[Any, Any], starts: Places, count: int) -> np
     return found
 
 
-def band_keys(sketches: pa.Table, threshold: float) -> Iterator[pa.Table]:
-    """For each sketch and band a row: the band's `key`, that of the `next` band, and the sketch's `id`."""
+def with_bands(sketches: pa.Table, threshold: float) -> Iterator[pa.Table]:
+    """The sketches with a column `bands`: a hash for each band of their signatures."""
     bands, values = bands_for(threshold)
-    yield pa.table({name: pa.array([], pa.int64()) for name in ("key", "next", "id")})
+    yield sketches.slice(0, 0).append_column("bands", pa.array([], pa.list_(pa.int64())))
     for at in range(0, sketches.num_rows, _CHUNK):
         part = sketches.slice(at, _CHUNK)
         shingles, starts = flat_lists(part.column("shingles"))
@@ -118,9 +118,17 @@ def band_keys(sketches: pa.Table, threshold: float) -> Iterator[pa.Table]:
         keys = mixed(np.repeat(np.arange(bands, dtype=np.uint64)[:, None], part.num_rows, axis=1))
         for place in range(values):
             keys = mixed(keys ^ parts[:, place])
-        ids = np.tile(part.column("id").to_numpy(), bands)
-        following = np.roll(keys, -1, axis=0)
-        yield pa.table({"key": keys.ravel().view(np.int64), "next": following.ravel().view(np.int64), "id": ids})
+        offsets = np.arange(0, bands * part.num_rows + 1, bands, dtype=np.int32)
+        flat = pa.array(np.ascontiguousarray(keys.T).ravel().view(np.int64))
+        yield part.append_column("bands", pa.ListArray.from_arrays(pa.array(offsets), flat))
+
+
+def band_keys(sketches: pa.Table) -> pa.Table:
+    """For each sketch and band a row: the band's `key`, that of the `next` band, and the sketch's `id`."""
+    flat, _ = flat_lists(sketches.column("bands"))
+    keys = flat.reshape(sketches.num_rows, -1)
+    ids = np.repeat(sketches.column("id").to_numpy(), keys.shape[1])
+    return pa.table({"key": keys.ravel(), "next": np.roll(keys, -1, axis=1).ravel(), "id": ids})
 
 
 def candidate_pairs(keys: pa.Table) -> pa.Table:

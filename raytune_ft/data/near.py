@@ -11,9 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytune_ft.data.blocks import Blocks
-from raytune_ft.data.components import components
-from raytune_ft.data.minhash import SKETCH_SCHEMA, band_keys, candidate_pairs, flat_lists, pair_key, place_of
+from raytune_ft.data import components
+from raytune_ft.data.blocks import Blocks, pass_here
+from raytune_ft.data.minhash import (
+    SKETCH_SCHEMA,
+    band_keys,
+    candidate_pairs,
+    flat_lists,
+    pair_key,
+    place_of,
+    with_bands,
+)
 from raytune_ft.data.shingles import Places
 
 _SIDE_SCHEMA = pa.schema(
@@ -32,18 +40,29 @@ EDGE_SCHEMA = pa.schema(
 )
 """Two rows that are near-duplicates, with the node and stratum of each."""
 NEAR_REASON = "near-duplicate"
+FEW_BYTES = 128 << 20
+"""Sketches that one task compares: about 200,000 rows of 100 words, and 600 MB at its height."""
 _PAIRS_AT_ONCE = 4096
 
 
 def near_edges(sketches: Blocks, threshold: float) -> Blocks:
     """The pairs of rows (`EDGE_SCHEMA`) whose shingle sets have a Jaccard similarity of `threshold` or more.
 
-    Each such pair that meets in a band is found, and no other: similarities are exact.
+    Each such pair that meets in a band is found, and no other: similarities are exact. Up to `FEW_BYTES` of sketches
+    are compared in one task, more by shuffles.
     """
-    sketches = sketches.kept()
-    met = sketches.map(band_keys, threshold=threshold).by_key("key").map(candidate_pairs)
+    sketches = sketches.map(with_bands, threshold=threshold).kept()
+    if sketches.size() <= FEW_BYTES:
+        settings = {"threshold": threshold}
+        return sketches.together().map(pass_here, run=shuffled_edges, settings=settings).kept()
+    return shuffled_edges(sketches, threshold).kept()
+
+
+def shuffled_edges(sketches: Blocks, threshold: float) -> Blocks:
+    """The edges by three shuffles: of bands, of candidates with the sketches they ask for, and of pairs."""
+    met = sketches.map(band_keys).by_key("key").map(candidate_pairs)
     sides = met.map(as_sides).union(sketches.map(as_sides)).by_key("id")
-    return sides.map(halves).by_key("pair").map(compare, threshold=threshold).kept()
+    return sides.map(halves).by_key("pair").map(compare, threshold=threshold)
 
 
 def as_sides(table: pa.Table) -> pa.Table:
@@ -113,8 +132,15 @@ def near_labels(edges: Blocks) -> Blocks:
 
     The partner is the most similar of its earlier neighbours, or where all are later, of those.
     """
-    roots = components(edges).map(as_links)
-    return roots.union(edges.map(edge_links)).by_key("id").map(best_links).kept()
+    if edges.rows() <= components.FEW_EDGES:
+        return edges.together().map(pass_here, run=shuffled_labels, settings={}).kept()
+    return shuffled_labels(edges).kept()
+
+
+def shuffled_labels(edges: Blocks) -> Blocks:
+    """The labels by a shuffle of edges and roots."""
+    roots = components.components(edges).map(as_links)
+    return roots.union(edges.map(edge_links)).by_key("id").map(best_links)
 
 
 _LINK_SCHEMA = pa.schema(

@@ -105,7 +105,7 @@ def prepare(config: DataCollectionConfig) -> Artifact:
     parents += template_parents(config.template, policy.template)
     draft = _begin(config.output_path, config.resolved(), config.identity(), parents)
     if draft.finished is None:
-        with draft, _ray_data() as cluster:
+        with draft, ray_data() as cluster:
             _prepare(config, files, policy, draft, cluster)
     return draft.artifact
 
@@ -152,7 +152,7 @@ def _tokenized_anew(dataset: Artifact, model_path: str, policy: TokenPolicy, tar
     settings = {"dataset_path": str(dataset.location), **identity}
     draft = _begin(target, settings, identity, [dataset.as_parent("dataset"), tokenizer_parent(model_path)])
     if draft.finished is None:
-        with draft, _ray_data() as cluster:
+        with draft, ray_data() as cluster:
             _retokenize(dataset, model_path, policy, draft, cluster)
     return draft.artifact
 
@@ -331,6 +331,10 @@ class RayBlocks:
         """See `Blocks.rows`."""
         return int(self.dataset.count())
 
+    def size(self) -> int:
+        """See `Blocks.size`."""
+        return int(self.dataset.size_bytes())
+
     def table(self) -> pa.Table:
         """See `Blocks.table`."""
         return pa.Table.from_pylist(self.dataset.take_all())
@@ -338,7 +342,10 @@ class RayBlocks:
     def joined(self, labels: Blocks, key: str, function: Step, /, **settings: Any) -> RayBlocks:
         """Each part fetches only the parts of `labels` whose keys reach into its own range."""
         assert isinstance(labels, RayBlocks)
-        refs = _by_key(labels.dataset, key, self.parts).materialize().to_arrow_refs()
+        found = labels.dataset.materialize()
+        if found.num_blocks() > 1:
+            found = _by_key(found, key, self.parts).materialize()
+        refs = found.to_arrow_refs()
         ends = ray.get([ray.remote(key_range).remote(ref, key) for ref in refs])
         where = {"refs": refs, "ends": ends, "key": key}
         return self._of(_mapped(self.dataset, _stepped, step=function, settings=settings, **where))
@@ -391,7 +398,7 @@ def _admit(cluster: Cluster, files: int) -> None:
 
 
 @contextmanager
-def _ray_data() -> Iterator[Cluster]:
+def ray_data() -> Iterator[Cluster]:
     """The cluster with Ray Data quiet; a mistake of the user's that a task raised comes out as itself."""
     cluster = connect()
     context = ray.data.DataContext.get_current()

@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pytest
 
+from raytune_ft.data import components, near
 from raytune_ft.data.blocks import LocalBlocks
 from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.data.groups import group_labels, link_rows, with_nodes
@@ -77,11 +78,14 @@ def test_what_is_linked_to_a_test_row_is_rejected() -> None:
 
 
 @pytest.mark.parametrize("mode", ["drop", "group"])
-def test_parts_change_nothing(mode: str) -> None:
+def test_parts_and_shuffles_change_nothing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = planted_texts(10)
     metadata = [json.dumps({"conversation_id": n // 3} if n % 2 else {}) for n in range(len(texts))]
     table = settled(texts, metadata=metadata, stratum=[n % 4 for n in range(len(texts))])
     whole = linked(table, near_duplicates=mode)
+    assert linked(table, 6, near_duplicates=mode) == whole
+    monkeypatch.setattr(near, "FEW_BYTES", 0)
+    monkeypatch.setattr(components, "FEW_EDGES", 0)
     assert linked(table, 6, near_duplicates=mode) == whole
     assert sum(row["reason"] is not None for row in whole.values()) == (30 if mode == "drop" else 0)
 

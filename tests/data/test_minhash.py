@@ -4,7 +4,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raytune_ft.data.minhash import band_keys, bands_for, candidate_pairs, place_ids, place_of, signatures, sketch_rows
+from raytune_ft.data.minhash import (
+    band_keys,
+    bands_for,
+    candidate_pairs,
+    place_ids,
+    place_of,
+    signatures,
+    sketch_rows,
+    with_bands,
+)
 
 from .planted import settled
 
@@ -51,7 +60,7 @@ def test_opposite_labels_have_no_shingle_in_common() -> None:
 
 def test_rows_of_one_set_share_every_band_and_other_rows_none() -> None:
     sketches = sketched(settled(["one two three four five six", "One  two three four five six", "seven eight nine"]))
-    keys = pa.concat_tables(list(band_keys(sketches, 0.7)))
+    keys = band_keys(pa.concat_tables(with_bands(sketches, 0.7)))
     assert keys.num_rows == 3 * 25
     of_row = {
         number: set(keys.filter(pa.array(keys["id"].to_numpy() == number))["key"].to_pylist()) for number in range(3)

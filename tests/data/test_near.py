@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from raytune_ft.data import near
 from raytune_ft.data.blocks import LocalBlocks
 from raytune_ft.data.groups import sketches
 from raytune_ft.data.near import near_edges, near_labels, near_reasons
@@ -41,9 +42,12 @@ def test_planted_similarities_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 7])
-def test_parts_change_nothing(parts: int) -> None:
+def test_parts_and_shuffles_change_nothing(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [*planted_texts(20), "hi", "Hi", "", "ho"]
-    assert edges_of(texts, parts) == edges_of(texts) != {}
+    whole = edges_of(texts)
+    assert edges_of(texts, parts) == whole != {}
+    monkeypatch.setattr(near, "FEW_BYTES", 0)
+    assert edges_of(texts, parts) == whole
 
 
 def test_the_first_of_a_cluster_stays_and_the_others_say_why() -> None:
