@@ -205,7 +205,7 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
         logger.info("tune: resumes the trials that are left")
         return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
     together = {"max_concurrent_trials": arrangement.together, "reuse_actors": True}
-    checkpoints = CheckpointConfig(checkpoint_frequency=1, num_to_keep=2) if arrangement.banks else CheckpointConfig()
+    checkpoints = CheckpointConfig(checkpoint_frequency=1, num_to_keep=4) if arrangement.banks else CheckpointConfig()
     return Tuner(
         arrangement.trainable,
         param_space=stage.space,
