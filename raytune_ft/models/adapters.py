@@ -1,18 +1,18 @@
-"""LoRA adapters: put upon a model, saved as PEFT folders, and merged in full precision."""
+"""Adapters: new ones put upon a model, old ones gone on from, saved as PEFT folders, merged in full precision."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_model, resolve_model
+from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
 
-_PROMPT_METHODS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"}
+PROMPT_METHODS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"}
 ALL_LINEAR = "all-linear"
 
 
@@ -26,6 +26,7 @@ def add_lora(
     seed: int,
     base: str,
     use_rslora: bool = False,
+    use_dora: bool = False,
 ) -> Any:
     """A PEFT model with a new LoRA adapter upon `model`; only the adapter is trainable.
 
@@ -38,6 +39,7 @@ def add_lora(
         seed: of the initial values (PEFT's own initialization).
         base: what the saved adapter names as its base model.
         use_rslora: scales by alpha / sqrt(rank) instead.
+        use_dora: learns the size of each weight column apart from its direction.
 
     Raises:
         ModelError: if no layer has one of the names.
@@ -50,6 +52,7 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         use_rslora=use_rslora,
+        use_dora=use_dora,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
@@ -66,6 +69,126 @@ def add_lora(
         ) from None
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
+
+
+def add_virtual_tokens(
+    model: Any,
+    *,
+    kind: Literal["prefix_tuning", "prompt_tuning"],
+    count: int,
+    seed: int,
+    base: str,
+    init_text: str | None = None,
+) -> Any:
+    """A PEFT model with `count` new virtual tokens before every row; only they are trainable.
+
+    Args:
+        model: a transformers causal language model.
+        kind: prefix tuning learns keys and values of every layer, prompt tuning embeddings.
+        count: number of virtual tokens.
+        seed: of the initial values: PEFT's own for prefixes, embeddings of random tokens for prompts.
+        base: what the saved adapter names as its base model, and whose tokenizer reads `init_text`.
+        init_text: prompt tuning starts from its embeddings, repeated until all virtual tokens have one.
+
+    Raises:
+        ModelError: if `init_text` has more tokens than there are virtual tokens.
+    """
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": count, "base_model_name_or_path": base}
+    if kind == "prefix_tuning":
+        config = PrefixTuningConfig(**common)
+    elif init_text is None:
+        config = PromptTuningConfig(**common, prompt_tuning_init="SAMPLE_VOCAB")
+    else:
+        tokens = len(load_tokenizer(base)(init_text)["input_ids"])
+        if tokens > count:
+            raise ModelError(
+                f"prompt_tuning_init_text: has {tokens} tokens, more than num_virtual_tokens ({count}); "
+                f"shorten it, or set num_virtual_tokens: {tokens}"
+            )
+        start = {"prompt_tuning_init_text": init_text, "tokenizer_name_or_path": base}
+        config = PromptTuningConfig(**common, prompt_tuning_init="TEXT", **start)
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
+
+
+def go_on_from(model: Any, reference: str) -> None:
+    """Sets a new adapter's weights to those of a saved one of the same shape, upon the same base.
+
+    Args:
+        model: a PEFT model that `add_lora` or `add_virtual_tokens` made.
+        reference: the saved adapter.
+
+    Raises:
+        ModelError: naming each setting that differs, or the base.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    resolved = resolve_model(reference)
+    if resolved.adapter is None:
+        raise ModelError(f"adapter_path: {reference} is a whole model, not an adapter; give it as model_path")
+    here, there = model.peft_config["default"], PeftConfig.from_pretrained(str(resolved.adapter))
+    different = [
+        f"{setting} is {getattr(there, name, None)} there and {getattr(here, name, None)} in the settings"
+        for name, setting in _SHAPE.items()
+        if getattr(there, name, None) != getattr(here, name, None)
+    ]
+    if different:
+        raise ModelError(f"adapter_path: {reference} does not fit: {'; '.join(different)}")
+    if not same_model(resolved.base, here.base_model_name_or_path):
+        raise ModelError(
+            f"adapter_path: {reference} belongs to the base {resolved.base}, but model_path is "
+            f"{here.base_model_name_or_path}; train on its own base"
+        )
+    state, wanted = load_file(adapter_weights(resolved.adapter)), get_peft_model_state_dict(model)
+    misfits = [name for name, tensor in wanted.items() if name not in state or state[name].shape != tensor.shape]
+    misfits += [name for name in state if name not in wanted]
+    if misfits:
+        raise ModelError(
+            f"adapter_path: {reference} does not fit: {len(misfits)} tensors are not those of the settings "
+            f"({misfits[0]} is one); set lora_target_modules to its own: {getattr(there, 'target_modules', None)}"
+        )
+    set_peft_model_state_dict(model, state)
+
+
+_SHAPE = {
+    "peft_type": "method (PEFT's type)",
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+    "bias": "bias",
+    "modules_to_save": "modules_to_save",
+    "num_virtual_tokens": "num_virtual_tokens",
+}
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two references to base models lead to the same files, wherever they lie."""
+    return one == other or resolve_model(one).digest == resolve_model(other).digest
+
+
+def adapter_weights(folder: Path) -> Path:
+    """The file that an adapter folder keeps its weights in.
+
+    Raises:
+        ModelError: if it has none in safetensors.
+    """
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise ModelError(f"{folder}: has no adapter_model.safetensors (pickled adapters are not loaded)")
+    return path
+
+
+def adapter_kind(folder: Path) -> str:
+    """PEFT's type of the adapter in a folder, such as ``LORA`` or ``PREFIX_TUNING``."""
+    return str(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type"))
 
 
 def save_adapter(model: Any, tokenizer: Any, folder: Path, *, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -85,8 +208,8 @@ def merge_adapter(reference: str, folder: Path) -> None:
     """
     resolved = resolve_model(reference)
     if resolved.adapter is not None:
-        kind = json.loads((resolved.adapter / "adapter_config.json").read_text(encoding="utf-8")).get("peft_type")
-        if kind in _PROMPT_METHODS:
+        kind = adapter_kind(resolved.adapter)
+        if kind in PROMPT_METHODS:
             raise ModelError(
                 f"{reference}: {kind} adds virtual tokens, not weights, and cannot be merged; serve the adapter"
             )

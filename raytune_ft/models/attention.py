@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.virtual import Prefixes
 
 SEGMENTS = "segments"
 _UNKNOWN_TO_SEGMENTS = ("softcap", "s_aux")
@@ -32,12 +33,13 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    prefixes: Prefixes | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment.
 
     Args:
-        module: the attention layer (unused; transformers passes it).
+        module: the attention layer; its number in the model says which prefix is its.
         query: [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped queries).
         key: as `query`.
         value: as `query`.
@@ -46,6 +48,7 @@ def segment_attention(
         scaling: factor of the scores; 1 / sqrt(head size) if None.
         dropout: of the attention weights; only 0 is taken.
         sliding_window: how many tokens back a token sees, itself included.
+        prefixes: learned keys and values before each segment, which every token of it sees (prefix tuning).
         others: further arguments of the layer; those that change the result are refused.
 
     Returns:
@@ -60,9 +63,21 @@ def segment_attention(
     if refused or dropout:
         what = ", ".join(refused) or f"attention dropout {dropout}"
         raise ModelError(f"padding-free batches do not support {type(module).__name__} with {what}")
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and sliding_window is None:
-        return _varlen(query, key, value, cu_seq_lens_q, scaling), None
-    return _per_segment(query, key, value, cu_seq_lens_q, scaling=scaling, window=sliding_window), None
+    if prefixes is not None:
+        layer: Any = module.layer_idx
+        query, key, value = prefixes.before(layer, query, key, value)
+        starts = prefixes.extended.cu_seq_lens
+        out = _attended(query, key, value, starts, scaling=scaling, window=sliding_window)
+        return out.index_select(1, prefixes.extended.tokens), None
+    return _attended(query, key, value, cu_seq_lens_q, scaling=scaling, window=sliding_window), None
+
+
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, scaling: float | None, window: int | None
+) -> Tensor:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and window is None:
+        return _varlen(query, key, value, starts, scaling)
+    return _per_segment(query, key, value, starts, scaling=scaling, window=window)
 
 
 def _per_segment(

@@ -16,6 +16,7 @@ from raytune_ft.models.attention import attention
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.virtual import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,31 @@ def _generate_batch(loaded: LoadedModel, prompts: list[Sequence[int]], decoding:
         max_new_tokens=decoding.max_new_tokens, eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **sampling
     )
     extra = {"stop_strings": list(decoding.stop), "tokenizer": tokenizer} if decoding.stop else {}
-    out = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)
-    return [_completion(loaded, row, decoding) for row in out[:, longest:].tolist()]
+    virtual = VirtualTokens.of(loaded.model)
+    if virtual is not None and virtual.kind == "PROMPT_TUNING":
+        embeddings, mask = _behind_virtual(loaded.model, virtual, ids, mask)
+        base = loaded.model.get_base_model()
+        out = base.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, **extra)
+    else:
+        out = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)
+        out = out[:, longest:]
+    return [_completion(loaded, row, decoding) for row in out.tolist()]
+
+
+def _behind_virtual(
+    model: Any, virtual: VirtualTokens, ids: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[prompts, longer, width] embeddings, padding first, then the virtual tokens, then the prompt; and their mask.
+
+    PEFT itself puts them before the padding, and an answer then depends on how much of that its row has.
+    """
+    learned = virtual.embeddings()[0]
+    tokens = model.get_input_embeddings()(ids)
+    learned = learned.to(tokens.dtype)
+    padding = (mask == 0).sum(dim=1).tolist()
+    rows = [torch.cat([row[:count], learned, row[count:]]) for row, count in zip(tokens, padding, strict=True)]
+    ones = mask.new_ones(len(ids), virtual.count)
+    return torch.stack(rows), torch.cat([mask, ones], dim=1)
 
 
 def _completion(loaded: LoadedModel, tokens: list[int], decoding: DecodingConfig) -> Completion:

@@ -20,6 +20,7 @@ from raytune_ft.models.attention import SEGMENTS, attention
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.virtual import Extended, VirtualTokens
 
 CHUNK = 512
 """Targets whose logits exist at the same time."""
@@ -35,10 +36,14 @@ class Score:
 
 @dataclass(frozen=True)
 class CausalParts:
-    """The two halves of a causal language model: tokens to hidden states, and hidden states to logits."""
+    """The two halves of a causal language model: tokens to hidden states, and hidden states to logits.
+
+    `virtual` are the learned tokens before every row, under prompt and prefix tuning.
+    """
 
     decoder: nn.Module
     head: nn.Module
+    virtual: VirtualTokens | None = None
 
     @classmethod
     def of(cls, model: Any) -> CausalParts:
@@ -62,7 +67,7 @@ class CausalParts:
             raise ModelError(
                 f"{name}: changes its logits behind the head ({', '.join(changed)}), which is not supported"
             )
-        return cls(decoder, head)
+        return cls(decoder, head, VirtualTokens.of(model))
 
 
 class SummedLoss(nn.Module):
@@ -108,17 +113,30 @@ def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
 
     An empty batch still depends on the model, so that every rank has a gradient to reduce.
     """
-    lengths = batch.cu_seq_lens[1:] - batch.cu_seq_lens[:-1]
-    hidden: Tensor = parts.decoder(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        cu_seq_lens_q=batch.cu_seq_lens,
-        cu_seq_lens_k=batch.cu_seq_lens,
-        max_length_q=lengths.max(),
-        max_length_k=lengths.max(),
-        use_cache=False,
-    ).last_hidden_state[0]
-    return hidden.index_select(0, batch.predictors)
+    virtual = parts.virtual
+    if virtual is None:
+        hidden = _hidden(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, position_ids=batch.position_ids)
+        return hidden.index_select(0, batch.predictors)
+    extended = Extended.of(batch.cu_seq_lens, virtual.count)
+    if virtual.kind == "PREFIX_TUNING":
+        prefixes = virtual.prefixes(extended)
+        more = {"position_ids": batch.position_ids + virtual.count, "prefixes": prefixes}
+        hidden = _hidden(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, **more)
+        prefixes.check()
+        return hidden.index_select(0, batch.predictors)
+    decoder: Any = parts.decoder
+    tokens = decoder.get_input_embeddings()(batch.input_ids)
+    embeddings = extended.join(virtual.embeddings(), tokens, 1)
+    hidden = _hidden(parts.decoder, extended.cu_seq_lens, inputs_embeds=embeddings, position_ids=extended.position_ids)
+    return hidden.index_select(0, extended.tokens[batch.predictors])
+
+
+def _hidden(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
+    """[tokens, width] hidden states of rows that start at `starts`."""
+    longest = (starts[1:] - starts[:-1]).max()
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    found: Tensor = decoder(**inputs, **lengths, use_cache=False).last_hidden_state[0]
+    return found
 
 
 def _chunk_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:

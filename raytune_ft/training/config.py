@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
 from raytune_ft.models.config import Precision
+from raytune_ft.training import matrix
 
 
 class FineTuningMethod(StrEnum):
@@ -17,6 +18,8 @@ class FineTuningMethod(StrEnum):
     FULL = "full"
     LORA = "lora"
     QLORA = "qlora"
+    PREFIX_TUNING = "prefix_tuning"
+    PROMPT_TUNING = "prompt_tuning"
 
 
 class FineTuningConfig(Config):
@@ -26,6 +29,7 @@ class FineTuningConfig(Config):
     not_identity: ClassVar[frozenset[str]] = frozenset(
         {
             "model_path",
+            "adapter_path",
             "dataset_path",
             "output_dir",
             "logging_steps",
@@ -43,7 +47,9 @@ class FineTuningConfig(Config):
     dataset_path: str = Field(min_length=1)
     """A prepared dataset (its train and validation splits), or a file of records."""
     method: FineTuningMethod = FineTuningMethod.LORA
-    """Which weights are trained."""
+    """Which weights are trained; `raytune-ft doctor --matrix` says what goes with which."""
+    adapter_path: str | None = None
+    """An adapter (folder, URI or artifact) whose weights the training goes on from; its shape must be the settings'."""
 
     num_train_epochs: float = Field(3.0, gt=0)
     """Passes over the training split."""
@@ -84,17 +90,26 @@ class FineTuningConfig(Config):
     """The LoRA product is scaled by alpha / rank; usually twice the rank."""
     use_rslora: bool = False
     """Scales by alpha / sqrt(rank) instead, which keeps large ranks learning (Kalajdzievski, 2023)."""
+    use_dora: bool = False
+    """Learns the size of each weight column apart from its direction (DoRA: Liu et al., 2024); slower, often better."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
     """Share of the adapter's inputs set to zero while training."""
     lora_target_modules: list[str] | Literal["all-linear"] = Field(default_factory=lambda: ["q_proj", "v_proj"])
     """Names of the linear layers that get an adapter, or ``all-linear``."""
 
-    bits: Literal[4, 8] = 4
-    """QLoRA: bits of the frozen base weights."""
+    num_virtual_tokens: int = Field(20, ge=1)
+    """Prefix and prompt tuning: how many learned tokens stand before every row; they count towards the context."""
+    prompt_tuning_init_text: str | None = Field(None, min_length=1)
+    """Prompt tuning: the virtual tokens start as this text's embeddings; without it, as those of random tokens."""
+
+    bits: Literal[4, 8] | None = None
+    """Bits of the frozen base weights; by default 4 under QLoRA, and no quantization under the other methods."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """QLoRA: number format of 4-bit weights; nf4 often works better."""
+    """Number format of 4-bit weights; nf4 often works better."""
     bnb_4bit_use_double_quant: bool = True
-    """QLoRA: whether the quantization constants are quantized, too."""
+    """With 4 bits, whether the quantization constants are quantized, too."""
+    gradient_checkpointing: bool = False
+    """Computes activations again in the backward pass instead of keeping them: less memory, about a third slower."""
 
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
     """When the validation split is evaluated (if the dataset has one)."""
@@ -117,8 +132,8 @@ class FineTuningConfig(Config):
     """Whether each worker takes a GPU; by default if the cluster has any."""
     cpus_per_worker: float = Field(1, gt=0)
     """Logical CPUs, and at least as many threads, of a worker."""
-    zero_stage: Literal[1, 2] = 2
-    """DeepSpeed ZeRO: 1 shards the optimizer's state over the workers, 2 the gradients, too."""
+    zero_stage: int = Field(2, ge=0)
+    """DeepSpeed ZeRO: 0 shards nothing over the workers, 1 the optimizer's state, 2 the gradients, too."""
     precision: Precision = Precision.AUTO
     """Number format of weights and activations; auto is bf16 on GPUs that do it well, fp32 on CPUs."""
     max_failures: int = Field(2, ge=0)
@@ -130,7 +145,27 @@ class FineTuningConfig(Config):
             raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps")
         if self.precision is Precision.FP16 and self.use_gpu is False:
             raise ValueError("precision fp16 needs a GPU; take bf16 or fp32 on CPUs")
+        if self.use_dora and self.use_rslora:
+            raise ValueError("use_dora and use_rslora: choose one (DoRA learns the size that rsLoRA only scales)")
+        if self.prompt_tuning_init_text is not None and self.method is not FineTuningMethod.PROMPT_TUNING:
+            raise ValueError(f"prompt_tuning_init_text belongs to method prompt_tuning (got {self.method})")
+        if self.adapter_path is not None and not self.uses_adapter:
+            raise ValueError("adapter_path: method full trains no adapter; merge it first (raytune-ft merge), or lora")
+        refused = matrix.verdict(self.cell)
+        if refused is not None:
+            raise ValueError(refused)
         return self
+
+    @property
+    def cell(self) -> matrix.Cell:
+        """Where these settings stand in the matrix of what goes with what."""
+        option: matrix.Option = "dora" if self.use_dora else "rslora" if self.use_rslora else "plain"
+        return matrix.Cell(self.method.value, option, self.base_bits, self.zero_stage, self.gradient_checkpointing)
+
+    @property
+    def base_bits(self) -> int | None:
+        """Bits of the base's weights; None if they are not quantized."""
+        return self.bits or (4 if self.method is FineTuningMethod.QLORA else None)
 
     @property
     def uses_adapter(self) -> bool:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.core.errors import ModelError
-from raytune_ft.models.adapters import add_lora
+from raytune_ft.models.adapters import add_lora, add_virtual_tokens, go_on_from
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
-from raytune_ft.models.loading import load_tokenizer, quiet_transformers, resolve_model, torch_dtype
+from raytune_ft.models.loading import load_tokenizer, resolve_model, torch_dtype
 from raytune_ft.models.scoring import SummedLoss
+from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
 from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.loop import Metrics
@@ -61,51 +61,41 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
     tokenizer = load_tokenizer(config.model_path)
     if config.uses_adapter:
         model.requires_grad_(False)
-        model = add_lora(
-            model,
-            rank=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            seed=config.seed,
-            base=resolve_model(config.model_path).base,
-            use_rslora=config.use_rslora,
-        )
+        model = _with_new_adapter(model, config)
+        if config.adapter_path is not None:
+            go_on_from(model, config.adapter_path)
+    if config.gradient_checkpointing:
+        causal = model.get_base_model() if config.uses_adapter else model
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     use_attention(model, SEGMENTS)
     return Trainee(_objective(model.train(), config, device), tokenizer)
 
 
-def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 6.0) -> Any:
-    """The base model as the method wants it (quantized for QLoRA), without an adapter.
-
-    Args:
-        config: the run's settings.
-        device: where it is put.
-        int8_threshold: with 8 bits, columns with an activation above it are not quantized; 0 quantizes all, and then
-            a row's result does not depend on the rows beside it.
-
-    Raises:
-        ModelError: if it cannot be loaded, or is an adapter.
-    """
-    from transformers import AutoModelForCausalLM
-
-    quiet_transformers()
-    resolved = resolve_model(config.model_path)
-    if resolved.adapter is not None:
-        raise ModelError(f"{config.model_path}: is an adapter; give its base model, or merge it first (quantize does)")
-    dtype = torch_dtype(config.precision, device)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            resolved.base,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-            quantization_config=_quantization(config, dtype, int8_threshold),
+def _with_new_adapter(model: Any, config: FineTuningConfig) -> Any:
+    base = resolve_model(config.model_path).base
+    if config.method is FineTuningMethod.PREFIX_TUNING:
+        count = config.num_virtual_tokens
+        return add_virtual_tokens(model, kind="prefix_tuning", count=count, seed=config.seed, base=base)
+    if config.method is FineTuningMethod.PROMPT_TUNING:
+        return add_virtual_tokens(
+            model,
+            kind="prompt_tuning",
+            count=config.num_virtual_tokens,
+            seed=config.seed,
+            base=base,
+            init_text=config.prompt_tuning_init_text,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
+    return add_lora(
+        model,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+        base=base,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
 
 
 def _objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
@@ -113,21 +103,6 @@ def _objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
         return SummedLoss(model)
     teacher = load_teacher(config.teacher_path, config.precision, device, model.get_output_embeddings().weight.shape[0])
     return DistillationLoss(model, teacher, temperature=config.temperature, hard_loss_weight=config.hard_loss_weight)
-
-
-def _quantization(config: FineTuningConfig, dtype: torch.dtype, int8_threshold: float) -> Any:
-    if config.method is not FineTuningMethod.QLORA:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if config.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
 
 
 def optimizer_for(trainee: Trainee, config: FineTuningConfig) -> torch.optim.AdamW:

@@ -69,6 +69,8 @@ def memory_needed(method: FineTuningMethod, parameters: float) -> float:
         FineTuningMethod.FULL: 16.0,
         FineTuningMethod.LORA: 2 + adapter,
         FineTuningMethod.QLORA: 0.55 + adapter,
+        FineTuningMethod.PREFIX_TUNING: 2.0,
+        FineTuningMethod.PROMPT_TUNING: 2.0,
     }
     return per_weight[method] * parameters * _OVERHEAD / _GIB
 

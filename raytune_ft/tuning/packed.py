@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ray.tune import Trainable
 from raytune_ft.core import cluster
 from raytune_ft.core.errors import RunError
 from raytune_ft.core.storage import Location
+from raytune_ft.training import matrix
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import settings_at
@@ -29,7 +30,10 @@ logger = logging.getLogger("raytune_ft")
 PROXY_CPUS = 0.01
 _POINTER = "bank.json"
 _RESTARTS = 3
-_UNPACKED = ("method", "precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+_UNPACKED = (
+    *("method", "use_dora", "adapter_path", "gradient_checkpointing"),
+    *("precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ def why_alone(config: SweepConfig) -> str | None:
     """Why the trials of a sweep cannot share a base, as far as its settings tell; None if they can."""
     if config.packed == "never":
         return "packed: never"
-    if not config.training.uses_adapter:
-        return f"method {config.training.method} trains the base itself"
+    refused = matrix.refusal(replace(config.training.cell, packed=True))
+    if refused is not None:
+        return refused
+    if config.training.adapter_path is not None:
+        return "adapter_path: the trials of a pack start from fresh adapters"
     if config.training.num_workers > 1:
         return f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
     searched = [key for key in _UNPACKED if key in config.space]

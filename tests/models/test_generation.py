@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+
 from raytune_ft.core.records import Message
+from raytune_ft.models.adapters import add_virtual_tokens
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
 from raytune_ft.models.loading import load_model
@@ -55,3 +60,25 @@ def test_sampling_repeats_under_the_same_seed_and_changes_with_another(tiny_mode
     first, again, other = (generate(loaded, prompts(loaded), settings) for settings in hot)
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
+def test_virtual_tokens_lead_mixed_lengths_to_the_answers_that_plain_peft_gives_each_alone(
+    kind: str, tiny_model: Path
+) -> None:
+    loaded = load_model(str(tiny_model))
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():  # random weights this small would hardly look at positions
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    model = add_virtual_tokens(loaded.model, kind=kind, count=6, seed=0, base=str(tiny_model)).eval()
+    tuned = replace(loaded, model=model)
+    texts = prompts(loaded)
+    together = generate(tuned, texts, DecodingConfig(max_new_tokens=5))
+    for prompt, answer in zip(texts, together, strict=True):
+        ids = list(prompt)
+        for token in answer.token_ids:
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0, -1]
+            assert token == int(logits.argmax())
+            ids.append(token)
+        assert len(ids) > len(prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.scoring import CausalParts, target_states
+from raytune_ft.training import matrix
 from raytune_ft.training.bank.base import FrozenBase
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.losses import losses_and_gradient, sums_by_trial
@@ -25,7 +27,7 @@ from raytune_ft.training.bank.template import AdapterTemplate
 from raytune_ft.training.bank.trial import Progress, Rows, Status, Trial
 from raytune_ft.training.bank.turns import next_group, row_chunks
 from raytune_ft.training.checkpoint import Checkpoint
-from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
+from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.schedule import Timetable
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
@@ -91,8 +93,11 @@ class AdapterBank:
         with self._lock:
             if name in self._trials:
                 raise ConfigError(f"trial {name}: is in the bank already; evict it first")
-            if config.method is FineTuningMethod.FULL or isinstance(config, DistillationConfig):
-                raise ConfigError(f"trial {name}: only LoRA and QLoRA fine-tuning share a base (got {config.method})")
+            refused = matrix.refusal(replace(config.cell, packed=True))
+            if refused is not None or isinstance(config, DistillationConfig):
+                raise ConfigError(f"trial {name}: only LoRA and QLoRA fine-tuning share a base ({refused})")
+            if config.adapter_path is not None:
+                raise ConfigError(f"trial {name}: adapter_path: trials of a bank start from fresh adapters")
             if not len(self._train):
                 raise ConfigError(f"trial {name}: there are no training rows")
             timetable = Timetable.of(config, len(self._train), has_validation=self._validation is not None)

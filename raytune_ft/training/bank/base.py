@@ -11,8 +11,8 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.training.bank.refusal import rows_interact, why_not_packed
+from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.engine import load_base
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,75 @@
+"""The base model of a run as its settings want it: in which number format, quantized or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.loading import quiet_transformers, resolve_model, torch_dtype
+from raytune_ft.training.config import FineTuningConfig
+
+
+def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 6.0) -> Any:
+    """The base model as the settings want it (quantized, where they say so), without an adapter.
+
+    Args:
+        config: the run's settings.
+        device: where it is put.
+        int8_threshold: with 8 bits, columns with an activation above it are not quantized; 0 quantizes all, and then
+            a row's result does not depend on the rows beside it.
+
+    Raises:
+        ModelError: if it cannot be loaded, or is an adapter.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    resolved = resolve_model(config.model_path)
+    if resolved.adapter is not None:
+        raise ModelError(
+            f"{config.model_path}: is an adapter; give its base as model_path and it as adapter_path, to go on from "
+            "it, or merge it first (raytune-ft merge)"
+        )
+    dtype = torch_dtype(config.precision, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolved.base,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            trust_remote_code=False,
+            use_safetensors=True,
+            quantization_config=_quantization(config, dtype, int8_threshold),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
+    if config.base_bits == 4:
+        _keep_differentiable(model)
+    return model
+
+
+def _keep_differentiable(model: Any) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights for CPU inference, which it does at the first evaluation.
+
+    The packed layers have no backward pass: training would go on from there with wrong gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _quantization(config: FineTuningConfig, dtype: torch.dtype, int8_threshold: float) -> Any:
+    if config.base_bits is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if config.base_bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
