@@ -17,7 +17,8 @@ class Account:
 
     `changed` counts rows by the cleaning step that changed a text of theirs (rejected ones, too), `redacted` the
     placeholders by kind, `undecided` rows by the check that could not tell, `remarks` rows that were used though
-    something is to be said of them. `made` counts rows that no source had, by cause.
+    something is to be said of them. `made` counts rows that no source had, by cause,
+    `unmade` the variants that augmentation could not make.
     """
 
     rows_in: int
@@ -29,6 +30,7 @@ class Account:
     redacted: Counter[str] = field(default_factory=Counter)
     undecided: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
+    unmade: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     supervised: Counter[str] = field(default_factory=Counter)
     longest: int = 0
@@ -53,6 +55,7 @@ class Account:
             account.undecided.update(file.get("undecided", {}))
             account.remarks.update(file.get("remarks", {}))
             account.made.update(file.get("made", {}))
+            account.unmade.update(file.get("unmade", {}))
             if file["folder"] == "rejected":
                 account.rejected.update(file["reasons"])
                 continue
@@ -94,12 +97,13 @@ class Account:
             "redacted": self.redacted,
             "undecided": self.undecided,
             "remarks": self.remarks,
+            "unmade": self.unmade,
         }
 
     def notes(self) -> list[str]:
         """What cleaning did, a line a kind, for people."""
         words = {"changed": "rows changed by", "redacted": "placeholders put for", "undecided": "rows not told by"}
-        words["remarks"] = "rows used though"
+        words |= {"remarks": "rows used though", "unmade": "variants not made:"}
         return [
             f"{words[name]} " + ", ".join(f"{item} {count}" for item, count in counter.most_common())
             for name, counter in self._notes().items()

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
+from raytune_ft.data.config_augmentation import AugmentationConfig
+from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.models.config import TrainOn
 
 SPLITS = ("train", "validation", "test")
@@ -172,6 +174,19 @@ class DataCollectionConfig(Config):
     on_leak: Literal["raise", "reject"] = "raise"
     """A row that shares 13 words with a benchmark stops the run, or goes to ``rejected/``."""
 
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """Variants of training rows, tagged and bounded; off by default."""
+    quality: QualityConfig = QualityConfig()
+    """The quality report, and thresholds that end the run with exit code 2."""
+    task_description: str | None = Field(None, min_length=1)
+    """What the data is to teach, in a sentence or two; relevance of the rows to it is measured."""
+    embedding_model: str = "starter:all-minilm-l6-v2"
+    """Model that tells closeness in meaning, for `task_description` and paraphrases (folder, URI or hub id)."""
+    suspect_model: str | None = None
+    """Model whose loss tells answers that look wrong (folder, artifact, hub id or ``starter:...``)."""
+    corrections: str | None = None
+    """A ``suspects.jsonl`` of an earlier run with ``corrected`` filled in: these answers replace the rows' own."""
+
     model_path: str | None = None
     """Tokenizes for this model (folder, artifact, hub id or ``starter:...``); none leaves records only."""
     max_length: int = Field(1024, ge=1)
@@ -219,6 +234,12 @@ class DataCollectionConfig(Config):
                 "reasoning_format must have {reasoning} and, after it, {answer} once "
                 f"(got {self.reasoning_format!r})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _suspects_have_a_report(self) -> DataCollectionConfig:
+        if self.suspect_model is not None and not self.quality.report:
+            raise ValueError("suspect_model needs the report: set quality.report to true")
         return self
 
     @model_validator(mode="after")

@@ -60,6 +60,14 @@ def remarked(notes: str | None, remark: str | None) -> str | None:
     return json.dumps({**said, "remarks": [*said.get("remarks", ()), remark]}, sort_keys=True)
 
 
+def changed_by(notes: str | None, step: str | None) -> str | None:
+    """The JSON in a row's `notes` with a step that changed the row added."""
+    if step is None:
+        return notes
+    said = json.loads(notes or "{}")
+    return json.dumps({**said, "changed": [*said.get("changed", ()), step]}, sort_keys=True)
+
+
 def prompt_hash(record: Record) -> str:
     """What rows that ask the same have in common: 16 hex digits over the prompt's turns, or over a raw text."""
     turns = [[m.role, m.content, m.tool_calls] for m in record.prompt]

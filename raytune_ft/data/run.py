@@ -21,8 +21,11 @@ from raytune_ft.core.errors import DataError, UserError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.data.account import Account
+from raytune_ft.data.assessment import Assessment, Means, assess, assess_here
+from raytune_ft.data.augment import augmented
 from raytune_ft.data.blocks import Blocks, Step, key_range, packed, pass_here, reaches, unpacked, within
 from raytune_ft.data.config import SPLITS, DataCollectionConfig
+from raytune_ft.data.corrections import applied_ids, correction_parents, read_corrections, refuse_unknown
 from raytune_ft.data.export import export_splits
 from raytune_ft.data.groups import link_rows
 from raytune_ft.data.language import check_languages
@@ -37,12 +40,14 @@ from raytune_ft.data.leaks import (
 )  # fmt: skip
 from raytune_ft.data.near import NEAR_REASON
 from raytune_ft.data.prepared import PreparedDataset
+from raytune_ft.data.report import publish, refuse_broken
 from raytune_ft.data.representativeness import FIELDS, added_counts, distances
 from raytune_ft.data.shards import Layout, assign_files, assign_folders
 from raytune_ft.data.sources import SourceFile, find_files, source_parents
 from raytune_ft.data.split import Tally, departures, find_cuts, tally_rows
 from raytune_ft.data.stages import collect_rows, retokenize_files, settle_rows, write_rows
 from raytune_ft.data.strata import refuse_many
+from raytune_ft.data.suspects import flag_rows
 from raytune_ft.data.tokenize import (
     TEMPLATE_FILE,
     TokenPolicy,
@@ -52,7 +57,8 @@ from raytune_ft.data.tokenize import (
     tokenizer_parent,
 )
 from raytune_ft.data.weights import file_weights
-from raytune_ft.models.loading import shared_model
+from raytune_ft.models.embedding import shared_embedder
+from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.models.templates import template_text
 
 logger = logging.getLogger("raytune_ft")
@@ -103,6 +109,9 @@ def prepare(config: DataCollectionConfig) -> Artifact:
         parents.append(tokenizer_parent(config.model_path))
     policy = TokenPolicy.of(config, template_text(config.template))
     parents += template_parents(config.template, policy.template)
+    parents += correction_parents(config.corrections)
+    judges = {"suspect_model": config.suspect_model, "paraphrase_model": config.augmentation.paraphrase_model}
+    parents += [model_parent(reference, role) for role, reference in judges.items() if reference is not None]
     draft = _begin(config.output_path, config.resolved(), config.identity(), parents)
     if draft.finished is None:
         with draft, ray_data() as cluster:
@@ -173,10 +182,13 @@ def _prepare(
     table = pa.Table.from_pylist([asdict(file) for file in files])
     _admit(cluster, len(files))
     blocks = [table.slice(place, 1) for place in range(table.num_rows)]
-    rows = _mapped(ray.data.from_arrow(blocks), collect_rows, config=config).materialize()
+    corrections = read_corrections(config.corrections)
+    rows = _mapped(ray.data.from_arrow(blocks), collect_rows, config=config, corrections=corrections).materialize()
     rows_in = rows.count()
     if not rows_in:
         raise DataError(f"no rows in {', '.join(file.label for file in files[:3])}: nothing to prepare")
+    if corrections:
+        refuse_unknown(corrections, [row["id"] for row in _mapped(rows, applied_ids).take_all()])
     settled = _by_key(rows, "group", _partitions(rows, cluster))
     settled = _mapped(settled, settle_rows, config=config, model=model, policy=policy)
     settled = _linked(_without_benchmarks(settled, config), files, config)
@@ -189,6 +201,11 @@ def _prepare(
     if not layout.rows["train"]:
         raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}")
     split = _mapped(settled, assign_folders, layout=layout)
+    assessment = _assessed(split, settled.num_blocks(), model, config, draft) if config.quality.report else None
+    if assessment is not None and assessment.suspects:
+        split = _mapped(split, flag_rows, why=assessment.why)
+    if config.augmentation.ratio:
+        split = _augmented(split, settled.num_blocks(), config, draft, model=model, policy=policy)
     far = _audited(split, settled.num_blocks(), files, config)
     placed = _mapped(split, assign_files, layout=layout)
     if settled.num_blocks() > 1:
@@ -198,6 +215,28 @@ def _prepare(
     account.conflicting, account.distances = tally.conflicting, far
     _close(account, draft)
     _report(config, account)
+    if assessment is not None:
+        refuse_broken(publish(assessment, account, config, draft.location), draft.location)
+
+
+def _assessed(rows: Any, parts: int, model: str | None, config: DataCollectionConfig, draft: Draft) -> Assessment:
+    """What the rows are like, and which labels look wrong."""
+    meant = config.task_description is not None or config.quality.needs_embeddings
+    embedder = shared_embedder(config.embedding_model, draft.location.parent) if meant else None
+    means = Means(config.task_description, embedder, model, _shared(config.suspect_model, draft))
+    settings: dict[str, Any] = {"config": config.quality, "seed": config.seed, "means": means}
+    if parts == 1:
+        return Assessment.from_json(_mapped(rows, assess_here, **settings).take_all()[0]["assessment"])
+    return assess(RayBlocks(rows, parts), **settings)
+
+
+def _augmented(rows: Any, parts: int, config: DataCollectionConfig, draft: Draft, **target: Any) -> Any:
+    """The rows with the variants that `augmentation` asks for, tokenized for the target's `model` by its `policy`."""
+    settings = config.augmentation
+    paraphraser = _shared(settings.paraphrase_model, draft)
+    embedder = shared_embedder(config.embedding_model, draft.location.parent) if paraphraser else None
+    models = {"paraphraser": paraphraser, "embedder": embedder, **target}
+    return _passed(rows, parts, augmented, config=settings, seed=config.seed, **models).materialize()
 
 
 def _without_benchmarks(rows: Any, config: DataCollectionConfig) -> Any:

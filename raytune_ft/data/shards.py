@@ -136,13 +136,14 @@ def count_rows(table: pa.Table, path: str) -> dict[str, object]:
 
 def count_notes(notes: pa.ChunkedArray) -> dict[str, Counter[str]]:
     """Rows by what cleaning changed in them, replacements of personal data, and rows by what could not be told."""
-    found: dict[str, Counter[str]] = {name: Counter() for name in ("changed", "redacted", "undecided", "remarks")}
+    kinds = ("changed", "redacted", "undecided", "remarks", "unmade")
+    found: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     for entry in pc.value_counts(notes.drop_null()).to_pylist():
         said = json.loads(entry["values"])
         for name, count in said.get("redacted", {}).items():
             found["redacted"][name] += count * entry["counts"]
             found["changed"][f"redact {name}"] += entry["counts"]
-        for kind in ("changed", "undecided", "remarks"):
+        for kind in ("changed", "undecided", "remarks", "unmade"):
             for name in said.get(kind, ()):
                 found[kind][name] += entry["counts"]
     return {kind: counter for kind, counter in found.items() if counter}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +15,13 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.additions import moved_spans, with_reasoning, with_system_prompt
 from raytune_ft.data.cleaning import clean
 from raytune_ft.data.config import DataCollectionConfig, OverLength
+from raytune_ft.data.corrections import Correction, correct
 from raytune_ft.data.dedup import mark_conflicts, mark_duplicates
 from raytune_ft.data.formats import FormatFault, NothingToLearnError, format_of_row, renamed, to_record
 from raytune_ft.data.groups import with_nodes
 from raytune_ft.data.readers import SourceRow, read_rows
 from raytune_ft.data.redaction import redact
-from raytune_ft.data.rows import ROW_SCHEMA, prompt_hash, remarked, short_hash
+from raytune_ft.data.rows import ROW_SCHEMA, changed_by, prompt_hash, remarked, short_hash
 from raytune_ft.data.shards import write_file, write_files
 from raytune_ft.data.sources import SourceFile
 from raytune_ft.data.split import mark_leaks
@@ -31,18 +32,21 @@ _BATCH_ROWS = 512
 _BATCH_CHARACTERS = 16 << 20
 
 
-def collect_rows(files: pa.Table, config: DataCollectionConfig) -> Iterator[pa.Table]:
-    """Every row of the files (columns of `SourceFile`) as a table of `ROW_SCHEMA`, cleaned, in batches.
+def collect_rows(
+    files: pa.Table, config: DataCollectionConfig, corrections: Mapping[str, Correction] | None = None
+) -> Iterator[pa.Table]:
+    """Every row of the files (columns of `SourceFile`) as a table of `ROW_SCHEMA`, cleaned and corrected, in batches.
 
     Raises:
-        DataError: with file and line, at the first row that is no record, where `on_bad_row` is ``raise``.
+        DataError: with file and line, at the first row that is no record, where `on_bad_row` is ``raise``, and where a
+            correction does not fit its row.
     """
     for columns in files.to_pylist():
         file = SourceFile(**columns)
         batch: list[dict[str, Any]] = []
         characters = 0
         for row in read_rows(file):
-            batch.append(_collected(file, row, config))
+            batch.append(_collected(file, row, config, corrections or {}))
             characters += _characters(batch[-1])
             if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
                 yield pa.Table.from_pylist(batch, schema=ROW_SCHEMA)
@@ -56,7 +60,9 @@ def _characters(row: dict[str, Any]) -> int:
     return sum(len(turn["content"]) for turn in turns) + sum(len(text) for text in texts if text)
 
 
-def _collected(file: SourceFile, row: SourceRow, config: DataCollectionConfig) -> dict[str, Any]:
+def _collected(
+    file: SourceFile, row: SourceRow, config: DataCollectionConfig, corrections: Mapping[str, Correction]
+) -> dict[str, Any]:
     place = {"file": file.number, "is_test": file.is_test}
     try:
         if row.values is None:
@@ -78,6 +84,9 @@ def _collected(file: SourceFile, row: SourceRow, config: DataCollectionConfig) -
     refused = remark if config.on_reasoning_fault == "reject" else None
     reason = cleaned.reason or moved_spans(record, cleaned.record) or refused
     notes = remarked(cleaned.notes, remark if reason is None else None)
+    if reason is None:
+        shaped, done = correct(shaped, corrections)
+        notes = changed_by(notes, done)
     row_of = {"group": prompt_hash(shaped), "format": f"{kind} ({why})", "notes": notes, "reason": reason}
     return {**shaped.to_row(), **place, **row_of}
 
