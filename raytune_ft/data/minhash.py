@@ -126,7 +126,7 @@ def with_bands(sketches: pa.Table, threshold: float) -> Iterator[pa.Table]:
 def band_keys(sketches: pa.Table) -> pa.Table:
     """For each sketch and band a row: the band's `key`, that of the `next` band, and the sketch's `id`."""
     flat, _ = flat_lists(sketches.column("bands"))
-    keys = flat.reshape(sketches.num_rows, -1)
+    keys = flat.reshape(sketches.num_rows, len(flat) // max(sketches.num_rows, 1))
     ids = np.repeat(sketches.column("id").to_numpy(), keys.shape[1])
     return pa.table({"key": keys.ravel(), "next": np.roll(keys, -1, axis=1).ravel(), "id": ids})
 

@@ -111,7 +111,7 @@ def _rejected(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\n\n", "no rows in source.jsonl: nothing to prepare"),
+        ("\n\n", "source.jsonl: holds no rows"),
         ('{"question": "a", "answer": ""}\n', "no row is left to train on: 1 rows in, .*rejected: 1 empty answer"),
         ('{"foo": 1}\n', "source.jsonl:1: unknown columns: foo"),
     ],
