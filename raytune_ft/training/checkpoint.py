@@ -89,31 +89,63 @@ def read(target: Location) -> Checkpoint:
     return Checkpoint(progress.pop("step"), weights, moments, progress)
 
 
+@dataclass(frozen=True)
+class _Replicated:
+    """Weights that the optimizer steps (fp32 copies, where the model has half precision), by parameter name."""
+
+    optimizer: torch.optim.Optimizer
+    masters: dict[str, Tensor]
+
+
+def _replicated(learner: ZeroLearner | LocalLearner) -> _Replicated | None:
+    """What one process, or every rank of ZeRO stage 0, holds whole; None where it is sharded."""
+    optimizer = learner.optimizer if isinstance(learner, LocalLearner) else learner.engine.optimizer
+    trainable = learner.trainee.trainable()
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _Replicated(optimizer, dict(trainable))
+    if not hasattr(optimizer, "fp32_groups"):
+        return None
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    masters = {id(half): whole for halves, wholes in groups for half, whole in zip(halves, wholes, strict=True)}
+    return _Replicated(optimizer.optimizer, {name: masters[id(p)] for name, p in trainable.items()})
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def trainable_state(trainee: Trainee) -> State:
     """Copies of the trainable parameters on the CPU, by name."""
-    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in trainee.trainable().items()}
+    return {name: _copy(p) for name, p in trainee.trainable().items()}
 
 
 def take(learner: ZeroLearner | LocalLearner, step: int, progress: dict[str, Any]) -> Checkpoint:
     """The state of a learner after `step`; under ZeRO every rank has to call it (the shards are gathered)."""
-    if isinstance(learner, LocalLearner):
+    replicated = _replicated(learner)
+    if replicated is not None:
+        weights = {name: _copy(master) for name, master in replicated.masters.items()}
         moments = {
-            f"{key}.{name}": learner.optimizer.state[p][key].cpu().clone()
-            for name, p in learner.trainee.trainable().items()
+            f"{key}.{name}": _copy(replicated.optimizer.state[master][key])
+            for name, master in replicated.masters.items()
             for key in _MOMENTS
         }
-        return Checkpoint(step, trainable_state(learner.trainee), moments, progress)
+        return Checkpoint(step, weights, moments, progress)
+    assert isinstance(learner, ZeroLearner)
     return _gathered_shards(learner, step, progress)
 
 
 def restore(learner: ZeroLearner | LocalLearner, checkpoint: Checkpoint) -> None:
     """Sets weights, moments and step count of a learner that has made no step yet."""
     learner.trainee.load(checkpoint.weights)
-    if isinstance(learner, LocalLearner):
-        for name, parameter in learner.trainee.trainable().items():
-            state = {key: checkpoint.moments[f"{key}.{name}"].to(parameter.device).clone() for key in _MOMENTS}
-            learner.optimizer.state[parameter] = {"step": torch.tensor(float(checkpoint.step)), **state}
+    replicated = _replicated(learner)
+    if replicated is not None:
+        for name, master in replicated.masters.items():
+            state = {key: checkpoint.moments[f"{key}.{name}"].to(master.device).clone() for key in _MOMENTS}
+            replicated.optimizer.state[master] = {"step": torch.tensor(float(checkpoint.step)), **state}
+            with torch.no_grad():
+                master.copy_(checkpoint.weights[name])
         return
+    assert isinstance(learner, ZeroLearner)
     _restore_shards(learner, checkpoint)
 
 

@@ -163,7 +163,7 @@ class LocalLearner:
 
 
 class ZeroLearner:
-    """A model trained by all workers of a torch process group under DeepSpeed ZeRO stage 1 or 2."""
+    """A model trained by all workers of a torch process group under DeepSpeed ZeRO stage 0, 1 or 2."""
 
     def __init__(
         self,
@@ -187,13 +187,16 @@ class ZeroLearner:
         # DeepSpeed divides by the number of micro-batches and of ranks; the global mean wants neither.
         scale = self.world_size * len(batch) / max(1.0, count)
         total = torch.zeros((), dtype=torch.float64)
+        norm = None
         for micro in batch:
             loss = self.engine(micro.to(self._device))
             self.engine.backward(loss * scale)
             total += loss.detach().double().cpu()
+            if micro is batch[-1]:
+                norm = self._unsharded_norm()
             self.engine.step()
         mean = float(self._reduced(total.reshape(1))) / max(1.0, count)
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         return {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": count}
 
     def evaluate(self) -> Metrics:
@@ -201,6 +204,13 @@ class ZeroLearner:
         sums = torch.tensor(_evaluate(self.trainee, self._evaluation(), self._device), dtype=torch.float64)
         total, count = self._reduced(sums).tolist()
         return {"eval_loss": total / max(1.0, count)}
+
+    def _unsharded_norm(self) -> float | None:
+        """Stage 0 in fp32: the norm of the reduced gradients, which DeepSpeed clips by without keeping it."""
+        if not isinstance(self.engine.optimizer, torch.optim.Optimizer):
+            return None
+        gradients = [p.grad for p in self.trainee.trainable().values() if p.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
 
     def _reduced(self, values: Tensor) -> Tensor:
         values = values.to(self._device)
@@ -251,4 +261,15 @@ def _deepspeed_engine(trainee: Trainee, config: FineTuningConfig, device: str) -
     engine, *_ = deepspeed.initialize(
         model=trainee.loss, optimizer=optimizer_for(trainee, config), config=settings, dist_init_required=False
     )
+    _undo_first_step(engine.optimizer)
     return engine
+
+
+@torch.no_grad()
+def _undo_first_step(optimizer: Any) -> None:
+    """Stage 0 in half precision: DeepSpeed makes a step at once to fill Adam's state, which counts and decays."""
+    if hasattr(optimizer, "fp32_groups"):
+        optimizer.optimizer.state.clear()
+        for halves, wholes in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for half, whole in zip(halves, wholes, strict=True):
+                whole.copy_(half)

@@ -80,6 +80,8 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     connected = cluster.connect()
     output = Location.at(config.output_dir)
     students = [model_parent(shared_model(config.model_path, output.parent))] if config.model_path else []
+    if config.adapter_path is not None:
+        students.append(model_parent(config.adapter_path, "adapter"))
     draft = begin(
         output,
         ArtifactKind.MODEL,
@@ -105,6 +107,8 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
 
 def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuningConfig:
     """The settings with a model that every node can load; a student is made of its teacher's layers first."""
+    if config.adapter_path is not None:
+        config = config.with_overrides(adapter_path=shared_model(config.adapter_path, output.parent))
     if not isinstance(config, DistillationConfig) or config.student_layers is None:
         return config.with_overrides(model_path=shared_model(config.model_path, output.parent))
     student = output / _STUDENT

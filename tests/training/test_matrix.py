@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from raytune_ft import cli
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
@@ -123,3 +125,12 @@ def test_the_printed_matrix_has_a_row_for_each_method_and_base() -> None:
     assert found["full", "full precision"].stages == "0, 1, 2"
     assert found["full", "4 bits"].stages.startswith("no: method full trains")
     assert markdown().count("\n") == 29
+
+
+def test_doctor_prints_the_matrix_as_a_table_and_as_markdown() -> None:
+    table, text = (CliRunner().invoke(cli.app, ["doctor", "--matrix", *more]) for more in ([], ["--markdown"]))
+    assert table.exit_code == text.exit_code == 0
+    assert text.stdout == markdown()
+    for line in lines():
+        assert any(shown.split()[:1] == line.method.split()[:1] for shown in table.stdout.splitlines())
+        assert line.stages in " ".join(table.stdout.split())

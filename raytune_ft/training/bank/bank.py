@@ -94,7 +94,9 @@ class AdapterBank:
             if name in self._trials:
                 raise ConfigError(f"trial {name}: is in the bank already; evict it first")
             refused = matrix.refusal(replace(config.cell, packed=True))
-            if refused is not None or isinstance(config, DistillationConfig):
+            if isinstance(config, DistillationConfig):
+                refused = "distillation computes a teacher beside it"
+            if refused is not None:
                 raise ConfigError(f"trial {name}: only LoRA and QLoRA fine-tuning share a base ({refused})")
             if config.adapter_path is not None:
                 raise ConfigError(f"trial {name}: adapter_path: trials of a bank start from fresh adapters")
