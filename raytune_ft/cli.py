@@ -274,67 +274,6 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
     return _print(f"{len(found)} rows of {split}: {target}")
 
 
-@app.command()
-def inspect(
-    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="A prepared dataset: folder or URI.")],
-    rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 5,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
-    html: Annotated[str | None, typer.Option(help="Write a page there instead of printing.")] = None,
-    model: Annotated[str | None, typer.Option(help="Whose tokenizer shows them; by default the dataset's.")] = None,
-) -> None:
-    """Show rows as training sees them: their tokens, the supervised ones in colour."""
-    raise typer.Exit(_guarded(lambda: _inspect(dataset, rows, split, html, model)))
-
-
-def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str | None) -> None:
-    from raytune_ft.data.inspection import inspect_rows, print_rows, to_html
-
-    found = inspect_rows(dataset, rows=rows, split=split, model=model)
-    if html is None:
-        from rich.console import Console
-
-        return print_rows(found, Console(highlight=False))
-    from raytune_ft.core.storage import Location
-
-    target = Location.at(html)
-    target.write(to_html(found, title=f"{dataset}: {split}").encode())
-    return _print(f"{len(found)} rows of {split}: {target}")
-
-
-@app.command()
-def recommend(
-    model: Annotated[str, typer.Option(help="A model (folder, URI, hub id, starter:...), or its size, as 8B or 135M.")],
-    memory_gb: Annotated[float, typer.Option(min=0.1, help="Memory of one device, in GiB.")],
-    rows: Annotated[int | None, typer.Option(min=1, help="Training rows.")] = None,
-    goal: Annotated[
-        str,
-        typer.Option(help="balanced, slight_domain_adaptation, multiple_related_tasks or complete_task_change."),
-    ] = "balanced",
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
-) -> None:
-    """Say which method and starting values fit a model, the memory and the data, by the guide's tables, and why."""
-    raise typer.Exit(_guarded(lambda: _recommend(model, memory_gb, rows, goal, max_length)))
-
-
-def _recommend(model: str, memory_gb: float, rows: int | None, goal: str, max_length: int) -> None:
-    from typing import get_args
-
-    from raytune_ft.training.recommend import Goal, recommend_method
-
-    if goal not in get_args(Goal):
-        raise ConfigError(f"--goal: must be one of {', '.join(get_args(Goal))} (got {goal!r})")
-    found = recommend_method(model=model, memory_gib=memory_gb, rows=rows, goal=goal, max_length=max_length)  # type: ignore[arg-type]
-    table = _table()
-    for key, value in found.settings.items():
-        table.add_row(key, str(value))
-    table.add_row("memory", f"{found.memory_gib:.1f} GiB predicted at the peak, of {memory_gb:g}")
-    for part in ("weights", "gradients", "optimizer", "activations", "loss"):
-        table.add_row(f"  {part}", f"{getattr(found.peak, part) / (1 << 30):.2f} GiB")
-    for number, reason in enumerate(found.reasons):
-        table.add_row("" if number else "because", reason)
-    _print(table)
-
-
 @app.command(epilog="raytune-ft runs [STORAGE_PATH]  or  raytune-ft runs show NAME_OR_PATH")
 def runs(
     words: Annotated[
