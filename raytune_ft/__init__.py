@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from raytune_ft.data.run import DataCollector
     from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
     from raytune_ft.evaluation.run import ModelEvaluator, compare_models, generate_evaluation_report
+    from raytune_ft.models.adapters import merge_adapter
+    from raytune_ft.models.combination import combine_adapters, load_adapters
     from raytune_ft.pipeline.config import PipelineConfig
     from raytune_ft.pipeline.run import Pipeline
     from raytune_ft.serving.config import ServingConfig
@@ -62,6 +64,8 @@ _ROOMS = {
     "data.run": ("DataCollector",),
     "evaluation.config": ("EvaluationConfig", "EvaluationMetric"),
     "evaluation.run": ("ModelEvaluator", "compare_models", "generate_evaluation_report"),
+    "models.adapters": ("merge_adapter",),
+    "models.combination": ("combine_adapters", "load_adapters"),
     "pipeline.config": ("PipelineConfig",),
     "pipeline.run": ("Pipeline",),
     "serving.config": ("ServingConfig",),
@@ -106,9 +110,12 @@ __all__ = [
     "SweepConfig",
     "UserError",
     "__version__",
+    "combine_adapters",
     "compare_models",
     "distill_model",
     "generate_evaluation_report",
+    "load_adapters",
+    "merge_adapter",
     "prune_model",
     "quantize_model",
     "recommend_method",

@@ -11,6 +11,7 @@ from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig, Precision
 from raytune_ft.models.generation import Completion, generate
 from raytune_ft.models.loading import LoadedModel, load_model
+from raytune_ft.models.virtual import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class TransformersEngine:
     def context_tokens(self) -> int | None:
         """Most tokens of prompt and answer together; None where the model names no limit."""
         limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        virtual = VirtualTokens.of(self.loaded.model)
+        return int(limit) - (virtual.count if virtual else 0) if limit else None
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The conversation through the chat template, as in training.

@@ -8,8 +8,10 @@ import pytest
 
 from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message
+from raytune_ft.models.adapters import add_virtual_tokens, save_adapter
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import Completion
+from raytune_ft.models.loading import load_model
 from raytune_ft.serving.engines import GenerationRequest, TransformersEngine, batches
 
 
@@ -85,6 +87,13 @@ def test_the_prompt_is_the_chat_templates(engine: TransformersEngine):
     ids = engine.prompt_ids([Message("user", "hi")])
     assert engine.loaded.tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert engine.context_tokens == 512
+
+
+def test_virtual_tokens_count_towards_the_context(tiny_model: Path, tmp_path: Path):
+    loaded = load_model(str(tiny_model))
+    model = add_virtual_tokens(loaded.model, kind="prompt_tuning", count=12, seed=0, base=str(tiny_model))
+    save_adapter(model, loaded.tokenizer, tmp_path / "prompt")
+    assert TransformersEngine.load(str(tmp_path / "prompt"), device="cpu").context_tokens == 500
 
 
 def test_a_conversation_that_the_template_refuses_is_the_callers_mistake(tiny_model: Path):
