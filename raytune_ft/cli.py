@@ -58,7 +58,8 @@ VERBS: Mapping[str, Verb] = {
 
 _HELP = """Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted (the same command goes on from there).
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM after saving (the same
+command goes on from there).
 """
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
@@ -272,6 +273,40 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
     target = Location.at(html)
     target.write(to_html(found, title=f"{dataset}: {split}").encode())
     return _print(f"{len(found)} rows of {split}: {target}")
+
+
+@app.command()
+def recommend(
+    model: Annotated[str, typer.Option(help="A model (folder, URI, hub id, starter:...), or its size, as 8B or 135M.")],
+    memory_gb: Annotated[float, typer.Option(min=0.1, help="Memory of one device, in GiB.")],
+    rows: Annotated[int | None, typer.Option(min=1, help="Training rows.")] = None,
+    goal: Annotated[
+        str,
+        typer.Option(help="balanced, slight_domain_adaptation, multiple_related_tasks or complete_task_change."),
+    ] = "balanced",
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
+) -> None:
+    """Say which method and starting values fit a model, the memory and the data, by the guide's tables, and why."""
+    raise typer.Exit(_guarded(lambda: _recommend(model, memory_gb, rows, goal, max_length)))
+
+
+def _recommend(model: str, memory_gb: float, rows: int | None, goal: str, max_length: int) -> None:
+    from typing import get_args
+
+    from raytune_ft.training.recommend import Goal, recommend_method
+
+    if goal not in get_args(Goal):
+        raise ConfigError(f"--goal: must be one of {', '.join(get_args(Goal))} (got {goal!r})")
+    found = recommend_method(model=model, memory_gib=memory_gb, rows=rows, goal=goal, max_length=max_length)  # type: ignore[arg-type]
+    table = _table()
+    for key, value in found.settings.items():
+        table.add_row(key, str(value))
+    table.add_row("memory", f"{found.memory_gib:.1f} GiB predicted at the peak, of {memory_gb:g}")
+    for part in ("weights", "gradients", "optimizer", "activations", "loss"):
+        table.add_row(f"  {part}", f"{getattr(found.peak, part) / (1 << 30):.2f} GiB")
+    for number, reason in enumerate(found.reasons):
+        table.add_row("" if number else "because", reason)
+    _print(table)
 
 
 @app.command(epilog="raytune-ft runs [STORAGE_PATH]  or  raytune-ft runs show NAME_OR_PATH")

@@ -13,6 +13,12 @@ class RunError(RaytuneError):
     """A run started and could not be finished; its folder keeps what was done and why it stopped."""
 
 
+class StoppedError(RunError):
+    """A run was asked to stop and saved what it had; the same command goes on from there."""
+
+    exit_code = 143
+
+
 class UserError(RaytuneError):
     """Something that the user can mend: the message says what was wanted, what came, and how to mend it."""
 

@@ -22,6 +22,14 @@ class FineTuningMethod(StrEnum):
     PROMPT_TUNING = "prompt_tuning"
 
 
+class Tracking(StrEnum):
+    """Where curves go besides the artifact's own history."""
+
+    TENSORBOARD = "tensorboard"
+    MLFLOW = "mlflow"
+    WANDB = "wandb"
+
+
 class FineTuningConfig(Config):
     """Everything that decides a training run."""
 
@@ -37,6 +45,7 @@ class FineTuningConfig(Config):
             "save_steps",
             "cpus_per_worker",
             "max_failures",
+            "report_to",
         }
     )
 
@@ -123,6 +132,10 @@ class FineTuningConfig(Config):
     """Checkpoints that are kept; older ones are deleted."""
     logging_steps: int = Field(10, ge=1)
     """Steps between progress lines."""
+    report_to: list[Tracking] = Field(default_factory=lambda: [Tracking.TENSORBOARD])
+    """Where curves go besides `history.jsonl`: tensorboard (event files in the artifact), mlflow, wandb."""
+    resume_from_checkpoint: str = Field("auto", min_length=1)
+    """``auto`` goes on from this run's newest whole checkpoint; a path starts from that checkpoint if it has none."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Stop after so many evaluations without a lower validation loss; None never stops early."""
 

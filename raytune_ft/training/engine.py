@@ -22,6 +22,7 @@ from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
 from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.loop import Metrics
+from raytune_ft.training.micro_batches import before_the_optimizer
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 
 State = dict[str, Tensor]
@@ -147,10 +148,11 @@ class LocalLearner:
         count = sum(len(micro.targets) for micro in batch)
         total = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        for micro in batch:
-            loss = self.trainee.loss(micro.to(self._device)) / max(1, count)
-            loss.backward()
-            total += float(loss.detach())
+        with before_the_optimizer():
+            for micro in batch:
+                loss = self.trainee.loss(micro.to(self._device)) / max(1, count)
+                loss.backward()
+                total += float(loss.detach())
         norm = nn.utils.clip_grad_norm_(list(self.trainee.trainable().values()), self._config.max_grad_norm)
         self.optimizer.step()
         tokens = sum(micro.tokens for micro in batch)

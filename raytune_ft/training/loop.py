@@ -21,6 +21,23 @@ class Decision(StrEnum):
 
     CONTINUE = "continue"
     STOP = "stop"
+    LEAVE = "leave"
+    """Save a checkpoint and end, to go on later."""
+
+
+class NotFiniteError(RunError):
+    """A loss or gradient norm that is no finite number: the weights are lost from this step on."""
+
+    def __init__(self, step: int, metrics: Metrics, last_good: str = "") -> None:
+        self.step, self.metrics, self.last_good = step, metrics, last_good
+        what = f"the loss of step {step} is {metrics['loss']}"
+        if math.isfinite(metrics["loss"]):
+            what = f"the gradient norm of step {step} is {metrics['grad_norm']}"
+        words = f"{what}: lower learning_rate, set a smaller max_grad_norm, or look at the data. {last_good}"
+        super().__init__(words.strip())
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[int, Metrics, str]]:
+        return type(self), (self.step, self.metrics, self.last_good)
 
 
 class Learner(Protocol):
@@ -42,6 +59,8 @@ class TrainingSummary:
     best_step: int | None
     best_eval_loss: float | None
     metrics: Metrics
+    left: bool = False
+    """Whether it was left before its end, with a checkpoint to go on from."""
 
 
 def fit(
@@ -68,23 +87,27 @@ def fit(
         report: told the metrics of each step; may ask to stop.
 
     Raises:
-        RunError: if the loss is not a finite number.
+        NotFiniteError: if the loss or the gradient norm is not a finite number.
     """
     stopping = stopping or Patience()
-    step, metrics, reason = start, {}, "all steps made"
+    step, metrics, reason, left = start, {}, "all steps made", False
     for step, batch in enumerate(batches, start=start + 1):
         began = time.perf_counter()
         metrics = learner.step(batch, step)
         metrics["step_s"] = time.perf_counter() - began
-        if not math.isfinite(metrics["loss"]):
-            raise RunError(f"the loss of step {step} is {metrics['loss']}: lower learning_rate, or look at the data")
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
+            raise NotFiniteError(step, metrics)
         if timetable.evaluates(step):
             metrics |= learner.evaluate()
             if stopping.improved(metrics["eval_loss"], step):
                 on_best(step)
         decision = report(step, metrics)
-        if timetable.saves(step):
+        left = decision is Decision.LEAVE and step < timetable.total and not stopping.spent
+        if timetable.saves(step) or left:
             on_save(step)
+        if left:
+            reason = "asked to leave"
+            break
         if decision is Decision.STOP:
             reason = "asked to stop"
             break
@@ -94,4 +117,4 @@ def fit(
         if step >= timetable.total:
             break
     best = stopping.best_step or None
-    return TrainingSummary(step, reason, best, stopping.best if best else None, metrics)
+    return TrainingSummary(step, reason, best, stopping.best if best else None, metrics, left)

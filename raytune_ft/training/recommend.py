@@ -2,77 +2,113 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningMethod
+from raytune_ft.training.memory import Load, MemoryPeak, ModelShape, predict_peak
 
 Goal = Literal["balanced", "slight_domain_adaptation", "multiple_related_tasks", "complete_task_change"]
 
-_GIB = 1 << 30
 _ROWS = ((1e9, 500, 1_000), (10e9, 1_000, 2_000), (float("inf"), 2_000, 5_000))
-_OVERHEAD = 1.25
-"""Activations, buffers and fragmentation, beside weights, gradients and optimizer state."""
+_BATCH = 4
+_FITTED = (FineTuningMethod.FULL, FineTuningMethod.LORA, FineTuningMethod.QLORA)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([MB]?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A method with starting values for `FineTuningConfig`, the memory it needs at least, and why."""
+    """A method with starting values for `FineTuningConfig`, the memory it needs at its peak, and why."""
 
     method: FineTuningMethod
     settings: dict[str, Any]
-    memory_gib: float
+    peak: MemoryPeak
     reasons: tuple[str, ...]
+
+    @property
+    def memory_gib(self) -> float:
+        """GiB at the peak."""
+        return self.peak.gib
 
 
 def recommend_method(
-    *, parameters: float, memory_gib: float, rows: int | None = None, goal: Goal = "balanced"
+    *,
+    memory_gib: float,
+    parameters: float | None = None,
+    model: str | None = None,
+    rows: int | None = None,
+    goal: Goal = "balanced",
+    max_length: int = 1024,
+    world_size: int = 1,
 ) -> Recommendation:
     """The method that the guide's selection table gives, with its recommended starting values.
 
     Args:
-        parameters: number of weights of the base model.
         memory_gib: memory of one device, in GiB.
+        parameters: number of weights of the base model, if no `model` is given; a typical shape is assumed then.
+        model: a model reference, whose shape is read, or a number of weights such as ``8B`` or ``135M``.
         rows: number of training rows, if known.
         goal: what the tuned model is for.
+        max_length: tokens of a row; all rows are taken to be so long.
+        world_size: workers that share the optimizer's state and the gradients.
 
     Raises:
-        ConfigError: if even a 4-bit base does not fit.
+        ConfigError: if even a 4-bit base does not fit, or neither or both of model and parameters are given.
+        ModelError: if `model` leads to no model.
     """
-    needs = {method: memory_needed(method, parameters) for method in FineTuningMethod}
-    if needs[FineTuningMethod.QLORA] > memory_gib:
+    shape = _shape(parameters, model)
+    batches = {m: _fitting_batch(shape, m, memory_gib, max_length, world_size) for m in _FITTED}
+    if batches[FineTuningMethod.QLORA] is None:
+        least = _peak(shape, FineTuningMethod.QLORA, 1, max_length, world_size).gib
         raise ConfigError(
-            f"{parameters / 1e9:.1f}B weights need {needs[FineTuningMethod.QLORA]:.1f} GiB even quantized to 4 bits, "
-            f"{memory_gib:g} GiB are there: take a smaller model, or more workers"
+            f"{shape.parameters / 1e9:.1f}B weights need {least:.1f} GiB even quantized to 4 bits and with one row at "
+            f"a time, {memory_gib:g} GiB are there: take a smaller model, a smaller max_length, or a larger device"
         )
     wanted, reasons = _wanted(memory_gib, goal)
-    fitting = [
-        m for m in (FineTuningMethod.FULL, FineTuningMethod.LORA, FineTuningMethod.QLORA) if needs[m] <= memory_gib
-    ]
+    fitting = [m for m in _FITTED if batches[m] is not None]
     method = wanted if wanted in fitting else fitting[0] if wanted is FineTuningMethod.FULL else fitting[-1]
     if method is not wanted:
-        reasons.append(f"{wanted} would need {needs[wanted]:.1f} GiB of {memory_gib:g}")
+        least = _peak(shape, wanted, 1, max_length, world_size).gib
+        reasons.append(f"{wanted} would need {least:.1f} GiB of {memory_gib:g} even with one row at a time")
+    batch = batches[method] or 1
+    if batch < _BATCH:
+        reasons.append(f"{batch} row(s) at a time fit; gradient_accumulation_steps keeps {_BATCH} rows a step")
     if rows is not None:
-        reasons += _on_rows(parameters, rows)
-    return Recommendation(method, _settings(method, goal), needs[method], tuple(reasons))
+        reasons += _on_rows(shape.parameters, rows)
+    peak = _peak(shape, method, batch, max_length, world_size)
+    return Recommendation(method, _settings(method, goal, batch, rows), peak, tuple(reasons))
 
 
-def memory_needed(method: FineTuningMethod, parameters: float) -> float:
-    """GiB for weights, gradients and optimizer state in mixed precision, with a quarter on top for activations.
+def _shape(parameters: float | None, model: str | None) -> ModelShape:
+    if (parameters is None) == (model is None):
+        raise ConfigError("give either model (a reference, or a size such as 8B) or parameters")
+    if model is None:
+        return ModelShape.typical(float(parameters or 0))
+    size = _SIZE.fullmatch(model.strip())
+    if size is not None:
+        return ModelShape.typical(float(size[1]) * {"": 1, "M": 1e6, "B": 1e9}[size[2].upper()])
+    from transformers import AutoConfig
 
-    Full: 2 (bf16 weights) + 2 (gradients) + 12 (fp32 master weights and two moments) bytes a weight. LoRA: 2, and
-    QLoRA: 0.55 (4 bits and quantization constants) a frozen weight; adapters are taken as 1% of the weights.
-    """
-    adapter = 0.01 * 16
-    per_weight = {
-        FineTuningMethod.FULL: 16.0,
-        FineTuningMethod.LORA: 2 + adapter,
-        FineTuningMethod.QLORA: 0.55 + adapter,
-        FineTuningMethod.PREFIX_TUNING: 2.0,
-        FineTuningMethod.PROMPT_TUNING: 2.0,
-    }
-    return per_weight[method] * parameters * _OVERHEAD / _GIB
+    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.size import parameter_count
+
+    count = parameter_count(model)
+    return ModelShape.of(AutoConfig.from_pretrained(resolve_model(model).base, trust_remote_code=False), count)
+
+
+def _fitting_batch(
+    shape: ModelShape, method: FineTuningMethod, memory_gib: float, max_length: int, world_size: int
+) -> int | None:
+    """The guide's batch of 4, or 2, or 1: the largest that fits; None if none does."""
+    fitting = (n for n in (_BATCH, 2, 1) if _peak(shape, method, n, max_length, world_size).gib <= memory_gib)
+    return next(fitting, None)
+
+
+def _peak(shape: ModelShape, method: FineTuningMethod, batch: int, max_length: int, world_size: int) -> MemoryPeak:
+    load = Load(method, batch * max_length, world_size=world_size, accumulates=batch < _BATCH)
+    return predict_peak(shape, load)
 
 
 def _wanted(memory_gib: float, goal: Goal) -> tuple[FineTuningMethod, list[str]]:
@@ -87,24 +123,22 @@ def _wanted(memory_gib: float, goal: Goal) -> tuple[FineTuningMethod, list[str]]
     return FineTuningMethod.FULL, [f"{memory_gib:g} GiB is much memory (above 24)"]
 
 
-def _settings(method: FineTuningMethod, goal: Goal) -> dict[str, Any]:
-    common: dict[str, Any] = {
-        "num_train_epochs": 3,
-        "per_device_train_batch_size": 4,
-        "weight_decay": 0.01,
-        "warmup_ratio": 0.1,
-    }
-    if method is FineTuningMethod.FULL:
-        return {"method": method, "learning_rate": 2e-5, **common}
-    rank = {"slight_domain_adaptation": 4, "complete_task_change": 32}.get(goal, 8)
+def _settings(method: FineTuningMethod, goal: Goal, batch: int, rows: int | None) -> dict[str, Any]:
+    few = rows is not None and rows < 1_000
     settings: dict[str, Any] = {
         "method": method,
-        "learning_rate": 2e-4,
-        **common,
-        "lora_r": rank,
-        "lora_alpha": 2 * rank,
+        "learning_rate": 2e-5 if method is FineTuningMethod.FULL else 2e-4,
+        "num_train_epochs": 5 if few else 3,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": _BATCH // batch,
+        "weight_decay": 0.01,
+        "warmup_ratio": 0.1,
+        "early_stopping_patience": 3,
     }
-    settings["lora_dropout"] = 0.05
+    if method is FineTuningMethod.FULL:
+        return settings
+    rank = {"slight_domain_adaptation": 4, "complete_task_change": 32}.get(goal, 8)
+    settings |= {"lora_r": rank, "lora_alpha": max(16, 2 * rank), "lora_dropout": 0.05}
     if method is FineTuningMethod.QLORA:
         settings |= {"bits": 4, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return settings

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import ray
@@ -13,20 +20,26 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import RaytuneError, RunError
+from raytune_ft.core.errors import RaytuneError, RunError, StoppedError
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.distill import refuse_other_tokens, write_student
-from raytune_ft.training.loop import Metrics
+from raytune_ft.training.guide import departures_from_guide
+from raytune_ft.training.interruption import is_noted, note_sigterm
+from raytune_ft.training.keeper import named_checkpoint, read_report
+from raytune_ft.training.loop import Metrics, NotFiniteError
+from raytune_ft.training.micro_batches import OutOfMemoryError
 from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
+from raytune_ft.training.trackers import refuse_missing
 
 logger = logging.getLogger("raytune_ft")
 
 _RAY_STATE = "ray"
 _STUDENT = "student"
+_ENDED = "ended.json"
 
 
 class FineTuner:
@@ -77,6 +90,9 @@ def train(config: FineTuningConfig) -> Artifact:
 
 
 def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
+    refuse_missing(config.report_to)
+    if config.resume_from_checkpoint != "auto":
+        named_checkpoint(config.resume_from_checkpoint)
     connected = cluster.connect()
     output = Location.at(config.output_dir)
     students = [model_parent(shared_model(config.model_path, output.parent))] if config.model_path else []
@@ -93,6 +109,8 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     if draft.finished:
         logger.info("train: found finished at %s", output)
         return draft.finished
+    for departure in departures_from_guide(config):
+        logger.warning("train: %s", departure)
     with draft:
         use_gpu = config.use_gpu if config.use_gpu is not None else connected.gpus > 0
         connected.admit(resource_plan(config, use_gpu=use_gpu))
@@ -135,10 +153,36 @@ def resource_plan(config: FineTuningConfig, *, use_gpu: bool) -> cluster.Resourc
 
 
 def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output: Location, *, use_gpu: bool) -> None:
+    """Trains on Ray Train workers until the model is written; each time memory runs out, with smaller micro-batches.
+
+    Raises:
+        StoppedError: if SIGTERM came, here or to a worker; a checkpoint is saved then.
+        RunError: if training failed.
+    """
+    (output / _ENDED).delete()
+    with _stop_on_sigterm() as board:
+        while True:
+            try:
+                _fit(config, splits, output, board, use_gpu=use_gpu)
+                break
+            except OutOfMemoryError as error:
+                if "the next attempt" not in str(error):
+                    raise
+                (output / _RAY_STATE).delete()
+    if (output / _ENDED).exists():
+        ended = json.loads((output / _ENDED).read())
+        if ended["kind"] == "stopped":
+            raise StoppedError(f"{ended['message']}; the same command goes on from there")
+        raise RunError(ended["message"])
+
+
+def _fit(
+    config: FineTuningConfig, splits: dict[str, list[str]], output: Location, board: Any, *, use_gpu: bool
+) -> None:
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "splits": splits, "output": output.uri},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        train_loop_config={"config": config, "splits": splits, "output": output.uri, "board": board},
+        torch_config=_StoppableTorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker}
         ),
@@ -156,22 +200,113 @@ def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output:
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs; an ending that a new attempt would only repeat is written, not raised."""
     import torch
 
     cluster.report_to_driver()
     config: FineTuningConfig = settings["config"]
+    output = Location(settings["output"])
     context = ray.train.get_context()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     device = str(ray.train.torch.get_device())
     seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
-    train_in_process(config, settings["splits"], seat, output=Location(settings["output"]))
+    asked = _asked(settings["board"]) if seat.rank == 0 else is_noted
+    try:
+        train_in_process(config, settings["splits"], seat, output=output, stop_wanted=asked)
+    except (StoppedError, NotFiniteError) as error:
+        if seat.rank == 0:
+            kind = "stopped" if isinstance(error, StoppedError) else "failed"
+            (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error)}).encode())
+
+
+@dataclass
+class _StoppableTorchConfig(TorchConfig):  # type: ignore[misc]  # Ray's classes count as Any
+    """Ray Train's, whose workers take SIGTERM as a wish to stop: handlers are set in a worker's main thread only."""
+
+    @property
+    def backend_cls(self) -> Any:
+        """Ray's backend for torch, which also sets the handler."""
+
+        class Stoppable(super().backend_cls):  # type: ignore[misc]
+            def on_start(self, worker_group: Any, backend_config: Any) -> None:
+                super().on_start(worker_group, backend_config)
+                worker_group.execute(note_sigterm)
+
+        return Stoppable
+
+
+@ray.remote(num_cpus=0)
+class _StopBoard:
+    """Where the driver says that the run shall stop; the leading worker waits for it while it trains."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    async def request(self) -> None:
+        """Asks the run to stop."""
+        self._event.set()
+
+    async def requested(self) -> bool:
+        """True, as soon as the run shall stop."""
+        return await self._event.wait()
+
+
+def _asked(board: Any) -> Callable[[], bool]:
+    """Whether this worker got SIGTERM, or the driver asks to stop; costs no round trip."""
+    answer = board.requested.remote()
+
+    def asked() -> bool:
+        if is_noted():
+            return True
+        if not ray.wait([answer], timeout=0)[0]:
+            return False
+        try:
+            return bool(ray.get(answer))
+        except ray.exceptions.RayActorError:  # the board is gone with its node: nobody asked
+            return False
+
+    return asked
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[Any]:
+    """A board that SIGTERM to this process writes on; a second SIGTERM ends the process at once."""
+    actors: Any = _StopBoard
+    board = actors.remote()
+    if threading.current_thread() is not threading.main_thread():
+        yield board
+        return
+    came, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.set()
+        signal.signal(signal.SIGTERM, before)
+
+    def pass_on() -> None:
+        came.wait()
+        if not over:
+            logger.warning("asked to stop: a checkpoint is saved after this step (ask again to stop at once)")
+            ray.get(board.request.remote())
+
+    over: list[bool] = []
+    watcher = threading.Thread(target=pass_on, daemon=True)
+    signal.signal(signal.SIGTERM, note)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        over.append(True)
+        came.set()
+        watcher.join()
+        ray.kill(board)
 
 
 def _keep_numbers(draft: Draft, output: Location) -> None:
     summary = json.loads((output / "summary.json").read())
     rows = [json.loads(line) for line in (output / "history.jsonl").read().decode().splitlines()]
     metrics: Metrics = summary["metrics"]
+    report = read_report(output)
     draft.numbers |= {
         "steps": summary["steps"],
         "stopped_because": summary["reason"],
@@ -180,7 +315,13 @@ def _keep_numbers(draft: Draft, output: Location) -> None:
         "best_eval_loss": summary["best_eval_loss"],
         "tokens": sum(row["tokens"] for row in rows),
         "tokens_per_s": sorted(row["tokens_per_s"] for row in rows)[len(rows) // 2],
+        "flop_utilization": sorted(row["flop_utilization"] for row in rows)[len(rows) // 2],
+        "memory_gib": max(row.get("cuda_peak_gib", row["memory_gib"]) for row in rows),
+        "findings": [f"{finding['kind']} at step {finding['step']}" for finding in report["findings"]],
     }
+    failures = {name: count for name, count in report["tracker_failures"].items() if count}
+    if failures:
+        draft.numbers["tracker_failures"] = failures
 
 
 def _failure(error: Exception) -> RaytuneError:

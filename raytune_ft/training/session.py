@@ -1,4 +1,4 @@
-"""One process's part of a training run: builds the learner, runs the loop, keeps the curves, writes the model.
+"""One process's part of a training run: builds learner, keeper and monitor, and runs the loop between them.
 
 Knows nothing of Ray: where it stands among the other processes is given, so a run of one process is the same code.
 """
@@ -9,26 +9,39 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.core.errors import RunError, StoppedError
 from raytune_ft.core.storage import Location
-from raytune_ft.data.tokenize import template_beside
-from raytune_ft.models.adapters import save_adapter
-from raytune_ft.models.chat import Chat
-from raytune_ft.training import checkpoint
+from raytune_ft.data.tokenize import adopt_template
+from raytune_ft.models.loading import torch_dtype
 from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_steps
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
-from raytune_ft.training.loop import Decision, Metrics, TrainingSummary, fit
+from raytune_ft.training.interruption import agreed, is_noted
+from raytune_ft.training.keeper import CHECKPOINTS, HISTORY, TENSORBOARD, Keeper
+from raytune_ft.training.loop import Decision, Learner, Metrics, NotFiniteError, TrainingSummary, fit
+from raytune_ft.training.micro_batches import (
+    DIVISOR,
+    HOPELESS,
+    OutOfMemoryError,
+    ShrinkingLearner,
+    is_out_of_memory,
+    shrunk,
+)
+from raytune_ft.training.monitor import Monitor
 from raytune_ft.training.schedule import Timetable
-from raytune_ft.training.stopping import Patience
+from raytune_ft.training.trackers import Trackers
+from raytune_ft.training.utilization import Work, device_peak
+
+__all__ = ["CHECKPOINTS", "HISTORY", "Seat", "train_in_process"]
 
 logger = logging.getLogger("raytune_ft")
 
-CHECKPOINTS = "checkpoints"
-HISTORY = "history.jsonl"
+Report = Callable[[int, Metrics], Decision]
+_SHRUNK = "micro_batches.json"
 
 
 @dataclass(frozen=True)
@@ -41,26 +54,14 @@ class Seat:
     deepspeed: bool = False
 
 
-@dataclass
-class History:
-    """The metrics of every step; survives restarts inside checkpoints."""
-
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def add(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """Keeps the metrics of a step with tokens per second."""
-        row = {"step": step, **metrics, "tokens_per_s": metrics["tokens"] / max(metrics["step_s"], 1e-9)}
-        self.rows.append(row)
-        return row
-
-
 def train_in_process(
     config: FineTuningConfig,
     splits: dict[str, list[str]],
     seat: Seat,
     *,
     output: Location | None,
-    report: Callable[[int, Metrics], Decision] = lambda step, metrics: Decision.CONTINUE,
+    report: Report = lambda step, metrics: Decision.CONTINUE,
+    stop_wanted: Callable[[], bool] = is_noted,
 ) -> TrainingSummary:
     """Trains, and leaves the best weights under `output` (rank 0).
 
@@ -70,38 +71,95 @@ def train_in_process(
         seat: this process's place.
         output: where checkpoints, curves and the model go; None writes nothing.
         report: told every step's metrics.
+        stop_wanted: asked after every step; any rank's yes saves a checkpoint and ends the run.
+
+    Raises:
+        StoppedError: if the run was asked to stop; on all ranks.
+        RunError: if the loss is no number, or memory does not suffice.
     """
     with tempfile.TemporaryDirectory() as cache:
+        events = _events_folder(output, cache)
+        trackers = _trackers(config, seat, output, events)
         train = TokenRows(splits["train"], cache)
         validation = TokenRows(splits["validation"], cache) if splits.get("validation") else None
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
-        trainee = make_trainee(config, seat.device)
-        # The tokenizer is saved with the model: it takes the template that the rows were rendered with.
-        Chat(trainee.tokenizer, template_beside(Location.at(splits["train"][0]).parent.parent))
-        learner = _learner(trainee, config, timetable, seat, validation)
-        run = _Run(config, timetable, learner, seat, output)
-        run.resume()
+        divisor = _earlier_divisor(output)
+        fitting = shrunk(config, divisor)
+        trainee = make_trainee(fitting, seat.device)
+        adopt_template(trainee.tokenizer, splits["train"])
+        learner = _learner(trainee, fitting, timetable, seat, validation)
+        keeper = Keeper(config, learner, output, leads=seat.rank == 0)
+        keeper.resume(timetable.total)
+        monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
+        if monitor is not None:
+            monitor.recall(keeper.history.rows)
         batches = packed_steps(
             train,
             config.global_batch_size,
             config.seed,
-            start=run.start,
+            start=keeper.start,
             rank=seat.rank,
             world_size=seat.world_size,
-            micro_batches=config.gradient_accumulation_steps,
+            micro_batches=fitting.gradient_accumulation_steps,
         )
-        summary = fit(
-            learner,
-            batches,
-            timetable,
-            start=run.start,
-            stopping=run.patience,
-            on_best=run.keep_best,
-            on_save=run.save,
-            report=lambda step, metrics: run.note(step, metrics, report),
-        )
-        run.finish(summary)
+
+        def note(step: int, metrics: Metrics) -> Decision:
+            row = keeper.history.add(step, {**metrics, **(monitor.measures(metrics) if monitor else {})})
+            if monitor is not None:
+                monitor.see(row)
+            decision = report(step, metrics)
+            return Decision.LEAVE if agreed(stop_wanted, seat.device, seat.world_size) else decision
+
+        status = "failed"
+        try:
+            summary = fit(
+                _within_memory(learner, fitting, divisor, output),
+                batches,
+                timetable,
+                start=keeper.start,
+                stopping=keeper.patience,
+                on_best=keeper.keep_best,
+                on_save=keeper.save,
+                report=note,
+            )
+            status = "stopped" if summary.left else "finished"
+        except NotFiniteError as error:
+            raise _not_a_number(error, keeper, monitor) from None
+        finally:
+            trackers.close(status)
+        if summary.left:
+            saved = "saved" if output is not None else "nothing was to be saved"
+            raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({saved})")
+        keeper.finish(summary, monitor, events)
     return summary
+
+
+def _not_a_number(error: NotFiniteError, keeper: Keeper, monitor: Monitor | None) -> RunError:
+    if monitor is not None:
+        monitor.see({"step": error.step, "tokens_per_s": 0.0, **error.metrics})
+    return NotFiniteError(error.step, error.metrics, keeper.last_good())
+
+
+def _events_folder(output: Location | None, cache: str) -> Path:
+    """Event files are written where they stay if that is a local path, so that TensorBoard can follow the run."""
+    if output is not None and output.is_local:
+        return Path((output / TENSORBOARD).path)
+    return Path(cache) / TENSORBOARD
+
+
+def _trackers(config: FineTuningConfig, seat: Seat, output: Location | None, events: Path) -> Trackers:
+    """The configured trackers on rank 0, started before anything is loaded; none elsewhere."""
+    if output is None or seat.rank != 0:
+        return Trackers({})
+    return Trackers.start(config.report_to, folder=events, run=str(output), settings=config.resolved())
+
+
+def _monitor(
+    config: FineTuningConfig, timetable: Timetable, trainee: Trainee, seat: Seat, trackers: Trackers
+) -> Monitor:
+    peak = device_peak(seat.device, torch_dtype(config.precision, seat.device))
+    work = Work.count(trainee.model)
+    return Monitor(config, timetable, seat.device, seat.world_size, trackers, work, peak)
 
 
 def _learner(
@@ -117,95 +175,55 @@ def _learner(
     return kind(trainee, config, timetable, seat.device, evaluation)
 
 
-class _Run:
-    """What is kept of a run while it goes: history, best weights, checkpoints."""
-
-    def __init__(
-        self,
-        config: FineTuningConfig,
-        timetable: Timetable,
-        learner: LocalLearner | ZeroLearner,
-        seat: Seat,
-        output: Location | None,
-    ) -> None:
-        self.config, self.timetable, self.learner, self.seat, self.output = config, timetable, learner, seat, output
-        self.patience = Patience(config.early_stopping_patience)
-        self.history = History()
-        self.best: checkpoint.State | None = None
-        self.start = 0
-
-    @property
-    def _leads(self) -> bool:
-        return self.seat.rank == 0 and self.output is not None
-
-    def resume(self) -> None:
-        """Goes on from the newest whole checkpoint, if there is one."""
-        found = checkpoint.newest(self.output / CHECKPOINTS) if self.output is not None else None
-        if found is None:
-            if self.seat.rank == 0 and self.output is not None:
-                logger.info("training starts: %d steps", self.timetable.total)
-            return
-        checkpoint.restore(self.learner, found)
-        self.start = found.step
-        self.patience = Patience(self.config.early_stopping_patience, **found.progress["patience"])
-        self.history = History(found.progress["history"])
-        best = {name.removeprefix("best."): t for name, t in found.moments.items() if name.startswith("best.")}
-        self.best = best or None
-        if self.seat.rank == 0:
-            logger.info("training resumes after step %d of %d", self.start, self.timetable.total)
-
-    def keep_best(self, step: int) -> None:
-        """Keeps the weights of the best evaluation so far (rank 0's memory, and every checkpoint)."""
-        if self._leads:
-            self.best = checkpoint.trainable_state(self.learner.trainee)
-
-    def save(self, step: int) -> None:
-        """Writes a checkpoint; every rank takes part, rank 0 writes."""
-        if self.output is None:
-            return
-        patience = {"best": self.patience.best, "best_step": self.patience.best_step, "waited": self.patience.waited}
-        taken = checkpoint.take(self.learner, step, {"patience": patience, "history": self.history.rows})
-        if self._leads:
-            for name, tensor in (self.best or {}).items():
-                taken.moments[f"best.{name}"] = tensor
-            checkpoint.write(self.output / CHECKPOINTS, taken, keep=self.config.save_total_limit)
-
-    def note(self, step: int, metrics: Metrics, report: Callable[[int, Metrics], Decision]) -> Decision:
-        """Takes in a step's metrics, says them when a line is due, and passes them on."""
-        row = self.history.add(step, metrics)
-        if self._leads and (self.timetable.logs(step) or "eval_loss" in metrics):
-            logger.info("%s", progress_line(row, self.timetable.total))
-        return report(step, metrics)
-
-    def finish(self, summary: TrainingSummary) -> None:
-        """Writes the model with the best weights (the last ones, if nothing was evaluated) and the curves."""
-        if not self._leads or self.output is None:
-            return
-        trainee = self.learner.trainee
-        if self.best is not None:
-            trainee.load(self.best)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            if self.config.uses_adapter:
-                save_adapter(trainee.model, trainee.tokenizer, folder)
-            else:
-                trainee.model.save_pretrained(folder)
-                trainee.tokenizer.save_pretrained(folder)
-            lines = [json.dumps(row) for row in self.history.rows]
-            (folder / HISTORY).write_text("\n".join(lines) + "\n", encoding="utf-8")
-            (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2), encoding="utf-8")
-            self.output.upload(folder)
-        logger.info("training ends at step %d: %s", summary.steps, summary.reason)
+def _within_memory(
+    learner: LocalLearner | ZeroLearner, config: FineTuningConfig, divisor: int, output: Location | None
+) -> Learner:
+    if isinstance(learner, LocalLearner):
+        return ShrinkingLearner(learner, base=divisor)
+    return _RestartingLearner(learner, config, divisor, output)
 
 
-def progress_line(row: dict[str, float], total: int) -> str:
-    """A step's metrics in words."""
-    parts = [f"step {row['step']:.0f}/{total}", f"loss {row['loss']:.4f}"]
-    if "eval_loss" in row:
-        parts.append(f"validation loss {row['eval_loss']:.4f}")
-    parts += [
-        f"lr {row['learning_rate']:.2e}",
-        f"grad norm {row['grad_norm']:.2f}",
-        f"{row['tokens_per_s']:.0f} tokens/s",
-    ]
-    return ", ".join(parts)
+@dataclass
+class _RestartingLearner:
+    """A learner under DeepSpeed: memory that runs out on one rank leaves the others inside a reduction.
+
+    No rank can take such a step back. The wish for smaller micro-batches is written to storage instead, and the run
+    restarts from its newest checkpoint, with all ranks agreeing because they read the same wish.
+    """
+
+    learner: ZeroLearner
+    config: FineTuningConfig
+    divisor: int
+    output: Location | None
+
+    def step(self, batch: Any, step: int) -> Metrics:
+        """Makes an optimizer step.
+
+        Raises:
+            OutOfMemoryError: if memory ran out; what to change is written where the next attempt reads it.
+        """
+        try:
+            return {**self.learner.step(batch, step), DIVISOR: self.divisor}
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        rows = self.config.per_device_train_batch_size
+        if rows == 1 or self.output is None:
+            raise OutOfMemoryError(f"step {step}: {reason}. {HOPELESS}")
+        (self.output / CHECKPOINTS / _SHRUNK).write(json.dumps({"divisor": self.divisor * 2}).encode())
+        raise OutOfMemoryError(
+            f"step {step}: out of memory with {rows} rows at a time ({reason}); the next attempt goes on from the "
+            f"newest checkpoint with {-(-rows // 2)} rows at a time and the same global batch"
+        )
+
+    def evaluate(self) -> Metrics:
+        """The learner's own evaluation."""
+        return self.learner.evaluate()
+
+
+def _earlier_divisor(output: Location | None) -> int:
+    """Into how many parts an earlier attempt wished to divide micro-batches; 1 if it did not."""
+    if output is None or not (output / CHECKPOINTS / _SHRUNK).exists():
+        return 1
+    return int(json.loads((output / CHECKPOINTS / _SHRUNK).read())["divisor"])

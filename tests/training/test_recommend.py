@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from raytune_ft.cli import app
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.training.config import FineTuningMethod
-from raytune_ft.training.recommend import memory_needed, recommend_method
+from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.training.guide import departures_from_guide
+from raytune_ft.training.recommend import recommend_method
 
 
 @pytest.mark.parametrize(
@@ -14,11 +19,6 @@ from raytune_ft.training.recommend import memory_needed, recommend_method
 )
 def test_memory_decides_as_in_the_guides_table(memory_gib: float, method: FineTuningMethod) -> None:
     assert recommend_method(parameters=1e9, memory_gib=memory_gib).method is method
-
-
-def test_full_fine_tuning_of_a_billion_weights_needs_the_sum_of_its_parts() -> None:
-    # 16 bytes a weight and a quarter on top: 1e9 * 16 * 1.25 = 2e10 bytes.
-    assert memory_needed(FineTuningMethod.FULL, 1e9) == pytest.approx(2e10 / 2**30)
 
 
 def test_what_does_not_fit_gives_way_and_says_why() -> None:
@@ -36,3 +36,29 @@ def test_rows_are_held_against_the_guides_quantity_table() -> None:
     few = recommend_method(parameters=135e6, memory_gib=8, rows=200)
     assert "few" in few.reasons[-1]
     assert "enough" in recommend_method(parameters=135e6, memory_gib=8, rows=900).reasons[-1]
+
+
+def test_where_memory_is_short_the_batch_shrinks_and_accumulation_keeps_the_step() -> None:
+    found = recommend_method(model="8B", memory_gib=30, goal="slight_domain_adaptation")
+    batch, parts = (found.settings[key] for key in ("per_device_train_batch_size", "gradient_accumulation_steps"))
+    assert batch < 4
+    assert batch * parts == 4
+    assert found.memory_gib <= 30
+
+
+@pytest.mark.parametrize(("model", "memory"), [("135M", 8), ("8B", 40), ("1B", 80), ("70B", 200)])
+@pytest.mark.parametrize("goal", ["balanced", "slight_domain_adaptation", "complete_task_change"])
+def test_what_is_recommended_lies_in_the_guides_ranges_and_is_valid(model: str, memory: float, goal: str) -> None:
+    found = recommend_method(model=model, memory_gib=memory, rows=5000, goal=goal)
+    config = FineTuningConfig(model_path="m", output_dir="o", dataset_path="d", **found.settings)
+    assert departures_from_guide(config) == []
+    assert found.memory_gib <= memory
+
+
+def test_the_verb_reads_a_models_shape_and_prints_the_table(tiny_model: Path) -> None:
+    done = CliRunner().invoke(app, ["recommend", "--model", str(tiny_model), "--memory-gb", "8", "--rows", "100"])
+    assert done.exit_code == 0, done.output
+    assert "qlora" in done.output
+    assert "limited memory" in done.output
+    refused = CliRunner().invoke(app, ["recommend", "--model", "1B", "--memory-gb", "8", "--goal", "best"])
+    assert refused.exit_code == 2

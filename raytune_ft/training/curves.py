@@ -1,0 +1,63 @@
+"""The plot of a run's curves, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+_TRAIN, _VALIDATION, _GREY, _TROUBLE = "#0072b2", "#d55e00", "#8d99a6", "#cc79a7"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "raytune_ft",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#c9ced6",
+    "grid.color": "#e6e9ee",
+}
+_POINTS = 2000
+"""Most points of a line: more than a page can show."""
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[int, str]] = ()) -> str:
+    """Losses over learning rate and gradient norm, by step; findings are dotted lines. Same rows, same bytes.
+
+    Args:
+        rows: the history; of a long one every n-th step is drawn, evaluations all.
+        findings: step and kind of each.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    thinned = rows[:: max(1, math.ceil(len(rows) / _POINTS))]
+    evaluated = [row for row in rows if "eval_loss" in row]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 5.4), layout="constrained")
+        losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+        losses.plot(*_line(thinned, "loss"), color=_TRAIN, linewidth=1.2, label="training loss")
+        if evaluated:
+            losses.plot(*_line(evaluated, "eval_loss"), color=_VALIDATION, marker="o", markersize=3, label="validation")
+        for step, kind in findings:
+            losses.axvline(step, color=_TROUBLE, linestyle=":", linewidth=1)
+            losses.annotate(kind, (step, 1), (3, -9), xycoords=("data", "axes fraction"), textcoords="offset points")
+        losses.legend(frameon=False, loc="upper right")
+        losses.set_ylabel("nats per token")
+        rates.plot(*_line(thinned, "learning_rate"), color=_GREY, linewidth=1)
+        rates.set_ylabel("learning rate")
+        norms.plot(*_line(thinned, "grad_norm"), color=_GREY, linewidth=1)
+        norms.set_ylabel("gradient norm")
+        norms.set_xlabel("step")
+        for axes in (losses, rates, norms):
+            axes.grid(axis="y")
+            axes.tick_params(length=0)
+        figure.align_ylabels()
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _line(rows: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    shown = [row for row in rows if math.isfinite(row.get(key, math.nan))]
+    return [row["step"] for row in shown], [row[key] for row in shown]

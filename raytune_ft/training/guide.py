@@ -1,0 +1,71 @@
+"""Where settings leave the ranges that the user's guide gives, and why it gives them. Pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+
+
+@dataclass(frozen=True)
+class Range:
+    """The guide's typical values of a setting, both ends included, and its reason."""
+
+    setting: str
+    low: float
+    high: float
+    why: str
+
+
+FULL_LEARNING_RATE = Range("learning_rate", 1e-5, 5e-5, "higher ones make full fine-tuning forget or diverge")
+ADAPTER_LEARNING_RATE = Range(
+    "learning_rate",
+    1e-4,
+    5e-4,
+    "the guide's 1e-5 to 5e-5 are meant for full fine-tuning; the few weights of LoRA want about ten times more",
+)
+GENERAL = (
+    Range("per_device_train_batch_size", 1, 8, "limited by memory; gradient_accumulation_steps makes a batch larger"),
+    Range("num_train_epochs", 2, 5, "more for smaller datasets"),
+    Range("weight_decay", 0.01, 0.1, "helps to prevent overfitting"),
+    Range("warmup_ratio", 0.05, 0.15, "the guide's 10% of all steps help to stabilize training"),
+)
+LORA = (
+    Range("lora_r", 4, 32, "higher for more complex tasks"),
+    Range("lora_alpha", 16, 64, "usually twice the rank"),
+    Range("lora_dropout", 0.05, 0.1, "helps to prevent overfitting"),
+)
+_WITH_LORA = frozenset({FineTuningMethod.LORA, FineTuningMethod.QLORA})
+
+
+def departures_from_guide(config: FineTuningConfig) -> list[str]:
+    """What to warn about: settings outside the guide's ranges, each with the range and why it is given."""
+    found = [_words(config, wanted) for wanted in ranges_for(config) if not _inside(config, wanted)]
+    if config.method is FineTuningMethod.QLORA and config.bits in {4, None}:
+        if config.bnb_4bit_quant_type != "nf4":
+            found.append(f"bnb_4bit_quant_type is {config.bnb_4bit_quant_type}; the guide: nf4 often works better")
+        if not config.bnb_4bit_use_double_quant:
+            found.append("bnb_4bit_use_double_quant is false; the guide: true reduces memory further")
+    return found
+
+
+def ranges_for(config: FineTuningConfig) -> list[Range]:
+    """The ranges that count for a method, without those that another setting overrides."""
+    lora = config.method in _WITH_LORA
+    overridden = set()
+    if config.max_steps is not None:
+        overridden.add("num_train_epochs")
+    if config.warmup_steps is not None or config.lr_scheduler_type == "constant":
+        overridden.add("warmup_ratio")
+    rates = [FULL_LEARNING_RATE] if config.method is FineTuningMethod.FULL else [ADAPTER_LEARNING_RATE] if lora else []
+    return [r for r in (*rates, *GENERAL, *(LORA if lora else ())) if r.setting not in overridden]
+
+
+def _inside(config: FineTuningConfig, wanted: Range) -> bool:
+    value = float(getattr(config, wanted.setting))
+    return wanted.low * (1 - 1e-9) <= value <= wanted.high * (1 + 1e-9)
+
+
+def _words(config: FineTuningConfig, wanted: Range) -> str:
+    value = getattr(config, wanted.setting)
+    return f"{wanted.setting} is {value:g}; typical are {wanted.low:g} to {wanted.high:g}: {wanted.why}"

@@ -1,0 +1,135 @@
+"""Smaller micro-batches after a step that ran out of memory: the same rows, the same global batch, the same losses.
+
+With dropout the masks are other ones, since a micro-batch draws its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from raytune_ft.core.errors import RunError
+from raytune_ft.models.collate import PackedBatch
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.loop import Learner, Metrics
+
+logger = logging.getLogger("raytune_ft")
+
+DIVISOR = "micro_batch_divisor"
+
+
+class OutOfMemoryError(RunError):
+    """A step needed more memory than there is."""
+
+
+class GradientsOutOfMemoryError(OutOfMemoryError):
+    """Memory ran out before the optimizer moved: the step can be made again."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU, in torch's CPU allocator, or in Python."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+@contextmanager
+def before_the_optimizer() -> Iterator[None]:
+    """Around forward and backward passes: what runs out of memory here has changed no weight.
+
+    Raises:
+        GradientsOutOfMemoryError: in place of the allocator's error, whose frames would keep the activations.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = str(error).splitlines()[0]
+    else:
+        return
+    raise GradientsOutOfMemoryError(message)
+
+
+def divided(batch: Sequence[PackedBatch], divisor: int) -> list[PackedBatch]:
+    """The rows of each micro-batch in `divisor` parts as equal as can be, or one row each where there are fewer."""
+    return [part for micro in batch for part in _parts(micro, divisor)]
+
+
+def _parts(batch: PackedBatch, count: int) -> Iterator[PackedBatch]:
+    count = min(count, batch.rows)
+    bounds = [batch.rows * number // count for number in range(count + 1)]
+    for first, last in pairwise(bounds):
+        start, end = int(batch.cu_seq_lens[first]), int(batch.cu_seq_lens[last])
+        mine = (batch.row_of_target >= first) & (batch.row_of_target < last)
+        yield PackedBatch(
+            input_ids=batch.input_ids[:, start:end],
+            position_ids=batch.position_ids[:, start:end],
+            cu_seq_lens=batch.cu_seq_lens[first : last + 1] - start,
+            predictors=batch.predictors[mine] - start,
+            targets=batch.targets[mine],
+            row_of_target=batch.row_of_target[mine] - first,
+        )
+
+
+@dataclass
+class ShrinkingLearner:
+    """A learner that makes a step again with micro-batches of half the rows when memory runs out.
+
+    Only for a learner alone in its process: ranks that share gradients cannot take a step back one by one.
+    """
+
+    learner: Learner
+    base: int = 1
+    """By how much the batches that it gets are divided before."""
+    divisor: int = 1
+
+    def step(self, batch: Sequence[PackedBatch], step: int) -> Metrics:
+        """Makes an optimizer step, in as small parts as memory wants.
+
+        Raises:
+            OutOfMemoryError: if not even one row fits.
+        """
+        while True:
+            parts = divided(batch, self.divisor)
+            try:
+                return {**self.learner.step(parts, step), DIVISOR: self.base * self.divisor}
+            except GradientsOutOfMemoryError as error:
+                reason = str(error)
+            if max(part.rows for part in parts) == 1:
+                raise OutOfMemoryError(f"step {step}: {reason}. {HOPELESS}")
+            self.divisor *= 2
+            release_memory()
+            logger.warning("step %d: out of memory; made again with micro-batches of half the rows", step)
+
+    def evaluate(self) -> Metrics:
+        """The learner's own evaluation."""
+        return self.learner.evaluate()
+
+
+HOPELESS = (
+    "Not even one row at a time fits: lower max_length, take method=qlora, a smaller model, or gradient_checkpointing"
+)
+
+
+def release_memory() -> None:
+    """Gives back what a failed step held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def shrunk(config: FineTuningConfig, divisor: int) -> FineTuningConfig:
+    """The settings with micro-batches of a `divisor`-th of the rows, and as many more of them."""
+    changes: dict[str, Any] = {
+        "per_device_train_batch_size": max(1, -(-config.per_device_train_batch_size // divisor)),
+        "gradient_accumulation_steps": config.gradient_accumulation_steps * divisor,
+    }
+    return config if divisor == 1 else config.with_overrides(**changes)

@@ -1,0 +1,215 @@
+"""Where a run's curves go besides its own history: TensorBoard event files, MLflow, Weights & Biases.
+
+A configured tracker that cannot start fails the run before it trains; one that fails later is warned about once,
+counted, and does not stop the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from raytune_ft.core.errors import ConfigError, MissingDependencyError
+from raytune_ft.training.config import Tracking
+
+logger = logging.getLogger("raytune_ft")
+
+Row = Mapping[str, float]
+_PACKAGES = {Tracking.TENSORBOARD: "tensorboardX", Tracking.MLFLOW: "mlflow", Tracking.WANDB: "wandb"}
+
+
+class Tracker(Protocol):
+    """Takes the metrics of each step."""
+
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Takes the rows of a resumed run's history up to its checkpoint."""
+
+    def log(self, row: Row) -> None:
+        """Takes a row of the history; its ``step`` says where it belongs."""
+
+    def close(self, status: str) -> None:
+        """Ends the run there as ``finished``, ``stopped`` or ``failed``."""
+
+
+def refuse_missing(names: Iterable[Tracking]) -> None:
+    """Refuses trackers that are not installed, before anything starts.
+
+    Raises:
+        MissingDependencyError: with the command that installs it.
+    """
+    for name in names:
+        if find_spec(_PACKAGES[name]) is None:
+            raise MissingDependencyError(
+                f"report_to: {name} is not installed: pip install {_PACKAGES[name]} (on every node), or leave it out"
+            )
+
+
+class Trackers:
+    """All configured trackers of a run as one."""
+
+    def __init__(self, running: dict[Tracking, Tracker]) -> None:
+        self._running = running
+        self.failures: dict[str, int] = dict.fromkeys(running, 0)
+
+    @classmethod
+    def start(cls, names: Sequence[Tracking], *, folder: Path, run: str, settings: Mapping[str, Any]) -> Trackers:
+        """Starts the trackers.
+
+        Args:
+            names: which.
+            folder: where event files are written.
+            run: what the run is called; the same name goes on with the same run of MLflow and W&B.
+            settings: the run's settings.
+
+        Raises:
+            MissingDependencyError: if one is not installed.
+            ConfigError: if one cannot start.
+        """
+        refuse_missing(names)
+        makers: dict[Tracking, Callable[[], Tracker]] = {
+            Tracking.TENSORBOARD: lambda: TensorBoard(folder),
+            Tracking.MLFLOW: lambda: MLflow(run, settings),
+            Tracking.WANDB: lambda: WandB(run, settings),
+        }
+        running: dict[Tracking, Tracker] = {}
+        for name in names:
+            try:
+                running[name] = makers[name]()
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ConfigError(
+                    f"report_to: {name} cannot start: {first} Mend its settings, or leave it out; nothing was trained"
+                ) from error
+        return cls(running)
+
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Passes a resumed run's history on to all."""
+        for name, tracker in self._running.items():
+            self._guarded(name, lambda tracker=tracker: tracker.recall(rows))  # type: ignore[misc]
+
+    def log(self, row: Row) -> None:
+        """Passes a row on to all."""
+        for name, tracker in self._running.items():
+            self._guarded(name, lambda tracker=tracker: tracker.log(row))  # type: ignore[misc]
+
+    def close(self, status: str) -> None:
+        """Ends all."""
+        for name, tracker in self._running.items():
+            self._guarded(name, lambda tracker=tracker: tracker.close(status))  # type: ignore[misc]
+
+    def _guarded(self, name: Tracking, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - a tracker's failure must not end a run
+            self.failures[name] += 1
+            if self.failures[name] == 1:
+                logger.warning("%s: failed (%s); training goes on, further failures are only counted", name, error)
+
+
+class TensorBoard:
+    """Event files, one tag a metric; those of an earlier attempt are written again from the history."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(folder))
+
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Writes the steps before the restart."""
+        for row in rows:
+            self.log(row)
+
+    def log(self, row: Row) -> None:
+        """Adds each metric as a scalar."""
+        for key, value in _metrics(row).items():
+            self._writer.add_scalar(key, value, int(row["step"]))
+
+    def close(self, status: str) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
+class MLflow:
+    """A run of MLflow's, where its own variables say: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
+
+    def __init__(self, run: str, settings: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self._client = mlflow.MlflowClient()
+        self._experiment = mlflow.set_experiment(_experiment()).experiment_id
+        tag = "raytune_ft.run"
+        found = self._client.search_runs([self._experiment], f"tags.`{tag}` = '{_key(run)}'", max_results=1)
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, "RUNNING")
+        else:
+            made = self._client.create_run(self._experiment, tags={tag: _key(run)}, run_name=run.rpartition("/")[2])
+            self._id = made.info.run_id
+            for key, value in settings.items():
+                self._client.log_param(self._id, key, str(value)[:500])
+
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Nothing: the run there has them."""
+
+    def log(self, row: Row) -> None:
+        """Adds the metrics in one request."""
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        step = int(row["step"])
+        self._client.log_batch(self._id, metrics=[Metric(k, v, now, step) for k, v in _metrics(row).items()])
+
+    def close(self, status: str) -> None:
+        """Ends the run there."""
+        self._client.set_terminated(self._id, {"finished": "FINISHED", "stopped": "KILLED"}.get(status, "FAILED"))
+
+
+class WandB:
+    """A run of Weights & Biases', where its own variables say: WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE."""
+
+    def __init__(self, run: str, settings: Mapping[str, Any]) -> None:
+        import os
+
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "raytune_ft"),
+            name=run.rpartition("/")[2],
+            id=_key(run),
+            resume="allow",
+            config=dict(settings),
+        )
+
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Nothing: the run there has them."""
+
+    def log(self, row: Row) -> None:
+        """Adds the metrics of a step."""
+        self._run.log(_metrics(row), step=int(row["step"]))
+
+    def close(self, status: str) -> None:
+        """Ends the run there."""
+        self._run.finish(exit_code=int(status == "failed"))
+
+
+def _metrics(row: Row) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items() if key != "step" and math.isfinite(value)}
+
+
+def _key(run: str) -> str:
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
+
+
+def _experiment() -> str:
+    import os
+
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", "raytune_ft")

@@ -1,0 +1,137 @@
+"""Out of memory: the step is made again in smaller parts, with the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Encoded
+from raytune_ft.models.collate import pack
+from raytune_ft.training.micro_batches import OutOfMemoryError, ShrinkingLearner, before_the_optimizer, divided, shrunk
+from raytune_ft.training.session import Seat, _RestartingLearner, train_in_process
+
+ROWS = [Encoded([1, 2, 3], [False, True, True]), Encoded([4, 5], [False, True]), Encoded([6, 7, 8, 9], [True] * 4)]
+
+
+def test_parts_are_what_packing_their_rows_gives() -> None:
+    parts = divided([pack(ROWS)], 2)
+    for part, rows in zip(parts, (ROWS[:1], ROWS[1:]), strict=True):
+        alone = pack(rows)
+        for name in ("input_ids", "position_ids", "cu_seq_lens", "predictors", "targets", "row_of_target"):
+            assert torch.equal(getattr(part, name), getattr(alone, name)), name
+    assert [part.rows for part in divided([pack(ROWS)], 8)] == [1, 1, 1]
+
+
+class Roomy:
+    """A learner whose memory holds so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.tried = rows, []
+
+    def step(self, batch, step):
+        with before_the_optimizer():
+            self.tried.append(max(part.rows for part in batch))
+            if self.tried[-1] > self.rows:
+                torch.empty(1 << 60)
+        return {"loss": 1.0}
+
+    def evaluate(self):
+        return {}
+
+
+def test_halving_goes_on_until_it_fits_and_stays() -> None:
+    roomy = Roomy(1)
+    learner = ShrinkingLearner(roomy)
+    assert learner.step([pack(ROWS)], 1)["micro_batch_divisor"] == 4
+    assert learner.step([pack(ROWS)], 2)["micro_batch_divisor"] == 4
+    assert roomy.tried == [3, 2, 1, 1]
+
+
+def test_where_not_one_row_fits_the_remedy_is_named() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"step 1: .*allocate.*lower max_length"):
+        ShrinkingLearner(Roomy(0)).step([pack(ROWS)], 1)
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    with pytest.raises(RuntimeError, match="shape"), before_the_optimizer():
+        raise RuntimeError("shape mismatch")
+
+
+def test_shrunk_settings_keep_the_rows_of_a_step(settings) -> None:
+    config = shrunk(settings(per_device_train_batch_size=8, gradient_accumulation_steps=2), 4)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 8)
+
+
+def test_under_deepspeed_the_wish_for_smaller_parts_reaches_the_next_attempt(settings, splits, tmp_path: Path) -> None:
+    output = Location.at(tmp_path / "shrunk")
+    config = settings(per_device_train_batch_size=8)
+    with pytest.raises(OutOfMemoryError, match="8 rows at a time .* 4 rows at a time and the same global batch"):
+        _RestartingLearner(NoRoom(), config, 1, output).step([pack(ROWS)], 3)
+    losses: dict[str, list[float]] = {"shrunk": [], "whole": []}
+    divisors = set()
+
+    def report(name: str, metrics: dict[str, float]) -> None:
+        losses[name].append(metrics["loss"])
+        divisors.add((name, metrics["micro_batch_divisor"]))
+
+    for name in losses:
+        train_in_process(
+            config, splits, Seat(), output=Location.at(tmp_path / name), report=lambda step, m, n=name: report(n, m)
+        )
+    assert divisors == {("shrunk", 2), ("whole", 1)}
+    assert losses["shrunk"] == pytest.approx(losses["whole"], abs=1e-5)
+    with pytest.raises(OutOfMemoryError, match="Not even one row"):
+        _RestartingLearner(NoRoom(), settings(per_device_train_batch_size=1), 8, output).step([pack(ROWS)], 3)
+
+
+class NoRoom:
+    def step(self, batch, step):
+        torch.empty(1 << 60)
+
+
+LIMITED = """
+import json, resource, sys
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.session import Seat, train_in_process
+config = FineTuningConfig(**json.loads(sys.argv[1]))
+splits, room = json.loads(sys.argv[2]), int(sys.argv[3])
+rows = []
+def report(step, metrics):
+    rows.append([metrics["loss"], metrics["micro_batch_divisor"]])
+    if step == 2 and room:
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + room, -1))
+train_in_process(config, splits, Seat(), output=None, report=report)
+print(json.dumps(rows))
+"""
+
+
+def test_a_run_whose_memory_shrinks_goes_on_with_the_same_losses(settings, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [[(n * 7 + place) % 300 for place in range(500)] for n in range(16)]
+    pq.write_table(pa.table({"input_ids": rows, "supervised": [[True] * 500] * 16}), tmp_path / "train.parquet")
+    splits = {"train": [str(tmp_path / "train.parquet")]}
+    config = settings(per_device_train_batch_size=16, max_steps=4, num_train_epochs=9, eval_strategy="no")
+
+    def run(room: int) -> list[list[float]]:
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is given back: the limit is felt by tensors
+        command = [sys.executable, "-c", LIMITED, config.model_dump_json(), json.dumps(splits), str(room)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    roomy, tight = run(0), run(30_000_000)
+    assert [divisor for _, divisor in roomy] == [1, 1, 1, 1]
+    assert tight[1][1] == 1
+    assert tight[3][1] > 1
+    assert [loss for loss, _ in tight] == pytest.approx([loss for loss, _ in roomy], abs=1e-5)

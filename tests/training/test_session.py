@@ -1,0 +1,127 @@
+"""A run in one process: what it leaves, how it is stopped, from where it goes on, and how it ends when it diverges."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raytune_ft.core.errors import ArtifactError, RunError, StoppedError
+from raytune_ft.core.storage import Location
+from raytune_ft.training.interruption import note_sigterm
+from raytune_ft.training.session import Seat, train_in_process
+from raytune_ft.training.utilization import Work, device_peak
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def sigterm_noted():
+    before = signal.getsignal(signal.SIGTERM)
+    note_sigterm()
+    yield
+    note_sigterm()
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_artifact_has_curves_diagnosis_events_and_shares(settings, splits, tmp_path: Path) -> None:
+    train_in_process(settings(), splits, Seat(), output=Location.at(tmp_path / "a"))
+    history = rows(tmp_path / "a")
+    assert len(history) == 6
+    for row in history:
+        assert row["supervised_share"] == pytest.approx(row["supervised"] / row["tokens"])
+        assert 0 < row["flop_utilization"] < 1
+        assert row["memory_gib"] > 0
+    report = json.loads((tmp_path / "a/diagnosis.json").read_text())
+    assert report["peak_flops_source"].startswith("measured")
+    assert report["tracker_failures"] == {"tensorboard": 0}
+    assert (tmp_path / "a/curves.svg").read_text().rstrip().endswith("</svg>")
+    assert len(list((tmp_path / "a/tensorboard").glob("events.*"))) == 1
+
+
+def test_sigterm_saves_after_the_step_and_the_same_call_goes_on(
+    settings, splits, tmp_path: Path, sigterm_noted
+) -> None:
+    config = settings(save_strategy="no", lora_dropout=0.2)
+    train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "unbroken"))
+
+    def report(step, metrics):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="stopped after step 3 of 6"):
+        train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "b"), report=report)
+    assert not (tmp_path / "b/history.jsonl").exists()
+    note_sigterm()
+    train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "b"))
+    expected = [row["loss"] for row in rows(tmp_path / "unbroken")]
+    assert [row["loss"] for row in rows(tmp_path / "b")] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_starts_from_a_named_checkpoint_until_it_has_its_own(settings, splits, tmp_path: Path) -> None:
+    first = settings(save_strategy="steps", save_steps=2, save_total_limit=9)
+    train_in_process(first, splits, Seat(), output=Location.at(tmp_path / "a"))
+    where = tmp_path / "a/checkpoints/step-00000004"
+    second = settings(save_strategy="steps", save_steps=5, resume_from_checkpoint=str(where))
+    steps = []
+    output = Location.at(tmp_path / "b")
+    train_in_process(second, splits, Seat(), output=output, report=lambda step, metrics: steps.append(step))
+    assert steps == [5, 6]
+    assert rows(tmp_path / "b")[-1]["loss"] == pytest.approx(rows(tmp_path / "a")[-1]["loss"], abs=1e-6)
+    train_in_process(second, splits, Seat(), output=output, report=lambda step, metrics: steps.append(step))
+    assert steps == [5, 6, 6]
+
+
+def test_a_path_that_is_no_whole_checkpoint_says_what_is_wrong(settings, splits, tmp_path: Path) -> None:
+    def refusal(path: Path, **changes: object) -> str:
+        config = settings(resume_from_checkpoint=str(path), **changes)
+        with pytest.raises(ArtifactError) as caught:
+            train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "other"))
+        return str(caught.value)
+
+    config = settings(save_strategy="steps", save_steps=3)
+    train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "a"))
+    checkpoints = tmp_path / "a/checkpoints"
+    assert "no such folder" in refusal(tmp_path / "missing")
+    assert "name one of them: step-00000003, step-00000006" in refusal(checkpoints)
+    assert "another model or method" in refusal(checkpoints / "step-00000003", lora_r=4)
+    damaged = next((checkpoints / "step-00000003").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert damaged.name in refusal(checkpoints / "step-00000003")
+    (checkpoints / "step-00000006/manifest.json").unlink()
+    assert "no manifest.json" in refusal(checkpoints / "step-00000006")
+
+
+def test_a_run_that_diverges_names_the_last_good_checkpoint(
+    settings, splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(save_strategy="steps", save_steps=1, learning_rate=1e30, warmup_steps=2)
+    with caplog.at_level(logging.INFO, logger="raytune_ft"), pytest.raises(RunError) as caught:
+        train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "a"))
+    newest = Location.at(tmp_path / "a/checkpoints").folders()[-1]
+    assert f"last good checkpoint is {tmp_path}/a/checkpoints/{newest}" in str(caught.value)
+    assert "instability at step" in caplog.text
+
+
+def test_a_tokens_operations_are_six_a_trained_weight_and_four_a_frozen_one(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    # Width 64: q and o 64 x 64, k and v 64 x 32, three of 64 x 128; two layers; a head of 64 x vocabulary.
+    body = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    head = 64 * model.config.vocab_size
+    assert Work.count(model).of(10, 3) == 6 * (10 * body + 3 * head)
+    model.requires_grad_(False)
+    assert Work.count(model).of(10, 3) == 4 * (10 * body + 3 * head)
+
+
+def test_the_peak_of_a_cpu_is_measured_and_says_how() -> None:
+    peak = device_peak("cpu", torch.float32)
+    assert peak.flops > 1e8
+    assert "matrix product in torch.float32" in peak.source

@@ -1,0 +1,73 @@
+"""SIGTERM to the driver or to a worker: a checkpoint is saved, the exit code is 143, the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.ray
+
+SETTINGS = {
+    "num_workers": 1,
+    "max_steps": 400,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_steps": 5,
+    "per_device_train_batch_size": 4,
+    "max_failures": 0,
+}
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("RAY_ADDRESS", None)
+    program = "from raytune_ft.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", str(config), *overrides]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str], words: str) -> str:
+    """Reads lines until one has `words`."""
+    heard = ""
+    for line in process.stderr:
+        heard += line
+        if words in line:
+            return heard
+    raise AssertionError(heard)
+
+
+def worker_of(driver: subprocess.Popen[str]) -> int:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                return process.pid
+    raise AssertionError("no worker")
+
+
+def test_sigterm_to_worker_and_driver_saves_and_the_same_command_goes_on(
+    settings, orders: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(settings(**SETTINGS, dataset_path=str(orders)).model_dump_json(), encoding="utf-8")
+    steps = []
+    for whom in ("worker", "driver"):
+        process = start(config)
+        heard = said(process, "grad norm")
+        assert not steps or f"resumes after step {steps[0]} of 400" in heard
+        os.kill(worker_of(process) if whom == "worker" else process.pid, signal.SIGTERM)
+        rest = process.communicate(timeout=120)[1]
+        assert process.returncode == 143, rest
+        assert "stopped after step" in rest
+        assert "the same command goes on from there" in rest
+        (folder,) = sorted((tmp_path / "out/checkpoints").glob("step-*"))[-1:]
+        steps.append(int(folder.name.removeprefix("step-")))
+        assert f"after step {steps[-1]} of 400" in rest
+    assert 0 < steps[0] < steps[1] < 400

@@ -1,0 +1,90 @@
+"""Trackers: event files by TensorBoard's own protocol, refusals before training, and failures that are counted."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.errors import ConfigError, MissingDependencyError
+from raytune_ft.training.config import Tracking
+from raytune_ft.training.trackers import TensorBoard, Trackers, refuse_missing
+
+
+def scalars(folder: Path) -> list[tuple[int, str, float]]:
+    """Step, tag and value of each scalar: records of a length, its checksum, a protocol buffer and its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = folder.glob("events.out.tfevents.*")
+    data, found = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, round(value.simple_value, 6)) for value in event.summary.value]
+        data = data[16 + length :]
+    return found
+
+
+def test_event_files_have_every_metric_and_begin_anew_from_the_history(tmp_path: Path) -> None:
+    first = TensorBoard(tmp_path)
+    first.log({"step": 1, "loss": 9.0})
+    first.close("failed")
+    again = TensorBoard(tmp_path)
+    again.recall([{"step": 1, "loss": 2.0}])
+    again.log({"step": 2, "loss": 1.5, "eval_loss": float("nan"), "grad_norm": 0.25})
+    again.close("finished")
+    assert scalars(tmp_path) == [(1, "loss", 2.0), (2, "loss", 1.5), (2, "grad_norm", 0.25)]
+
+
+@pytest.mark.parametrize("name", [Tracking.MLFLOW, Tracking.WANDB])
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command(name: Tracking) -> None:
+    if find_spec(name.value) is not None:
+        pytest.skip(f"{name} is installed here")
+    with pytest.raises(MissingDependencyError, match=f"pip install {name}"):
+        refuse_missing([Tracking.TENSORBOARD, name])
+
+
+def test_a_tracker_that_cannot_start_fails_the_run_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"tensorboard cannot start.*nothing was trained"):
+        Trackers.start([Tracking.TENSORBOARD], folder=tmp_path / "file", run="r", settings={})
+
+
+def test_a_tracker_that_fails_later_is_warned_about_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Full:
+        def recall(self, rows):
+            pass
+
+        def log(self, row):
+            raise OSError("No space left on device")
+
+        def close(self, status):
+            raise OSError("No space left on device")
+
+    trackers = Trackers({Tracking.TENSORBOARD: Full()})
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        trackers.log({"step": 1, "loss": 1.0})
+        trackers.log({"step": 2, "loss": 1.0})
+        trackers.close("finished")
+    assert trackers.failures == {"tensorboard": 3}
+    assert caplog.text.count("No space left") == 1
+
+
+@pytest.mark.skipif(find_spec("mlflow") is None, reason="the extra `trackers` is not installed")
+def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/m.db")
+    for step in (1, 2):
+        trackers = Trackers.start([Tracking.MLFLOW], folder=tmp_path, run="/x/model", settings={"lora_r": 8})
+        trackers.log({"step": step, "loss": 3.0 - step})
+        trackers.close("finished" if step == 2 else "failed")
+        assert trackers.failures == {"mlflow": 0}
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("raytune_ft").experiment_id])
+    assert (run.info.status, run.data.params["lora_r"]) == ("FINISHED", "8")
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 2.0), (2, 1.0)]
