@@ -60,8 +60,8 @@ class StackedSlots:
         weights = self._named(name, self._matrices["weights"])
         if not step:
             return SlotState.initial(weights)
-        moments = [self._named(name, self._matrices[key]) for key in ("exp_avg", "exp_avg_sq")]
-        return SlotState(weights, *moments, step)
+        first, second = (self._named(name, self._matrices[key]) for key in ("exp_avg", "exp_avg_sq"))
+        return SlotState(weights, first, second, step)
 
     def order(self, names: Sequence[str]) -> list[str]:
         """In which order the trials' tokens have to lie: that of their rows."""
