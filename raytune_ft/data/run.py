@@ -56,7 +56,7 @@ from raytune_ft.data.tokenize import (
     template_parents,
     tokenizer_parent,
 )
-from raytune_ft.data.weights import file_weights
+from raytune_ft.data.weights import file_weights, weigh_training_rows
 from raytune_ft.models.embedding import shared_embedder
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.models.templates import template_text
@@ -204,6 +204,9 @@ def _prepare(
     assessment = _assessed(split, settled.num_blocks(), model, config, draft) if config.quality.report else None
     if assessment is not None and assessment.suspects:
         split = _mapped(split, flag_rows, why=assessment.why)
+    if config.source_weights:
+        weights = file_weights(files, config.source_weights)
+        split = _mapped(split, weigh_training_rows, weights=weights, seed=config.seed)
     if config.augmentation.ratio:
         split = _augmented(split, settled.num_blocks(), config, draft, model=model, policy=policy)
     far = _audited(split, settled.num_blocks(), files, config)

@@ -76,9 +76,11 @@ def assign_files(rows: pa.Table, layout: Layout) -> pa.Table:
     """The table of `assign_folders` with `path` (the file of a row) and `order` (its place, as text that sorts)."""
     paths, orders = [], []
     names = ("id", "folder", "file", "position")
-    for row_id, folder, file, position in zip(*(rows.column(n).to_pylist() for n in names), strict=True):
+    copies = rows.column("copy").to_pylist() if "copy" in rows.column_names else [0] * rows.num_rows
+    columns = (rows.column(n).to_pylist() for n in names)
+    for row_id, folder, file, position, copy in zip(*columns, copies, strict=True):
         if layout.shuffle and folder != "rejected":
-            order = short_hash(f"{layout.seed}:order:{row_id}")
+            order = short_hash(f"{layout.seed}:order:{row_id}" + (f":{copy}" if copy else ""))
             share = int(order, 16) / 2**64
         else:
             index = layout.starts[file] + position

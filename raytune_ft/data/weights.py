@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.data.rows import mark, short_hash
 from raytune_ft.data.sources import SourceFile, pattern_of, source_uri
 
-LEFT_OUT = "source weight"
-"""What rows are counted under that a weight leaves out."""
+CAUSE = "source weight"
+"""What rows are counted under that a weight leaves out, or makes again."""
 
 
 def copies(row_id: str, weight: float, seed: int) -> int:
@@ -67,8 +68,30 @@ def apply_weights(rows: pa.Table, weights: Mapping[int, float], seed: int) -> pa
         weight = weights.get(file) if reason is None and not is_test else None
         count = 1 if weight is None else copies(row_id, weight, seed)
         counts.append(max(count, 1))
-        reasons.append(None if count else f"{LEFT_OUT}: {weight:g} leaves it out")
+        reasons.append(None if count else f"{CAUSE}: {weight:g} leaves it out")
     places = np.repeat(np.arange(rows.num_rows), counts)
     starts = np.repeat(np.cumsum(counts) - counts, counts) if counts else places
     numbers = np.arange(len(places)) - starts
     return mark(rows, reasons).take(pa.array(places, pa.int64())).append_column("copy", pa.array(numbers, pa.int32()))
+
+
+def weigh_training_rows(rows: pa.Table, weights: Mapping[int, float], seed: int) -> pa.Table:
+    """The table of `assign_folders` with the training split's rows as often as their source's weight says.
+
+    Copies carry ``made``, as other rows that no source had do; rows that a weight leaves out go to ``rejected``.
+    """
+    trains = pc.equal(rows.column("folder"), "train")
+    others = rows.filter(pc.invert(trains))
+    weighed = apply_weights(rows.filter(trains), weights, seed)
+    is_copy = pc.greater(weighed.column("copy"), 0)
+    nothing = pa.scalar(None, pa.string())
+    for name in ("format", "notes"):  # said of the first, and counted once
+        if name in weighed.column_names:
+            values = pc.if_else(is_copy, nothing, weighed.column(name))
+            weighed = weighed.set_column(weighed.column_names.index(name), name, values)
+    folders = pc.if_else(pc.is_valid(weighed.column("reason")), "rejected", weighed.column("folder"))
+    weighed = weighed.set_column(weighed.column_names.index("folder"), "folder", folders)
+    others = others.append_column("copy", pa.array([0] * others.num_rows, pa.int32()))
+    both = pa.concat_tables([others, weighed.select(others.column_names)])
+    made = pc.if_else(pc.greater(both.column("copy"), 0), pa.scalar(CAUSE), nothing)
+    return both.append_column("made", made)

@@ -163,3 +163,23 @@ def test_splits_and_near_duplicates_are_the_same_in_one_task_and_by_shuffles(
     parts = prepare(DataCollectionConfig(output_path=str(tmp_path / "parts"), **settings))
     files = [name for name in whole.manifest.files if name.endswith((".parquet", "account.json"))]
     assert {name: parts.manifest.files.get(name) for name in files} == {n: whole.manifest.files[n] for n in files}
+
+
+def test_weights_of_sources_are_made_or_left_out_in_training_alone_and_accounted_for(
+    source: str, tmp_path: Path, ray_cluster: object
+) -> None:
+    other = write_jsonl(tmp_path / "other.jsonl", questions(100, 140))
+    config = DataCollectionConfig(
+        sources=[source, other], output_path=str(tmp_path / "out"), source_weights={source: 2.0, other: 0.5}
+    )
+    dataset = DataCollector(config).prepare()
+    numbers = dataset.artifact.numbers
+    assert numbers["rows_in"] + numbers["rows_made"] == numbers["rows_out"] + numbers["rows_rejected"]
+    trained = [row["source"] for row in dataset["train"]]
+    assert numbers["made"] == {"source weight": trained.count("source.jsonl") // 2}
+    assert trained.count("source.jsonl") == 2 * len(
+        {r["id"] for r in dataset["train"] if r["source"] == "source.jsonl"}
+    )
+    assert numbers["rejected"]["source weight"] > 0
+    held = [row["id"] for split in ("validation", "test") for row in dataset[split]]
+    assert len(held) == len(set(held))

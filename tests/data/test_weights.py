@@ -8,7 +8,7 @@ import pytest
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.data.sources import SourceFile, find_files
-from raytune_ft.data.weights import apply_weights, copies, file_weights
+from raytune_ft.data.weights import apply_weights, copies, file_weights, weigh_training_rows
 
 IDS = [f"{number:016x}" for number in range(4000)]
 
@@ -84,3 +84,27 @@ def test_rows_that_are_left_out_say_why_and_others_keep_their_reason() -> None:
         i for place, i in enumerate(IDS[:400]) if place % 2 == 0 and place not in {0, 2} and not copies(i, 0.25, 3)
     ]
     assert apply_weights(table(3).slice(0, 0), {0: 2.0}, seed=0).num_rows == 0
+
+
+def test_weights_touch_the_training_split_alone_and_copies_say_what_made_them() -> None:
+    folders = ["train", "validation", "rejected", "train"]
+    rows = pa.table(
+        {
+            "id": ["a", "b", "c", "d"],
+            "file": [0, 0, 0, 1],
+            "reason": pa.array([None, None, "empty answer", None], pa.string()),
+            "is_test": [False] * 4,
+            "folder": folders,
+            "format": ["alpaca"] * 4,
+        }
+    )
+    out = weigh_training_rows(rows, {0: 3.0, 1: 0.0}, seed=0).to_pylist()
+    told = sorted((row["id"], row["copy"], row["folder"], row["made"], row["format"]) for row in out)
+    assert told == [
+        ("a", 0, "train", None, "alpaca"),
+        ("a", 1, "train", "source weight", None),
+        ("a", 2, "train", "source weight", None),
+        ("b", 0, "validation", None, "alpaca"),
+        ("c", 0, "rejected", None, "alpaca"),
+        ("d", 0, "rejected", None, "alpaca"),
+    ]
