@@ -72,7 +72,7 @@ def test_shrunk_settings_keep_the_rows_of_a_step(settings) -> None:
 def test_under_deepspeed_the_wish_for_smaller_parts_reaches_the_next_attempt(settings, splits, tmp_path: Path) -> None:
     output = Location.at(tmp_path / "shrunk")
     config = settings(per_device_train_batch_size=8)
-    with pytest.raises(OutOfMemoryError, match="8 rows at a time .* 4 rows at a time and the same global batch"):
+    with pytest.raises(OutOfMemoryError, match=r"8 rows at a time .* 4 rows at a time and the same global batch"):
         _RestartingLearner(NoRoom(), config, 1, output).step([pack(ROWS)], 3)
     losses: dict[str, list[float]] = {"shrunk": [], "whole": []}
     divisors = set()
