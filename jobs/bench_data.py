@@ -20,9 +20,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.bench_machine import measured
 
+STARTER = "starter:smollm2-135m"
 WORDS, VOCABULARY, THRESHOLD = 104, 30_000, 0.7
 RUNS = {0.5: (1, 1, 1, 1, 1, 4), 0.6: (1, 1, 1, 1, 1), 0.7: (1, 1, 3), 0.8: (1, 2), 0.9: (1,)}
 """Runs of words to change for a similarity: one of n words changes n + 4 of a row's 100 shingles, and x changed ones
@@ -164,7 +166,141 @@ def interleaved(rivals: dict[str, Callable[[], Any]], repeats: int) -> tuple[dic
     return seconds, given
 
 
-PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {"near_duplicates": near_duplicates}
+def rendering(rows: int, repeats: int) -> dict[str, Any]:
+    """Rendering and tokenizing of chat rows, masks included, against what renders and tokenizes without masks."""
+    import os
+
+    import datasets
+    import ray
+
+    from raytune_ft.data.run import ray_data
+    from raytune_ft.data.tokenize import chat_for
+    from raytune_ft.models.loading import resolve_model
+
+    model = resolve_model(STARTER).tokenizer_source
+    table = chat_table(rows, chat_for(model).tokenizer)
+    chats = [
+        [{"role": m["role"], "content": m["content"]} for m in row] for row in table.column("messages").to_pylist()
+    ]
+    theirs = datasets.Dataset.from_dict({"messages": chats})
+    began = time.perf_counter()
+    with ray_data() as cluster:
+        cores = min(int(cluster.cpus), os.cpu_count() or 1)
+        tokenized_on_ray(ray.data.from_arrow([table.slice(at, 100) for at in range(0, 100 * cores, 100)]), model)
+        startup = {"raytune-ft on Ray": time.perf_counter() - began}
+        began = time.perf_counter()
+        by_datasets(theirs.select(range(50 * cores)), model, cores)
+        startup["datasets.map"] = time.perf_counter() - began
+        size = -(-rows // (4 * cores))
+        dataset = ray.data.from_arrow([table.slice(at, size) for at in range(0, rows, size)]).materialize()
+        rivals: dict[str, Callable[[], int]] = {
+            "raytune-ft on Ray": lambda: tokenized_on_ray(dataset, model),
+            "raytune-ft in one process": lambda: tokenized_here(table, model),
+            "bare loop": lambda: by_bare_loop(chats, model),
+            "datasets.map": lambda: by_datasets(theirs, model, cores),
+        }
+        seconds, tokens = interleaved(rivals, repeats)
+    if len(set(tokens.values())) > 1:
+        raise SystemExit(f"the rivals made different numbers of tokens: {tokens}")
+    # datasets starts its processes in each call; what that takes is told by the call on few rows.
+    seconds["datasets.map"] = [taken - startup["datasets.map"] for taken in seconds["datasets.map"]]
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    total = next(iter(tokens.values()))
+    print(f"{rows:,} chat rows, {total:,} tokens, {cores} cores; start-up apart: {rounded(startup)} s")
+    print(f"{'':28}{'median s':>10}{'rows/s':>10}{'speed of ours':>15}")
+    for name, median in medians.items():
+        print(f"{name:28}{median:10.1f}{rows / median:10.0f}{median / medians['raytune-ft on Ray']:15.2f}")
+    return {"rows": rows, "tokens": total, "startup_s": startup, "seconds": seconds, "medians": medians}
+
+
+def rounded(values: dict[str, float]) -> str:
+    """Values to a tenth, by name."""
+    return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+
+
+def chat_table(count: int, tokenizer: Any) -> pa.Table:
+    """Conversations of two or four turns, about 150 words each, as rows that went through all steps before this one."""
+    from raytune_ft.core.records import Message, Record, records_to_table
+
+    rng = np.random.default_rng(0)
+    found = (token[1:] for token in tokenizer.get_vocab() if token.startswith("Ġ"))
+    words = np.array(sorted(word for word in found if word.isascii() and word.isalpha() and word.islower()))
+    records = []
+    for number in range(count):
+        turns = int(rng.choice([2, 4]))
+        texts = [
+            " ".join(words[rng.zipf(1.1, int(length)) % len(words)]) + "." for length in rng.integers(20, 80, turns)
+        ]
+        messages = tuple(Message("assistant" if at % 2 else "user", text) for at, text in enumerate(texts))
+        records.append(Record(messages=messages, source="bench", position=number))
+    table = records_to_table(records)
+    for name in ("reason", "notes"):
+        table = table.append_column(name, pa.nulls(count, pa.string()))
+    return table
+
+
+def tokenized_here(table: pa.Table, model: str) -> int:
+    """The tokens that our step makes of the rows, counted."""
+    return count_tokens(tokenized(table, model))
+
+
+def tokenized(table: pa.Table, model: str) -> pa.Table:
+    """Our step, as `prepare` runs it on a block."""
+    from raytune_ft.data.tokenize import TokenPolicy, add_tokens, chat_for
+
+    return add_tokens(table, chat_for(model), TokenPolicy(4096))
+
+
+def tokenized_on_ray(dataset: Any, model: str) -> int:
+    """The tokens that our step makes of the blocks on Ray, counted."""
+    done = dataset.map_batches(
+        tokenized, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs={"model": model}
+    ).materialize()
+    counts = done.map_batches(token_counts, batch_size=None, batch_format="pyarrow", zero_copy_batch=True).take_all()
+    return sum(row["tokens"] for row in counts)
+
+
+def token_counts(table: pa.Table) -> pa.Table:
+    """The number of tokens of a block."""
+    return pa.table({"tokens": [count_tokens(table)]})
+
+
+def count_tokens(table: pa.Table) -> int:
+    """The number of tokens in a table."""
+    return int(pc.sum(pc.list_value_length(table.column("input_ids"))).as_py() or 0)
+
+
+def by_bare_loop(chats: list[list[dict[str, str]]], model: str) -> int:
+    """The chat template row by row and the fast tokenizer in batches on all cores: ids, and no masks."""
+    from raytune_ft.data.tokenize import chat_for
+
+    tokenizer = chat_for(model).tokenizer
+    made = []
+    for at in range(0, len(chats), 1024):
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats[at : at + 1024]]
+        batch = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+        made += [encoding.ids for encoding in batch]
+    return sum(map(len, made))
+
+
+def by_datasets(rows: Any, model: str, cores: int) -> int:
+    """The same in `datasets.map` with a process a core: ids, and no masks."""
+    import datasets
+
+    from raytune_ft.data.tokenize import chat_for
+
+    tokenizer = chat_for(model).tokenizer
+
+    def encode(batch: dict[str, Any]) -> dict[str, Any]:
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in batch["messages"]]
+        return {"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]}
+
+    datasets.disable_progress_bars()
+    done = rows.map(encode, batched=True, num_proc=cores, remove_columns=["messages"], load_from_cache_file=False)
+    return int(pc.sum(pc.list_value_length(done.data.column("input_ids"))).as_py())
+
+
+PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {"near_duplicates": near_duplicates, "rendering": rendering}
 
 
 def main() -> int:

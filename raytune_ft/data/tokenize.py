@@ -67,6 +67,11 @@ def template_beside(dataset: Location) -> str | None:
     return file.read().decode("utf-8") if file.is_file() else None
 
 
+def adopt_template(tokenizer: Any, files: Sequence[str]) -> None:
+    """Gives a tokenizer, which is saved with the model, the template that a dataset's `files` were made with."""
+    Chat(tokenizer, template_beside(Location.at(files[0]).parent.parent))
+
+
 def template_parents(setting: str, template: str | None) -> list[Parent]:
     """The manifest's entry for a template that lies in a file: its content counts, not its name."""
     if template is None or setting in {template, "instruction"}:

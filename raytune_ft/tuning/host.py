@@ -21,6 +21,7 @@ import torch
 from raytune_ft.core.cluster import report_to_driver
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.storage import Location
+from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.training import checkpoint
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
@@ -88,6 +89,7 @@ class BankHost:
         except RaytuneError as error:
             self._fault = str(error)
             return
+        adopt_template(base.tokenizer, splits["train"])
         train = TokenRows(splits["train"], self._cache.name)
         validation = TokenRows(splits["validation"], self._cache.name) if splits.get("validation") else None
         self._bank = AdapterBank(base, train, validation, token_budget=token_budget)
