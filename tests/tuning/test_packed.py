@@ -149,6 +149,7 @@ def test_a_killed_bank_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, 
         assert steps == list(range(2, 61, 2)), steps
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_a_trial_that_diverges_is_infeasible_and_hurts_no_other(ray_cluster, tiny_model, orders, tmp_path) -> None:
     config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", space={"learning_rate": [1e-2, 1e30]})
@@ -212,7 +213,10 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders
             "space": {"learning_rate": {"loguniform": [1e-6, 2e-2]}},
             "training": {"lr_scheduler_type": "constant", "warmup_steps": 0},
         },
-        {"searcher": "optuna", "num_trials": 4, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
+        pytest.param(
+            {"searcher": "optuna", "num_trials": 4, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
+            marks=pytest.mark.soak,
+        ),
         {"scheduler": "none", "repeat_top": 1, "space": {"lora_r": [2], "learning_rate": [2e-2, 1e-6]}},
     ],
     ids=["hyperband", "median", "pbt", "optuna", "repeats"],
