@@ -62,6 +62,9 @@ class Trial:
     _order: Iterator[list[int]] | None = None
     _upcoming: list[Encoded] | None = None
 
+    def __post_init__(self) -> None:
+        self.patience.patience = self.config.early_stopping_patience
+
     def upcoming(self) -> list[Encoded]:
         """The rows of the next step."""
         if self._order is None:
@@ -148,20 +151,22 @@ class Trial:
         self._order = self._upcoming = None
 
 
-_PACK_FIELDS = ("model_path", "dataset_path", "method", "precision", "max_length", "use_gpu")
-_QUANTIZED_FIELDS = ("bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+_PACK_FIELDS = ("model_path", "dataset_path", "method", "precision", "max_length", "use_gpu", "base_bits")
+_QUANTIZED_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 def pack_key(config: FineTuningConfig) -> tuple[object, ...]:
     """Trials with equal keys can share a bank: the base, its number format, the data and the row length agree."""
-    fields = _PACK_FIELDS + (_QUANTIZED_FIELDS if config.method == "qlora" else ())
+    fields = _PACK_FIELDS + (_QUANTIZED_FIELDS if config.base_bits == 4 else ())
     return tuple(getattr(config, name) for name in fields)
 
 
 def disagreement(configs: Sequence[FineTuningConfig]) -> str | None:
     """Why these trials cannot share a bank, naming the first key that differs; None if they can."""
+    if len({pack_key(config) for config in configs}) <= 1:
+        return None
     for name in _PACK_FIELDS + _QUANTIZED_FIELDS:
         values = sorted({str(getattr(config, name)) for config in configs})
-        if len(values) > 1 and len({pack_key(config) for config in configs}) > 1:
-            return f"{name} differs ({', '.join(values)})"
+        if len(values) > 1:
+            return f"{name.removeprefix('base_')} differs ({', '.join(values)})"
     return None
