@@ -81,7 +81,18 @@ def test_help_of_every_verb_loads_nothing_heavy():
         f"print(json.dumps([codes, [name for name in {HEAVY} if name in sys.modules]]))\n"
     )
     codes, loaded = json.loads(python(program).stdout)
-    assert set(codes) == {*cli.VERBS, "quickstart", "schema", "doctor", "inspect", "runs", "merge", "combine", "top"}
+    assert set(codes) == {
+        *cli.VERBS,
+        "quickstart",
+        "schema",
+        "doctor",
+        "inspect",
+        "recommend",
+        "runs",
+        "merge",
+        "combine",
+        "top",
+    }
     assert set(codes.values()) == {0}
     assert loaded == []
 

@@ -12,7 +12,7 @@ from raytune_ft.core import cluster
 from raytune_ft.core.storage import Location
 from raytune_ft.training.session import Seat, train_in_process
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]  # seven runs under DeepSpeed, each made twice
 
 COMMON: dict[str, Any] = {
     **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"},
