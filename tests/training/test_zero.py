@@ -29,20 +29,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def worker(settings: dict[str, Any]) -> None:
-    """Trains all runs in one process group, each once whole and once cut after its second step and resumed."""
-    import ray.train
-
-    context = ray.train.get_context()
-    seat = Seat(context.get_world_rank(), context.get_world_size(), "cpu", deepspeed=True)
-    for name, config in settings["runs"].items():
-        short = config.with_overrides(max_steps=2)
-        train_in_process(config, settings["splits"], seat, output=Location.at(f"{settings['output']}/{name}"))
-        resumed = Location.at(f"{settings['output']}/{name}-resumed")
-        train_in_process(short, settings["splits"], seat, output=resumed)
-        train_in_process(config, settings["splits"], seat, output=resumed)
-
-
 def history(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
@@ -52,6 +38,20 @@ def test_two_workers_have_the_losses_of_one_process_and_resume_to_the_same_ones(
 ) -> None:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    def worker(settings: dict[str, Any]) -> None:
+        # All runs in one process group, each once whole and once cut after its second step and resumed. Not a function
+        # of this module: workers cannot import it.
+        import ray.train
+
+        context = ray.train.get_context()
+        seat = Seat(context.get_world_rank(), context.get_world_size(), "cpu", deepspeed=True)
+        for name, config in settings["runs"].items():
+            short = config.with_overrides(max_steps=2)
+            train_in_process(config, settings["splits"], seat, output=Location.at(f"{settings['output']}/{name}"))
+            resumed = Location.at(f"{settings['output']}/{name}-resumed")
+            train_in_process(short, settings["splits"], seat, output=resumed)
+            train_in_process(config, settings["splits"], seat, output=resumed)
 
     layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_workers": 2}
     runs = {name: settings(**COMMON, **layout, **changes) for name, changes in RUNS.items()}
