@@ -1,8 +1,7 @@
-"""What happens to trials besides their steps: saved, restored, copied, evaluated, given up."""
+"""Trials come and go: snapshots, copies between slots, adapters on disk, turns, and bases that cannot be shared."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,238 +10,148 @@ import torch
 from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
+from raytune_ft.training.bank.base import frozen_base
+from raytune_ft.training.bank.refusal import why_not_packed
 from raytune_ft.training.bank.trial import Status
+from raytune_ft.training.bank.turns import next_group, row_chunks
 
 from .conftest import MakeBank, Settings, losses_of
-from .reference import padded, summed_loss
-
-
-def stepped(bank, times: int) -> None:
-    for _ in range(times):
-        bank.step()
 
 
 @pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
-def test_a_saved_slot_gives_equal_outputs_in_plain_peft(
-    make_bank: MakeBank, trial: Settings, validation_rows, tiny_model: Path, tmp_path: Path, arithmetic: str
+def test_a_snapshot_on_disk_goes_on_as_the_unbroken_trial(
+    arithmetic: str, make_bank: MakeBank, trial: Settings, validation_rows, tmp_path: Path
+) -> None:
+    config = trial(eval_strategy="steps", eval_steps=2, lora_dropout=0.2)
+    whole = make_bank(validation_rows, arithmetic=arithmetic)
+    whole.admit("t", config)
+    losses = losses_of(whole)["t"]
+
+    first = make_bank(validation_rows, arithmetic=arithmetic)
+    first.admit("t", config)
+    for _ in range(5):
+        first.step()
+    where = checkpoint.write(Location.at(tmp_path), first.snapshot("t"), keep=1)
+    second = make_bank(validation_rows, arithmetic=arithmetic)
+    second.admit("t", config, checkpoint.read(where))
+    assert losses_of(second)["t"] == pytest.approx(losses, abs=1e-6)
+    evaluated = [row["eval_loss"] for row in second.trial("t").history if "eval_loss" in row]
+    assert evaluated == pytest.approx(
+        [row["eval_loss"] for row in whole.trial("t").history if "eval_loss" in row], abs=1e-6
+    )
+    assert len(evaluated) == 4
+
+
+def test_a_paused_trial_makes_no_step_and_goes_on_where_it_was(make_bank: MakeBank, trial: Settings) -> None:
+    alone = make_bank()
+    alone.admit("t", trial())
+    losses = losses_of(alone)["t"]
+    bank = make_bank()
+    bank.admit("t", trial())
+    bank.admit("other", trial(seed=5))
+    bank.step()
+    bank.pause("t")
+    assert [progress.name for progress in bank.step()] == ["other"]
+    assert bank.running() == ["other"]
+    bank.resume("t")
+    assert losses_of(bank)["t"] == pytest.approx(losses, abs=1e-5)
+
+
+def test_a_copy_of_a_donor_starts_from_its_state_with_settings_of_its_own(make_bank: MakeBank, trial: Settings) -> None:
+    bank = make_bank()
+    bank.admit("donor", trial(lr_scheduler_type="constant", warmup_steps=0))
+    for _ in range(3):
+        bank.step()
+    taken = bank.snapshot("donor")
+    bank.admit("clone", trial(lr_scheduler_type="constant", warmup_steps=0, learning_rate=5e-4), taken)
+    for name, tensor in bank.snapshot("clone").weights.items():
+        assert torch.equal(tensor, taken.weights[name])
+    progress = {p.name: p for p in bank.step()}
+    assert progress["clone"].metrics["loss"] == pytest.approx(progress["donor"].metrics["loss"], abs=1e-6)
+    assert progress["clone"].metrics["learning_rate"] == 5e-4
+    assert progress["clone"].step == 4
+    with pytest.raises(ModelError, match="its snapshot is of another shape"):
+        bank.admit("wider", trial(lora_r=16), taken)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]}])
+def test_a_saved_slot_is_an_ordinary_peft_adapter(
+    changes: dict, make_bank: MakeBank, trial: Settings, tiny_model: Path, rows, tmp_path: Path
 ) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    bank = make_bank(validation_rows, arithmetic=arithmetic)
-    bank.admit("wide", trial(lora_r=32, seed=1))
-    bank.admit(
-        "kept",
-        trial(
-            lora_r=6, lora_alpha=20, use_rslora=True, lora_target_modules=["q_proj", "down_proj"], learning_rate=1e-2
-        ),
-    )
-    stepped(bank, 6)
-    bank.save("kept", tmp_path / "kept")
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "kept").eval()
-    assert AutoTokenizer.from_pretrained(tmp_path / "kept").chat_template
-    assert model.peft_config["default"].base_model_name_or_path == str(tiny_model)
-    count = int(padded(validation_rows)[2][:, 1:].sum())
-    with torch.no_grad():
-        peft_loss = float(summed_loss(model, validation_rows)) / count
-    assert bank.evaluate(["kept"])["kept"] == pytest.approx(peft_loss, abs=1e-6)
-    with model.disable_adapter(), torch.no_grad():
-        assert abs(float(summed_loss(model, validation_rows)) / count - peft_loss) > 1e-3
-
-
-def test_evaluations_of_trials_together_are_those_of_each_alone_at_any_budget(
-    make_bank: MakeBank, trial: Settings, validation_rows
-) -> None:
-    results = []
-    for budget in (10_000, 1):
-        bank = make_bank(validation_rows, token_budget=budget)
-        for number in range(3):
-            bank.admit(str(number), trial(seed=number, lora_dropout=0.5))
-        stepped(bank, 4 if budget > 1 else 12)
-        together = bank.evaluate(["0", "1", "2"])
-        results.append(together)
-        for name, loss in together.items():
-            assert bank.evaluate([name])[name] == pytest.approx(loss, abs=1e-6)
-    assert results[0] == pytest.approx(results[1], abs=1e-5)
-
-
-@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
-def test_a_trial_restored_from_disk_goes_on_as_if_nothing_had_happened(
-    make_bank: MakeBank, trial: Settings, validation_rows, tmp_path: Path, arithmetic: str
-) -> None:
-    config = trial(max_steps=10, lora_dropout=0.2, eval_strategy="steps", eval_steps=2)
-    unbroken = make_bank(validation_rows)
-    unbroken.admit("trial", config)
-    losses_of(unbroken)
-    broken = make_bank(validation_rows, arithmetic=arithmetic)
-    broken.admit("other", trial(lora_r=24))
-    broken.admit("trial", config)
-    stepped(broken, 5)
-    checkpoint.write(Location.at(tmp_path), broken.snapshot("trial"), keep=1)
-    found = checkpoint.newest(Location.at(tmp_path))
-    assert found is not None
-    again = make_bank(validation_rows, arithmetic=arithmetic)
-    again.admit("trial", config, found)
-    losses_of(again)
-    whole, parts = unbroken.trial("trial"), again.trial("trial")
-    assert [row["step"] for row in parts.history] == list(range(1, 11))
-    for one, other in zip(whole.history, parts.history, strict=True):
-        assert other == pytest.approx(one, abs=1e-5)
-    assert whole.patience.best_step == parts.patience.best_step
-    assert parts.status is Status.FINISHED
-
-
-@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
-def test_a_copy_of_a_donor_takes_the_donors_next_step(make_bank: MakeBank, trial: Settings, arithmetic: str) -> None:
-    bank = make_bank(arithmetic=arithmetic)
-    bank.admit("donor", trial(seed=1))
-    bank.admit("copy", trial(seed=2, learning_rate=1e-4))
-    stepped(bank, 3)
-    bank.evict("copy")
-    bank.admit("copy", trial(seed=1, learning_rate=5e-4), bank.snapshot("donor"))
-    stepped(bank, 1)
-    donor, copy = bank.trial("donor"), bank.trial("copy")
-    assert donor.history[3]["loss"] == pytest.approx(copy.history[3]["loss"], abs=1e-6)
-    assert copy.history[3]["learning_rate"] == donor.history[3]["learning_rate"] / 2
-    stepped(bank, 1)
-    assert donor.history[4]["loss"] != copy.history[4]["loss"]
-
-
-def test_a_finished_trial_with_settings_of_more_steps_goes_on(make_bank: MakeBank, trial: Settings) -> None:
-    bank = make_bank()
-    bank.admit("trial", trial(max_steps=2))
-    losses_of(bank)
-    snapshot = bank.snapshot("trial")
-    bank.evict("trial")
-    bank.admit("trial", trial(max_steps=3), snapshot)
-    (progress,) = bank.step()
-    assert (progress.step, progress.status, progress.reason) == (3, Status.FINISHED, "all steps made")
-    assert bank.step() == []
-
-
-def test_a_snapshot_of_another_rank_is_refused_and_nothing_is_admitted(make_bank: MakeBank, trial: Settings) -> None:
-    bank = make_bank()
-    bank.admit("donor", trial(lora_r=4))
-    with pytest.raises(ModelError, match=r"wanted \(8, 128\), got \(4, 128\)"):
-        bank.admit("copy", trial(lora_r=8), bank.snapshot("donor"))
-    assert bank.names() == ["donor"]
-
-
-def test_a_diverging_trial_is_infeasible_with_its_curve_and_the_others_go_on(
-    make_bank: MakeBank, trial: Settings
-) -> None:
-    bank = make_bank()
-    bank.admit("wild", trial(learning_rate=1e20, max_grad_norm=1e30, warmup_steps=0))
-    bank.admit("calm", trial())
-    losses_of(bank)
-    wild, calm = bank.trial("wild"), bank.trial("calm")
-    assert wild.status is Status.INFEASIBLE
-    assert "step" in wild.reason and "nan" in wild.reason
-    assert 2 <= len(wild.history) < 8
-    assert calm.status is Status.FINISHED and len(calm.history) == 8
-
-
-def test_early_stopping_ends_one_trial_and_its_best_weights_are_saved(
-    make_bank: MakeBank, trial: Settings, validation_rows, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file
-
-    bank = make_bank(validation_rows)
-    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 30}
-    bank.admit("stops", trial(**evaluated, early_stopping_patience=2, learning_rate=5e-2, warmup_steps=0))
-    bank.admit("goes on", trial(max_steps=30))
-    losses_of(bank)
-    stopped = bank.trial("stops")
-    assert stopped.reason == "no lower validation loss in 2 evaluations"
-    assert stopped.step == stopped.patience.best_step + 2 < 30
-    assert bank.trial("goes on").step == 30
-    bank.save("stops", tmp_path)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert stopped.best is not None
-    for name, tensor in saved.items():
-        assert torch.equal(tensor, stopped.best[name.replace(".weight", ".default.weight")])
-
-
-def test_first_adapters_are_those_of_get_peft_model(make_bank: MakeBank, trial: Settings, tiny_model: Path) -> None:
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     bank = make_bank()
-    for seed, targets in ((3, "all-linear"), (4, ["v_proj", "q_proj"])):
-        bank.admit(str(seed), trial(seed=seed, lora_r=5, lora_target_modules=targets))
-        base = AutoModelForCausalLM.from_pretrained(tiny_model)
-        torch.manual_seed(seed)
-        peft_model = get_peft_model(base, LoraConfig(r=5, target_modules=targets, task_type="CAUSAL_LM"))
-        wanted = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-        weights = bank.snapshot(str(seed)).weights
-        assert weights.keys() == wanted.keys()
-        assert all(torch.equal(weights[name], p) for name, p in wanted.items())
-
-
-def test_admission_leaves_the_callers_random_stream_alone(make_bank: MakeBank, trial: Settings) -> None:
-    bank = make_bank()
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    bank.admit("trial", trial(seed=8))
-    assert torch.equal(torch.rand(3), wanted)
-
-
-def test_trials_come_and_go_while_another_thread_steps(make_bank: MakeBank, trial: Settings) -> None:
-    bank = make_bank()
-    bank.admit("long", trial(max_steps=30))
-    failures: list[BaseException] = []
-
-    def step_on() -> None:
-        try:
-            while bank.step():
-                pass
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the test has to see it
-            failures.append(error)
-
-    thread = threading.Thread(target=step_on)
-    thread.start()
-    for number in range(6):
-        bank.admit(str(number), trial(seed=number, lora_r=number + 1))
-        bank.snapshot("long")
-        if number % 2:
-            bank.evict(str(number))
-    thread.join()
+    bank.admit("t", trial(lora_r=4, lora_alpha=12, max_steps=6, **changes))
+    bank.admit("other", trial(lora_r=16, seed=7))
     losses_of(bank)
-    assert not failures
-    assert {name: bank.trial(name).step for name in bank.names()} == {"long": 30, "0": 8, "2": 8, "4": 8}
+    bank.save("t", tmp_path / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapter").eval()
+    total = count = 0.0
+    for row in rows:
+        labels = [token if kept else -100 for token, kept in zip(row.input_ids, row.supervised, strict=True)]
+        supervised = sum(label != -100 for label in labels[1:])
+        with torch.no_grad():
+            loss = model(torch.tensor([row.input_ids]), labels=torch.tensor([labels])).loss.item()
+        total, count = total + loss * supervised, count + supervised
+    evaluated = make_bank(rows)
+    evaluated.admit("t", trial(lora_r=4, lora_alpha=12, max_steps=6, **changes), bank.snapshot("t"))
+    assert evaluated.evaluate(["t"])["t"] == pytest.approx(total / count, abs=1e-5)
 
 
-def test_less_memory_means_smaller_groups_until_one_row_is_too_much(make_bank: MakeBank, trial: Settings) -> None:
-    bank = make_bank(token_budget=200)
-    for number in range(4):
-        bank.admit(str(number), trial(seed=number, per_device_train_batch_size=4))
-    assert len(bank.step()) > 1
-    while bank.make_room() is None:
-        pass
-    first = bank.running()[0]
-    assert bank.make_room() == first
-    (progress,) = bank.step()
-    assert progress.name == first
-    assert bank.fail(first, "out of memory").status is Status.INFEASIBLE
-    assert first not in bank.running()
-
-
-def test_what_does_not_fit_a_bank_is_refused_in_words(make_bank: MakeBank, trial: Settings) -> None:
+def test_evicted_trials_leave_nothing_and_unknown_ones_are_named(make_bank: MakeBank, trial: Settings) -> None:
     bank = make_bank()
-    bank.admit("there", trial())
-    with pytest.raises(ConfigError, match="in the bank already"):
-        bank.admit("there", trial())
-    with pytest.raises(ConfigError, match="only LoRA and QLoRA"):
-        bank.admit("full", trial(method="full"))
-    with pytest.raises(ModelError, match="fit no layer"):
-        bank.admit("wrong", trial(lora_target_modules=["c_attn"]))
-    with pytest.raises(ModelError, match="no linear layer inside the decoder"):
-        bank.admit("head", trial(lora_target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(ModelError, match="no linear layer inside the decoder"):
-        bank.admit("embedding", trial(lora_target_modules=["q_proj", "embed_tokens"]))
-    with pytest.raises(ConfigError, match="it holds there"):
-        bank.evict("elsewhere")
-    with pytest.raises(ConfigError, match="no validation rows"):
-        bank.evaluate(["there"])
-    assert bank.names() == ["there"]
+    bank.admit("t", trial())
+    with pytest.raises(ConfigError, match="trial t: is in the bank already"):
+        bank.admit("t", trial())
+    bank.evict("t")
+    assert bank.names() == [] and bank.step() == []
+    with pytest.raises(ConfigError, match=r"trial t: is not in the bank \(it holds none\)"):
+        bank.snapshot("t")
+    with pytest.raises(ConfigError, match="full"):
+        bank.admit("f", trial(method="full"))
+
+
+def test_after_memory_ran_out_the_next_step_is_smaller_until_one_row_is_too_much(
+    make_bank: MakeBank, trial: Settings
+) -> None:
+    bank = make_bank(token_budget=400)
+    bank.admit("t", trial())
+    longest = max(len(row.input_ids) for row in bank.trial("t").upcoming())
+    asked = 0
+    while bank.make_room() is None:
+        asked += 1
+    assert 1 <= asked <= 6 and longest < 400
+    failed = bank.fail("t", "out of memory: too much")
+    assert (failed.status, failed.step, failed.reason) == (Status.INFEASIBLE, 0, "out of memory: too much")
+    assert bank.running() == []
+
+
+def test_those_that_wait_longest_step_first_as_far_as_they_fit() -> None:
+    assert next_group({"a": 60, "b": 50, "c": 40}, 100) == ["a", "c"]
+    assert next_group({"b": 50, "a": 60, "c": 40}, 100) == ["b", "c"]
+    assert next_group({"large": 500, "a": 1}, 100) == ["large"]
+    assert next_group({}, 100) == []
+    assert [list(run) for run in row_chunks([60, 30, 30, 200, 10], 100)] == [[0, 1], [2], [3], [4]]
+
+
+def test_bases_whose_rows_interact_are_refused_by_name() -> None:
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    bases = {
+        None: LlamaConfig(**small, **heads),
+        "mixture of 4 experts": MixtralConfig(**small, **heads, num_local_experts=4),
+        "dropout of its own": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300),
+        "Mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=300, state_size=4),
+    }
+    for reason, config in bases.items():
+        model = AutoModelForCausalLM.from_config(config)
+        told = why_not_packed(model)
+        if reason is None:
+            assert told is None
+            continue
+        assert told is not None and reason in told, told
+        with pytest.raises(ModelError, match="packed: never"):
+            frozen_base(model, None, "x")
