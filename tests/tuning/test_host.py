@@ -1,0 +1,103 @@
+"""A bank behind calls: reports in order, state on disk before them, and trials that wait to be asked."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raytune_ft.core.records import Message
+from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.training import checkpoint
+from raytune_ft.tuning.host import BankHost
+
+
+@pytest.fixture
+def settings(tiny_model: Path) -> dict:
+    return {
+        **{"model_path": str(tiny_model), "output_dir": "unused", "dataset_path": "given as splits", "max_steps": 20},
+        **{"eval_strategy": "steps", "eval_steps": 2, "lora_dropout": 0.0, "per_device_train_batch_size": 2},
+    }
+
+
+@pytest.fixture
+def host(settings: dict, tiny_model: Path, tmp_path: Path) -> BankHost:
+    chat = Chat(load_tokenizer(str(tiny_model)))
+    rows = [
+        chat.encode([Message("user", f"order {i} red {i * 7}"), Message("assistant", "yes " * (i % 5 + 1))])
+        for i in range(12)
+    ]
+    splits = {}
+    for name, part in (("train", rows[:8]), ("validation", rows[8:])):
+        splits[name] = [str(tmp_path / f"{name}.parquet")]
+        table = {"input_ids": [r.input_ids for r in part], "supervised": [r.supervised for r in part]}
+        pq.write_table(pa.table(table), splits[name][0])
+    return BankHost(settings, splits, str(tmp_path / "snapshots"), device="cpu", threads=1)
+
+
+def test_reports_come_in_order_with_their_state_on_disk(host: BankHost, settings: dict) -> None:
+    assert host.fault() is None
+    host.admit("t", settings)
+    seen = []
+    while not seen or seen[-1]["status"] == "running":
+        report = host.report("t", len(seen))
+        assert report == host.report("t", len(seen))  # asked again, the same
+        assert checkpoint.read(Location.at(report["snapshot"])).step == report["step"]
+        seen.append(report)
+    assert [report["step"] for report in seen] == list(range(2, 21, 2))
+    assert [report["number"] for report in seen] == list(range(1, 11))
+    assert seen[-1]["reason"] == "all steps made"
+    tokens = [report["metrics"]["tokens"] for report in seen]
+    assert tokens == sorted(tokens) and tokens[0] > 0
+    host.evict("t")
+    assert host.load() == 0
+    with pytest.raises(KeyError):
+        host.report("t", 0)
+
+
+def test_a_trial_waits_when_it_is_two_evaluations_ahead(host: BankHost, settings: dict) -> None:
+    host.admit("t", settings)
+    host.admit("asked", {**settings, "seed": 1})
+    number = 0
+    while (report := host.report("asked", number))["status"] == "running":
+        number = report["number"]
+    time.sleep(0.5)
+    assert host._bank.trial("t").step == 4
+    assert host.report("t", 1)["step"] == 4
+
+
+def test_a_trial_goes_on_from_its_snapshot_in_another_seat(host: BankHost, settings: dict) -> None:
+    host.admit("t", settings)
+    second = host.report("t", 1)
+    host.admit("t", settings, second["snapshot"])
+    again = host.report("t", 0)
+    assert (again["number"], again["step"]) == (1, second["step"] + 2)
+    assert again["metrics"]["tokens"] > second["metrics"]["tokens"]
+
+
+def test_a_trial_that_diverges_is_reported_infeasible(host: BankHost, settings: dict) -> None:
+    host.admit("wild", {**settings, "learning_rate": 1e30, "warmup_steps": 0})
+    number, report = 0, host.report("wild", 0)
+    while report["status"] == "running":
+        number = report["number"]
+        report = host.report("wild", number)
+    assert report["status"] == "infeasible"
+    assert "is nan" in report["reason"] or "is inf" in report["reason"]
+
+
+def test_a_bank_that_cannot_write_says_so_to_every_caller(host: BankHost, settings: dict, tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir(exist_ok=True)
+    (tmp_path / "snapshots/t").write_text("in the way")
+    host.admit("t", settings)
+    with pytest.raises(RuntimeError, match="the snapshot cannot be written"):
+        host.report("t", 0)
+
+
+def test_a_base_that_cannot_be_shared_is_a_fault_not_a_crash(settings: dict, tmp_path: Path) -> None:
+    told = BankHost({**settings, "model_path": str(tmp_path)}, {}, str(tmp_path), device="cpu", threads=1).fault()
+    assert told is not None and "is not a model" in told
