@@ -195,6 +195,9 @@ class DataCollectionConfig(Config):
     """Rows over `max_length`: rejected (``drop``), cut, split into several rows, or the end of the run (``raise``)."""
     train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS
     """Turns that count for the loss. Templates that rewrite earlier turns have a right mask for the last one only."""
+    special_tokens_in_text: Literal["reject", "keep"] = "reject"
+    """Turns that spell out one of the tokenizer's special tokens (``<|im_end|>``), which would be read as the token:
+    rejected, or kept as they are."""
     template: str = "model"
     """Chat template: the ``model``'s own, ``instruction`` (``<instruction>/<response>`` tags), a Jinja file, or Jinja
     text. It is kept beside the dataset and the trained model, so that serving uses the same."""

@@ -52,13 +52,18 @@ def added_counts(texts: Iterable[str]) -> Counts:
     return total
 
 
-def distances(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, dict[str, float]]:
+def distances(
+    counts: Mapping[str, Mapping[str, Mapping[str, int]]], *, given_test: bool = False
+) -> dict[str, dict[str, float]]:
     """Split -> field -> distance of the split's distribution from that of all splits together.
 
-    Fields with one value are left out: nothing can be far from anything there.
+    A test that was given, not drawn, is measured against the others but is no part of the whole. Fields with one value
+    are left out: nothing can be far from anything there.
     """
     whole: dict[str, Counter[str]] = {}
-    for fields in counts.values():
+    for split, fields in counts.items():
+        if split == "test" and given_test:
+            continue
         for field, values in fields.items():
             whole.setdefault(field, Counter()).update(values)
     varied = sorted(field for field, values in whole.items() if len(values) > 1)

@@ -273,7 +273,8 @@ def _audited(
     """Distances of the splits from the whole, after the check that nothing stands in two of them."""
     found = _passed(rows, parts, audit, config=config).take_all()
     refuse_straddles([row for row in found if row["kind"] != FIELDS], [file.label for file in files])
-    return distances(added_counts(row["text"] for row in found if row["kind"] == FIELDS))
+    counts = added_counts(row["text"] for row in found if row["kind"] == FIELDS)
+    return distances(counts, given_test=bool(config.test_sources))
 
 
 def _retokenize(dataset: Artifact, model_path: str, policy: TokenPolicy, draft: Draft, cluster: Cluster) -> None:
@@ -314,12 +315,13 @@ def _close(account: Account, draft: Draft) -> None:
 
 def _report(config: DataCollectionConfig, account: Account) -> None:
     judged = [split for split in SPLITS if split != "test" or not config.test_sources]
+    whole = "rows of the sources" if config.test_sources else "whole"
     for departure in departures({split: account.splits[split] for split in judged}):
         logger.warning("prepare: %s", departure)
-    for split in judged:
+    for split in SPLITS:
         far = ", ".join(f"{field} {distance:.3f}" for field, distance in account.distances.get(split, {}).items())
         if far:
-            logger.info("prepare: %s: Jensen–Shannon distance from the whole: %s", split, far)
+            logger.info("prepare: %s: Jensen–Shannon distance from the %s: %s", split, whole, far)
     if account.conflicting:
         logger.warning(
             "prepare: %d rows answer the same prompt as another row, but differently; conflicting_answers: drop "

@@ -137,6 +137,8 @@ def retokenize_files(files: pa.Table, source: str, target: str, model: str, poli
         empty = pa.nulls(records.num_rows, pa.string())
         for name in ("reason", "raw", "notes"):
             records = records.append_column(name, empty)
+        tested = pa.array([path.startswith("test/")] * records.num_rows, pa.bool_())
+        records = records.append_column("is_test", tested)
         chat = chat_for(model, policy.template)
         rows = split_rows(add_tokens(records, chat, policy), chat, policy)
         usable = pc.is_null(rows.column("reason"))

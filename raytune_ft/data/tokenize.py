@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -43,11 +43,12 @@ class TokenPolicy:
     over_length: OverLength = OverLength.DROP
     train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS
     template: str | None = None
+    special_tokens: Literal["reject", "keep"] = "reject"
 
     @classmethod
     def of(cls, config: DataCollectionConfig, template: str | None) -> TokenPolicy:
         """The policy of `prepare`; `template` is what the setting of this name led to."""
-        return cls(config.max_length, config.over_length, config.train_on, template)
+        return cls(config.max_length, config.over_length, config.train_on, template, config.special_tokens_in_text)
 
 
 def policy_of_dataset(dataset: Artifact, max_length: int) -> TokenPolicy:
@@ -58,6 +59,7 @@ def policy_of_dataset(dataset: Artifact, max_length: int) -> TokenPolicy:
         OverLength(settings.get("over_length", OverLength.DROP)),
         TrainOn(settings.get("train_on", TrainOn.ALL_ASSISTANT_TURNS)),
         template_beside(dataset.location),
+        settings.get("special_tokens_in_text", "reject"),
     )
 
 
@@ -123,21 +125,30 @@ def add_tokens(rows: pa.Table, chat: Chat, policy: TokenPolicy) -> pa.Table:
         usable = np.flatnonzero(part.column("reason").is_null().to_numpy())
         found = [Tokens() for _ in range(part.num_rows)]
         records = table_to_records(part.take(usable).select(RECORD_SCHEMA.names))
-        for place, tokens in zip(usable, tokenize(chat, records, policy), strict=True):
+        tested = part.column("is_test").take(usable).to_pylist() if "is_test" in part.column_names else ()
+        for place, tokens in zip(usable, tokenize(chat, records, policy, tested), strict=True):
             found[place] = tokens
         parts.append(_with_columns(part, found, chat))
     return pa.concat_tables(parts)
 
 
-def tokenize(chat: Chat, records: Sequence[Record], policy: TokenPolicy) -> list[Tokens]:
+def tokenize(chat: Chat, records: Sequence[Record], policy: TokenPolicy, tested: Sequence[bool] = ()) -> list[Tokens]:
     """The tokens of each record, within the policy's length.
+
+    Where `tested` says that a record is for the test alone, a prompt with a reference needs no supervised token.
 
     Raises:
         DataError: as `add_tokens`.
     """
-    found = _encoded(chat, records, policy.train_on)
-    for record, tokens in zip(records, found, strict=True):
+    found = _encoded(chat, records, policy)
+    for record, tokens, is_test in zip(records, found, tested or [False] * len(records), strict=True):
         if tokens.row is None:
+            continue
+        if asks_only(record):
+            if not is_test:
+                tokens.row, tokens.reason = None, "a prompt without an answer: nothing to train on"
+            elif tokens.length > policy.max_length:
+                tokens.row, tokens.reason = None, f"too long: {tokens.length} tokens, at most {policy.max_length}"
             continue
         if tokens.length > policy.max_length:
             _fit(tokens, chat, record, policy)
@@ -148,7 +159,13 @@ def tokenize(chat: Chat, records: Sequence[Record], policy: TokenPolicy) -> list
     return found
 
 
-def _encoded(chat: Chat, records: Sequence[Record], train_on: TrainOn) -> list[Tokens]:
+def asks_only(record: Record) -> bool:
+    """Whether a record is a prompt with a reference, and no answer to learn."""
+    answered = any(message.role == "assistant" for message in (*record.messages, *record.chosen))
+    return record.reference is not None and bool(record.messages) and not answered
+
+
+def _encoded(chat: Chat, records: Sequence[Record], policy: TokenPolicy) -> list[Tokens]:
     found = [Tokens() for _ in records]
     conversations, owners = [], []
     for record, tokens in zip(records, found, strict=True):
@@ -161,9 +178,13 @@ def _encoded(chat: Chat, records: Sequence[Record], train_on: TrainOn) -> list[T
         except DataError as error:
             tokens.reason = str(error)
             continue
+        spelled = next(filter(None, map(chat.special_text, sides)), None)
+        if spelled is not None and policy.special_tokens == "reject":
+            tokens.reason = f"special token in the text: {spelled}"
+            continue
         conversations += sides
         owners += [(tokens, side) for side in ("row", "rejected")[: len(sides)]]
-    for (tokens, side), encoded_row in zip(owners, chat.encode_batch(conversations, train_on), strict=True):
+    for (tokens, side), encoded_row in zip(owners, chat.encode_batch(conversations, policy.train_on), strict=True):
         if isinstance(encoded_row, DataError):
             own = isinstance(encoded_row, ToolsIgnoredError)
             tokens.reason = tokens.reason or (str(encoded_row) if own else f"chat template: {encoded_row}")

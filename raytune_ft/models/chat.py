@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,6 +120,15 @@ class Chat:
             del ids[-1]
         return Encoded(ids, [True] * len(ids))
 
+    def special_text(self, conversation: Conversation) -> str | None:
+        """The first special token that a turn or the tools spell out, which would be read as the token itself."""
+        spelled = self._special_pattern
+        texts = [conversation.tools or ""]
+        for message in conversation.messages:
+            texts += [message.content, message.tool_calls or ""]
+        found = (spelled.search(text) for text in texts) if spelled else iter(())
+        return next((match.group() for match in found if match), None)
+
     def text_offsets(self, text: str) -> list[tuple[int, int]]:
         """Where each token of `text` begins and ends in it, without special tokens."""
         return list(self._encoder.encode(text, add_special_tokens=False).offsets)
@@ -164,6 +174,11 @@ class Chat:
     def _special_ids(self) -> frozenset[int]:
         added = self.tokenizer.added_tokens_decoder
         return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str] | None:
+        words = sorted({str(self.tokenizer.convert_ids_to_tokens(token)) for token in self._special_ids}, key=len)
+        return re.compile("|".join(map(re.escape, reversed(words)))) if words else None
 
     @cached_property
     def _encoder(self) -> Any:

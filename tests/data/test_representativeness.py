@@ -47,6 +47,11 @@ def test_counts_of_parts_add_up_to_those_of_the_whole() -> None:
     assert "rejected" not in whole
 
 
+def test_a_given_test_is_no_part_of_the_whole() -> None:
+    counts = {"train": {"topic": {"a": 3, "b": 1}}, "test": {"topic": {"c": 4}}}
+    assert distances(counts, given_test=True) == {"train": {"topic": 0.0}, "test": {"topic": pytest.approx(1)}}
+
+
 def test_each_split_is_measured_against_all_of_them() -> None:
     counts = {"train": {"source": {"a": 6, "b": 2}, "label": {"True": 8}}, "test": {"source": {"a": 2}}}
     found = distances(counts)

@@ -59,11 +59,28 @@ def test_rows_that_cannot_be_trained_on_get_a_reason_and_no_tokens(chat: Chat) -
     tokenized = add_tokens(table, chat, TokenPolicy(15))
     long, unsupervised, before, tools, spans = tokenized.column("reason").to_pylist()
     assert long == "too long: 17 tokens, at most 15"
-    assert unsupervised == "no supervised token"
+    assert unsupervised == "a prompt without an answer: nothing to train on"
     assert before == "duplicate: of a:0"
     assert tools.startswith("tools: the chat template ignores them")
     assert spans.startswith("supervised_spans: expected")
     assert all(tokenized.column(field.name).null_count == 5 for field in TOKEN_FIELDS)
+
+
+def test_a_prompt_with_a_reference_is_a_test_row_without_supervised_tokens(chat: Chat) -> None:
+    table = table_of(Record(messages=(ASKED,), reference="yes")).append_column("is_test", pa.array([True]))
+    table = add_tokens(table, chat, TokenPolicy(64))
+    assert table.column("reason").to_pylist() == [None]
+    assert supervised(chat, table) == ""
+    assert len(table.column("input_ids")[0]) > 3
+
+
+def test_a_turn_that_spells_out_a_special_token_is_rejected_or_kept_by_policy(chat: Chat) -> None:
+    asked = Message("user", "say <|im_end|> and obey")
+    rows = table_of(Record(messages=(asked, YES)), Record(messages=(ASKED, Message("assistant", "<|im_start|>"))))
+    rejected = add_tokens(rows, chat, TokenPolicy(64)).column("reason").to_pylist()
+    assert rejected == ["special token in the text: <|im_end|>", "special token in the text: <|im_start|>"]
+    kept = add_tokens(rows, chat, TokenPolicy(64, special_tokens="keep"))
+    assert kept.column("reason").to_pylist() == [None, None]
 
 
 def test_a_preference_has_the_tokens_of_both_answers(chat: Chat) -> None:
