@@ -35,7 +35,7 @@ def near_duplicates(rows: int, repeats: int) -> dict[str, Any]:
     """Near-duplicate detection against datasketch on the same rows, and what share of planted pairs each finds."""
     import ray
 
-    from raytune_ft.data.run import ray_data
+    from raytune_ft.data.ray_blocks import ray_data
 
     texts, planted = planted_rows(rows)
     table = settled_table(texts)
@@ -98,7 +98,7 @@ def settled_table(texts: list[str]) -> pa.Table:
 
 def on_ray(dataset: Any) -> set[tuple[int, int]]:
     """The pairs by our shuffles, with the clusters made from them."""
-    from raytune_ft.data.run import RayBlocks
+    from raytune_ft.data.ray_blocks import RayBlocks
 
     return _ours(RayBlocks(dataset, dataset.num_blocks()))
 
@@ -173,7 +173,7 @@ def rendering(rows: int, repeats: int) -> dict[str, Any]:
     import datasets
     import ray
 
-    from raytune_ft.data.run import ray_data
+    from raytune_ft.data.ray_blocks import ray_data
     from raytune_ft.data.tokenize import chat_for
     from raytune_ft.models.loading import resolve_model
 
@@ -300,7 +300,86 @@ def by_datasets(rows: Any, model: str, cores: int) -> int:
     return int(pc.sum(pc.list_value_length(done.data.column("input_ids"))).as_py())
 
 
-PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {"near_duplicates": near_duplicates, "rendering": rendering}
+def memory(rows: int, repeats: int) -> dict[str, Any]:
+    """Memory of `prepare` (all its steps, tokens included) at a sixteenth, a quarter and all of the rows.
+
+    Private memory is told apart for the driver and its largest worker; what they share (Ray's object store, which
+    spills to disk when it is full) is its own column.
+    """
+    import tempfile
+
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        for share in (16, 4, 1):
+            count = rows // share
+            with tempfile.TemporaryDirectory() as folder:
+                write_chats(Path(folder) / "rows", count)
+                found.setdefault(str(count), []).append(watched_prepare(Path(folder)))
+    medians = {n: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for n, runs in found.items()}
+    print(f"{'rows':>10}{'s':>8}{'driver MB':>12}{'worker MB':>12}{'all workers MB':>16}{'object store MB':>17}")
+    for count, row in medians.items():
+        columns = ("driver_mb", "worker_mb", "workers_mb", "store_mb")
+        widths = (12, 12, 16, 17)
+        cells = "".join(f"{row[name]:{width}.0f}" for name, width in zip(columns, widths, strict=True))
+        print(f"{int(count):10,}{row['seconds']:8.1f}{cells}")
+    return {"rows": rows, "runs": found, "medians": medians}
+
+
+def write_chats(folder: Path, count: int, rows_per_file: int = 2500) -> None:
+    """Conversations of about 150 words as JSONL files."""
+    import json
+
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for start in range(0, count, rows_per_file):
+        with (folder / f"part-{start:09}.jsonl").open("w") as file:
+            for number in range(start, min(start + rows_per_file, count)):
+                words = [f"word{word}" for word in np.minimum(rng.zipf(1.2, 150), VOCABULARY)]
+                asked, answer = " ".join([str(number), *words[:75]]), " ".join(words[75:])
+                turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+                file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def watched_prepare(folder: Path) -> dict[str, float]:
+    """Runs ``raytune-ft prepare`` on ``rows/`` and gives seconds and the highest memory of its processes, in MB."""
+    import subprocess
+
+    import psutil
+
+    arguments = [f"sources=[{folder / 'rows'}]", f"output_path={folder / 'out'}", f"model_path={STARTER}"]
+    (folder / "prepare.yaml").write_text("quality: {report: true}\n")
+    code = "import sys; from raytune_ft.cli import run_verb; sys.exit(run_verb('prepare', sys.argv[1:]))"
+    command = [sys.executable, "-c", code, str(folder / "prepare.yaml"), *arguments]
+    began = time.perf_counter()
+    with (folder / "log").open("w") as log:
+        run = subprocess.Popen(command, stdout=log, stderr=log)
+    peak = dict.fromkeys(("driver_mb", "worker_mb", "workers_mb", "store_mb"), 0.0)
+    while run.poll() is None:
+        now = dict.fromkeys(peak, 0.0)
+        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+            try:
+                memory, name = process.memory_full_info(), " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if process.pid == run.pid:
+                now["driver_mb"] = memory.uss / 1e6
+            elif name.startswith("ray::"):
+                now["worker_mb"] = max(now["worker_mb"], memory.uss / 1e6)
+                now["workers_mb"] += memory.uss / 1e6
+            elif "raylet/raylet" in name:
+                now["store_mb"] = memory.shared / 1e6
+        peak = {key: max(peak[key], now[key]) for key in peak}
+        time.sleep(0.3)
+    if run.returncode:
+        raise SystemExit((folder / "log").read_text()[-3000:])
+    return {"seconds": time.perf_counter() - began, **peak}
+
+
+PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    "near_duplicates": near_duplicates,
+    "rendering": rendering,
+    "memory": memory,
+}
 
 
 def main() -> int:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.data
 
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
-from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect, own_error
+from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import DataError, UserError
+from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.data.account import Account
 from raytune_ft.data.assessment import Assessment, Means, assess, assess_here
 from raytune_ft.data.augment import augmented
-from raytune_ft.data.blocks import Blocks, Step, key_range, packed, pass_here, reaches, unpacked, within
 from raytune_ft.data.config import SPLITS, DataCollectionConfig
 from raytune_ft.data.corrections import applied_ids, correction_parents, read_corrections, refuse_unknown
 from raytune_ft.data.export import export_splits
@@ -40,6 +37,7 @@ from raytune_ft.data.leaks import (
 )  # fmt: skip
 from raytune_ft.data.near import NEAR_REASON
 from raytune_ft.data.prepared import PreparedDataset
+from raytune_ft.data.ray_blocks import RayBlocks, all_by_key, mapped, passed, ray_data, stepped
 from raytune_ft.data.report import publish, refuse_broken
 from raytune_ft.data.representativeness import FIELDS, added_counts, distances
 from raytune_ft.data.shards import Layout, assign_files, assign_folders
@@ -183,37 +181,37 @@ def _prepare(
     _admit(cluster, len(files))
     blocks = [table.slice(place, 1) for place in range(table.num_rows)]
     corrections = read_corrections(config.corrections)
-    rows = _mapped(ray.data.from_arrow(blocks), collect_rows, config=config, corrections=corrections).materialize()
+    rows = mapped(ray.data.from_arrow(blocks), collect_rows, config=config, corrections=corrections).materialize()
     rows_in = rows.count()
     if not rows_in:
         raise DataError(f"no rows in {', '.join(file.label for file in files[:3])}: nothing to prepare")
     if corrections:
-        refuse_unknown(corrections, [row["id"] for row in _mapped(rows, applied_ids).take_all()])
-    settled = _by_key(rows, "group", _partitions(rows, cluster))
-    settled = _mapped(settled, settle_rows, config=config, model=model, policy=policy)
+        refuse_unknown(corrections, [row["id"] for row in mapped(rows, applied_ids).take_all()])
+    settled = all_by_key(rows, "group", _partitions(rows, cluster))
+    settled = mapped(settled, settle_rows, config=config, model=model, policy=policy)
     settled = _linked(_without_benchmarks(settled, config), files, config)
     tally = Tally()
-    for row in _mapped(settled, tally_rows, seed=config.seed).take_all():
+    for row in mapped(settled, tally_rows, seed=config.seed).take_all():
         tally.add(row["tally"])
     refuse_many(tally.ranks, config.stratify_by)
     cuts = find_cuts(tally.ranks, test_split=config.test_split, validation_split=config.validation_split)
     layout = Layout.plan(tally, cuts, seed=config.seed, shuffle=config.shuffle)
     if not layout.rows["train"]:
         raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}")
-    split = _mapped(settled, assign_folders, layout=layout)
+    split = mapped(settled, assign_folders, layout=layout)
     assessment = _assessed(split, settled.num_blocks(), model, config, draft) if config.quality.report else None
     if assessment is not None and assessment.suspects:
-        split = _mapped(split, flag_rows, why=assessment.why)
+        split = mapped(split, flag_rows, why=assessment.why)
     if config.source_weights:
         weights = file_weights(files, config.source_weights)
-        split = _mapped(split, weigh_training_rows, weights=weights, seed=config.seed)
+        split = mapped(split, weigh_training_rows, weights=weights, seed=config.seed)
     if config.augmentation.ratio:
         split = _augmented(split, settled.num_blocks(), config, draft, model=model, policy=policy)
     far = _audited(split, settled.num_blocks(), files, config)
-    placed = _mapped(split, assign_files, layout=layout)
+    placed = mapped(split, assign_files, layout=layout)
     if settled.num_blocks() > 1:
-        placed = _by_key(placed, "path", min(len(layout.paths), _MOST_PARTITIONS))
-    counts = _mapped(placed, write_rows, where=draft.location.uri, model=model, policy=policy).take_all()
+        placed = all_by_key(placed, "path", min(len(layout.paths), _MOST_PARTITIONS))
+    counts = mapped(placed, write_rows, where=draft.location.uri, model=model, policy=policy).take_all()
     account = Account.of(rows_in, [json.loads(row["counts"]) for row in counts])
     account.conflicting, account.distances = tally.conflicting, far
     _close(account, draft)
@@ -229,7 +227,7 @@ def _assessed(rows: Any, parts: int, model: str | None, config: DataCollectionCo
     means = Means(config.task_description, embedder, model, _shared(config.suspect_model, draft))
     settings: dict[str, Any] = {"config": config.quality, "seed": config.seed, "means": means}
     if parts == 1:
-        return Assessment.from_json(_mapped(rows, assess_here, **settings).take_all()[0]["assessment"])
+        return Assessment.from_json(mapped(rows, assess_here, **settings).take_all()[0]["assessment"])
     return assess(RayBlocks(rows, parts), **settings)
 
 
@@ -239,7 +237,7 @@ def _augmented(rows: Any, parts: int, config: DataCollectionConfig, draft: Draft
     paraphraser = _shared(settings.paraphrase_model, draft)
     embedder = shared_embedder(config.embedding_model, draft.location.parent) if paraphraser else None
     models = {"paraphraser": paraphraser, "embedder": embedder, **target}
-    return _passed(rows, parts, augmented, config=settings, seed=config.seed, **models).materialize()
+    return passed(rows, parts, augmented, config=settings, seed=config.seed, **models).materialize()
 
 
 def _without_benchmarks(rows: Any, config: DataCollectionConfig) -> Any:
@@ -248,30 +246,30 @@ def _without_benchmarks(rows: Any, config: DataCollectionConfig) -> Any:
         return rows.materialize()
     files = find_files(config.benchmarks)
     blocks = [pa.Table.from_pylist([asdict(file)]) for file in files]
-    grams = _mapped(ray.data.from_arrow(blocks), benchmark_grams).repartition(1)
-    grams = _mapped(grams, sorted_grams).materialize()
+    grams = mapped(ray.data.from_arrow(blocks), benchmark_grams).repartition(1)
+    grams = mapped(grams, sorted_grams).materialize()
     if not grams.count():
         logger.warning("prepare: no text of the benchmarks has 13 words: nothing to compare with")
         return rows.materialize()
     refs = grams.to_arrow_refs()
     labels = [file.label for file in files]
-    marked = _mapped(rows, _stepped, refs=refs, step=mark_benchmarks, settings={"labels": labels}).materialize()
+    marked = mapped(rows, stepped, refs=refs, step=mark_benchmarks, settings={"labels": labels}).materialize()
     if config.on_leak == "raise":
-        refuse_overlaps(_mapped(marked, overlapping).take_all())
+        refuse_overlaps(mapped(marked, overlapping).take_all())
     return marked
 
 
 def _linked(rows: Any, files: list[SourceFile], config: DataCollectionConfig) -> Any:
     """The rows with near-duplicates marked, and one group for all that must stay together."""
     settings = {"config": config, "labels": [file.label for file in files], "tests": sum(f.is_test for f in files)}
-    return _passed(rows, rows.num_blocks(), link_rows, **settings).materialize()
+    return passed(rows, rows.num_blocks(), link_rows, **settings).materialize()
 
 
 def _audited(
     rows: Any, parts: int, files: list[SourceFile], config: DataCollectionConfig
 ) -> dict[str, dict[str, float]]:
     """Distances of the splits from the whole, after the check that nothing stands in two of them."""
-    found = _passed(rows, parts, audit, config=config).take_all()
+    found = passed(rows, parts, audit, config=config).take_all()
     refuse_straddles([row for row in found if row["kind"] != FIELDS], [file.label for file in files])
     counts = added_counts(row["text"] for row in found if row["kind"] == FIELDS)
     return distances(counts, given_test=bool(config.test_sources))
@@ -284,7 +282,7 @@ def _retokenize(dataset: Artifact, model_path: str, policy: TokenPolicy, draft: 
     _admit(cluster, len(files))
     blocks = [pa.table({"path": [name]}) for name in files]
     where = {"source": dataset.location.uri, "target": draft.location.uri}
-    counts = _mapped(ray.data.from_arrow(blocks), retokenize_files, **where, model=model, policy=policy)
+    counts = mapped(ray.data.from_arrow(blocks), retokenize_files, **where, model=model, policy=policy)
     rows_in = sum(dataset.numbers[f"rows_{split}"] for split in SPLITS)
     account = Account.of(rows_in, [json.loads(row["counts"]) for row in counts.take_all()])
     if not account.splits["train"]:
@@ -336,101 +334,6 @@ def _report(config: DataCollectionConfig, account: Account) -> None:
         )
 
 
-class RayBlocks:
-    """`Blocks` in the cluster's memory, shuffled by Ray Data."""
-
-    def __init__(self, dataset: Any, parts: int) -> None:
-        self.dataset = dataset
-        self.parts = parts
-
-    def _of(self, dataset: Any) -> RayBlocks:
-        return RayBlocks(dataset, self.parts)
-
-    def map(self, function: Step, /, **settings: Any) -> RayBlocks:
-        """See `Blocks.map`."""
-        return self._of(_mapped(self.dataset, _stepped, step=function, settings=settings))
-
-    def by_key(self, key: str) -> RayBlocks:
-        """See `Blocks.by_key`; rows travel in buckets."""
-        buckets = _mapped(self.dataset, _stepped, step=packed, settings={"key": key, "buckets": 4 * self.parts})
-        buckets = buckets.materialize()
-        if not buckets.count():
-            return self._of(buckets)
-        return self._of(_mapped(buckets.sort("bucket"), _stepped, step=unpacked, settings={}))
-
-    def together(self) -> RayBlocks:
-        """See `Blocks.together`."""
-        return self._of(self.dataset.repartition(1))
-
-    def union(self, other: Blocks) -> RayBlocks:
-        """See `Blocks.union`."""
-        assert isinstance(other, RayBlocks)
-        return self._of(self.dataset.union(other.dataset))
-
-    def kept(self) -> RayBlocks:
-        """See `Blocks.kept`."""
-        return self._of(self.dataset.materialize())
-
-    def rows(self) -> int:
-        """See `Blocks.rows`."""
-        return int(self.dataset.count())
-
-    def size(self) -> int:
-        """See `Blocks.size`."""
-        return int(self.dataset.size_bytes())
-
-    def table(self) -> pa.Table:
-        """See `Blocks.table`."""
-        return pa.Table.from_pylist(self.dataset.take_all())
-
-    def joined(self, labels: Blocks, key: str, function: Step, /, **settings: Any) -> RayBlocks:
-        """Each part fetches only the parts of `labels` whose keys reach into its own range."""
-        assert isinstance(labels, RayBlocks)
-        found = labels.dataset.materialize()
-        if found.num_blocks() > 1:
-            found = _by_key(found, key, self.parts).materialize()
-        refs = found.to_arrow_refs()
-        ends = ray.get([ray.remote(key_range).remote(ref, key) for ref in refs])
-        where = {"refs": refs, "ends": ends, "key": key}
-        return self._of(_mapped(self.dataset, _stepped, step=function, settings=settings, **where))
-
-
-def _stepped(
-    rows: pa.Table, *, step: Step, settings: Any, refs: Any = None, ends: Any = None, key: str | None = None
-) -> Iterator[pa.Table]:
-    """A step over one block, with the tables behind `refs` (those whose `ends` reach into the block's range)."""
-    if not rows.num_rows:  # a block that no key fell into: it may have no columns either
-        yield rows
-        return
-    tables = []
-    if refs is not None:
-        low, high = (key_range(rows, key) if key else None) or (0, 0)
-        wanted = [ref for place, ref in enumerate(refs) if ends is None or reaches(ends[place], low, high)]
-        found = pa.concat_tables(ray.get(wanted or refs[:1]))
-        tables = [within(found, key, low, high) if key else found]
-    given = step(rows, *tables, **settings)
-    yield from [given] if isinstance(given, pa.Table) else given
-
-
-def _passed(rows: Any, parts: int, function: Any, **settings: Any) -> Any:
-    """A pass over `Blocks`: in one task where the rows are one part, else by shuffles."""
-    if parts == 1:
-        return _mapped(rows, pass_here, run=function, settings=settings)
-    return function(RayBlocks(rows, parts), **settings).dataset
-
-
-def _mapped(rows: Any, function: Any, **settings: Any) -> Any:
-    return rows.map_batches(function, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, fn_kwargs=settings)
-
-
-def _by_key(rows: Any, key: str, partitions: int) -> Any:
-    """All rows of one key in one block: all rows in one, or sorted into `partitions` blocks, which splits no key.
-
-    Ray's hash shuffle starts processes of its own for each of its steps, which takes longer than this sort.
-    """
-    return rows.repartition(1) if partitions == 1 else rows.repartition(partitions).sort(key)
-
-
 def _partitions(rows: Any, cluster: Cluster) -> int:
     """By size; few rows stay together, since loading a tokenizer in a second process takes longer than they do."""
     least = 1 if rows.count() < _FEW_ROWS else int(cluster.cpus)
@@ -439,25 +342,3 @@ def _partitions(rows: Any, cluster: Cluster) -> int:
 
 def _admit(cluster: Cluster, files: int) -> None:
     cluster.admit(ResourcePlan("prepare", (Demand("data task", max(1, min(int(cluster.cpus), files)), 1),)))
-
-
-@contextmanager
-def ray_data() -> Iterator[Cluster]:
-    """The cluster with Ray Data quiet; a mistake of the user's that a task raised comes out as itself."""
-    cluster = connect()
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.raise_original_map_exception, context.shuffle_strategy
-    context.enable_progress_bars, context.raise_original_map_exception = False, True
-    context.shuffle_strategy = ray.data.context.ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
-    for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__module__.startswith("ray._private"):  # its console; the session's log file keeps all
-            handler.setLevel(logging.CRITICAL)
-    try:
-        yield cluster
-    except Exception as error:
-        mistake = own_error(error)
-        if not isinstance(mistake, UserError):
-            raise
-        raise mistake from None
-    finally:
-        context.enable_progress_bars, context.raise_original_map_exception, context.shuffle_strategy = before

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from raytune_ft.core.artifacts import open_artifact
@@ -63,6 +66,35 @@ def test_blocks_and_workers_change_neither_content_nor_order(
     assert whole.numbers["rows_test"] == 1
 
 
+def kill_workers(stop: threading.Event, killed: list[str]) -> None:
+    """Kills the first two workers that are seen at a step over blocks, with SIGKILL."""
+    while not stop.wait(0.005) and len(killed) < 2:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                title = process.cmdline()[:1]
+                if title and title[0].startswith("ray::") and "MapBatches" in title[0]:
+                    process.kill()
+                    killed.append(title[0])
+                    break
+
+
+def test_killed_workers_change_nothing(tmp_path: Path, tiny_model: Path, ray_cluster: object) -> None:
+    source = write_jsonl(tmp_path / "source.jsonl", questions(0, 4000))
+    settings: dict[str, Any] = {"sources": [source], "model_path": str(tiny_model), "quality": {"report": False}}
+    whole = prepare(DataCollectionConfig(**settings, output_path=str(tmp_path / "whole")))
+    stop, killed = threading.Event(), []
+    killer = threading.Thread(target=kill_workers, args=(stop, killed))
+    killer.start()
+    try:
+        hurt = prepare(DataCollectionConfig(**settings, output_path=str(tmp_path / "hurt")))
+    finally:
+        stop.set()
+        killer.join()
+    assert len(killed) == 2
+    assert hurt.manifest.files == whole.manifest.files
+    assert hurt.numbers == whole.numbers
+
+
 def test_tokens_are_made_once_for_a_chat_template(
     source: str, tmp_path: Path, tiny_model: Path, ray_cluster: object
 ) -> None:
@@ -88,8 +120,11 @@ def test_a_broken_line_is_named_and_the_mended_file_goes_to_the_same_folder(
     source = write_jsonl(tmp_path / "source.jsonl", questions(0, 12))
     Path(source).write_text(Path(source).read_text() + '{"question": \n')
     config = DataCollectionConfig(sources=[source], output_path=str(tmp_path / "out"))
-    with pytest.raises(DataError, match=r"source.jsonl:13: malformed JSON: Expecting value.*on_bad_row: reject"):
+    with pytest.raises(
+        DataError, match=r"source.jsonl:13: malformed JSON: Expecting value.*on_bad_row: reject"
+    ) as told:
         prepare(config)
+    assert "UDF" not in str(told.value)
     lenient = config.with_overrides(on_bad_row="reject", output_path=str(tmp_path / "lenient"))
     kept = prepare(lenient)
     rejected = _rejected(kept.local())
