@@ -16,7 +16,6 @@ from raytune_ft.core.cluster import Cluster, connect, own_error
 from raytune_ft.core.errors import UserError
 from raytune_ft.data.blocks import Blocks, Step, key_range, packed, pass_here, reaches, unpacked, within
 
-
 _TRIES = re.compile(r"\nFailed to .* after \d+/\d+ attempts \(total backoff")
 
 
