@@ -28,10 +28,14 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Score:
-    """Sum of the negative log-likelihoods (nats) of a row's supervised tokens, and how many there are."""
+    """Sum of the negative log-likelihoods (nats) of a row's supervised tokens, and how many there are.
+
+    `windows` is more than 1 for a row that is longer than the model's context.
+    """
 
     nll: float
     tokens: int
+    windows: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,19 +151,69 @@ def _chunk_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
 def sequence_scores(loaded: LoadedModel, rows: Sequence[Encoded], *, token_budget: int = 4096) -> list[Score]:
     """Scores of `rows`, in their order; each is what it would be alone.
 
+    A row that is longer than the model's context is scored in overlapping windows (`windows_of`).
+
     Args:
         loaded: the model.
         rows: token ids with their supervised marks.
         token_budget: most tokens that are computed at the same time.
     """
     parts = CausalParts.of(loaded.model)
-    scores: list[Score] = [Score(0.0, 0)] * len(rows)
+    context = context_tokens(loaded.model)
+    pieces = [(number, piece) for number, row in enumerate(rows) for piece in windows_of(row, context)]
+    nll, tokens, windows = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
     with attention(loaded.model, SEGMENTS):
-        for group in group_by_budget([len(row.input_ids) for row in rows], token_budget):
-            batch = pack([rows[number] for number in group])
+        for group in group_by_budget([len(piece.input_ids) for _, piece in pieces], token_budget):
+            batch = pack([pieces[place][1] for place in group])
             losses = target_losses(parts, batch.to(loaded.device)).double().cpu()
-            sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, batch.row_of_target, losses)
-            counts = torch.bincount(batch.row_of_target, minlength=len(group))
-            for place, number in enumerate(group):
-                scores[number] = Score(float(sums[place]), int(counts[place]))
-    return scores
+            sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, batch.row_of_target, losses).tolist()
+            counts = torch.bincount(batch.row_of_target, minlength=len(group)).tolist()
+            for place, total, count in zip(group, sums, counts, strict=True):
+                number = pieces[place][0]
+                nll[number] += total
+                tokens[number] += count
+                windows[number] += 1
+    return [Score(*found) for found in zip(nll, tokens, windows, strict=True)]
+
+
+def windows_of(row: Encoded, context: int | None) -> list[Encoded]:
+    """The row in windows of at most `context` tokens, each half new; every supervised token counts in just one.
+
+    A token beyond the first window sees half a context at least (as in transformers' perplexity guide, with a stride
+    of half the context). Windows that score nothing are left out.
+    """
+    length = len(row.input_ids)
+    if context is None or length <= context:
+        return [row]
+    stride = max(1, context // 2)
+    found, scored = [], 0
+    while scored < length:
+        end = min(length, scored + stride if scored else context)
+        start = max(0, end - context)
+        supervised = [False] * (scored - start) + list(row.supervised[scored:end])
+        if any(supervised) or (end == length and not found):
+            found.append(Encoded(list(row.input_ids[start:end]), supervised))
+        scored = end
+    return found
+
+
+def context_tokens(model: Any) -> int | None:
+    """Most tokens of a row, learned virtual ones aside; None where the model names no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    virtual = VirtualTokens.of(model)
+    return int(limit) - (virtual.count if virtual else 0) if limit else None
+
+
+def check_vocabulary(loaded: LoadedModel) -> None:
+    """Refuses a tokenizer with more tokens than the model has embeddings for.
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    table = loaded.model.get_input_embeddings()
+    held, wanted = table.weight.shape[0], max(loaded.tokenizer.get_vocab().values()) + 1
+    if wanted > held:
+        raise ModelError(
+            f"{loaded.reference.given}: its tokenizer ({loaded.reference.tokenizer_source}) knows {wanted} tokens, but "
+            f"the model has embeddings for {held}: they do not belong together. Use the model's own tokenizer."
+        )

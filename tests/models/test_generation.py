@@ -11,8 +11,9 @@ import torch
 from raytune_ft.core.records import Message
 from raytune_ft.models.adapters import add_virtual_tokens
 from raytune_ft.models.config import DecodingConfig
-from raytune_ft.models.generation import generate
+from raytune_ft.models.generation import generate, row_seed, waves
 from raytune_ft.models.loading import load_model
+from raytune_ft.models.refilling import sampled
 
 GREEDY = DecodingConfig(max_new_tokens=12)
 
@@ -32,7 +33,9 @@ def test_a_batch_of_mixed_lengths_answers_as_each_prompt_alone(tiny_model: Path)
 def test_a_small_budget_splits_the_batch_and_changes_nothing(tiny_model: Path) -> None:
     loaded = load_model(str(tiny_model))
     batches: list[int] = []
-    split = generate(loaded, prompts(loaded), GREEDY, token_budget=40, on_batch=batches.append)
+    split = generate(
+        loaded, prompts(loaded), GREEDY, token_budget=40, on_answers=lambda found: batches.append(len(found))
+    )
     assert len(batches) > 1
     assert sum(batches) == 3
     assert split == generate(loaded, prompts(loaded), GREEDY)
@@ -82,3 +85,47 @@ def test_virtual_tokens_lead_mixed_lengths_to_the_answers_that_plain_peft_gives_
             assert token == int(logits.argmax())
             ids.append(token)
         assert len(ids) > len(prompt)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.2])
+def test_slots_that_are_filled_again_answer_as_each_prompt_alone(temperature: float, tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    texts = ["order " * (1 + n % 7) + str(n) for n in range(11)]
+    ids = [loaded.chat.prompt_ids([Message("user", text)]) for text in texts]
+    settings = DecodingConfig(max_new_tokens=90, temperature=temperature, top_p=0.9)
+    seeds = [row_seed(0, text) for text in texts]
+    seen: list[int] = []
+    few = generate(loaded, ids, settings, token_budget=3 * 150, seeds=seeds, on_answers=seen.extend)
+    assert sorted(seen) == list(range(11))
+    alone = [generate(loaded, [ids[n]], settings, seeds=[seeds[n]])[0] for n in range(11)]
+    assert [answer.token_ids for answer in few] == [answer.token_ids for answer in alone]
+    assert len({len(answer.token_ids) for answer in few}) > 1  # else no slot was filled while others went on
+
+
+def test_greedy_answers_equal_those_of_transformers_own_generate(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    for prompt, answer in zip(prompts(loaded), generate(loaded, prompts(loaded), GREEDY), strict=True):
+        ids = torch.tensor([prompt])
+        stops = list(loaded.chat.stop_ids)
+        out = loaded.model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
+        expected = [token for token in out[0, len(prompt) :].tolist() if token not in stops]
+        assert answer.token_ids == expected
+
+
+def test_a_prompt_near_the_end_of_the_context_gets_the_room_that_is_left(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    prompt = (loaded.chat.prompt_ids([Message("user", "fox")]) * 100)[:505]
+    [answer] = generate(loaded, [prompt], DecodingConfig(max_new_tokens=50))
+    assert len(answer.token_ids) <= 7
+
+
+def test_waves_widen_where_rows_get_shorter() -> None:
+    # 100 tokens: one row of 90 alone; rows of 40 two at a time, those of 30 with them (3 < 4); rows of 20 five.
+    assert waves([20, 90, 40, 30, 20], 100) == [([1], 1), ([2, 3], 2), ([0, 4], 5)]
+
+
+def test_a_sampled_token_is_the_one_that_the_draw_falls_on() -> None:
+    # Likeliest first: token 2 (0.5), token 0 (0.3), token 1 (0.2); top_p 0.7 keeps the first two, of 0.8 together.
+    row = torch.tensor([[0.3, 0.2, 0.5]])
+    assert [sampled(row, [draw], 1.0)[0] for draw in (0.0, 0.49, 0.51, 0.79, 0.81, 0.999)] == [2, 2, 0, 0, 1, 1]
+    assert [sampled(row, [draw], 0.7)[0] for draw in (0.6, 0.63, 0.999)] == [2, 0, 0]

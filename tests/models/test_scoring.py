@@ -54,3 +54,43 @@ def test_a_model_that_changes_its_logits_behind_the_head_is_refused(tiny_model: 
 def test_a_row_without_supervised_tokens_scores_nothing(tiny_model: Path) -> None:
     loaded = load_model(str(tiny_model))
     assert scoring.sequence_scores(loaded, [Encoded([5, 6], [False, False])]) == [scoring.Score(0.0, 0)]
+
+
+def test_windows_score_every_token_once_with_half_a_context_before_it() -> None:
+    row = Encoded(list(range(23)), [True] * 23)
+    pieces = scoring.windows_of(row, 8)
+    assert [piece.input_ids for piece in pieces[:3]] == [list(range(8)), list(range(4, 12)), list(range(8, 16))]
+    scored = [i for piece in pieces for i, kept in zip(piece.input_ids, piece.supervised, strict=True) if kept]
+    assert scored == list(range(23))
+    assert all(piece.supervised[:4] == [False] * 4 for piece in pieces[1:-1])
+    assert pieces[-1].input_ids == list(range(15, 23))
+
+
+def test_windows_that_score_nothing_are_not_computed() -> None:
+    row = Encoded(list(range(30)), [False] * 27 + [True] * 3)
+    assert [piece.input_ids for piece in scoring.windows_of(row, 8)] == [list(range(20, 28)), list(range(22, 30))]
+
+
+def test_a_row_longer_than_the_context_scores_as_its_windows_alone(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    row = Encoded([10 + n * 7 % 300 for n in range(700)], [False] * 100 + [True] * 600)
+    [score] = scoring.sequence_scores(loaded, [row])
+    expected = 0.0
+    for first, end in ((100, 512), (512, 700)):
+        ids = torch.tensor([row.input_ids[max(0, end - 512) : end]])
+        offset = max(0, end - 512)
+        with torch.no_grad():
+            logits = loaded.model(ids).logits[0]
+        targets = ids[0, first - offset :]
+        predictions = logits[first - offset - 1 : -1]
+        expected += float(torch.nn.functional.cross_entropy(predictions, targets, reduction="sum"))
+    assert (score.tokens, score.windows) == (600, 2)
+    assert score.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    scoring.check_vocabulary(loaded)
+    loaded.tokenizer.add_tokens(["<one-more>"])
+    with pytest.raises(ModelError, match=r"knows \d+ tokens, but the model has embeddings for \d+"):
+        scoring.check_vocabulary(loaded)
