@@ -1,4 +1,4 @@
-"""Packed trials under Ray Tune: light proxies that ask a bank for evaluations, one bank per GPU or CPU machine.
+"""Packed trials under Ray Tune: light proxies that ask a bank for evaluations; one bank a GPU, or a machine without.
 
 Meets Ray, beside `run.py`, because a proxy is a class of Ray Tune's and a bank is an actor. Proxies load no torch.
 """
@@ -30,6 +30,7 @@ logger = logging.getLogger("raytune_ft")
 PROXY_CPUS = 0.01
 _POINTER = "bank.json"
 _RESTARTS = 3
+_PATIENCE_S = 20
 _UNPACKED = (
     *("method", "use_dora", "adapter_path", "gradient_checkpointing"),
     *("precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
@@ -70,7 +71,7 @@ def why_alone(config: SweepConfig) -> str | None:
 def start_banks(
     connected: cluster.Cluster, training: FineTuningConfig, splits: dict[str, list[str]], snapshots: str, trials: int
 ) -> Banks | str:
-    """Starts the banks of a sweep, one per GPU (without any, one); or says why trials cannot share this base.
+    """Starts the banks of a sweep, one per GPU (without any, one per node); or says why trials cannot share this base.
 
     Args:
         connected: where to.
@@ -82,7 +83,7 @@ def start_banks(
     from raytune_ft.tuning.host import BankHost
 
     use_gpu = training.use_gpu if training.use_gpu is not None else connected.gpus > 0
-    count = max(1, min(int(connected.gpus), trials)) if use_gpu else 1
+    count = bank_count(connected.nodes, trials, use_gpu=use_gpu)
     cpus, threads = bank_cpus(connected.nodes, trials, count if use_gpu else 0)
     demand = cluster.Demand("bank of adapters", count, cpus, int(use_gpu), threads)
     proxies = cluster.Demand("light trial", trials, PROXY_CPUS)
@@ -106,6 +107,14 @@ def start_banks(
         banks.close()
         return fault
     return banks
+
+
+def bank_count(nodes: Sequence[cluster.Node], trials: int, *, use_gpu: bool) -> int:
+    """One bank per GPU; or, where none is used, one per node as large as the largest; no more than trials."""
+    if use_gpu:
+        return max(1, min(int(sum(node.gpus * node.count for node in nodes)), trials))
+    largest = max(node.cpus for node in nodes)
+    return min(sum(node.count for node in nodes if node.cpus == largest), trials)
 
 
 def bank_cpus(nodes: Sequence[cluster.Node], trials: int, gpus: int) -> tuple[float, int]:
@@ -192,9 +201,24 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
                 self._bank = None
 
     def _enter(self) -> None:
-        """Takes a seat in the bank with the fewest trials, from the last state on storage."""
-        loads = ray.get([bank.load.remote() for bank in self._banks])
-        bank = self._banks[loads.index(min(loads))]
+        """Takes a seat in the bank with the fewest trials, from the last state on storage.
+
+        Raises:
+            RayActorError: if no bank answers.
+        """
+        asked = {bank.load.remote(): bank for bank in self._banks}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
+        loads: list[tuple[int, int]] = []
+        gone: ray.exceptions.RayActorError | None = None
+        for place, reference in enumerate(asked):
+            if reference in answered:
+                try:
+                    loads.append((ray.get(reference), place))
+                except ray.exceptions.RayActorError as error:
+                    gone = error
+        if not loads:
+            raise gone or ray.exceptions.RayActorError(error_msg="no bank answers")
+        bank = self._banks[min(loads)[1]]
         self._name = self.trial_id
         ray.get(
             bank.admit.remote(self._name, {**self._shared, **settings_at(self._space, self._shared)}, self._snapshot)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from raytune_ft.evaluation.plots import COLOURS, log_scale, svg
+from raytune_ft.core.figures import COLOURS, log_scale, svg
 from raytune_ft.tuning.result import SweepResult
 
 _SHADES = "viridis_r"

@@ -32,6 +32,7 @@ from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
 from raytune_ft.tuning.space import REPEAT, dimension, grid_size, settings_at
+from raytune_ft.tuning.view import SweepView
 
 logger = logging.getLogger("raytune_ft")
 
@@ -216,7 +217,7 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
             checkpoint_config=checkpoints,
             failure_config=FailureConfig(max_failures=_FAILURES),
             stop=stage.stop,
-            callbacks=[_Progress(config.metric)],
+            callbacks=[_Progress(config)],
             verbose=0,
         ),
     )
@@ -242,19 +243,35 @@ def _trial(space: dict[str, Any], *, settings: dict[str, Any], splits: dict[str,
 
 
 class _Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
-    """Says each evaluation and ending of a trial."""
+    """Shows each evaluation and ending of a trial."""
 
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def __init__(self, config: SweepConfig) -> None:
+        self.metric, self.view = config.metric, SweepView(config.metric, last_step=config.training.max_steps)
+
+    def __getstate__(self) -> dict[str, Any]:  # Ray Tune keeps callbacks with its state; a terminal cannot be kept
+        return {"metric": self.metric, "view": SweepView(self.metric, last_step=self.view.last_step)}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.view.hear(trial.trial_id, _label(trial), state="running")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        values = result["global_step"], self.metric, result.get(self.metric, math.nan)
-        logger.info("trial %s: step %d, %s %.4f", _label(trial), *values)
+        step, value = result["global_step"], result.get(self.metric, math.nan)
+        self.view.hear(trial.trial_id, _label(trial), state="running", step=step, value=value)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result or {}
+        state = "infeasible" if last.get("infeasible") else "done"
+        if state == "done" and self.view.last_step and last.get("global_step", 0) < self.view.last_step:
+            state = "stopped early"
+        self.view.hear(trial.trial_id, _label(trial), state=state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        logger.warning("trial %s: failed", _label(trial))
+        self.view.hear(trial.trial_id, _label(trial), state="failed")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        self.view.close()
 
 
 def _label(trial: Any) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from raytune_ft.core.cluster import Node
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.packed import bank_cpus, why_alone
+from raytune_ft.tuning.packed import bank_count, bank_cpus, why_alone
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
 from raytune_ft.tuning.schedulers import RememberedASHA
@@ -53,6 +53,21 @@ def curves(result: SweepResult) -> dict[str, list[float]]:
 )
 def test_a_bank_leaves_room_for_the_proxies(nodes, trials, gpus, cpus, threads) -> None:
     assert bank_cpus(nodes, trials, gpus) == (cpus, threads)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "trials", "use_gpu", "count"),
+    [
+        ([Node(2)], 16, False, 1),
+        ([Node(2, 0, 2), Node(1)], 16, False, 2),  # the small node would hold up the trials that fall to it
+        ([Node(2, 0, 3)], 2, False, 2),
+        ([Node(16, 8, 2)], 32, True, 16),
+        ([Node(16, 8, 2)], 4, True, 4),
+        ([Node(8)], 4, True, 1),  # none now: the resource plan says so
+    ],
+)
+def test_there_is_a_bank_for_each_gpu_or_each_large_node(nodes, trials, use_gpu, count) -> None:
+    assert bank_count(nodes, trials, use_gpu=use_gpu) == count
 
 
 @pytest.mark.parametrize(
@@ -147,6 +162,33 @@ def test_a_killed_bank_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, 
     for trial in result.trials:
         steps = [row["global_step"] for row in trial.curve]
         assert steps == list(range(2, 61, 2)), steps
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_killed_proxy_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, orders, tmp_path) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not list((tmp_path / "sweep").glob("snapshots/*/*/manifest.json")):
+            time.sleep(0.01)
+        for process in psutil.Process().children(recursive=True):
+            if "Proxy" in " ".join(process.cmdline())[:60]:
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", training={"max_steps": 60})
+    artifact = HyperparameterSweep(config).run()
+    killer.join()
+    assert len(killed) == 1
+    result = SweepResult.from_json(artifact.read_json("result.json"))
+    assert [trial.ending for trial in result.trials] == ["finished"] * 4
+    for trial in result.trials:
+        assert [row["global_step"] for row in trial.curve] == list(range(2, 61, 2))
 
 
 @pytest.mark.soak

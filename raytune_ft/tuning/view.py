@@ -1,0 +1,92 @@
+"""The trials of a running sweep, to look at: a table that stays in place on a terminal, a line for each in a log."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.table import Table
+
+logger = logging.getLogger("raytune_ft")
+
+_SHOWN = 24
+
+
+@dataclass
+class Row:
+    """What a trial said last; `best` is its lowest value of the metric."""
+
+    label: str
+    state: str = "waiting"
+    step: int = 0
+    value: float = math.nan
+    best: float = math.inf
+
+
+class SweepView:
+    """Hears of trials and shows them."""
+
+    def __init__(self, metric: str, *, last_step: int | None = None) -> None:
+        self.metric, self.last_step = metric, last_step
+        self.rows: dict[str, Row] = {}
+        self._live: Live | None = None
+
+    def hear(self, name: str, label: str, *, state: str, step: int = 0, value: float = math.nan) -> None:
+        """Takes note of a trial; without a terminal its news is a line of the log."""
+        row = self.rows.setdefault(name, Row(label))
+        row.state = state
+        if step:
+            row.step, row.value = step, value
+            row.best = min(row.best, value) if math.isfinite(value) else row.best
+        if self._shown():
+            return
+        if state == "failed":
+            logger.warning("trial %s: failed", label)
+        elif step and state == "running":
+            logger.info("trial %s: step %d, %s %.4f", label, step, self.metric, value)
+        elif state not in {"running", "waiting"}:
+            logger.info("trial %s: %s at step %d, best %s %.4f", label, state, row.step, self.metric, row.best)
+
+    def table(self) -> Table:
+        """The trials, lowest best value first; those beyond the first 24 are counted."""
+        table = Table("trial", "state", "step", self.metric, "best", box=None, pad_edge=False)
+        ranked = sorted(self.rows.values(), key=lambda row: (row.best, row.label))
+        for row in ranked[:_SHOWN]:
+            step = f"{row.step}/{self.last_step}" if self.last_step else str(row.step)
+            table.add_row(row.label, row.state, step, _number(row.value), _number(row.best))
+        if len(ranked) > _SHOWN:
+            table.add_row(f"and {len(ranked) - _SHOWN} more")
+        return table
+
+    def close(self) -> None:
+        """Leaves the last table on the terminal."""
+        if self._live is not None:
+            self._live.update(self.table(), refresh=True)
+            self._live.stop()
+            self._live = None
+
+    def _shown(self) -> bool:
+        if self._live is None:
+            console = _terminal()
+            if console is None:
+                return False
+            self._live = Live(console=console, auto_refresh=False)
+            self._live.start()
+        self._live.update(self.table(), refresh=True)
+        return True
+
+
+def _terminal() -> Console | None:
+    """The console that our lines go to, if it is a terminal."""
+    for handler in logger.handlers:
+        if isinstance(handler, RichHandler) and handler.console.is_terminal:
+            return handler.console
+    return None
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "-"
