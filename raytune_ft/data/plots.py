@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raytune_ft.core.figures import svg
 from raytune_ft.data.quality import LENGTH_STEP
 
 _BLUE, _GREY, _RED = "#0072b2", "#8d99a6", "#d55e00"
 _MOST_BARS = 12
 _MOST_LETTERS = 34
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "raytune_ft",
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.edgecolor": "#c9ced6",
-    "axes.labelcolor": "#4a5361",
-    "xtick.color": "#6b7482",
-    "ytick.color": "#1f2630",
-    "grid.color": "#e6e9ee",
-}
-
-Paint = Callable[[Any], None]
 
 
 def draw(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -139,20 +121,3 @@ def _losses(losses: Mapping[str, Any]) -> str:
         axes.set_ylabel("rows")
 
     return svg(paint, grid="y", height=2.9)
-
-
-def svg(paint: Paint, *, height: float = 3.6, grid: str = "x") -> str:
-    """A plot in the style of the project's pages, 5.8 inches wide, drawn without pyplot's global state."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.8, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_axisbelow(True)
-        axes.grid(axis=grid)
-        axes.tick_params(length=0)
-        paint(axes)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()

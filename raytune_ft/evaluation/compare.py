@@ -1,31 +1,28 @@
-"""Is one model better than another on the same rows? Paired bootstrap intervals, counts, and a verdict in words."""
+"""Is one model better than another on the same rows? Differences with their tests, and a verdict in words."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Columns = Mapping[str, NDArray[np.float64]]
-Statistic = Callable[[Columns], NDArray[np.float64]]
-"""From summed columns to a value, elementwise over samples."""
+from raytune_ft.evaluation.statistics import (
+    Columns,
+    Floats,
+    Statistic,
+    bootstrap,
+    fewest_differing_rows,
+    holm,
+    percentiles,
+    permutation_p_value,
+    row_count,
+    rows_needed,
+    visible_difference,
+)
 
 Verdict = Literal["better", "worse", "cannot tell"]
-
-_SAMPLES = 2000
-_CHUNK = 2_000_000  # resampled counts held at once
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A percentile bootstrap interval."""
-
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,21 @@ class Difference:
     low: float
     high: float
     confidence: float
+    standard_error: float
     wins: int
     ties: int
     losses: int
+    lower_is_better: bool
+    p_value: float
+    """Of the paired permutation test, this comparison alone."""
+    p_adjusted: float
+    """The same after Holm's correction for all `tests` comparisons that were made together."""
+    tests: int
     verdict: Verdict
+    rows_to_tell: int | None
+    """How many rows would tell, were the difference what it seems (80% power); None where they already do."""
+    visible_difference: float | None
+    """The least difference that this many rows show four times in five; None where the rows show no spread."""
 
     @property
     def rows(self) -> int:
@@ -47,32 +55,17 @@ class Difference:
         return self.wins + self.ties + self.losses
 
 
-def interval(statistic: Statistic, columns: Columns, *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """How far the value of one model would move, had other rows of the same kind been drawn.
-
-    Args:
-        statistic: from sums of `columns` to the value.
-        columns: one number a row under each name.
-        confidence: of the interval.
-        seed: of the resampling.
-    """
-    return _percentiles(statistic(_resampled(columns, seed)), confidence)
-
-
 def difference(
     statistic: Statistic,
     columns: Columns,
     others: Columns,
     *,
-    scores: tuple[NDArray[np.float64], NDArray[np.float64]],
+    scores: tuple[Floats, Floats],
     lower_is_better: bool = False,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """Compares a model with another by a paired bootstrap: each sample draws the same rows for both.
-
-    The verdict is better or worse only if the interval leaves out 0 and enough rows differ for a two-sided sign test
-    to be able to reject at this confidence (6 rows at 95%): a bootstrap of a handful of rows is too sure of itself.
+    """Compares a model with another by a paired bootstrap (interval) and a paired permutation test (verdict).
 
     Args:
         statistic: from sums of columns to the value.
@@ -80,35 +73,68 @@ def difference(
         others: the same of the other model, rows in the same order.
         scores: the rows' own scores of the two models, for wins, ties and losses.
         lower_is_better: as for perplexity.
-        confidence: of the interval.
+        confidence: of the interval; the verdict needs p <= 1 - confidence.
         seed: of the resampling.
     """
     own, their = scores
     gain = _rounded(their - own if lower_is_better else own - their)
     wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
-    value = float(statistic(_sums(columns)) - statistic(_sums(others)))
-    found = _percentiles(statistic(_resampled(columns, seed)) - statistic(_resampled(others, seed)), confidence)
-    verdict: Verdict = "cannot tell"
-    enough = wins + losses >= rows_to_tell(confidence)
-    if enough and (found.low > 0 or found.high < 0):
-        verdict = "better" if (value > 0) is not lower_is_better else "worse"
-    return Difference(value, found.low, found.high, confidence, wins, len(gain) - wins - losses, losses, verdict)
+    samples = bootstrap(statistic, columns, seed=seed) - bootstrap(statistic, others, seed=seed)
+    found = percentiles(samples, confidence)
+    alone = Difference(
+        difference=float(statistic(_sums(columns)) - statistic(_sums(others))),
+        low=found.low,
+        high=found.high,
+        confidence=confidence,
+        standard_error=float(np.std(samples)),
+        wins=wins,
+        ties=row_count(columns) - wins - losses,
+        losses=losses,
+        lower_is_better=lower_is_better,
+        p_value=permutation_p_value(statistic, columns, others, seed=seed),
+        p_adjusted=1.0,
+        tests=1,
+        verdict="cannot tell",
+        rows_to_tell=None,
+        visible_difference=None,
+    )
+    return judged([alone])[0]
 
 
-def rows_to_tell(confidence: float) -> int:
-    """Fewest differing rows with which a two-sided sign test can reject: the least n with 2 / 2^n <= 1 - confidence."""
-    return math.ceil(1 - math.log2(1 - confidence))
+def judged(family: Sequence[Difference]) -> list[Difference]:
+    """The differences with their verdicts, corrected (Holm) for being one family of tests.
+
+    Better or worse is said only if the corrected p-value allows it and the interval leaves out 0.
+    """
+    adjusted = holm([found.p_value for found in family])
+    return [_judged(found, p, len(family)) for found, p in zip(family, adjusted, strict=True)]
 
 
 def sentence(found: Difference, *, model: str, other: str, metric: str) -> str:
-    """The verdict in words, with the numbers that carry it."""
+    """The verdict in words, with the numbers that carry it, and what it would take where they do not."""
+    corrected = f" after Holm's correction for {found.tests} comparisons" if found.tests > 1 else ""
     numbers = (
         f"difference {signed(found.difference)}, {found.confidence:.0%} interval {signed(found.low)} to "
-        f"{signed(found.high)}; {found.wins} rows won, {found.ties} tied, {found.losses} lost"
+        f"{signed(found.high)}, p {_probability(found.p_adjusted)}{corrected}; {found.wins} rows won, "
+        f"{found.ties} tied, {found.losses} lost"
     )
     if found.verdict == "cannot tell":
-        return f"{metric}: cannot tell {model} from {other} with {found.rows} rows ({numbers})."
+        words = f"{metric}: cannot tell {model} from {other} with {found.rows} rows ({numbers})."
+        return f"{words} {outlook(found)}"
     return f"{metric}: {model} is {found.verdict} than {other} on {found.rows} rows ({numbers})."
+
+
+def outlook(found: Difference) -> str:
+    """What it would take to tell the two apart."""
+    if found.wins + found.losses == 0 and found.difference == 0:
+        return "They score the same on every row, so how many rows it would take cannot be said."
+    said = []
+    if found.rows_to_tell is not None:
+        said.append(f"If the difference is what it seems, about {_rough(found.rows_to_tell)} rows would tell.")
+    if found.visible_difference is not None:
+        least = f"{found.visible_difference:.2g}"
+        said.append(f"With {found.rows} rows only a difference of {least} or more would show four times in five.")
+    return " ".join(said)
 
 
 def signed(value: float) -> str:
@@ -116,31 +142,44 @@ def signed(value: float) -> str:
     return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.3g}"
 
 
+def _judged(found: Difference, p_adjusted: float, tests: int) -> Difference:
+    alpha = 1 - found.confidence
+    strictest = alpha / tests
+    verdict: Verdict = "cannot tell"
+    needed = None
+    if p_adjusted <= alpha + 1e-12 and (found.low > 0 or found.high < 0):
+        verdict = "better" if (found.difference > 0) is not found.lower_is_better else "worse"
+    else:
+        needed = _rows_to_tell(found, strictest)
+    visible = visible_difference(found.standard_error, alpha=strictest) if found.standard_error else None
+    return replace(
+        found, p_adjusted=p_adjusted, tests=tests, verdict=verdict, rows_to_tell=needed, visible_difference=visible
+    )
+
+
+def _rows_to_tell(found: Difference, alpha: float) -> int | None:
+    """By the spread, and by how rarely rows differ at all; always more than there are."""
+    needed = rows_needed(found.difference, found.standard_error, found.rows, alpha=alpha)
+    if found.difference == 0:
+        return None
+    differing = max(1, found.wins + found.losses)
+    enough_differ = fewest_differing_rows(alpha) * found.rows / differing
+    return max(needed or 0, round(enough_differ), found.rows + 1)
+
+
 def _sums(columns: Columns) -> Columns:
     return {name: np.asarray(np.sum(column)) for name, column in columns.items()}
 
 
-def _resampled(columns: Columns, seed: int) -> Columns:
-    """Sums of the columns over rows drawn with replacement, one a sample; the draws depend on rows and seed alone."""
-    table = np.stack([np.asarray(column, float) for column in columns.values()], axis=1)  # [rows, columns]
-    sums = np.concatenate([counts @ table for counts in _draws(len(table), seed)])  # [samples, columns]
-    return {name: sums[:, place] for place, name in enumerate(columns)}
-
-
-def _draws(rows: int, seed: int) -> Iterator[NDArray[np.float64]]:
-    generator = np.random.default_rng(seed)
-    chunk = max(1, min(_SAMPLES, _CHUNK // rows))
-    for start in range(0, _SAMPLES, chunk):
-        size = min(chunk, _SAMPLES - start)
-        yield generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(float)
-
-
-def _percentiles(values: NDArray[np.float64], confidence: float) -> Interval:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return Interval(float(low), float(high))
-
-
-def _rounded(gain: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rounded(gain: Floats) -> Floats:
     """Differences with those that rounding alone makes set to 0."""
     return np.where(np.abs(gain) < 1e-9, 0.0, gain)
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def _rough(rows: int) -> str:
+    """A number of rows to two digits: it is an estimate."""
+    return f"{float(f'{rows:.2g}'):,.0f}"

@@ -103,6 +103,10 @@ class MeasureConfig(Config):
     """Number format of the model's weights."""
     max_rows: int | None = Field(None, ge=1)
     """Only the first so many rows; all by default."""
+    compare_with_base: bool = True
+    """Whether the base of the (first) tuned model is measured, too, where it is known and not among the models."""
+    slice_by: tuple[str, ...] | None = None
+    """Metadata fields to show values by; by default every field that takes few values, or numbers. Lengths always."""
     num_actors: int | None = Field(None, ge=1)
     """Copies of the model that share the rows; by default one per GPU, or one less than there are CPUs."""
     seed: int = 0

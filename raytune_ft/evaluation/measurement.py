@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from raytune_ft.evaluation.compare import difference, interval, sentence
+from raytune_ft.evaluation.compare import Difference, difference, judged, sentence
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.evaluation.results import Comparison, ModelScores
 from raytune_ft.evaluation.row_metric import Columns, RowMetric
+from raytune_ft.evaluation.statistics import interval
 
 Metrics = Mapping[EvaluationMetric, RowMetric]
 
@@ -29,7 +30,7 @@ def measured(model: ModelScores, metrics: Metrics, *, seed: int) -> ModelScores:
     for name, metric in metrics.items():
         columns = columns_of(model, metric)
         values |= metric.summary(columns)
-        found = interval(metric.headline, columns, seed=seed)
+        found = interval(metric.headline, columns, seed=seed, best=name.facts.best)
         intervals[str(name)] = (found.low, found.high)
         alone[str(name)] = metric.row_scores(columns)
     answers = tuple(
@@ -39,23 +40,44 @@ def measured(model: ModelScores, metrics: Metrics, *, seed: int) -> ModelScores:
     return replace(model, values=values, intervals=intervals, answers=answers)
 
 
-def compared(models: Sequence[ModelScores], metrics: Metrics, *, seed: int) -> tuple[Comparison, ...]:
-    """Each model against each that comes before it, on every metric; their rows are the same, in the same order."""
-    found = []
+def compared(
+    models: Sequence[ModelScores], metrics: Metrics, *, seed: int, confidence: float = 0.95
+) -> tuple[Comparison, ...]:
+    """Each model against each that comes before it, on every metric; their rows are the same, in the same order.
+
+    All of these comparisons are one family of tests.
+    """
+    keys, found = [], []
     for other, model in itertools.combinations(models, 2):
         for name, metric in metrics.items():
             own, their = columns_of(model, metric), columns_of(other, metric)
-            gain = difference(
-                metric.headline,
-                own,
-                their,
-                scores=(metric.row_scores(own), metric.row_scores(their)),
-                lower_is_better=name.facts.lower_is_better,
-                seed=seed,
-            )
-            words = sentence(gain, model=model.label, other=other.label, metric=name.facts.title)
-            found.append(Comparison(metric=name, model=model.label, other=other.label, words=words, **asdict(gain)))
-    return tuple(found)
+            keys.append((name, model.label, other.label))
+            found.append(gained(name, metric, own, their, seed=seed, confidence=confidence))
+    return in_words(keys, found)
+
+
+def gained(
+    name: EvaluationMetric, metric: RowMetric, own: Columns, their: Columns, *, seed: int, confidence: float = 0.95
+) -> Difference:
+    """What the model of the first columns gains over that of the second, on one metric."""
+    return difference(
+        metric.headline,
+        own,
+        their,
+        scores=(metric.row_scores(own), metric.row_scores(their)),
+        lower_is_better=name.facts.lower_is_better,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def in_words(keys: Sequence[tuple[EvaluationMetric, str, str]], found: Sequence[Difference]) -> tuple[Comparison, ...]:
+    """Differences that are one family of tests, judged and put into words; each key is metric, model and other."""
+    family = []
+    for (name, model, other), gain in zip(keys, judged(found), strict=True):
+        words = sentence(gain, model=model, other=other, metric=name.facts.title)
+        family.append(Comparison(metric=name, model=model, other=other, words=words, **asdict(gain)))
+    return tuple(family)
 
 
 def columns_of(model: ModelScores, metric: RowMetric) -> Columns:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raytune_ft.core.artifacts import Artifact, open_artifact
+from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.compare import Verdict
+from raytune_ft.evaluation.compare import Difference
 from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.judging import Judging
+
+if TYPE_CHECKING:
+    from raytune_ft.evaluation.gate import GateDecision
 
 RESULTS = "results.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of ``results.json`` and ``report.json``; raised whenever a field changes its meaning or goes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,10 @@ class Answer:
     """How many supervised tokens the reference has."""
     scores: dict[str, float] = field(default_factory=dict)
     """Per metric the headline of this row taken alone."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """What the row's record says of itself beside its content."""
+    turns: tuple[dict[str, str], ...] = ()
+    """Roles and contents before the answer, where they are more than the one user turn that `prompt` shows."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +72,29 @@ class ModelScores:
         return f"answers/{re.sub(r'[^A-Za-z0-9._-]+', '-', self.label)}.jsonl"
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Difference):
     """One model against another on one metric, over the same rows."""
 
     metric: EvaluationMetric
     model: str
     other: str
-    difference: float
-    low: float
-    high: float
-    confidence: float
-    wins: int
-    ties: int
-    losses: int
-    verdict: Verdict
     words: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The same values on some of the rows: those with one value of a field, or of one range of lengths."""
+
+    by: str
+    """A metadata field, ``prompt length`` or ``reference length``."""
+    name: str
+    rows: int
+    values: dict[str, dict[str, float]]
+    """By model and metric the headline."""
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    comparisons: tuple[Comparison, ...] = ()
+    """Of each later model with the first; corrected for all slices together."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,9 @@ class EvaluationResult:
     created_at: str
     where: str = ""
     """The folder of the report artifact."""
+    slices: tuple[Slice, ...] = ()
+    judging: Judging | None = None
+    """What people said of the answers, side by side."""
 
     @property
     def metrics(self) -> tuple[EvaluationMetric, ...]:
@@ -106,6 +127,29 @@ class EvaluationResult:
     def values(self) -> dict[str, float]:
         """The values of `model`."""
         return self.model.values
+
+    def beats(
+        self,
+        other: EvaluationResult,
+        metric: EvaluationMetric | str | None = None,
+        max_drop: float = 0.0,
+        confidence: float = 0.95,
+    ) -> GateDecision:
+        """Whether this report's model is better than that of `other`, or worse by less than `max_drop`.
+
+        Args:
+            other: a report of the same rows.
+            metric: what counts; by default the strictest that was measured.
+            max_drop: how much worse is still good enough, in the metric's own units.
+            confidence: with which that has to be shown.
+
+        Raises:
+            ConfigError: if a setting is unknown or out of range.
+            DataError: if the reports are not of the same rows, or one lacks the metric.
+        """
+        from raytune_ft.evaluation.gate import gate_results
+
+        return gate_results(self, other, metric, max_drop=max_drop, confidence=confidence)
 
     def __getitem__(self, label: str) -> ModelScores:
         return next(model for model in self.models if model.label == label)
@@ -129,6 +173,18 @@ class ComparisonResult(EvaluationResult):
         return [model.label for model in ranked]
 
 
+def leading_metric(result: EvaluationResult) -> EvaluationMetric:
+    """The metric that a row is judged by: the strictest that was measured, else the first."""
+    strict = (
+        EvaluationMetric.EXACT_MATCH,
+        EvaluationMetric.ACCURACY,
+        EvaluationMetric.FIELD_F1,
+        EvaluationMetric.F1,
+        EvaluationMetric.VALID_JSON,
+    )
+    return next((metric for metric in strict if metric in result.metrics), result.metrics[0])
+
+
 def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str, Any]:
     """The content of ``results.json``; the answers lie beside it unless they are asked for."""
     models = []
@@ -143,6 +199,8 @@ def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str
         "dataset": result.dataset,
         "models": models,
         "comparisons": [asdict(comparison) for comparison in result.comparisons],
+        "slices": [asdict(part) for part in result.slices],
+        "judging": None if result.judging is None else asdict(result.judging),
     }
 
 
@@ -150,10 +208,15 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
     """What the report artifact in a folder found.
 
     Raises:
-        ArtifactError: if there is no finished report.
+        ArtifactError: if there is no finished report, or its schema version is another.
     """
     artifact = report if isinstance(report, Artifact) else open_artifact(report, ArtifactKind.REPORT)
     content = artifact.read_json(RESULTS)
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{artifact.location}: is a report of schema version {content.get('schema_version')}; this version of "
+            f"raytune-ft reads {SCHEMA_VERSION}. Evaluate again into another folder."
+        )
     models = tuple(
         ModelScores(
             label=entry["label"],
@@ -165,12 +228,27 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
         )
         for entry in content["models"]
     )
-    comparisons = tuple(
-        Comparison(**{**entry, "metric": EvaluationMetric(entry["metric"])}) for entry in content["comparisons"]
-    )
     kind = ComparisonResult if content["kind"] == "comparison" else EvaluationResult
-    where = str(artifact.location)
-    return kind(content["settings"], content["dataset"], models, comparisons, content["created_at"], where)
+    return kind(
+        settings=content["settings"],
+        dataset=content["dataset"],
+        models=models,
+        comparisons=_comparisons(content["comparisons"]),
+        created_at=content["created_at"],
+        where=str(artifact.location),
+        slices=tuple(_slice(entry) for entry in content["slices"]),
+    )
+
+
+def _comparisons(entries: Sequence[dict[str, Any]]) -> tuple[Comparison, ...]:
+    return tuple(Comparison(**{**entry, "metric": EvaluationMetric(entry["metric"])}) for entry in entries)
+
+
+def _slice(entry: dict[str, Any]) -> Slice:
+    intervals = {
+        label: {name: (low, high) for name, (low, high) in found.items()} for label, found in entry["intervals"].items()
+    }
+    return Slice(**{**entry, "intervals": intervals, "comparisons": _comparisons(entry["comparisons"])})
 
 
 def write_answers(path: Path, answers: tuple[Answer, ...]) -> None:
@@ -185,4 +263,5 @@ def write_answers(path: Path, answers: tuple[Answer, ...]) -> None:
 
 def parse_answers(text: str) -> tuple[Answer, ...]:
     """The answers in a file of `write_answers`."""
-    return tuple(Answer(**json.loads(line)) for line in text.split("\n") if line)
+    rows = (json.loads(line) for line in text.split("\n") if line)
+    return tuple(Answer(**{**row, "turns": tuple(row.get("turns") or ())}) for row in rows)

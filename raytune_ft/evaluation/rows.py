@@ -15,7 +15,7 @@ from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import ROLES, Message, Record
 from raytune_ft.core.storage import Location, source_digest
 
-_COLUMNS = ("messages", "text", "reference", "tools")
+_COLUMNS = ("messages", "text", "reference", "tools", "metadata")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ def prompt_text(record: Record) -> str:
     return "\n".join(f"{message.role}: {message.content}" for message in turns)
 
 
+def prompt_turns(record: Record) -> tuple[dict[str, str], ...]:
+    """Roles and contents of the prompt, where `prompt_text` does not show all of it; else nothing."""
+    turns = [{"role": message.role, "content": message.content} for message in record.prompt]
+    return () if [turn["role"] for turn in turns] == ["user"] else tuple(turns)
+
+
 def _first(marks: Sequence[bool]) -> str:
     return f"{sum(marks)} of {len(marks)} rows (the first is row {list(marks).index(True) + 1})"
 
@@ -154,7 +160,8 @@ def _record(row: Any, where: str) -> Record:
     if not isinstance(turns, list):
         raise DataError(f"{where}: `messages` must be a list of messages (got {turns!r})")
     messages = tuple(_message(turn, where) for turn in turns)
-    return Record(messages=messages, text=text, reference=reference, tools=_json_text(row.get("tools")))
+    tools, metadata = _json_text(row.get("tools")), _metadata(row.get("metadata"), where)
+    return Record(messages=messages, text=text, reference=reference, tools=tools, metadata=metadata)
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -166,6 +173,17 @@ def _message(turn: Any, where: str) -> Message:
     if turn.get("role") not in ROLES or not isinstance(content, str):
         raise DataError(f"{wanted} (got {turn!r})")
     return Message(turn["role"], content, calls)
+
+
+def _metadata(value: Any, where: str) -> dict[str, Any]:
+    """Of a row of ours JSON text, of others a mapping."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = value
+    if found is not None and not isinstance(found, dict):
+        raise DataError(f"{where}: `metadata` must be a mapping of fields (got {value!r:.60})")
+    return found or {}
 
 
 def _json_text(value: Any) -> str | None:

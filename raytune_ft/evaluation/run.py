@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from raytune_ft.core.errors import RaytuneError, RunError
 from raytune_ft.core.manifest import ArtifactKind, now
 from raytune_ft.core.records import records_to_table
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation import plots
+from raytune_ft.evaluation.bases import with_base
 from raytune_ft.evaluation.config import (
     ComparisonConfig,
     EvaluationConfig,
@@ -28,20 +27,19 @@ from raytune_ft.evaluation.config import (
 )
 from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import METRICS
-from raytune_ft.evaluation.report import generate_evaluation_report, render_html, render_markdown
+from raytune_ft.evaluation.report import generate_evaluation_report, write_report
 from raytune_ft.evaluation.results import (
-    RESULTS,
     Answer,
     ComparisonResult,
     EvaluationResult,
     ModelScores,
     parse_answers,
     read_result,
-    to_json,
     write_answers,
 )
-from raytune_ft.evaluation.rows import EvaluationRows, check_rows, prompt_text, read_rows
+from raytune_ft.evaluation.rows import EvaluationRows, check_rows, prompt_text, prompt_turns, read_rows
 from raytune_ft.evaluation.scorer import ScorerActor, fault_in
+from raytune_ft.evaluation.slices import slice_fields, sliced
 from raytune_ft.models.config import DecodingConfig, Precision
 from raytune_ft.models.loading import model_parent, shared_model
 
@@ -77,7 +75,7 @@ class ModelEvaluator:
         return read_result(self.artifact)
 
     def visualize_results(self) -> list[str]:
-        """Paths of the plots, as SVG files."""
+        """Paths of the plots, each as an SVG and a PNG file."""
         folder = self.artifact.local()
         return sorted(str(folder / name) for name in self.artifact.manifest.files if name.startswith("plots/"))
 
@@ -121,12 +119,17 @@ def compare_models(
 
 def evaluate(config: EvaluationConfig) -> Artifact:
     """Evaluates the model of `config` and leaves a report."""
-    return _measure(config, config.models, EvaluationResult)
+    return _measure(config, _models(config), EvaluationResult)
 
 
 def compare(config: ComparisonConfig) -> Artifact:
     """Compares the models of `config` and leaves a report."""
-    return _measure(config, config.models, ComparisonResult)
+    return _measure(config, _models(config), ComparisonResult)
+
+
+def _models(config: EvaluationConfig | ComparisonConfig) -> dict[str, str]:
+    """Label and path of every model of the table."""
+    return with_base(config.models) if config.compare_with_base else config.models
 
 
 def _measure(config: MeasureConfig, models: dict[str, str], kind: type[EvaluationResult]) -> Artifact:
@@ -137,6 +140,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
     for name, metric in metrics.items():
         if name.needs_answers:
             metric.check(references)
+    slice_fields([record.metadata for record in rows.records], config.slice_by)
     storage = Location.at(config.output_dir).parent
     shared = {label: shared_model(path, storage) for label, path in models.items()}
     parents = {label: model_parent(path, role=label) for label, path in shared.items()}
@@ -166,7 +170,8 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
             "rows": len(rows.records),
             "digest": rows.parent.digest,
         }
-        result = kind(config.resolved(), dataset, tuple(scored), comparisons, now())
+        slices = sliced(scored, metrics, seed=config.seed, fields=config.slice_by)
+        result = kind(config.resolved(), dataset, tuple(scored), comparisons, now(), slices=slices)
         _write(draft, result)
     logger.info("%s", result)
     return draft.artifact
@@ -186,7 +191,14 @@ def _answers(config: MeasureConfig, label: str, path: str, rows: EvaluationRows)
     if missing:
         raise RunError(f"evaluation of {label}: {missing} of {len(rows.records)} rows came back without an answer")
     return tuple(
-        Answer(id=record.id, prompt=prompt_text(record), reference=record.answer, **scored[place])
+        Answer(
+            id=record.id,
+            prompt=prompt_text(record),
+            reference=record.answer,
+            metadata=dict(record.metadata),
+            turns=prompt_turns(record),
+            **scored[place],
+        )
         for place, record in enumerate(rows.records)
     )
 
@@ -251,13 +263,7 @@ def _kept_answers(draft: Draft, model: ModelScores, rows: EvaluationRows) -> tup
 
 
 def _write(draft: Draft, result: EvaluationResult) -> None:
-    draft.write_json(RESULTS, to_json(result))
-    (draft.folder / "report.md").write_text(render_markdown(result), encoding="utf-8")
-    (draft.folder / "report.html").write_text(render_html(result), encoding="utf-8")
-    for name, svg in plots.draw(result).items():
-        path: Path = draft.folder / "plots" / f"{name}.svg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(svg, encoding="utf-8")
+    write_report(draft.folder, result)
     draft.numbers["rows"] = result.dataset["rows"]
     for model in result.models:
         draft.numbers[model.label] = {**model.values, "cut_off": model.cut_off}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from raytune_ft.evaluation.plots import COLOURS, log_scale, svg
+from raytune_ft.core.figures import COLOURS, log_scale, svg
 
 
 def losses(history: Sequence[dict[str, float]]) -> str:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from raytune_ft.evaluation.compare import Columns, Difference, difference, interval, rows_to_tell, sentence, signed
+from raytune_ft.evaluation.compare import Difference, difference, judged, outlook, sentence, signed
+from raytune_ft.evaluation.statistics import Columns
 
 
 def mean(sums: Columns) -> np.ndarray:
@@ -19,13 +22,6 @@ def compared(own: list[float], their: list[float], **settings: bool) -> Differen
     return difference(mean, columns(*own), columns(*their), scores=scores, **settings)
 
 
-def test_the_interval_of_a_share_is_near_the_normal_one() -> None:
-    # 50 of 200 right: 0.25 +- 1.96 * sqrt(0.25 * 0.75 / 200) = 0.25 +- 0.060.
-    found = interval(mean, columns(*[1.0] * 50, *[0.0] * 150))
-    assert found.low == pytest.approx(0.19, abs=0.01)
-    assert found.high == pytest.approx(0.31, abs=0.01)
-
-
 def test_rows_where_both_agree_do_not_widen_a_paired_interval() -> None:
     # The models differ on 10 of 100 rows, always the same way; unpaired, the interval would be about +-0.14.
     own, their = [1.0] * 60 + [0.0] * 40, [1.0] * 50 + [0.0] * 50
@@ -33,7 +29,8 @@ def test_rows_where_both_agree_do_not_widen_a_paired_interval() -> None:
     assert found.difference == pytest.approx(0.1)
     assert (found.wins, found.ties, found.losses, found.rows) == (10, 90, 0, 100)
     assert 0.03 < found.low < 0.1 < found.high < 0.17
-    assert found.verdict == "better"
+    assert found.p_value == 2 / 2**10
+    assert (found.verdict, found.rows_to_tell) == ("better", None)
 
 
 def test_the_other_way_round_is_worse() -> None:
@@ -53,30 +50,55 @@ def test_an_interval_around_zero_cannot_tell() -> None:
 
 
 def test_five_differing_rows_cannot_tell_and_six_can() -> None:
-    # 2 / 2^5 = 0.0625 is above 5%, 2 / 2^6 = 0.031 below.
-    assert rows_to_tell(0.95) == 6
     assert compared([1.0] * 5, [0.0] * 5).verdict == "cannot tell"
+    assert compared([1.0] * 5, [0.0] * 5).rows_to_tell == 6
     assert compared([1.0] * 6, [0.0] * 6).verdict == "better"
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_another() -> None:
-    values = columns(*np.random.default_rng(0).random(40))
-    assert interval(mean, values, seed=1) == interval(mean, values, seed=1)
-    assert interval(mean, values, seed=1) != interval(mean, values, seed=2)
+def test_a_family_of_comparisons_is_harder_to_convince_than_one() -> None:
+    one = compared([1.0] * 7, [0.0] * 7)  # p = 2 / 2^7 = 0.0156
+    equal = compared([1.0] * 7, [1.0] * 7)
+    assert one.verdict == "better"
+    family = judged([one, equal, equal, equal])
+    assert family[0].p_adjusted == pytest.approx(4 * 2 / 2**7)  # 0.0625
+    assert [found.verdict for found in family] == ["cannot tell"] * 4
+    assert {found.tests for found in family} == {4}
+    assert judged([one, equal, equal])[0].verdict == "better"  # 0.047
 
 
-def test_many_rows_are_resampled_in_chunks() -> None:
-    found = interval(mean, columns(*([1.0, 0.0] * 5000)))
-    assert found.low == pytest.approx(0.4902, abs=0.001)
-    assert found.high == pytest.approx(0.5098, abs=0.001)
+def test_the_rows_it_takes_are_more_than_there_are_and_grow_as_the_difference_shrinks() -> None:
+    generator = np.random.default_rng(0)
+    own = generator.normal(0, 1, 100)
+    needed = []
+    for gain in (0.1, 0.05):
+        noise = generator.normal(0, 1, 100)
+        found = compared(list(own), list(own - gain - (noise - noise.mean())))
+        assert found.verdict == "cannot tell"
+        needed.append(found.rows_to_tell)
+    # Of noise with standard deviation 1: ((1.96 + 0.84) / 0.1)^2 = 785 rows.
+    assert needed[0] == pytest.approx(785, rel=0.25)
+    assert needed[1] == pytest.approx(4 * 785, rel=0.25)
 
 
 def test_the_words_carry_the_numbers() -> None:
-    found = Difference(0.5, 0.25, 0.75, 0.95, wins=6, ties=3, losses=1, verdict="better")
-    assert sentence(found, model="tuned", other="base", metric="Exact match") == (
-        "Exact match: tuned is better than base on 10 rows (difference +0.500, 95% interval +0.250 to +0.750; "
-        "6 rows won, 3 tied, 1 lost)."
+    better = replace(compared([1.0] * 8 + [0.0] * 2, [0.0] * 10), low=0.5, high=1.0)
+    assert sentence(better, model="tuned", other="base", metric="Exact match") == (
+        "Exact match: tuned is better than base on 10 rows (difference +0.800, 95% interval +0.500 to +1.000, "
+        "p = 0.008; 8 rows won, 2 tied, 0 lost)."
     )
-    unsure = Difference(0.1, -0.1, 0.3, 0.95, wins=2, ties=1, losses=1, verdict="cannot tell")
-    assert "cannot tell tuned from base with 4 rows" in sentence(unsure, model="tuned", other="base", metric="F1")
+    family = judged([compared([1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0])] * 2)
+    words = sentence(family[0], model="tuned", other="base", metric="F1")
+    assert "F1: cannot tell tuned from base with 4 rows (difference +0.250" in words
+    assert "p = 1.000 after Holm's correction for 2 comparisons; 2 rows won, 1 tied, 1 lost)." in words
+    assert family[0].rows_to_tell == 103
+    assert "about 100 rows would tell. With 4 rows only a difference of 1.3 or more would show" in words
     assert (signed(-0.12345), signed(12345.6)) == ("-0.123", "+1.23e+04")
+
+
+def test_what_cannot_be_said_is_not_said() -> None:
+    same = compared([1.0] * 9, [1.0] * 9)
+    assert (same.rows_to_tell, same.visible_difference) == (None, None)
+    assert outlook(same) == "They score the same on every row, so how many rows it would take cannot be said."
+    even = compared([1.0, 0.0], [0.0, 1.0])
+    assert even.rows_to_tell is None
+    assert outlook(even).startswith("With 2 rows only a difference of ")

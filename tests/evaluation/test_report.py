@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.errors import ArtifactError, ConfigError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
 from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import METRICS
-from raytune_ft.evaluation.report import generate_evaluation_report, number_text, render_html, render_markdown
+from raytune_ft.evaluation.markdown import render_markdown
+from raytune_ft.evaluation.report import generate_evaluation_report, render_html, write_report
 from raytune_ft.evaluation.results import (
     Answer,
     ComparisonResult,
@@ -25,6 +26,8 @@ from raytune_ft.evaluation.results import (
     to_json,
     write_answers,
 )
+from raytune_ft.evaluation.slices import sliced
+from raytune_ft.evaluation.tables import number_text
 
 HOSTILE = "<script>alert('owned')</script></pre><img src=x onerror=alert(1)>\n```\n# not a heading"
 REFERENCE = '{"name": "Ada", "n": 2}'
@@ -41,13 +44,28 @@ def result(*, rows: int = 8, label: str = "tuned") -> EvaluationResult:
     models = []
     for name, said, nll in (("base", HOSTILE, 6.0), (label, REFERENCE, 0.6)):
         answers = tuple(
-            Answer(str(n), f"order {n} <b>now</b>", REFERENCE, said, "length" if n == 0 else "stop", 9, nll, 3)
+            Answer(
+                str(n),
+                f"order {n} <b>now</b>",
+                REFERENCE,
+                said,
+                "length" if n == 0 else "stop",
+                9 + n,
+                nll,
+                3,
+                metadata={"city": ("Rome", "<i>Paris</i>")[n % 2]},
+            )
             for n in range(rows)
         )
         models.append(measured(ModelScores(name, f"runs/{name}", "0123", {}, {}, answers), metrics, seed=0))
     dataset = {"path": "d", "split": "test", "rows": rows, "digest": "4567"}
     return EvaluationResult(
-        config.resolved(), dataset, tuple(models), compared(models, metrics, seed=0), "2026-01-01T00:00:00+00:00"
+        config.resolved(),
+        dataset,
+        tuple(models),
+        compared(models, metrics, seed=0),
+        "2026-01-01T00:00:00+00:00",
+        slices=sliced(models, metrics, seed=0),
     )
 
 
@@ -79,7 +97,8 @@ def test_hostile_output_stays_text_on_the_page() -> None:
     page = parsed(render_html(found))
     assert "script" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(HOSTILE) == 8
+    assert page.text.count(HOSTILE) == 8 + 5  # every row, and the five that changed most
+    assert "city: <i>Paris</i>" in page.text
     assert "<script>evil()</script>" in page.text
 
 
@@ -93,9 +112,18 @@ def test_the_page_needs_nothing_from_elsewhere_and_runs_no_scripts() -> None:
 
 def test_the_page_shows_every_row_of_every_model_and_what_is_right() -> None:
     page = render_html(result())
-    assert len(re.findall(r'<section class="row', page)) == 8
-    assert page.count(">wrong<") == page.count(">right<") == 8
-    assert "cut off after 9 tokens" in page
+    every = page.partition('<div class="every">')[2]
+    assert len(re.findall(r'<section class="row', every)) == 8
+    assert every.count(">wrong<") == every.count(">right<") == 8
+    assert "cut off after 9 tokens" in every
+
+
+def test_the_rows_that_changed_most_come_first_and_are_not_all() -> None:
+    page = render_html(result())
+    changed = page.partition("Rows that changed most")[2].partition("Every row")[0]
+    assert re.findall(r'class="rank">(\d+)', changed) == ["1", "2", "3", "4", "5"]
+    assert "Gained" in changed
+    assert "Lost" not in changed
 
 
 def test_verdicts_and_intervals_stand_in_both_kinds_of_report() -> None:
@@ -103,7 +131,9 @@ def test_verdicts_and_intervals_stand_in_both_kinds_of_report() -> None:
     words = "Exact match: tuned is better than base on 8 rows (difference +1.000"
     for page in (render_html(found), render_markdown(found)):
         assert words in page
-        assert "[1.000, 1.000]" in page
+        assert "[0.631, 1.000]" in page  # eight of eight right, as Clopper and Pearson have it
+        assert "city: " in page
+        assert "corrected (Holm) for all 3 comparisons" in page
 
 
 def test_markdown_answers_cannot_leave_their_fences() -> None:
@@ -119,7 +149,9 @@ def test_the_suffix_decides_the_kind_of_report(tmp_path: Path) -> None:
         path = generate_evaluation_report(found, tmp_path / f"report{suffix}")
         assert Path(path).read_text().startswith(start)
     content = json.loads((tmp_path / "report.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
+    assert content["comparisons"][0]["verdict"] == "better"
+    assert content["slices"][0]["by"] == "city"
     assert content["models"][0]["answers"][0]["answer"] == HOSTILE
     with pytest.raises(ConfigError, match=r"must end with .html, .md, .json \(got '.pdf'\)"):
         generate_evaluation_report(found, tmp_path / "report.pdf")
@@ -135,11 +167,29 @@ def test_a_result_is_read_back_from_its_files_as_it_was(tmp_path: Path) -> None:
     assert replace(read_result(tmp_path / "report"), where="") == found
 
 
+def test_a_report_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    found = result()
+    draft = begin(tmp_path / "report", ArtifactKind.REPORT, settings=found.settings)
+    with draft:
+        draft.write_json("results.json", {**to_json(found), "schema_version": 1})
+    with pytest.raises(ArtifactError, match=r"schema version 1; this version of raytune-ft reads 2. Evaluate again"):
+        read_result(tmp_path / "report")
+
+
+def test_all_files_of_a_report_are_written_and_its_plots_in_both_formats(tmp_path: Path) -> None:
+    write_report(tmp_path, result())
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    drawn = ("metrics", "perplexity", "differences", "fields", "lengths", "slices")
+    plotted = {f"plots/{name}.{kind}" for name in drawn for kind in ("svg", "png")}
+    assert names == {"results.json", "report.md", "report.html", *plotted}
+    assert (tmp_path / "plots/slices.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plots_are_the_same_bytes_each_time_and_take_labels_literally() -> None:
-    drawn = plots.draw(result(label="a$b$<c"))
-    assert list(drawn) == ["metrics", "perplexity", "fields"]
-    assert drawn == plots.draw(result(label="a$b$<c"))
-    assert "a$b$&lt;c" in drawn["metrics"]
+    first, second = ({name: plot.svg() for name, plot in plots.draw(result(label="a$b$<c")).items()} for _ in "ab")
+    assert list(first) == ["metrics", "perplexity", "differences", "fields", "lengths", "slices"]
+    assert first == second
+    assert "a$b$&lt;c" in first["metrics"]
 
 
 def test_a_ranking_follows_the_direction_of_its_metric() -> None:

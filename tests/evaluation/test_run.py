@@ -87,8 +87,8 @@ def test_an_adapter_is_evaluated_beside_its_base(
     assert artifact.numbers["tuned"]["perplexity"] == result.values["perplexity"]
     assert {"results.json", "report.md", "report.html", "answers/base.jsonl"} <= set(artifact.manifest.files)
     drawn = evaluator.visualize_results()
-    assert [Path(path).name for path in drawn] == ["fields.svg", "metrics.svg", "perplexity.svg"]
-    assert all(Path(path).read_text().startswith("<?xml") for path in drawn)
+    assert {Path(path).name for path in drawn} >= {"metrics.svg", "metrics.png", "perplexity.svg", "lengths.png"}
+    assert all(Path(path).read_bytes().startswith((b"<?xml", b"\x89PNG")) for path in drawn)
 
 
 @pytest.mark.ray

@@ -1,0 +1,166 @@
+"""A gate: has a model kept, or bettered, a metric of another on the same rows, with the confidence asked for?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from raytune_ft.core.errors import ConfigError, DataError
+from raytune_ft.evaluation.compare import signed
+from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.joining import evaluated_models, same_rows
+from raytune_ft.evaluation.measurement import columns_of
+from raytune_ft.evaluation.metrics import METRICS
+from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric
+from raytune_ft.evaluation.row_metric import Columns
+from raytune_ft.evaluation.statistics import bootstrap, permutation_p_value
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """Whether the gate opens, and the numbers behind it; true in a condition exactly if it does."""
+
+    passed: bool
+    metric: EvaluationMetric
+    model: str
+    other: str
+    value: float
+    other_value: float
+    gain: float
+    """How much better the model is, in the metric's own units (for perplexity: how much lower)."""
+    least_gain: float
+    """The one-sided bound: with the asked confidence the gain is at least this."""
+    max_drop: float
+    confidence: float
+    rows: int
+    words: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+
+def gate(
+    model: ModelScores,
+    other: ModelScores,
+    metric: EvaluationMetric,
+    *,
+    max_drop: float = 0.0,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> GateDecision:
+    """Whether `model` is better than `other` (`max_drop` 0), or worse by less than `max_drop`, at this confidence.
+
+    One-sided: the lower bootstrap bound of the gain must lie above -`max_drop`. Without a drop allowed, a one-sided
+    permutation test has to reject, too. With one, there must be enough rows that a model with a share `max_drop` of
+    ruined rows would not have gone unseen: (1 - max_drop)^rows <= 1 - confidence, for metrics with a best value.
+
+    Args:
+        model: the candidate.
+        other: what it has to hold against.
+        metric: that both were measured with.
+        max_drop: in the metric's own units, 0 or more.
+        confidence: from 0.5 up to, but not, 1.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: if `max_drop` or `confidence` is out of range.
+        DataError: if the two were not measured on the same rows, or not with this metric.
+    """
+    if not (0 <= max_drop < math.inf):
+        raise ConfigError(f"max_drop: must be 0 or more (got {max_drop:g})")
+    if not (0.5 <= confidence < 1):
+        raise ConfigError(f"confidence: must be at least 0.5 and below 1 (got {confidence:g})")
+    other = same_rows(model, other)
+    for scores in (model, other):
+        if metric.facts.headline not in scores.values:
+            raise DataError(f"{metric}: was not measured of {scores.label}; evaluate with this metric, or name another")
+    measure = METRICS[metric]()
+    own, their = columns_of(model, measure), columns_of(other, measure)
+    sign = -1.0 if metric.facts.lower_is_better else 1.0
+    samples = sign * (bootstrap(measure.headline, own, seed=seed) - bootstrap(measure.headline, their, seed=seed))
+    least = float(np.quantile(samples, 1 - confidence))
+    value, other_value = (_checked(scores, metric, side) for scores, side in ((model, own), (other, their)))
+    rows = len(model.answers)
+    reason = ""
+    if least <= -max_drop:
+        reason = f"that is not above {signed(-max_drop) if max_drop else '0'}"
+    elif least <= 0 and rows < (needed := rows_to_see(max_drop, metric.facts.best, confidence)):
+        reason = f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
+    elif max_drop == 0:
+        alternative = "less" if metric.facts.lower_is_better else "greater"
+        p_value = permutation_p_value(measure.headline, own, their, alternative=alternative, seed=seed)  # type: ignore[arg-type]
+        if p_value > 1 - confidence + 1e-12:
+            reason = f"but a permutation test finds it by chance with p = {p_value:.3f}"
+    decision = GateDecision(
+        passed=not reason,
+        metric=metric,
+        model=model.label,
+        other=other.label,
+        value=value,
+        other_value=other_value,
+        gain=sign * (value - other_value),
+        least_gain=least,
+        max_drop=max_drop,
+        confidence=confidence,
+        rows=rows,
+        words="",
+    )
+    return replace(decision, words=_words(decision, reason))
+
+
+def gate_results(
+    result: EvaluationResult,
+    other: EvaluationResult,
+    metric: EvaluationMetric | str | None = None,
+    *,
+    max_drop: float = 0.0,
+    confidence: float = 0.95,
+) -> GateDecision:
+    """The gate between the evaluated models of two reports; `metric` is the strictest of the first by default.
+
+    Raises:
+        ConfigError: if the metric is unknown or a number out of range.
+        DataError: if the reports are not of the same rows, or one lacks the metric.
+    """
+    try:
+        taken = leading_metric(result) if metric is None else EvaluationMetric(metric)
+    except ValueError:
+        known = ", ".join(EvaluationMetric)
+        raise ConfigError(f"metric: there is no metric {metric!r}; known: {known}") from None
+    first, second = evaluated_models([result, other])
+    return gate(first, second, taken, max_drop=max_drop, confidence=confidence, seed=int(result.settings["seed"]))
+
+
+def rows_to_see(max_drop: float, best: float | None, confidence: float) -> int:
+    """With how many rows a share `max_drop` / `best` of ruined ones shows up at least once, at this confidence."""
+    if max_drop == 0 or best is None or max_drop >= best:
+        return 1
+    return math.ceil(math.log(1 - confidence) / math.log(1 - max_drop / best) - 1e-9)
+
+
+def _checked(model: ModelScores, metric: EvaluationMetric, columns: Columns) -> float:
+    """The metric's value, which has to be the one in the report: else its answers were read by other settings."""
+    value = METRICS[metric]().summary(columns)[metric.facts.headline]
+    recorded = model.values[metric.facts.headline]
+    if not math.isclose(value, recorded, rel_tol=1e-6, abs_tol=1e-9):
+        raise DataError(
+            f"{metric}: the report says {recorded:.6g} of {model.label}, its answers give {value:.6g}: they were "
+            "measured with other settings or another version; evaluate again"
+        )
+    return value
+
+
+def _words(found: GateDecision, reason: str) -> str:
+    title = found.metric.facts.title
+    asked = f"is better than {found.other}"
+    if found.max_drop:
+        asked = f"is at most {found.max_drop:g} worse than {found.other}"
+    numbers = (
+        f"{found.value:.4g} against {found.other_value:.4g} on {found.rows} rows; with {found.confidence:.0%} "
+        f"confidence the gain is at least {signed(found.least_gain)}"
+    )
+    if found.passed:
+        return f"passed: {title}: {found.model} {asked} ({numbers})."
+    return f"failed: {title}: not shown that {found.model} {asked} ({numbers}, {reason})."

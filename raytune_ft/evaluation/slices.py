@@ -1,0 +1,173 @@
+"""Slices: the same values on the rows of one kind, by a field of their metadata or by their length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_ft.core.errors import DataError
+from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.measurement import Metrics, columns_of, gained, in_words
+from raytune_ft.evaluation.results import Answer, Comparison, ModelScores, Slice
+from raytune_ft.evaluation.row_metric import Columns
+from raytune_ft.evaluation.statistics import interval
+
+FEWEST_ROWS = 12
+"""Below, thirds by length would be of a handful of rows each."""
+MOST_VALUES = 8
+"""A field with more values is cut into thirds if they are numbers; other fields have too few rows of each value."""
+
+_MISSING = "(missing)"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Which rows belong together."""
+
+    by: str
+    name: str
+    places: NDArray[np.intp]
+
+
+def groups(answers: Sequence[Answer], fields: Sequence[str] | None = None) -> list[Group]:
+    """The rows by each metadata field, and by the characters of prompt and reference in thirds.
+
+    Args:
+        answers: of any of the models: prompt, reference and metadata are the same for all.
+        fields: of the metadata; by default every field with 2 to 8 different values, and every number.
+
+    Raises:
+        DataError: if a field that was asked for cannot be sliced by.
+    """
+    found: list[Group] = []
+    for name, values in slice_fields([answer.metadata for answer in answers], fields).items():
+        found += _by_value(name, values)
+    if len(answers) >= FEWEST_ROWS:
+        lengths = {"prompt length": [len(answer.prompt) for answer in answers]}
+        if all(answer.reference is not None for answer in answers):
+            lengths["reference length"] = [len(answer.reference or "") for answer in answers]
+        for name, sizes in lengths.items():
+            found += _by_size(name, sizes, unit=" characters")
+    return found
+
+
+def sliced(
+    models: Sequence[ModelScores], metrics: Metrics, *, seed: int, fields: Sequence[str] | None = None
+) -> tuple[Slice, ...]:
+    """Values of every model on each group of rows, and each later model against the first; one family of tests.
+
+    Raises:
+        DataError: if a field that was asked for cannot be sliced by.
+    """
+    columns = {model.label: {name: columns_of(model, metric) for name, metric in metrics.items()} for model in models}
+    parts = groups(models[0].answers, fields)
+    keys, places, gains = [], [], []
+    slices = []
+    for number, group in enumerate(parts):
+        values, intervals = _values(columns, metrics, group, seed)
+        slices.append(Slice(group.by, group.name, len(group.places), values, intervals))
+        first = models[0].label
+        for label in list(columns)[1:]:
+            for name, metric in metrics.items():
+                own, their = (_part(columns[side][name], group) for side in (label, first))
+                keys.append((name, label, first))
+                places.append(number)
+                gains.append(gained(name, metric, own, their, seed=seed))
+    by_slice: dict[int, list[Comparison]] = {}
+    for number, comparison in zip(places, in_words(keys, gains), strict=True):
+        by_slice.setdefault(number, []).append(comparison)
+    return tuple(
+        Slice(part.by, part.name, part.rows, part.values, part.intervals, tuple(by_slice.get(number, ())))
+        for number, part in enumerate(slices)
+    )
+
+
+def _values(
+    columns: Mapping[str, Mapping[EvaluationMetric, Columns]], metrics: Metrics, group: Group, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, tuple[float, float]]]]:
+    values: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for label, by_metric in columns.items():
+        values[label], intervals[label] = {}, {}
+        for name, metric in metrics.items():
+            part = _part(by_metric[name], group)
+            values[label][str(name)] = float(metric.headline({key: np.asarray(np.sum(c)) for key, c in part.items()}))
+            found = interval(metric.headline, part, seed=seed, best=name.facts.best)
+            intervals[label][str(name)] = (found.low, found.high)
+    return values, intervals
+
+
+def _part(columns: Columns, group: Group) -> Columns:
+    return {name: column[group.places] for name, column in columns.items()}
+
+
+def slice_fields(rows: Sequence[Mapping[str, Any]], asked: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """The metadata fields to slice by, each with its value in every row (None where it is missing).
+
+    Args:
+        rows: the metadata of each row.
+        asked: which fields; by default all that can be sliced by.
+
+    Raises:
+        DataError: if a field that was asked for is not there, or cannot be sliced by.
+    """
+    known = dict.fromkeys(name for row in rows for name in row)
+    for name in asked or ():
+        if name not in known:
+            raise DataError(f"slice_by: no row has a metadata field {name!r} (fields: {', '.join(known) or 'none'})")
+    columns = {name: [row.get(name) for row in rows] for name in (known if asked is None else asked)}
+    kept = {name: values for name, values in columns.items() if _can_slice(values)}
+    refused = [name for name in asked or () if name not in kept]
+    if refused:
+        raise DataError(
+            f"slice_by: {refused[0]!r} cannot be sliced by: it takes 2 to {MOST_VALUES} different values, or numbers"
+        )
+    return kept
+
+
+def _can_slice(values: Sequence[Any]) -> bool:
+    if any(isinstance(value, dict | list) for value in values):
+        return False
+    different = {_shown(value) for value in values}
+    return len(different) > 1 and (len(different) <= MOST_VALUES or _are_numbers(values))
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _by_value(name: str, values: Sequence[Any]) -> Iterator[Group]:
+    shown = [_shown(value) for value in values]
+    different = sorted(set(shown), key=lambda text: (text == _MISSING, text))
+    if len(different) > MOST_VALUES:
+        yield from _by_size(name, values)
+        return
+    for text in different:
+        yield Group(name, text, np.flatnonzero([other == text for other in shown]))
+
+
+def _by_size(name: str, sizes: Sequence[float], unit: str = "") -> Iterator[Group]:
+    """Thirds of the rows, as nearly as rows of the same size allow; nothing where all are alike."""
+    numbers = np.asarray(sizes)
+    low, high = np.quantile(numbers, [1 / 3, 2 / 3], method="inverted_cdf")
+    ranges = {
+        f"up to {_number(low)}{unit}": numbers <= low,
+        f"above {_number(low)}, up to {_number(high)}{unit}": (numbers > low) & (numbers <= high),
+        f"above {_number(high)}{unit}": numbers > high,
+    }
+    filled = {label: np.flatnonzero(marks) for label, marks in ranges.items() if marks.any()}
+    if len(filled) > 1:
+        for label, places in filled.items():
+            yield Group(name, label, places)
+
+
+def _shown(value: Any) -> str:
+    return _MISSING if value is None or value == "" else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"

@@ -1,0 +1,200 @@
+"""Paired statistics over rows: bootstrap, permutation test, Holm's correction, and the power of a comparison.
+
+Everything is stated for a `Statistic` of summed columns, so that corpus metrics (BLEU, perplexity) are resampled as
+what they are. The same rows and seed give the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Columns = Mapping[str, Floats]
+Statistic = Callable[[Columns], Floats]
+"""From summed columns to a value, elementwise over samples."""
+
+Alternative = Literal["two-sided", "greater", "less"]
+
+SAMPLES = 2000
+PERMUTATIONS = 9999
+POWER = 0.8
+"""How often a comparison of the planned size is to see a difference that is there."""
+
+_CHUNK = 2_000_000  # resampled rows held at once
+_EXACT_UP_TO = 13  # differing rows whose 2^n sign patterns are all tried
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile bootstrap interval."""
+
+    low: float
+    high: float
+
+
+def interval(
+    statistic: Statistic, columns: Columns, *, confidence: float = 0.95, seed: int = 0, best: float | None = None
+) -> Interval:
+    """How far the value of one model would move, had other rows of the same kind been drawn.
+
+    Where all samples agree (every row right), a bootstrap knows nothing of rows unlike those it has; with `best`, the
+    interval then allows for a share of such rows that would have stayed unseen, which for a share of right rows is
+    the interval of Clopper and Pearson (1934).
+
+    Args:
+        statistic: from sums of `columns` to the value.
+        columns: one number a row under each name.
+        confidence: of the interval.
+        seed: of the resampling.
+        best: the upper end of a scale that starts at 0.
+    """
+    found = percentiles(bootstrap(statistic, columns, seed=seed), confidence)
+    if best is None or found.high - found.low > 1e-12:
+        return found
+    unseen = 1 - ((1 - confidence) / 2) ** (1 / row_count(columns))
+    return Interval(found.low - unseen * found.low, found.high + unseen * (best - found.high))
+
+
+def bootstrap(statistic: Statistic, columns: Columns, *, seed: int = 0) -> Floats:
+    """The statistic of `SAMPLES` resamples of the rows; which rows are drawn depends on their number and seed alone."""
+    rows = row_count(columns)
+    table = np.stack([np.asarray(column, float) for column in columns.values()], axis=1)  # [rows, columns]
+    sums = np.concatenate([counts @ table for counts in _draws(rows, seed)])  # [samples, columns]
+    return statistic({name: sums[:, place] for place, name in enumerate(columns)})
+
+
+def permutation_p_value(
+    statistic: Statistic, columns: Columns, others: Columns, *, alternative: Alternative = "two-sided", seed: int = 0
+) -> float:
+    """How often a difference this large comes up when the two models' results of each row are swapped at random.
+
+    Exact where up to 13 rows differ (all swaps are tried); else by 9999 random swaps, with the observed one counted in
+    (Phipson and Smyth 2010). 1.0 where no row differs.
+
+    Args:
+        statistic: from sums of columns to the value.
+        columns: of the model, one number a row under each name.
+        others: the same of the other model, rows in the same order.
+        alternative: ``greater`` asks whether the model's value is above the other's.
+        seed: of the swaps.
+    """
+    own, their = (np.stack([np.asarray(side[name], float) for name in columns], axis=1) for side in (columns, others))
+    gaps = their - own  # [rows, columns]
+    gaps = gaps[np.any(gaps != 0, axis=1)]
+    if not len(gaps):
+        return 1.0
+
+    def differences(swapped: Floats) -> Floats:
+        """Of each pattern [patterns, rows] of swapped rows."""
+        moved = swapped @ gaps
+        first, second = own.sum(axis=0) + moved, their.sum(axis=0) - moved
+        return statistic(dict(zip(columns, first.T, strict=True))) - statistic(
+            dict(zip(columns, second.T, strict=True))
+        )
+
+    observed = float(differences(np.zeros((1, len(gaps))))[0])
+    exact = len(gaps) <= _EXACT_UP_TO
+    patterns = _all_swaps(len(gaps)) if exact else _random_swaps(len(gaps), seed)
+    extreme = total = 0
+    for swapped in patterns:
+        found = differences(swapped)
+        extreme += int(_at_least(found, observed, alternative).sum())
+        total += len(found)
+    return extreme / total if exact else (extreme + 1) / (total + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted so that, of all these tests together, a false finding is as rare as for one (Holm 1979)."""
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for place, number in enumerate(sorted(range(len(p_values)), key=lambda n: p_values[n])):
+        largest = max(largest, min(1.0, p_values[number] * (len(p_values) - place)))
+        adjusted[number] = largest
+    return adjusted
+
+
+def rows_needed(difference: float, standard_error: float, rows: int, *, alpha: float) -> int | None:
+    """How many rows a two-sided test at `alpha` needs to see this difference four times in five.
+
+    From the normal approximation: the standard error shrinks with the root of the rows.
+
+    Args:
+        difference: that is assumed to be there.
+        standard_error: of the difference, measured on `rows` rows.
+        rows: measured on.
+        alpha: level of the test.
+
+    Returns:
+        The number of rows; None where the difference is 0, or a bootstrap saw no spread.
+    """
+    if difference == 0 or standard_error == 0:
+        return None
+    return math.ceil(rows * (_reach(alpha) * standard_error / abs(difference)) ** 2)
+
+
+def visible_difference(standard_error: float, *, alpha: float) -> float:
+    """The least difference that a two-sided test at `alpha` sees four times in five."""
+    return _reach(alpha) * standard_error
+
+
+def fewest_differing_rows(alpha: float) -> int:
+    """With how many differing rows, all in one direction, a two-sided sign test can reject: 2 / 2^n <= alpha."""
+    return math.ceil(1 - math.log2(alpha) - 1e-9)
+
+
+def percentiles(values: Floats, confidence: float) -> Interval:
+    """The middle `confidence` of the values."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def row_count(columns: Columns) -> int:
+    """How many rows the columns have."""
+    return len(next(iter(columns.values())))
+
+
+def _reach(alpha: float) -> float:
+    """How many standard errors a difference has to be away from 0, to be seen with `POWER`."""
+    from scipy.stats import norm
+
+    return float(norm.ppf(1 - alpha / 2) + norm.ppf(POWER))
+
+
+def _draws(rows: int, seed: int) -> Iterator[Floats]:
+    """How often each row is drawn in each sample, as [samples, rows], in chunks."""
+    generator = np.random.default_rng(seed)
+    chunk = max(1, min(SAMPLES, _CHUNK // rows))
+    for start in range(0, SAMPLES, chunk):
+        size = min(chunk, SAMPLES - start)
+        drawn = generator.integers(0, rows, size=(size, rows)) + np.arange(size)[:, None] * rows
+        yield np.bincount(drawn.ravel(), minlength=size * rows).reshape(size, rows).astype(float)
+
+
+def _all_swaps(rows: int) -> Iterator[Floats]:
+    yield ((np.arange(2**rows)[:, None] >> np.arange(rows)) & 1).astype(float)
+
+
+def _random_swaps(rows: int, seed: int) -> Iterator[Floats]:
+    generator = np.random.default_rng([seed, rows])
+    chunk = max(1, min(PERMUTATIONS, _CHUNK // rows))
+    for start in range(0, PERMUTATIONS, chunk):
+        size = min(chunk, PERMUTATIONS - start)
+        bits = np.frombuffer(generator.bytes(size * (-(-rows // 8))), np.uint8).reshape(size, -1)
+        yield np.unpackbits(bits, axis=1, count=rows).astype(float)
+
+
+def _at_least(found: Floats, observed: float, alternative: Alternative) -> NDArray[np.bool_]:
+    """Which differences are as extreme as the observed one, rounding aside."""
+    slack = 1e-9 * max(1.0, abs(observed))
+    with np.errstate(invalid="ignore"):
+        if alternative == "greater":
+            return found >= observed - slack
+        if alternative == "less":
+            return found <= observed + slack
+        return np.abs(found) >= abs(observed) - slack
