@@ -251,9 +251,8 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders
         pytest.param({"scheduler": "hyperband"}, marks=pytest.mark.soak),
         pytest.param({"scheduler": "median"}, marks=pytest.mark.soak),
         {
-            **{"scheduler": "pbt", "grace_steps": 2, "searcher": "random", "num_trials": 4},
-            "space": {"learning_rate": {"loguniform": [1e-6, 2e-2]}},
-            "training": {"lr_scheduler_type": "constant", "warmup_steps": 0},
+            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-2, 5e-3, 1e-8]}},
+            "training": {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 16},
         },
         pytest.param(
             {"searcher": "optuna", "num_trials": 4, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
