@@ -196,3 +196,31 @@ def test_quantized_bases_give_the_losses_of_a_bank_of_one(tiny_model, trial: Set
             solo = AdapterBank(load_frozen_base(config, "cpu"), rows)
             solo.admit(str(number), config)
             assert difference(packed[str(number)], losses_of(solo)[str(number)]) <= 1e-4, (bits, number)
+
+
+@pytest.mark.parametrize("number_format", [{"precision": "bf16"}, {"method": "qlora", "bits": 4}], ids=["bf16", "nf4"])
+def test_in_low_precision_packing_moves_losses_no_more_than_the_order_of_a_batchs_rows(
+    number_format, tiny_model, trial: Settings, rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measure is twice the largest drift between a trial alone and the same with the rows of each batch reversed."""
+    from raytune_ft.training.bank.bank import AdapterBank
+    from raytune_ft.training.bank.base import load_frozen_base
+    from raytune_ft.training.bank.trial import Trial
+
+    shared = {**number_format, "max_steps": 20, "per_device_train_batch_size": 4}
+    configs = {str(n): trial(**shared, seed=n, lora_r=4 * n, lora_alpha=8 * n) for n in (1, 2, 3, 4)}
+
+    def run(names: list[str]) -> dict[str, list[float]]:
+        bank = AdapterBank(load_frozen_base(configs["1"], "cpu"), rows)
+        for name in names:
+            bank.admit(name, configs[name])
+        return losses_of(bank)
+
+    packed = run(list(configs))
+    alone = {name: run([name])[name] for name in configs}
+    upcoming = Trial.upcoming
+    monkeypatch.setattr(Trial, "upcoming", lambda self: upcoming(self)[::-1])
+    permuted = {name: run([name])[name] for name in configs}
+    drift = max(difference(alone[name], permuted[name]) for name in configs)
+    assert drift > 0
+    assert max(difference(packed[name], alone[name]) for name in configs) <= 2 * drift
