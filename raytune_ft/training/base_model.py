@@ -24,6 +24,7 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
         ModelError: if it cannot be loaded, or is an adapter.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     quiet_transformers()
     resolved = resolve_model(config.model_path)
@@ -38,7 +39,7 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
             resolved.base,
             dtype=dtype,
             attn_implementation="sdpa",
-            device_map={"": device},
+            device_map=None if is_deepspeed_zero3_enabled() else {"": device},  # DeepSpeed places shards itself
             trust_remote_code=False,
             use_safetensors=True,
             quantization_config=_quantization(config, dtype, int8_threshold),

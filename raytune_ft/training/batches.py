@@ -66,7 +66,12 @@ def packed_steps(
 
 
 def evaluation_batches(data: TokenRows, batch_size: int, rank: int, world_size: int) -> Iterator[PackedBatch]:
-    """The rows of one rank, in batches."""
+    """The rows of one rank, in batches; all ranks get as many, some of them without targets.
+
+    Under ZeRO stage 3 a forward pass gathers weights from all ranks, which have to make as many of them.
+    """
     mine = range(rank, len(data), world_size)
-    for first in range(0, len(mine), batch_size):
-        yield pack([data[number] for number in mine[first : first + batch_size]])
+    longest = -(-len(data) // world_size)
+    for first in range(0, longest, batch_size):
+        some = [data[number] for number in mine[first : first + batch_size]]
+        yield pack(some) if some else pack([data[0]]).without_targets()

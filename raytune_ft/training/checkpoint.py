@@ -1,7 +1,8 @@
-"""Checkpoints: trainable weights and optimizer moments as safetensors, the rest as JSON, a manifest last.
+"""Checkpoints: a safetensors file of each rank, progress as JSON, and a manifest last, by a single PUT.
 
-DeepSpeed's own checkpoints are pickles and are not used. A checkpoint is whole exactly when its manifest verifies;
-resume asks storage for the newest whole one.
+DeepSpeed's own checkpoints are pickles and are not used. A rank writes the values that it holds under parameter names,
+with their place in the whole parameter, so that any number of ranks reads just what each of them needs. A checkpoint
+is whole exactly when its manifest verifies; resume asks storage for the newest whole one.
 """
 
 from __future__ import annotations
@@ -9,30 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
-from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner
+from raytune_ft.training.peers import ALONE, Peers
+from raytune_ft.training.slices import Slice, Stored, pieces
+from raytune_ft.training.tensor_file import TensorFile, Written, write_tensors
 
 logger = logging.getLogger("raytune_ft")
 
 State = dict[str, Tensor]
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_WEIGHTS, _OPTIMIZER, _PROGRESS = "weights.safetensors", "optimizer.safetensors", "progress.json"
+WEIGHTS, BEST, MOMENTS = "weights.", "best.", ("exp_avg", "exp_avg_sq")
+_PROGRESS, _SLICES, _FORMAT = "progress.json", "slices", 2
+_STEP = re.compile(r"step-(\d{8,})")
+_DAMAGE = (ArtifactError, ValueError, KeyError, TypeError, OSError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on: full (not sharded) weights and moments by parameter name, and its progress."""
+    """What a run needs to go on: whole (not sharded) weights and moments by parameter name, and its progress."""
 
     step: int
     weights: State
@@ -40,152 +46,168 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
+def folder_of(folder: Location, step: int) -> Location:
+    """Where the checkpoint of a step lies below `folder`."""
+    return folder / f"step-{step:08d}"
+
+
 def write(folder: Location, checkpoint: Checkpoint, *, keep: int) -> Location:
-    """Writes a checkpoint below `folder`, its manifest last; deletes all but the newest `keep`. Returns its folder."""
-    target = folder / f"step-{checkpoint.step:08d}"
-    target.delete()
-    with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch)
-        save_file(checkpoint.weights, local / _WEIGHTS)
-        save_file(checkpoint.moments, local / _OPTIMIZER)
-        (local / _PROGRESS).write_text(json.dumps({"step": checkpoint.step, **checkpoint.progress}), encoding="utf-8")
-        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(local.iterdir())}
-        target.upload(local)
-    (target / MANIFEST).write(json.dumps({"files": files}).encode())
+    """Writes a whole checkpoint below `folder`; deletes all but the newest `keep`. Returns its folder."""
+    target = folder_of(folder, checkpoint.step)
+    tensors = {WEIGHTS + name: tensor for name, tensor in checkpoint.weights.items()} | checkpoint.moments
+    slices = {key: Slice(tuple(t.shape), 0, t.detach().cpu().flatten()) for key, t in tensors.items()}
+    files = write_rank(target, slices, ALONE) | write_progress(target, checkpoint.progress)
+    publish(target, checkpoint.step, files)
     for name in folder.folders()[:-keep]:
         (folder / name).delete()
     return target
 
 
-def newest(folder: Location) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder`; damaged ones are named and passed over."""
-    for name in reversed(folder.folders()):
-        target = folder / name
-        if not (target / MANIFEST).exists():
-            logger.warning("checkpoint %s: was not finished, passed over", target)
-            continue
-        try:
-            return read(target)
-        except (ArtifactError, ValueError, KeyError) as error:
-            logger.warning("checkpoint %s: damaged (%s), passed over", target, error)
-    return None
+def write_rank(target: Location, slices: Mapping[str, Slice], peers: Peers) -> dict[str, Written]:
+    """Writes what one rank holds; the places of its slices stand in the file's metadata.
+
+    Raises:
+        OSError: if the storage takes no more.
+    """
+    name = f"rank-{peers.rank:05d}-of-{peers.world_size:05d}.safetensors"
+    places = json.dumps({key: [part.start, *part.shape] for key, part in slices.items()})
+    tensors = {key: part.values for key, part in slices.items()}
+    return {name: write_tensors(target / name, tensors, {_SLICES: places})}
+
+
+def write_progress(target: Location, progress: Mapping[str, Any]) -> dict[str, Written]:
+    """Writes a run's scalars: JSON without NaN, one object."""
+    content = json.dumps(progress).encode()
+    (target / _PROGRESS).write(content)
+    return {_PROGRESS: Written(len(content), hashlib.sha256(content).hexdigest())}
+
+
+def publish(target: Location, step: int, files: Mapping[str, Written]) -> None:
+    """Makes a checkpoint whole: its manifest names every file, by a single PUT."""
+    content = {"format": _FORMAT, "step": step, "files": {name: asdict(file) for name, file in files.items()}}
+    (target / MANIFEST).write(json.dumps(content).encode())
+
+
+class StoredCheckpoint:
+    """A checkpoint on storage, of which any part of any tensor can be read."""
+
+    def __init__(self, target: Location) -> None:
+        self.target = target
+        manifest = json.loads((target / MANIFEST).read())
+        if manifest.get("format") != _FORMAT:
+            raise ValueError(f"its format is {manifest.get('format', 1)}, and {_FORMAT} is read")
+        self.step = int(manifest["step"])
+        self._files: dict[str, dict[str, Any]] = manifest["files"]
+
+    def check(self, peers: Peers = ALONE) -> None:
+        """Reads this rank's share of the files, and compares each with the manifest.
+
+        Raises:
+            ValueError: naming the first that is not what the manifest says.
+        """
+        sizes = self.target.files()
+        for name in list(self._files)[peers.rank :: peers.world_size]:
+            wanted = self._files[name]
+            if sizes.get(name) != wanted["size"]:
+                found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+                raise ValueError(f"{name} {found} (the manifest says {wanted['size']} bytes)")
+            if (self.target / name).sha256() != wanted["sha256"]:
+                raise ValueError(f"{name} does not match the manifest (its content was changed)")
+
+    @cached_property
+    def progress(self) -> dict[str, Any]:
+        """The run's scalars."""
+        found: dict[str, Any] = json.loads((self.target / _PROGRESS).read())
+        return found
+
+    @cached_property
+    def _tensor_files(self) -> dict[str, TensorFile]:
+        return {name: TensorFile(self.target / name) for name in self._files if name.endswith(".safetensors")}
+
+    @cached_property
+    def _index(self) -> dict[str, tuple[tuple[int, ...], list[Stored]]]:
+        index: dict[str, tuple[tuple[int, ...], list[Stored]]] = {}
+        for name, file in self._tensor_files.items():
+            for key, (start, *shape) in json.loads(file.metadata[_SLICES]).items():
+                _, stored = index.setdefault(key, (tuple(shape), []))
+                stored.append(Stored(name, start, file.count(key)))
+        return index
+
+    def shapes(self, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        """Shapes of the whole tensors whose key begins with `prefix`, by the rest of the key."""
+        return {key.removeprefix(prefix): shape for key, (shape, _) in self._index.items() if key.startswith(prefix)}
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Values `start` to `start + count` of a flattened whole tensor, whichever ranks wrote them.
+
+        Raises:
+            KeyError: if there is no such tensor.
+            ValueError: if some values are in no file.
+        """
+        found = [
+            self._tensor_files[piece.file].read(key, piece.first, piece.count)
+            for piece in pieces(self._index[key][1], start, count)
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+
+    def whole(self) -> Checkpoint:
+        """Everything, unsharded: for states that fit into one process."""
+        full = {key: self.read(key, 0, math.prod(shape)).view(shape) for key, shape in self.shapes().items()}
+        weights = {key.removeprefix(WEIGHTS): tensor for key, tensor in full.items() if key.startswith(WEIGHTS)}
+        moments = {key: tensor for key, tensor in full.items() if not key.startswith(WEIGHTS)}
+        return Checkpoint(self.step, weights, moments, self.progress)
 
 
 def read(target: Location) -> Checkpoint:
-    """The checkpoint in a folder that `write` made.
+    """The checkpoint in a folder, whole.
 
     Raises:
         ValueError: if a file is not what the manifest says.
     """
-    files = json.loads((target / MANIFEST).read())["files"]
-    for name, digest in files.items():
-        if (target / name).sha256() != digest:
-            raise ValueError(f"{name} does not match the manifest")
-    with tempfile.TemporaryDirectory() as scratch:
-        target.download(Path(scratch))
-        weights = load_file(Path(scratch) / _WEIGHTS)
-        moments = load_file(Path(scratch) / _OPTIMIZER)
-        progress = json.loads((Path(scratch) / _PROGRESS).read_text(encoding="utf-8"))
-    return Checkpoint(progress.pop("step"), weights, moments, progress)
+    return opened(target).whole()
 
 
-@dataclass(frozen=True)
-class _Replicated:
-    """Weights that the optimizer steps (fp32 copies, where the model has half precision), by parameter name."""
+def opened(target: Location, peers: Peers = ALONE) -> StoredCheckpoint:
+    """The checkpoint in a folder, after all ranks have verified it together.
 
-    optimizer: torch.optim.Optimizer
-    masters: dict[str, Tensor]
-
-
-def _replicated(learner: ZeroLearner | LocalLearner) -> _Replicated | None:
-    """What one process, or every rank of ZeRO stage 0, holds whole; None where it is sharded."""
-    optimizer = learner.optimizer if isinstance(learner, LocalLearner) else learner.engine.optimizer
-    trainable = learner.trainee.trainable()
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return _Replicated(optimizer, dict(trainable))
-    if not hasattr(optimizer, "fp32_groups"):
-        return None
-    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    masters = {id(half): whole for halves, wholes in groups for half, whole in zip(halves, wholes, strict=True)}
-    return _Replicated(optimizer.optimizer, {name: masters[id(p)] for name, p in trainable.items()})
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def trainable_state(trainee: Trainee) -> State:
-    """Copies of the trainable parameters on the CPU, by name."""
-    return {name: _copy(p) for name, p in trainee.trainable().items()}
-
-
-def take(learner: ZeroLearner | LocalLearner, step: int, progress: dict[str, Any]) -> Checkpoint:
-    """The state of a learner after `step`; under ZeRO every rank has to call it (the shards are gathered)."""
-    replicated = _replicated(learner)
-    if replicated is not None:
-        weights = {name: _copy(master) for name, master in replicated.masters.items()}
-        moments = {
-            f"{key}.{name}": _copy(replicated.optimizer.state[master][key])
-            for name, master in replicated.masters.items()
-            for key in _MOMENTS
-        }
-        return Checkpoint(step, weights, moments, progress)
-    assert isinstance(learner, ZeroLearner)
-    return _gathered_shards(learner, step, progress)
-
-
-def restore(learner: ZeroLearner | LocalLearner, checkpoint: Checkpoint) -> None:
-    """Sets weights, moments and step count of a learner that has made no step yet."""
-    learner.trainee.load(checkpoint.weights)
-    replicated = _replicated(learner)
-    if replicated is not None:
-        for name, master in replicated.masters.items():
-            state = {key: checkpoint.moments[f"{key}.{name}"].to(master.device).clone() for key in _MOMENTS}
-            replicated.optimizer.state[master] = {"step": torch.tensor(float(checkpoint.step)), **state}
-            with torch.no_grad():
-                master.copy_(checkpoint.weights[name])
-        return
-    assert isinstance(learner, ZeroLearner)
-    _restore_shards(learner, checkpoint)
-
-
-def _gathered_shards(learner: ZeroLearner, step: int, progress: dict[str, Any]) -> Checkpoint:
-    """Every rank adds its part of each tensor to zeros, so that all have the whole."""
-    weights: State = {}
-    moments: State = {}
-    for name, parameter in learner.trainee.trainable().items():
-        whole = {key: torch.zeros(parameter.numel(), device=parameter.device) for key in ("weights", *_MOMENTS)}
-        for key, (part, mine) in _shards(learner, parameter).items():
-            whole[key].narrow(0, part.start, part.numel).copy_(mine)
-        for tensor in whole.values():
-            torch.distributed.all_reduce(tensor)
-        weights[name] = whole["weights"].view_as(parameter).cpu()
-        moments |= {f"{key}.{name}": whole[key].view_as(parameter).cpu() for key in _MOMENTS}
-    return Checkpoint(step, weights, moments, progress)
-
-
-def _restore_shards(learner: ZeroLearner, checkpoint: Checkpoint) -> None:
-    zero = learner.engine.optimizer
-    for flat in zero.single_partition_of_fp32_groups:
-        moments = {key: torch.zeros_like(flat) for key in _MOMENTS}
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(checkpoint.step)), **moments}
-    for name, parameter in learner.trainee.trainable().items():
-        for key, (part, mine) in _shards(learner, parameter).items():
-            full = checkpoint.weights[name] if key == "weights" else checkpoint.moments[f"{key}.{name}"]
-            with torch.no_grad():
-                mine.copy_(full.flatten().narrow(0, part.start, part.numel))
-
-
-def _shards(learner: ZeroLearner, parameter: Any) -> dict[str, tuple[Any, Tensor]]:
-    """This rank's part of a parameter's fp32 weights and moments, each with its address in the whole (flat) tensor.
-
-    DeepSpeed notes both addresses in `_hp_mapping`, which is None where no part lies on this rank.
+    Raises:
+        ValueError: if it is damaged, on every rank; the rank that found it says how.
     """
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return {}
-    zero = learner.engine.optimizer
-    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-    whole, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-    slots = {"weights": flat, **{key: zero.optimizer.state[flat][key] for key in _MOMENTS}}
-    return {key: (whole, slot.narrow(0, here.start, here.numel)) for key, slot in slots.items()}
+    found, problem = None, "another worker found it damaged"
+    try:
+        found = StoredCheckpoint(target)
+        found.check(peers)
+        sound = True
+    except _DAMAGE as error:
+        sound, problem = False, str(error)
+    if not peers.all_say(sound) or found is None:
+        raise ValueError(problem)
+    return found
+
+
+def newest(folder: Location, peers: Peers = ALONE) -> StoredCheckpoint | None:
+    """The newest whole checkpoint below `folder`, the same on all ranks; damaged ones are named and passed over."""
+    steps = _finished(folder) if peers.leads else iter(())
+    while True:
+        step = peers.leader_says(next(steps, -1))
+        if step < 0:
+            return None
+        target = folder_of(folder, step)
+        try:
+            return opened(target, peers)
+        except ValueError as error:
+            logger.warning("checkpoint %s: damaged (%s), passed over", target, error)
+
+
+def steps_below(folder: Location) -> list[int]:
+    """Steps of the checkpoints below `folder`, whole or not, ascending."""
+    return sorted(int(match[1]) for match in map(_STEP.fullmatch, folder.folders()) if match)
+
+
+def _finished(folder: Location) -> Iterator[int]:
+    for step in reversed(steps_below(folder)):
+        target = folder_of(folder, step)
+        if (target / MANIFEST).exists():
+            yield step
+        else:
+            logger.warning("checkpoint %s: was not finished, passed over", target)

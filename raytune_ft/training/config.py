@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
 from raytune_ft.models.config import Precision
 from raytune_ft.training import matrix
+from raytune_ft.training.deepspeed_settings import refuse_contradictions
 
 
 class FineTuningMethod(StrEnum):
@@ -43,6 +44,13 @@ class FineTuningConfig(Config):
             "logging_steps",
             "save_strategy",
             "save_steps",
+            "num_workers",
+            "per_device_train_batch_size",  # their product counts: see `identity`
+            "gradient_accumulation_steps",
+            "zero_stage",
+            "offload",
+            "deepspeed_config",
+            "use_gpu",
             "cpus_per_worker",
             "max_failures",
             "report_to",
@@ -146,7 +154,12 @@ class FineTuningConfig(Config):
     cpus_per_worker: float = Field(1, gt=0)
     """Logical CPUs, and at least as many threads, of a worker."""
     zero_stage: int = Field(2, ge=0)
-    """DeepSpeed ZeRO: 0 shards nothing over the workers, 1 the optimizer's state, 2 the gradients, too."""
+    """DeepSpeed ZeRO: 0 shards nothing over the workers, 1 the optimizer's state, 2 gradients, too, 3 also weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the CPUs' memory: the optimizer's state (its step is made there), or under stage 3 weights, too."""
+    deepspeed_config: str | dict[str, Any] | None = None
+    """A DeepSpeed JSON file (or its contents) for settings that have no name here; what it says of those that have one
+    must be the same, or "auto"."""
     precision: Precision = Precision.AUTO
     """Number format of weights and activations; auto is bf16 on GPUs that do it well, fp32 on CPUs."""
     max_failures: int = Field(2, ge=0)
@@ -167,13 +180,26 @@ class FineTuningConfig(Config):
         refused = matrix.verdict(self.cell)
         if refused is not None:
             raise ValueError(refused)
+        if isinstance(self.deepspeed_config, dict):
+            refuse_contradictions(self, self.deepspeed_config)
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's result; how a global batch is laid out over workers does not."""
+        return {**super().identity(), "global_batch_size": self.global_batch_size}
 
     @property
     def cell(self) -> matrix.Cell:
         """Where these settings stand in the matrix of what goes with what."""
         option: matrix.Option = "dora" if self.use_dora else "rslora" if self.use_rslora else "plain"
-        return matrix.Cell(self.method.value, option, self.base_bits, self.zero_stage, self.gradient_checkpointing)
+        return matrix.Cell(
+            self.method.value,
+            option,
+            self.base_bits,
+            self.zero_stage,
+            self.gradient_checkpointing,
+            offload=self.offload,
+        )
 
     @property
     def base_bits(self) -> int | None:
@@ -219,4 +245,6 @@ class DistillationConfig(FineTuningConfig):
             raise ValueError(
                 f"student_layers makes a new model, whose weights are all trained: method full (got {self.method})"
             )
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage 3 shards one model, and a distillation has two; take zero_stage 2")
         return self

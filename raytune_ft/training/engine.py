@@ -5,7 +5,6 @@ The loss is the mean over the supervised tokens of the global batch, whatever th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from raytune_ft.models.adapters import add_lora, add_virtual_tokens, go_on_from
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
-from raytune_ft.models.loading import load_tokenizer, resolve_model, torch_dtype
+from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
@@ -24,6 +23,7 @@ from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.loop import Metrics
 from raytune_ft.training.micro_batches import before_the_optimizer
 from raytune_ft.training.schedule import Timetable, learning_rate_at
+from raytune_ft.training.zero import deepspeed_engine
 
 State = dict[str, Tensor]
 EvaluationBatches = Callable[[], Iterable[PackedBatch]]
@@ -50,6 +50,11 @@ class Trainee:
         for name, parameter in self.trainable().items():
             with torch.no_grad():
                 parameter.copy_(state[name])
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO has sharded it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
@@ -110,8 +115,8 @@ def optimizer_for(trainee: Trainee, config: FineTuningConfig) -> torch.optim.Ada
     """AdamW over the trainable parameters, without weight decay on norms and biases (one-dimensional parameters)."""
     parameters = list(trainee.trainable().values())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if len(shape_of(p)) > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if len(shape_of(p)) <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -158,6 +163,10 @@ class LocalLearner:
         tokens = sum(micro.tokens for micro in batch)
         return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, "tokens": tokens, "supervised": count}
 
+    def gathered_state(self) -> State | None:
+        """None: the model has its weights whole."""
+        return None
+
     def evaluate(self) -> Metrics:
         """Mean loss over the supervised tokens of the validation split."""
         total, count = _evaluate(self.trainee, self._evaluation(), self._device)
@@ -165,7 +174,7 @@ class LocalLearner:
 
 
 class ZeroLearner:
-    """A model trained by all workers of a torch process group under DeepSpeed ZeRO stage 0, 1 or 2."""
+    """A model trained by all workers of a torch process group under DeepSpeed ZeRO stage 0, 1, 2 or 3."""
 
     def __init__(
         self,
@@ -178,7 +187,7 @@ class ZeroLearner:
         self.trainee = trainee
         self._config, self._timetable, self._device, self._evaluation = config, timetable, device, evaluation
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.engine = _deepspeed_engine(trainee, config, device)
+        self.engine = deepspeed_engine(trainee.loss, optimizer_for(trainee, config), config, device)
 
     def step(self, batch: Sequence[PackedBatch], step: int) -> Metrics:
         """Makes one optimizer step over this rank's micro-batches and those of all other ranks."""
@@ -200,6 +209,13 @@ class ZeroLearner:
         mean = float(self._reduced(total.reshape(1))) / max(1.0, count)
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         return {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": count}
+
+    def gathered_state(self) -> State | None:
+        """Under stage 3 the model's whole weights (of an adapter, those alone) on rank 0; None where it has them."""
+        if self._config.zero_stage < 3:
+            return None
+        found = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=self._config.uses_adapter)
+        return {name.removeprefix("model."): tensor for name, tensor in (found or {}).items()}
 
     def evaluate(self) -> Metrics:
         """Mean loss over the supervised tokens of the validation split, over all ranks."""
@@ -238,40 +254,3 @@ def _set_rate(optimizer: Any, config: FineTuningConfig, timetable: Timetable, st
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate
-
-
-def _deepspeed_engine(trainee: Trainee, config: FineTuningConfig, device: str) -> Any:
-    if not device.startswith("cuda"):
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    # Gloo reduces an adapter's gradients well; the shared-memory kernel would want a compiler and a 30 s build.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dtype = torch_dtype(config.precision, device)
-    settings = {
-        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": config.zero_stage, "overlap_comm": False},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "fp16": {"enabled": dtype == torch.float16},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False, verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=trainee.loss, optimizer=optimizer_for(trainee, config), config=settings, dist_init_required=False
-    )
-    _undo_first_step(engine.optimizer)
-    return engine
-
-
-@torch.no_grad()
-def _undo_first_step(optimizer: Any) -> None:
-    """Stage 0 in half precision: DeepSpeed makes a step at once to fill Adam's state, which counts and decays."""
-    if hasattr(optimizer, "fp32_groups"):
-        optimizer.optimizer.state.clear()
-        for halves, wholes in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            for half, whole in zip(halves, wholes, strict=True):
-                whole.copy_(half)

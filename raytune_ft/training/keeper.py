@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import save_adapter
 from raytune_ft.training import checkpoint
+from raytune_ft.training.checkpoint import StoredCheckpoint
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.curves import draw_curves
 from raytune_ft.training.engine import LocalLearner, ZeroLearner
+from raytune_ft.training.learner_state import LearnerState, random_state, set_random_state
 from raytune_ft.training.loop import Metrics, TrainingSummary
 from raytune_ft.training.monitor import Monitor
+from raytune_ft.training.peers import ALONE, Peers
 from raytune_ft.training.stopping import Patience
+from raytune_ft.training.writer import CheckpointWriter, Save
 
 logger = logging.getLogger("raytune_ft")
 
@@ -41,20 +49,8 @@ class History:
         return row
 
 
-def starting_checkpoint(config: FineTuningConfig, output: Location | None) -> checkpoint.Checkpoint | None:
-    """Where a run goes on: its own newest whole checkpoint, else the one that `resume_from_checkpoint` names.
-
-    Raises:
-        ArtifactError: if the named folder is no whole checkpoint, with what is wrong.
-    """
-    own = checkpoint.newest(output / CHECKPOINTS) if output is not None else None
-    if own is not None or config.resume_from_checkpoint == "auto":
-        return own
-    return named_checkpoint(config.resume_from_checkpoint)
-
-
-def named_checkpoint(path: str) -> checkpoint.Checkpoint:
-    """The whole checkpoint in a folder.
+def named_checkpoint(path: str, peers: Peers = ALONE) -> StoredCheckpoint:
+    """The whole checkpoint in a folder; under several ranks all call it, and each verifies a share.
 
     Raises:
         ArtifactError: if it is none, with what is wrong.
@@ -68,48 +64,71 @@ def named_checkpoint(path: str) -> checkpoint.Checkpoint:
         hint = f"it holds checkpoints, name one of them: {', '.join(inside[-3:])}" if inside else wanted
         raise ArtifactError(f"{where}: is no finished checkpoint (it has no {MANIFEST}); {hint}")
     try:
-        return checkpoint.read(where)
-    except (ArtifactError, ValueError, KeyError, OSError) as error:
+        return checkpoint.opened(where, peers)
+    except ValueError as error:
         raise ArtifactError(f"{where}: is not a whole checkpoint: {error}; {wanted}") from None
 
 
 class Keeper:
-    """A run's memory; `output` None keeps nothing on storage, and only `leads` (rank 0) writes there."""
+    """A run's memory; `output` None keeps nothing on storage. Every rank has one, and all make the same calls."""
 
     def __init__(
-        self, config: FineTuningConfig, learner: LocalLearner | ZeroLearner, output: Location | None, *, leads: bool
+        self, config: FineTuningConfig, learner: LocalLearner | ZeroLearner, output: Location | None, peers: Peers
     ) -> None:
-        self.config, self.learner, self.output = config, learner, output
-        self.leads = leads and output is not None
+        self.config, self.learner, self.output, self.peers = config, learner, output, peers
+        self.leads = peers.leads and output is not None
         self.patience = Patience(config.early_stopping_patience)
         self.history = History()
-        self.best: checkpoint.State | None = None
         self.start = 0
+        self._state = LearnerState(learner)
+        self._best: dict[str, Tensor] | None = None
+        self._cursor: Cursor | None = None
+        self._writer: CheckpointWriter | None = None
+        if output is not None:
+            attempt = peers.leader_says(secrets.randbits(62))
+            keep = config.save_total_limit
+            self._writer = CheckpointWriter(output / CHECKPOINTS, peers, keep=keep, attempt=attempt)
 
-    def resume(self, total: int) -> None:
+    def resume(self, total: int, cursor: Cursor) -> None:
         """Goes on from a checkpoint, if there is one, and says which.
 
+        Args:
+            total: steps of the run.
+            cursor: what the order of the data follows from.
+
         Raises:
-            ArtifactError: if it belongs to a model of other trainable weights.
+            ArtifactError: if it belongs to a model of other trainable weights, or to another order of the data.
         """
-        found = starting_checkpoint(self.config, self.output)
+        self._cursor = cursor
+        found = self._starting_checkpoint()
         if found is None:
             if self.leads:
                 logger.info("training starts: %d steps", total)
             return
         self._refuse_other_weights(found)
-        checkpoint.restore(self.learner, found)
+        cursor.refuse_other(found.progress["cursor"], f"the checkpoint of step {found.step}", self.config)
+        self._state.restore(found)
+        set_random_state(found, self.peers)
+        self._best = self._state.best_in(found)
         self.start = found.step
         self.patience = Patience(self.config.early_stopping_patience, **found.progress["patience"])
         self.history = History(found.progress["history"])
-        best = {name.removeprefix("best."): t for name, t in found.moments.items() if name.startswith("best.")}
-        self.best = best or None
         if self.leads:
-            logger.info("training resumes after step %d of %d", self.start, total)
+            then = found.progress["world_size"]
+            other = f", which {then} workers wrote," if then != self.peers.world_size else ""
+            logger.info("training resumes after step %d of %d from %s%s", self.start, total, found.target, other)
 
-    def _refuse_other_weights(self, found: checkpoint.Checkpoint) -> None:
-        mine = {name: tuple(p.shape) for name, p in self.learner.trainee.trainable().items()}
-        there = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
+    def _starting_checkpoint(self) -> StoredCheckpoint | None:
+        """The run's own newest whole checkpoint, else the one that `resume_from_checkpoint` names."""
+        own = checkpoint.newest(self.output / CHECKPOINTS, self.peers) if self.output is not None else None
+        if own is not None and self._writer is not None:
+            self._writer.trust(own.step)
+        if own is not None or self.config.resume_from_checkpoint == "auto":
+            return own
+        return named_checkpoint(self.config.resume_from_checkpoint, self.peers)
+
+    def _refuse_other_weights(self, found: StoredCheckpoint) -> None:
+        mine, there = self._state.shapes, found.shapes(checkpoint.WEIGHTS)
         odd = sorted(name for name in mine.keys() | there.keys() if mine.get(name) != there.get(name))
         if odd:
             raise ArtifactError(
@@ -118,41 +137,66 @@ class Keeper:
             )
 
     def keep_best(self, step: int) -> None:
-        """Keeps the weights of the best evaluation so far (rank 0's memory, and every checkpoint)."""
-        if self.leads:
-            self.best = checkpoint.trainable_state(self.learner.trainee)
+        """Keeps the weights of the best evaluation so far: each rank its own, in memory and in every checkpoint."""
+        if self.output is not None:
+            self._best = self._state.weights_here()
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint; every rank takes part, rank 0 writes."""
-        if self.output is None:
+        """Copies the state of the run, and begins to write it; waits for the save before."""
+        if self._writer is None or self._cursor is None:
             return
-        patience = {"best": self.patience.best, "best_step": self.patience.best_step, "waited": self.patience.waited}
-        taken = checkpoint.take(self.learner, step, {"patience": patience, "history": self.history.rows})
-        if self.leads:
-            for name, tensor in (self.best or {}).items():
-                taken.moments[f"best.{name}"] = tensor
-            checkpoint.write(self.output / CHECKPOINTS, taken, keep=self.config.save_total_limit)
+        self._writer.settle()
+        slices = self._state.snapshot(self.peers) | random_state(self.peers)
+        if self._best is not None:
+            slices |= self._state.best_slices(self._best, self.peers)
+        progress = {
+            "cursor": self._cursor.at(step),
+            "world_size": self.peers.world_size,
+            "patience": {
+                "best": self.patience.best,
+                "best_step": self.patience.best_step,
+                "waited": self.patience.waited,
+            },
+            "history": list(self.history.rows),
+            **self._state.scalars(),
+        }
+        self._writer.start(Save(step, slices, progress, self.patience.best_step or None))
+
+    def settle(self) -> None:
+        """Waits until what is being saved is whole."""
+        if self._writer is not None:
+            self._writer.settle()
+
+    def abandon(self) -> None:
+        """As `settle`, where other ranks may be gone."""
+        if self._writer is not None:
+            self._writer.abandon()
+
+    def saved_words(self) -> str:
+        """What became of the last save, in words."""
+        if self._writer is None:
+            return "nothing was to be saved"
+        return "saved" if self._writer.refused_step is None else f"but not saved. {self.last_good()}"
 
     def last_good(self) -> str:
-        """The newest whole checkpoint in words."""
-        found = checkpoint.newest(self.output / CHECKPOINTS) if self.output is not None else None
-        if found is None:
-            return "There is no checkpoint"
-        return f"The last good checkpoint is {self.output}/{CHECKPOINTS}/step-{found.step:08d}"
+        """The newest whole checkpoint in words; all ranks ask."""
+        found = checkpoint.newest(self.output / CHECKPOINTS, self.peers) if self.output is not None else None
+        return "There is no checkpoint" if found is None else f"The last good checkpoint is {found.target}"
 
     def finish(self, summary: TrainingSummary, monitor: Monitor | None, events: Path | None) -> None:
         """Writes the model with the best weights (the last ones, if nothing was evaluated), curves and diagnosis."""
+        if self._best is not None:
+            self._state.set_weights(self._best)
+        gathered = self.learner.gathered_state()
         if not self.leads or self.output is None or monitor is None:
             return
         trainee = self.learner.trainee
-        if self.best is not None:
-            trainee.load(self.best)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             if self.config.uses_adapter:
-                save_adapter(trainee.model, trainee.tokenizer, folder)
+                save_adapter(trainee.model, trainee.tokenizer, folder, state=gathered)
             else:
-                trainee.model.save_pretrained(folder)
+                trainee.model.save_pretrained(folder, state_dict=gathered)
                 trainee.tokenizer.save_pretrained(folder)
             rows = self.history.rows
             _write(folder / HISTORY, "\n".join(json.dumps(row) for row in rows))

@@ -1,4 +1,4 @@
-"""What goes with what: method, LoRA option, bits of the base, ZeRO stage, gradient checkpointing, packed sweep.
+"""What goes with what: method, LoRA option, bits of the base, ZeRO stage, offload, checkpointing, packed sweep.
 
 The only place that knows it: settings are refused by it, sweeps pack by it, and ``raytune-ft doctor --matrix`` and the
 documentation print it. Batches are padding-free under every method, so that is no axis.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 from itertools import product
 from typing import Literal
 
 Option = Literal["plain", "dora", "rslora"]
+Offload = Literal["none", "optimizer", "all"]
 Reason = str
 
 METHODS = ("full", "lora", "qlora", "prefix_tuning", "prompt_tuning")
 OPTIONS: tuple[Option, ...] = ("plain", "dora", "rslora")
 BITS = (None, 8, 4)
-ZERO_STAGES = (0, 1, 2)
-"""Stages that are there. Stage 3 shards the weights themselves, which neither loading nor checkpoints know."""
+ZERO_STAGES = (0, 1, 2, 3)
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 
 _COST_OF_CHANGE = {
     "packed": 1,
+    "offload": 1,
     "gradient_checkpointing": 1,
     "zero_stage": 2,
     "option": 4,
@@ -41,6 +44,7 @@ class Cell:
     zero_stage: int = 2
     gradient_checkpointing: bool = False
     packed: bool = False
+    offload: Offload = "none"
 
     def __str__(self) -> str:
         words = [f"method {self.method}"]
@@ -48,6 +52,8 @@ class Cell:
             words.append(f"use_{self.option}")
         words.append(f"bits {self.bits}" if self.bits else "a base in full precision")
         words.append("a packed sweep" if self.packed else f"zero_stage {self.zero_stage}")
+        if self.offload != "none":
+            words.append(f"offload {self.offload}")
         if self.gradient_checkpointing:
             words.append("gradient_checkpointing")
         return ", ".join(words)
@@ -56,8 +62,8 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """Every combination, refused ones included; a packed sweep runs without DeepSpeed, so it has one stage only."""
     for method, option, bits, checkpointing in product(METHODS, OPTIONS, BITS, (False, True)):
-        for stage in (*ZERO_STAGES, 3):
-            yield Cell(method, option, bits, stage, checkpointing)
+        for stage, offload in product(ZERO_STAGES, OFFLOADS):
+            yield Cell(method, option, bits, stage, checkpointing, offload=offload)
         yield Cell(method, option, bits, 2, checkpointing, packed=True)
 
 
@@ -68,6 +74,26 @@ def refusal(cell: Cell) -> Reason | None:
         (
             cell.zero_stage not in ZERO_STAGES,
             f"zero_stage {cell.zero_stage} is not there (it has {', '.join(map(str, ZERO_STAGES))})",
+        ),
+        (
+            cell.zero_stage == 3 and cell.bits is not None,
+            "zero_stage 3 shards weights value by value, and those of a quantized base are packed",
+        ),
+        (
+            cell.zero_stage == 3 and cell.method in {"prefix_tuning", "prompt_tuning"},
+            f"zero_stage 3 gathers weights layer by layer, and method {cell.method} learns what belongs to no layer",
+        ),
+        (
+            cell.zero_stage == 3 and cell.option == "dora",
+            "zero_stage 3 has a layer's weights only while it computes, and use_dora reads them besides",
+        ),
+        (
+            cell.offload != "none" and cell.zero_stage == 0,
+            f"offload {cell.offload} moves what ZeRO shards, and zero_stage 0 shards nothing",
+        ),
+        (
+            cell.offload == "all" and cell.zero_stage != 3,
+            "offload all moves the weights, too, which only zero_stage 3 shards",
         ),
         (
             cell.method == "full" and cell.bits is not None,
@@ -107,9 +133,15 @@ def nearest(cell: Cell) -> Cell:
         changed = zip(fields(Cell), astuple(cell), astuple(other), strict=True)
         cost = sum(_COST_OF_CHANGE[field.name] for field, mine, theirs in changed if mine != theirs)
         steps = abs(cell.zero_stage - other.zero_stage)
+        steps += abs(OFFLOADS.index(cell.offload) - OFFLOADS.index(other.offload))
         return 10 * cost + steps + abs(METHODS.index(cell.method) - METHODS.index(other.method))
 
-    return min((other for other in cells() if refusal(other) is None), key=distance)
+    return min(_allowed(), key=distance)
+
+
+@cache
+def _allowed() -> tuple[Cell, ...]:
+    return tuple(cell for cell in cells() if refusal(cell) is None)
 
 
 def verdict(cell: Cell) -> Reason | None:
@@ -127,11 +159,12 @@ class Line:
     method: str
     base: str
     stages: str
+    offload: str
     checkpointing: str
     packed: str
 
 
-HEADINGS = ("method", "base", "ZeRO stage", "gradient checkpointing", "packed sweep")
+HEADINGS = ("method", "base", "ZeRO stage", "CPU offload", "gradient checkpointing", "packed sweep")
 _BASES = {None: "full precision", 8: "8 bits", 4: "4 bits"}
 
 
@@ -145,14 +178,25 @@ def lines() -> list[Line]:
         name = method if option == "plain" else f"{method} + {option}"
         reason = refusal(cell)
         if reason is not None:
-            found.append(Line(name, _BASES[bits], f"no: {reason}", "no", "no"))
+            found.append(Line(name, _BASES[bits], f"no: {reason}", "no", "no", "no"))
             continue
-        stages = [str(stage) for stage in (*ZERO_STAGES, 3) if refusal(replace(cell, zero_stage=stage)) is None]
+        stages = [str(stage) for stage in ZERO_STAGES if refusal(replace(cell, zero_stage=stage)) is None]
         checkpointing = refusal(replace(cell, gradient_checkpointing=True)) is None
         packed = refusal(replace(cell, packed=True)) is None
         words = ("yes" if checkpointing else "no", "yes" if packed else "no")
-        found.append(Line(name, _BASES[bits], ", ".join(stages), *words))
+        found.append(Line(name, _BASES[bits], ", ".join(stages), _offloads(cell), *words))
     return found
+
+
+def _offloads(cell: Cell) -> str:
+    """What can be offloaded, and under which stages."""
+    words = []
+    for offload in OFFLOADS[1:]:
+        wanted = replace(cell, offload=offload)
+        stages = [str(stage) for stage in ZERO_STAGES if refusal(replace(wanted, zero_stage=stage)) is None]
+        if stages:
+            words.append(f"{offload} ({', '.join(stages)})")
+    return ", ".join(words) or "no"
 
 
 def markdown() -> str:

@@ -26,6 +26,7 @@ from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
+from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.distill import refuse_other_tokens, write_student
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.interruption import is_noted, note_sigterm
@@ -91,6 +92,8 @@ def train(config: FineTuningConfig) -> Artifact:
 
 def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     refuse_missing(config.report_to)
+    if isinstance(config.deepspeed_config, str):
+        config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
     if config.resume_from_checkpoint != "auto":
         named_checkpoint(config.resume_from_checkpoint)
     connected = cluster.connect()

@@ -9,6 +9,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
 from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_steps
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
 from raytune_ft.training.interruption import agreed, is_noted
 from raytune_ft.training.keeper import CHECKPOINTS, HISTORY, TENSORBOARD, Keeper
@@ -32,9 +34,11 @@ from raytune_ft.training.micro_batches import (
     shrunk,
 )
 from raytune_ft.training.monitor import Monitor
+from raytune_ft.training.peers import Peers
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.trackers import Trackers
 from raytune_ft.training.utilization import Work, device_peak
+from raytune_ft.training.zero import sharded_loading
 
 __all__ = ["CHECKPOINTS", "HISTORY", "Seat", "train_in_process"]
 
@@ -85,11 +89,12 @@ def train_in_process(
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
         divisor = _earlier_divisor(output)
         fitting = shrunk(config, divisor)
-        trainee = make_trainee(fitting, seat.device)
+        with sharded_loading(fitting, seat.device) if seat.deepspeed else nullcontext():
+            trainee = make_trainee(fitting, seat.device)
         adopt_template(trainee.tokenizer, splits["train"])
         learner = _learner(trainee, fitting, timetable, seat, validation)
-        keeper = Keeper(config, learner, output, leads=seat.rank == 0)
-        keeper.resume(timetable.total)
+        keeper = Keeper(config, learner, output, Peers(seat.rank, seat.world_size, seat.device))
+        keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
         if monitor is not None:
             monitor.recall(keeper.history.rows)
@@ -122,14 +127,16 @@ def train_in_process(
                 on_save=keeper.save,
                 report=note,
             )
+            keeper.settle()
             status = "stopped" if summary.left else "finished"
         except NotFiniteError as error:
+            keeper.settle()
             raise _not_a_number(error, keeper, monitor) from None
         finally:
+            keeper.abandon()
             trackers.close(status)
         if summary.left:
-            saved = "saved" if output is not None else "nothing was to be saved"
-            raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({saved})")
+            raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
         keeper.finish(summary, monitor, events)
     return summary
 

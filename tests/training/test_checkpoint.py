@@ -50,11 +50,11 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(
 ) -> None:
     unbroken = run(config, splits, tmp_path / "a")
     run(config, splits, tmp_path / "b", cut_after=5)
-    damaged = tmp_path / "b" / CHECKPOINTS / "step-00000004" / "weights.safetensors"
+    damaged = tmp_path / "b" / CHECKPOINTS / "step-00000004" / "rank-00000-of-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     with caplog.at_level(logging.INFO, logger="raytune_ft"):
         resumed = run(config, splits, tmp_path / "b")
-    assert "step-00000004: damaged (weights.safetensors does not match" in caplog.text
+    assert "step-00000004: damaged (rank-00000-of-00001.safetensors has " in caplog.text
     assert "resumes after step 2" in caplog.text
     assert resumed == pytest.approx(unbroken, abs=1e-6)
 

@@ -28,14 +28,15 @@ def as_settings(cell: Cell) -> dict[str, Any]:
         "bits": cell.bits,
         "zero_stage": cell.zero_stage,
         "gradient_checkpointing": cell.gradient_checkpointing,
+        "offload": cell.offload,
         **options,
     }
 
 
 def allowed() -> Iterator[Cell]:
-    """Each combination that trains in one process; the stage of ZeRO is no part of that."""
+    """Each combination that trains in one process; the stage of ZeRO and its offload are no part of that."""
     for cell in cells():
-        if refusal(cell) is None and cell.zero_stage == 2 and not cell.packed:
+        if refusal(cell) is None and cell.zero_stage == 2 and cell.offload == "none" and not cell.packed:
             yield cell
 
 
@@ -66,14 +67,16 @@ def test_a_refused_cell_names_the_nearest_that_goes(settings: Settings) -> None:
             assert settings(**as_settings(cell)).cell == cell
             continue
         if cell.method == "qlora" and cell.bits is None:  # settings take no bits as QLoRA's default of 4
-            assert settings(**as_settings(replace(cell, zero_stage=2, option="plain"))).base_bits == 4
+            assert settings(**as_settings(replace(cell, zero_stage=2, option="plain", offload="none"))).base_bits == 4
             continue
         with pytest.raises(ConfigError) as caught:
             settings(**as_settings(cell))
         assert f"{reason}; the nearest that goes: {nearest(cell)}" in str(caught.value)
         seen += 1
-    # 5 methods x 3 options x 3 bases x 2 x 4 stages; 15 of the first 45 go, at 3 stages; 24 are QLoRA's default.
-    assert seen == 360 - 15 * 2 * 3 - 24
+    # 5 methods x 3 options x 3 bases x 2 x 4 stages x 3 offloads. 15 of the first 45 go: stage 0 without offload, 1 and
+    # 2 with that of the optimizer or none. 3 of them (full, LoRA, rsLoRA) go at stage 3, with any. 72 are QLoRA's
+    # default.
+    assert seen == 1080 - 2 * (15 * 5 + 3 * 3) - 72
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,11 @@ def test_a_refused_cell_names_the_nearest_that_goes(settings: Settings) -> None:
     [
         (Cell("full", bits=4), Cell("qlora", bits=4)),
         (Cell("lora", "dora", bits=4), Cell("qlora", "dora", bits=4)),
-        (Cell("lora", zero_stage=3), Cell("lora", zero_stage=2)),
+        (Cell("qlora", bits=4, zero_stage=3), Cell("qlora", bits=4, zero_stage=2)),
+        (Cell("prefix_tuning", zero_stage=3), Cell("prefix_tuning", zero_stage=2)),
+        (Cell("lora", "dora", zero_stage=3), Cell("lora", "dora", zero_stage=2)),
+        (Cell("lora", offload="all"), Cell("lora", offload="optimizer")),
+        (Cell("full", zero_stage=0, offload="optimizer"), Cell("full", zero_stage=0)),
         (Cell("prompt_tuning", "rslora", bits=4), Cell("prompt_tuning", bits=4)),
         (Cell("lora", "dora", packed=True), Cell("lora", "dora")),
         (Cell("prefix_tuning", packed=True), Cell("prefix_tuning")),
@@ -122,7 +129,9 @@ def test_the_printed_matrix_has_a_row_for_each_method_and_base() -> None:
     found = {(line.method, line.base): line for line in table}
     assert found["qlora + dora", "4 bits"].packed == "no"
     assert found["qlora", "4 bits"].packed == "yes"
-    assert found["full", "full precision"].stages == "0, 1, 2"
+    assert found["full", "full precision"].stages == "0, 1, 2, 3"
+    assert found["full", "full precision"].offload == "optimizer (1, 2, 3), all (3)"
+    assert found["qlora", "4 bits"].stages == "0, 1, 2"
     assert found["full", "4 bits"].stages.startswith("no: method full trains")
     assert markdown().count("\n") == 29
 

@@ -1,0 +1,189 @@
+"""Checkpoints written while training goes on: a copy in memory is taken at once, and a thread takes it to storage.
+
+Ranks meet on storage, since a process group must not be used by two threads: each puts a small note beside its file,
+and rank 0, which sees them all, writes the manifest. A save that storage refuses is said and given up; the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.storage import Location
+from raytune_ft.training.checkpoint import (
+    StoredCheckpoint,
+    folder_of,
+    opened,
+    publish,
+    steps_below,
+    write_progress,
+    write_rank,
+)
+from raytune_ft.training.peers import Peers
+from raytune_ft.training.slices import Slice
+from raytune_ft.training.tensor_file import Written
+
+logger = logging.getLogger("raytune_ft")
+
+_FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.005, 1.0
+_REFUSALS = (OSError, ArtifactError)
+
+
+@dataclass(frozen=True)
+class Save:
+    """What is to be written of a step: this rank's slices, the run's scalars, and the step of the best evaluation."""
+
+    step: int
+    slices: Mapping[str, Slice]
+    progress: Mapping[str, Any]
+    best_step: int | None = None
+
+
+@dataclass
+class _Writing:
+    """A save on its way."""
+
+    save: Save
+    thread: threading.Thread | None = None
+    own_part_done: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)
+    failed: bool = False
+    unexpected: BaseException | None = None
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time below `folder`; `attempt` tells this attempt's notes from an earlier one's."""
+
+    def __init__(self, folder: Location, peers: Peers, *, keep: int, attempt: int) -> None:
+        self._folder, self._peers, self._keep, self._attempt = folder, peers, keep, attempt
+        self._current: _Writing | None = None
+        self._verified: set[int] = set()
+        self.refused_step: int | None = None
+        """The step of the last save, if storage refused it."""
+
+    def trust(self, step: int) -> None:
+        """Notes that the checkpoint of a step was verified by reading it."""
+        self._verified.add(step)
+
+    def start(self, save: Save) -> None:
+        """Begins to write; every rank calls it, after the save before is settled."""
+        self.settle()
+        writing = self._current = _Writing(save)
+        writing.thread = threading.Thread(target=self._write, args=(writing,), daemon=True, name=f"save-{save.step}")
+        writing.thread.start()
+
+    def settle(self) -> None:
+        """Waits until the save under way is whole, or given up by all ranks; every rank calls it."""
+        writing, self._current = self._current, None
+        if writing is None or writing.thread is None:
+            return
+        writing.own_part_done.wait()
+        if not self._peers.all_say(not writing.failed):
+            writing.given_up.set()
+            writing.failed = True
+        writing.thread.join()
+        if writing.unexpected is not None:
+            raise writing.unexpected
+        self.refused_step = writing.save.step if writing.failed else None
+        if writing.failed and self._peers.leads:
+            self._remove_rest(writing.save.step)
+
+    def abandon(self, patience_s: float = 10.0) -> None:
+        """Lets a save under way end by itself where other ranks may be gone; gives up after `patience_s`."""
+        writing, self._current = self._current, None
+        if writing is None or writing.thread is None:
+            return
+        writing.thread.join(patience_s)
+        writing.given_up.set()
+
+    def _write(self, writing: _Writing) -> None:
+        save = writing.save
+        try:
+            self._write_parts(writing, folder_of(self._folder, save.step))
+        except _REFUSALS as error:
+            writing.failed = True
+            logger.warning(
+                "checkpoint of step %d could not be written (%s); training goes on, and what was saved before is "
+                "there. Make room, or lower save_total_limit",
+                save.step,
+                error,
+            )
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that trains
+            writing.failed, writing.unexpected = True, error
+        finally:
+            writing.own_part_done.set()
+
+    def _write_parts(self, writing: _Writing, target: Location) -> None:
+        save = writing.save
+        files = write_rank(target, save.slices, self._peers)
+        if not self._peers.leads:
+            note = {name: asdict(file) for name, file in files.items()}
+            (target / self._note(self._peers.rank)).write(json.dumps(note).encode())
+            return
+        files |= write_progress(target, save.progress)
+        writing.own_part_done.set()
+        others = self._notes_of_others(target, writing.given_up)
+        if others is None:
+            return
+        publish(target, save.step, files | others)
+        try:
+            self._prune(save)
+        except _REFUSALS as error:
+            logger.warning("old checkpoints could not be deleted (%s)", error)
+
+    def _note(self, rank: int) -> str:
+        return f"rank-{rank:05d}.{self._attempt:x}.json"
+
+    def _notes_of_others(self, target: Location, given_up: threading.Event) -> dict[str, Written] | None:
+        """What the other ranks have written, as soon as all have; None if the save was given up."""
+        wanted = [self._note(rank) for rank in range(1, self._peers.world_size)]
+        pause_s = _FIRST_LOOK_S
+        while wanted and not set(wanted) <= target.files().keys():
+            if given_up.wait(pause_s):
+                return None
+            pause_s = min(2 * pause_s, _SLOWEST_LOOK_S)
+        found: dict[str, Written] = {}
+        for name in wanted:
+            note = json.loads((target / name).read())
+            found |= {file: Written(**entry) for file, entry in note.items()}
+        return found
+
+    def _prune(self, save: Save) -> None:
+        """Deletes old checkpoints, never the best one's, and none before a newer one was read and found whole."""
+        steps = [step for step in steps_below(self._folder) if step <= save.step]
+        best = [save.best_step] if save.best_step in steps[: -self._keep] else []
+        kept = steps[-max(1, self._keep - len(best)) :]
+        old = [step for step in steps if step not in (*kept, *best)]
+        if not old:
+            return
+        if not self._verified & set(kept):
+            try:
+                opened(folder_of(self._folder, save.step))
+            except ValueError as error:
+                logger.warning("checkpoint of step %d is not whole (%s): older ones are kept", save.step, error)
+                return
+            self._verified.add(save.step)
+        for step in old:
+            folder_of(self._folder, step).delete()
+
+    def _remove_rest(self, step: int) -> None:
+        """An unfinished checkpoint is of no use, and its room may be what is missing."""
+        target = folder_of(self._folder, step)
+        try:
+            if not _is_whole(target):
+                target.delete()
+        except ArtifactError as error:
+            logger.warning("checkpoint of step %d: its rest stays there (%s)", step, error)
+
+
+def _is_whole(target: Location) -> bool:
+    try:
+        StoredCheckpoint(target).check()
+    except (ArtifactError, ValueError, KeyError, OSError):
+        return False
+    return True

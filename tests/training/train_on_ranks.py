@@ -1,0 +1,56 @@
+"""One rank of training runs under DeepSpeed without Ray: ``python train_on_ranks.py JOBS.json RANK WORLD_SIZE``.
+
+JOBS.json: {"splits": ..., "meet": a path for the process group, "runs": [{"output", "config", "cut_after"?}]}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from raytune_ft.core.storage import Location
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.loop import Decision
+from raytune_ft.training.session import Seat, train_in_process
+
+
+class CutError(Exception):
+    """Ends a run as a failure would."""
+
+
+def main() -> None:
+    jobs, rank, world_size = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3])
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    torch.distributed.init_process_group(
+        backend, init_method=f"file://{jobs['meet']}.{world_size}", rank=rank, world_size=world_size
+    )
+    for run in jobs["runs"]:
+
+        def report(step, metrics, run=run):
+            if step == run.get("cut_after"):
+                raise CutError
+            return Decision.CONTINUE
+
+        try:
+            train_in_process(
+                FineTuningConfig(**run["config"]),
+                jobs["splits"],
+                Seat(rank, world_size, device, deepspeed=True),
+                output=Location.at(run["output"]),
+                report=report,
+            )
+        except CutError:
+            continue
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
