@@ -117,7 +117,8 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
             gradient_accumulation_steps=1 if packed else max(1, ROWS_PER_STEP // at_once), learning_rate=5e-4,
             lr_scheduler_type="linear", warmup_steps=2, seed=0, save_strategy="no", logging_steps=1, report_to="none",
             disable_tqdm=True, use_cpu=not on_gpu, bf16=on_gpu, gradient_checkpointing=False,
-            remove_unused_columns=False, packing=packed is not None, max_length=packed, completion_only_loss=True if packed else None,
+            remove_unused_columns=False, packing=packed is not None, max_length=packed,
+            completion_only_loss=True if packed else None,
             dataset_kwargs=None if packed else {"skip_prepare_dataset": True},
         ),
         peft_config=LoraConfig(
@@ -247,9 +248,8 @@ def table(
             figures[arm]["last_losses"] = statistics.fmean(found[-1]["losses"][-3:])
             figures[arm]["until"] = found[-1]["until"]
             figures[arm]["all_supervised_per_s"] = [run["supervised_per_s"] for run in found]
-    print(
-        f"\nLoRA r{RANK} on all linear layers, base {options.base}, {options.device}, {options.repeats} turn(s); medians"
-    )
+    about = f"base {options.base}, {options.device}, {options.repeats} turn(s)"
+    print(f"\nLoRA of rank {RANK} on all linear layers, {about}; medians")
     print(f"{'':44}{'supervised/s':>13}{'tokens/s':>10}{'MB':>9}{'loss':>8}{'first step s':>14}{'ours is':>9}")
     for arm, f in figures.items():
         mine = figures.get(f"raytune-ft {'qlora' if 'qlora' in arm else 'lora'}", f)
