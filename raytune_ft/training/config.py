@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
+from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.models.config import Precision
 from raytune_ft.training import matrix
 from raytune_ft.training.deepspeed_settings import refuse_contradictions
@@ -132,12 +133,17 @@ class FineTuningConfig(Config):
     """When the validation split is evaluated (if the dataset has one)."""
     eval_steps: int = Field(100, ge=1)
     """Steps between evaluations, with strategy ``steps``."""
+    eval_generation_rows: int = Field(0, ge=0)
+    """So many rows of the validation split are also answered at each evaluation, and the answers measured; 0: none."""
+    eval_generation_metric: EvaluationMetric = EvaluationMetric.EXACT_MATCH
+    """How these answers are measured; the best checkpoint is still that of the lowest validation loss."""
     save_strategy: Literal["no", "epoch", "steps"] = "epoch"
     """When a checkpoint is written, from which an interrupted run goes on."""
     save_steps: int = Field(500, ge=1)
     """Steps between checkpoints, with strategy ``steps``."""
     save_total_limit: int = Field(2, ge=1)
-    """Checkpoints that are kept; older ones are deleted."""
+    """Checkpoints that are kept, the best evaluation's among them; older ones are deleted once a newer one was read and
+    found whole."""
     logging_steps: int = Field(10, ge=1)
     """Steps between progress lines."""
     report_to: list[Tracking] = Field(default_factory=lambda: [Tracking.TENSORBOARD])
@@ -177,6 +183,16 @@ class FineTuningConfig(Config):
             raise ValueError(f"prompt_tuning_init_text belongs to method prompt_tuning (got {self.method})")
         if self.adapter_path is not None and not self.uses_adapter:
             raise ValueError("adapter_path: method full trains no adapter; merge it first (raytune-ft merge), or lora")
+        if self.eval_generation_metric in {EvaluationMetric.PERPLEXITY, EvaluationMetric.FIELD_F1}:
+            raise ValueError(
+                f"eval_generation_metric: {self.eval_generation_metric} is not one number over answers; take "
+                "exact_match, accuracy, f1, valid_json, rouge or bleu"
+            )
+        if self.eval_generation_rows and self.zero_stage == 3:
+            raise ValueError(
+                "eval_generation_rows wants the whole weights on every worker, which zero_stage 3 shards; take "
+                "zero_stage 2, or 0 rows and `raytune-ft evaluate` afterwards"
+            )
         refused = matrix.verdict(self.cell)
         if refused is not None:
             raise ValueError(refused)

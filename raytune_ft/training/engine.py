@@ -21,7 +21,7 @@ from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
 from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.loop import Metrics
-from raytune_ft.training.micro_batches import before_the_optimizer
+from raytune_ft.training.micro_batches import Held, before_the_optimizer
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 from raytune_ft.training.zero import deepspeed_engine
 
@@ -219,8 +219,9 @@ class ZeroLearner:
 
     def evaluate(self) -> Metrics:
         """Mean loss over the supervised tokens of the validation split, over all ranks."""
-        sums = torch.tensor(_evaluate(self.trainee, self._evaluation(), self._device), dtype=torch.float64)
-        total, count = self._reduced(sums).tolist()
+        # Under stage 3 a forward pass gathers weights from all ranks, and one rank cannot make it again.
+        sums = _evaluate(self.trainee, self._evaluation(), self._device, may_split=self._config.zero_stage < 3)
+        total, count = self._reduced(torch.tensor(sums, dtype=torch.float64)).tolist()
         return {"eval_loss": total / max(1.0, count)}
 
     def _unsharded_norm(self) -> float | None:
@@ -236,12 +237,16 @@ class ZeroLearner:
         return values.cpu()
 
 
-def _evaluate(trainee: Trainee, batches: Iterable[PackedBatch], device: str) -> tuple[float, int]:
+def _evaluate(
+    trainee: Trainee, batches: Iterable[PackedBatch], device: str, *, may_split: bool = True
+) -> tuple[float, int]:
+    """Summed loss and number of targets; `may_split`: batches that memory does not hold are computed in parts."""
     total, count = 0.0, 0
+    held = Held()
     trainee.model.eval()
     with torch.no_grad():
         for batch in batches:
-            total += float(trainee.loss(batch.to(device)))
+            total += held.computed(lambda part: float(trainee.loss(part.to(device))), batch, may_split=may_split)
             count += len(batch.targets)
     trainee.model.train()
     return total, count

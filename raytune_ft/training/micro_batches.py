@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,6 +114,33 @@ class ShrinkingLearner:
         return self.learner.evaluate()
 
 
+@dataclass
+class Held:
+    """How many rows of a batch memory holds at a time, where nothing but a sum is computed; starts with all of them."""
+
+    divisor: int = 1
+
+    def computed(self, sum_of: Callable[[PackedBatch], float], batch: PackedBatch, *, may_split: bool = True) -> float:
+        """The sum over a batch, in as small parts as memory wants; smaller parts stay for the batches that follow.
+
+        Raises:
+            OutOfMemoryError: if not even one row fits.
+        """
+        while True:
+            parts = divided([batch], self.divisor)
+            try:
+                return sum(map(sum_of, parts))
+            except Exception as error:
+                if not may_split or not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            if max(part.rows for part in parts) == 1:
+                raise OutOfMemoryError(f"evaluation: {reason}. {HOPELESS}")
+            self.divisor *= 2
+            release_memory()
+            logger.warning("evaluation: out of memory; goes on with batches of half the rows")
+
+
 HOPELESS = (
     "Not even one row at a time fits: lower max_length, take method=qlora, a smaller model, or gradient_checkpointing"
 )
@@ -130,6 +157,7 @@ def shrunk(config: FineTuningConfig, divisor: int) -> FineTuningConfig:
     """The settings with micro-batches of a `divisor`-th of the rows, and as many more of them."""
     changes: dict[str, Any] = {
         "per_device_train_batch_size": max(1, -(-config.per_device_train_batch_size // divisor)),
+        "per_device_eval_batch_size": max(1, -(-config.per_device_eval_batch_size // divisor)),
         "gradient_accumulation_steps": config.gradient_accumulation_steps * divisor,
     }
     return config if divisor == 1 else config.with_overrides(**changes)

@@ -78,6 +78,8 @@ def progress_line(row: dict[str, float], total: int) -> str:
     parts = [f"step {row['step']:.0f}/{total}", f"loss {row['loss']:.4f}"]
     if "eval_loss" in row:
         parts.append(f"validation loss {row['eval_loss']:.4f}")
+    answered = [name for name in row if name.startswith("eval_") and name != "eval_loss"]
+    parts += [f"{name.removeprefix('eval_')} {row[name]:.3f}" for name in answered]
     parts += [
         f"lr {row['learning_rate']:.2e}",
         f"grad norm {row['grad_norm']:.2f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class Peers:
         flag = torch.tensor([int(mine)], device=self.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
+
+    def total(self, mine: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, in this machine's memory."""
+        if self.world_size == 1:
+            return mine
+        summed = mine.to(self.device)
+        torch.distributed.all_reduce(summed)
+        return summed.cpu()
 
 
 ALONE = Peers()

@@ -18,6 +18,7 @@ from raytune_ft.core.errors import RunError, StoppedError
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
+from raytune_ft.training.answers import AnsweringLearner
 from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_steps
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.cursor import Cursor
@@ -92,8 +93,11 @@ def train_in_process(
         with sharded_loading(fitting, seat.device) if seat.deepspeed else nullcontext():
             trainee = make_trainee(fitting, seat.device)
         adopt_template(trainee.tokenizer, splits["train"])
+        peers = Peers(seat.rank, seat.world_size, seat.device)
         learner = _learner(trainee, fitting, timetable, seat, validation)
-        keeper = Keeper(config, learner, output, Peers(seat.rank, seat.world_size, seat.device))
+        careful = _within_memory(learner, fitting, divisor, output)
+        watched = AnsweringLearner.beside(careful, trainee, config, validation, peers)
+        keeper = Keeper(config, learner, output, peers)
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
         if monitor is not None:
@@ -118,7 +122,7 @@ def train_in_process(
         status = "failed"
         try:
             summary = fit(
-                _within_memory(learner, fitting, divisor, output),
+                watched,
                 batches,
                 timetable,
                 start=keeper.start,
@@ -215,18 +219,31 @@ class _RestartingLearner:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
-        rows = self.config.per_device_train_batch_size
-        if rows == 1 or self.output is None:
-            raise OutOfMemoryError(f"step {step}: {reason}. {HOPELESS}")
-        (self.output / CHECKPOINTS / _SHRUNK).write(json.dumps({"divisor": self.divisor * 2}).encode())
-        raise OutOfMemoryError(
-            f"step {step}: out of memory with {rows} rows at a time ({reason}); the next attempt goes on from the "
-            f"newest checkpoint with {-(-rows // 2)} rows at a time and the same global batch"
-        )
+        raise self._wish(f"step {step}", reason)
 
     def evaluate(self) -> Metrics:
-        """The learner's own evaluation."""
-        return self.learner.evaluate()
+        """The learner's own evaluation.
+
+        Raises:
+            OutOfMemoryError: as in a step.
+        """
+        try:
+            return self.learner.evaluate()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+        raise self._wish("evaluation", reason)
+
+    def _wish(self, where: str, reason: str) -> OutOfMemoryError:
+        rows = self.config.per_device_train_batch_size
+        if rows == 1 or self.output is None:
+            return OutOfMemoryError(f"{where}: {reason}. {HOPELESS}")
+        (self.output / CHECKPOINTS / _SHRUNK).write(json.dumps({"divisor": self.divisor * 2}).encode())
+        return OutOfMemoryError(
+            f"{where}: out of memory with {rows} rows at a time ({reason}); the next attempt goes on from the "
+            f"newest checkpoint with {-(-rows // 2)} rows at a time and the same global batch"
+        )
 
 
 def _earlier_divisor(output: Location | None) -> int:

@@ -132,7 +132,7 @@ class CheckpointWriter:
             return
         publish(target, save.step, files | others)
         try:
-            self._prune(save)
+            delete_old(self._folder, save.step, keep=self._keep, best_step=save.best_step, verified=self._verified)
         except _REFUSALS as error:
             logger.warning("old checkpoints could not be deleted (%s)", error)
 
@@ -153,24 +153,6 @@ class CheckpointWriter:
             found |= {file: Written(**entry) for file, entry in note.items()}
         return found
 
-    def _prune(self, save: Save) -> None:
-        """Deletes old checkpoints, never the best one's, and none before a newer one was read and found whole."""
-        steps = [step for step in steps_below(self._folder) if step <= save.step]
-        best = [save.best_step] if save.best_step in steps[: -self._keep] else []
-        kept = steps[-max(1, self._keep - len(best)) :]
-        old = [step for step in steps if step not in (*kept, *best)]
-        if not old:
-            return
-        if not self._verified & set(kept):
-            try:
-                opened(folder_of(self._folder, save.step))
-            except ValueError as error:
-                logger.warning("checkpoint of step %d is not whole (%s): older ones are kept", save.step, error)
-                return
-            self._verified.add(save.step)
-        for step in old:
-            folder_of(self._folder, step).delete()
-
     def _remove_rest(self, step: int) -> None:
         """An unfinished checkpoint is of no use, and its room may be what is missing."""
         target = folder_of(self._folder, step)
@@ -179,6 +161,33 @@ class CheckpointWriter:
                 target.delete()
         except ArtifactError as error:
             logger.warning("checkpoint of step %d: its rest stays there (%s)", step, error)
+
+
+def delete_old(folder: Location, newest: int, *, keep: int, best_step: int | None, verified: set[int]) -> None:
+    """Deletes old checkpoints: never the best one's, and none before one that stays was read and found whole.
+
+    Args:
+        folder: what they lie in.
+        newest: the step of the newest finished one.
+        keep: how many stay, the best one among them; the newest always does.
+        best_step: the step of the best evaluation, whether or not there is a checkpoint of it.
+        verified: steps that were read and found whole; one read here is added.
+    """
+    steps = [step for step in steps_below(folder) if step <= newest]
+    best = [best_step] if best_step in steps[:-keep] else []
+    kept = steps[-max(1, keep - len(best)) :]
+    old = [step for step in steps if step not in (*kept, *best)]
+    if not old:
+        return
+    if not verified & set(kept):
+        try:
+            opened(folder_of(folder, newest))
+        except ValueError as error:
+            logger.warning("checkpoint of step %d is not whole (%s): older ones are kept", newest, error)
+            return
+        verified.add(newest)
+    for step in old:
+        folder_of(folder, step).delete()
 
 
 def _is_whole(target: Location) -> bool:

@@ -14,7 +14,14 @@ import torch
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
-from raytune_ft.training.micro_batches import OutOfMemoryError, ShrinkingLearner, before_the_optimizer, divided, shrunk
+from raytune_ft.training.micro_batches import (
+    Held,
+    OutOfMemoryError,
+    ShrinkingLearner,
+    before_the_optimizer,
+    divided,
+    shrunk,
+)
 from raytune_ft.training.session import Seat, _RestartingLearner, train_in_process
 
 ROWS = [Encoded([1, 2, 3], [False, True, True]), Encoded([4, 5], [False, True]), Encoded([6, 7, 8, 9], [True] * 4)]
@@ -135,3 +142,35 @@ def test_a_run_whose_memory_shrinks_goes_on_with_the_same_losses(settings, tmp_p
     assert tight[1][1] == 1
     assert tight[3][1] > 1
     assert [loss for loss, _ in tight] == pytest.approx([loss for loss, _ in roomy], abs=1e-5)
+
+
+def test_an_evaluation_that_memory_does_not_hold_goes_on_in_parts() -> None:
+    tried: list[int] = []
+
+    def targets(part) -> float:
+        tried.append(part.rows)
+        if part.rows > 1:
+            torch.empty(1 << 60)
+        return float(len(part.targets))
+
+    held = Held()
+    assert held.computed(targets, pack(ROWS)) == 7
+    assert held.computed(targets, pack(ROWS[:2])) == 3
+    assert tried == [3, 1, 2, 1, 1, 1, 1, 1]
+    with pytest.raises(RuntimeError, match="allocate"):
+        Held().computed(targets, pack(ROWS), may_split=False)
+    with pytest.raises(OutOfMemoryError, match=r"evaluation: .*lower max_length"):
+        Held().computed(lambda part: float(torch.empty(1 << 60)[0]), pack(ROWS))
+
+
+def test_an_evaluation_that_all_ranks_share_asks_for_another_attempt(settings, tmp_path: Path) -> None:
+    class Cramped(Roomy):
+        def evaluate(self):
+            torch.empty(1 << 60)
+
+    (tmp_path / "checkpoints").mkdir()
+    config = settings(per_device_train_batch_size=6, zero_stage=3)
+    with pytest.raises(OutOfMemoryError, match=r"evaluation: out of memory with 6 rows .* with 3 rows at a time"):
+        _RestartingLearner(Cramped(9), config, 1, Location.at(tmp_path)).evaluate()
+    assert json.loads((tmp_path / "checkpoints/micro_batches.json").read_text()) == {"divisor": 2}
+    assert shrunk(config.with_overrides(per_device_eval_batch_size=5), 2).per_device_eval_batch_size == 3

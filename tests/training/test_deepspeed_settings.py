@@ -1,0 +1,101 @@
+"""A user's DeepSpeed JSON is taken as far as it says what the settings say; each contradiction is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.training.deepspeed_settings import contradictions, deepspeed_settings, read_deepspeed_json
+
+AUTO = {  # as transformers' documentation has it
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto", "total_num_steps": "auto"}},
+    "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "contiguous_gradients": True},
+    "wall_clock_breakdown": False,
+}
+
+
+def test_auto_values_are_filled_in_and_other_settings_kept(settings) -> None:
+    config = settings(deepspeed_config=AUTO, gradient_accumulation_steps=3, max_grad_norm=0.5)
+    assert deepspeed_settings(config, "bf16") == {
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
+        "zero_allow_untested_optimizer": True,
+        "wall_clock_breakdown": False,
+        "steps_per_print": 10**9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train_batch_size": 16}, "train_batch_size is 16 there, and .*(8 x 2 x 2).* makes it 32"),
+        ({"train_micro_batch_size_per_gpu": 4}, "is 4 there, and per_device_train_batch_size makes it 8"),
+        ({"gradient_accumulation_steps": 1}, "is 1 there, and gradient_accumulation_steps makes it 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 there, and max_grad_norm makes it 1.0"),
+        ({"zero_optimization": {"stage": 3}}, "stage is 3 there, and zero_stage makes it 2"),
+        ({"bf16": {"enabled": True}}, r"bf16.enabled is true there, and precision \(fp32\) makes it false"),
+        ({"fp16": {"enabled": True}}, r"fp16.enabled is true there, and precision \(fp32\) makes it false"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            r'offload_optimizer.device is "cpu" there, and offload \(none\) makes it "none"',
+        ),
+        ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb" there, and the optimizer here is AdamW'),
+        ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, 'optimizer.type is "Adam" there'),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-5}}},
+            "lr is 1e-05 there, and learning_rate makes it 0.01",
+        ),
+        ({"optimizer": {"params": {"betas": [0.9, 0.99]}}}, r"betas is \[0.9, 0.99\] there, and .* \[0.9, 0.999\]"),
+        ({"scheduler": {"type": "WarmupLR"}}, r'"WarmupLR" there, and lr_scheduler_type \(linear\) .*"WarmupDecayLR"'),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}, "is 9 there, and max_steps .* 6"),
+        ({"pipeline": {"stages": 2}}, "pipeline is not taken: workers hold equal models"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "mics_shard_size is not taken"),
+    ],
+)
+def test_each_contradiction_names_both_values(given: dict, words: str, settings) -> None:
+    common = {"num_workers": 2, "gradient_accumulation_steps": 2, "precision": "fp32", "max_steps": 6}
+    with pytest.raises(ConfigError, match=words):
+        settings(**common, deepspeed_config=given)
+
+
+def test_equal_values_do_not_contradict(settings) -> None:
+    given = {
+        "train_batch_size": 8,
+        "gradient_clipping": 1,
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.999]}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 3}},
+    }
+    more = {"lr_scheduler_type": "cosine", "warmup_steps": 3, "precision": "bf16"}
+    config = settings(zero_stage=3, offload="all", deepspeed_config=given, **more)
+    assert contradictions(config, given) == []
+    made = deepspeed_settings(config, "bf16")["zero_optimization"]
+    assert made["offload_param"] == made["offload_optimizer"] == {"device": "cpu"}
+
+
+def test_a_file_is_read_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(AUTO))
+    assert read_deepspeed_json(str(path)) == AUTO
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"ds.json cannot be read as JSON"):
+        read_deepspeed_json(str(path))
+    path.write_text("[1]")
+    with pytest.raises(ConfigError, match="holds no JSON object"):
+        read_deepspeed_json(str(path))
+    with pytest.raises(ConfigError, match=r"missing.json cannot be read.*no such file"):
+        read_deepspeed_json(str(tmp_path / "missing.json"))
