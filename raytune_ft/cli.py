@@ -167,6 +167,15 @@ def quickstart(
 
 
 @app.command()
+def key() -> None:
+    """Make an API key for an endpoint, and the sha256 of it that goes into the settings; neither is kept."""
+    from raytune_ft.serving.keys import hashed, new_key
+
+    made = new_key()
+    _print(f"key (for the client):         {made}\nsha256 (for api_keys):        {hashed(made)}")
+
+
+@app.command()
 def schema(verb: Annotated[str, typer.Argument(help=f"One of {', '.join(VERBS)}.")]) -> None:
     """Print the JSON schema of a verb's settings, for editors."""
     if verb not in VERBS:

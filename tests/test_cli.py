@@ -85,6 +85,7 @@ def test_help_of_every_verb_loads_nothing_heavy():
         *cli.VERBS,
         "quickstart",
         "schema",
+        "key",
         "doctor",
         "inspect",
         "recommend",

@@ -1,52 +1,136 @@
-"""What answers requests: a model in this process that takes a batch of mixed requests and gives each its own answer."""
+"""What answers requests: one loop over one model, which requests join and leave between two tokens.
+
+The loop has a thread of its own. Whatever changes the model (an adapter loaded or dropped) happens in it, between
+two steps; what comes of a request goes to its listener, in the listener's event loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
 
+from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig, Precision
-from raytune_ft.models.generation import Completion, generate
+from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel, load_model
+from raytune_ft.models.sampling import TokenLogprob
 from raytune_ft.models.virtual import VirtualTokens
+from raytune_ft.serving.adapters import Adapter, AdapterSet
+
+logger = logging.getLogger("raytune_ft")
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt's token ids (they end with the generation prompt), and how its answer is decoded.
+    """A prompt's token ids, how its answer is decoded, by which adapter, and what is told of it.
 
-    `seeded` says that the seed is the client's: the answer must then be the same in any company.
+    `top_logprobs` None asks for no log-probabilities; `echo` for the prompt's, too. Without `streamed`, all comes in
+    one piece.
     """
 
-    prompt_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
     decoding: DecodingConfig
-    seeded: bool = False
+    adapter: str | None = None
+    top_logprobs: int | None = None
+    echo: bool = False
+    streamed: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What came of a request since its last progress; `finish_reason` says that it was the last."""
+
+    text: str
+    tokens: int
+    logprobs: Sequence[TokenLogprob] = ()
+    prompt_logprobs: Sequence[TokenLogprob] = ()
+    finish_reason: Literal["stop", "length"] | None = None
+    error: Exception | None = None
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request in the engine; its progress comes out of `events`, in order, beside that of others there."""
+
+    request: GenerationRequest
+    adapter: Adapter | None
+    events: Events
+    loop: asyncio.AbstractEventLoop
+    cancelled: bool = False
+    row: Row | None = None
+    told: int = field(default=0)
+    """Log-probabilities that were told already."""
+    entered: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    """When its first token came, as `entered` on the monotonic clock."""
+
+
+Events = asyncio.Queue[tuple[Ticket, Progress]]
 
 
 class TransformersEngine:
-    """Anything that `transformers` and `peft` load: full precision, bitsandbytes, adapters, pruned folders."""
+    """Anything that `transformers` and `peft` load: full precision, bitsandbytes, adapters, pruned folders.
 
-    def __init__(self, loaded: LoadedModel, *, num_threads: int = 1) -> None:
+    Its int8 layers may let neighbours change an answer by rounding (bitsandbytes, where a batch has outliers).
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        num_threads: int = 1,
+        max_batch_size: int = 8,
+        max_adapters: int = 8,
+        max_lora_rank: int = 64,
+    ) -> None:
         import torch
 
         torch.set_num_threads(num_threads)
         # bitsandbytes' int8 layers warn at each call that they cast their input to fp16
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         self.loaded = loaded
+        self.adapters = AdapterSet(loaded, most=max_adapters, max_rank=max_lora_rank)
+        self._decoder = Decoder(loaded, self.adapters.slots)
+        self._num_threads, self._max_batch_size = num_threads, max_batch_size
+        self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Ticket] = deque()
+        self._running: dict[int, Ticket] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     @classmethod
     def load(
-        cls, reference: str, *, precision: Precision = Precision.AUTO, device: str | None = None, num_threads: int = 1
+        cls,
+        reference: str,
+        *,
+        precision: Precision = Precision.AUTO,
+        device: str | None = None,
+        adapters: Mapping[str, str] | None = None,
+        **settings: Any,
     ) -> Self:
-        """The engine for a model reference.
+        """The engine for a model reference, with adapters by their names.
 
         Raises:
-            ModelError: if the model cannot be loaded.
+            ModelError: if the model, or an adapter, cannot be loaded.
         """
-        return cls(load_model(reference, precision=precision, device=device), num_threads=num_threads)
+        engine = cls(load_model(reference, precision=precision, device=device), **settings)
+        try:
+            for name, where in (adapters or {}).items():
+                engine.add_adapter(name, where)
+        except RaytuneError:
+            engine.close()
+            raise
+        return engine
 
     @property
     def context_tokens(self) -> int | None:
@@ -54,6 +138,16 @@ class TransformersEngine:
         limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
         virtual = VirtualTokens.of(self.loaded.model)
         return int(limit) - (virtual.count if virtual else 0) if limit else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    @property
+    def load_now(self) -> tuple[int, int]:
+        """Requests that are being decoded, and that wait."""
+        return len(self._running), self._inbox.qsize() + len(self._waiting)
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The conversation through the chat template, as in training.
@@ -63,42 +157,190 @@ class TransformersEngine:
         """
         return tuple(self.loaded.chat.prompt_ids(messages))
 
-    def answer(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
-        """One answer a request, in order; what can be decoded together is one padded batch."""
-        answers: dict[int, Completion] = {}
-        for places in batches(requests):
-            group = [requests[place] for place in places]
-            longest = max(request.decoding.max_new_tokens for request in group)
-            decoding = group[0].decoding.with_overrides(max_new_tokens=longest)
-            prompts = [request.prompt_ids for request in group]
-            budget = len(prompts) * (max(map(len, prompts)) + longest)
-            found = generate(self.loaded, prompts, decoding, token_budget=budget)
-            for place, request, completion in zip(places, group, found, strict=True):
-                answers[place] = self._shortened(completion, request.decoding)
-        return [answers[place] for place in range(len(requests))]
+    def submit(self, request: GenerationRequest, events: Events | None = None) -> Ticket:
+        """Enters a request whose progress goes to `events`; to be called in the event loop that listens there.
 
-    def _shortened(self, completion: Completion, decoding: DecodingConfig) -> Completion:
-        """The completion as it would be with this request's own token limit instead of its batch's."""
-        limit = decoding.max_new_tokens
-        if len(completion.token_ids) < limit:
-            return completion
-        ids = completion.token_ids[:limit]
-        text = self.loaded.tokenizer.decode(ids, skip_special_tokens=True)
-        cuts = [text.find(stop) for stop in decoding.stop if stop in text]
-        return Completion(text[: min(cuts)] if cuts else text, ids, "stop" if cuts else "length")
+        Raises:
+            ModelError: if the adapter is not loaded.
+        """
+        if not self.alive:
+            raise ModelError("the engine's loop has ended")
+        adapter = self.adapters.take(request.adapter) if request.adapter is not None else None
+        ticket = Ticket(request, adapter, asyncio.Queue() if events is None else events, asyncio.get_running_loop())
+        self._inbox.put(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Takes a request out before the next token; nothing happens if it is answered."""
+        ticket.cancelled = True
+
+    def add_adapter(self, name: str, reference: str) -> None:
+        """Loads an adapter beside the running requests, and returns when it can be asked for.
+
+        Raises:
+            ModelError: if it belongs to another base, is of a kind that cannot be mixed, or is beyond the limits.
+        """
+        self._in_loop(lambda: self.adapters.add(name, reference))
+
+    def drop_adapter(self, name: str) -> None:
+        """Drops an adapter: requests that have it are answered, further ones are refused.
+
+        Raises:
+            ModelError: if it is not loaded.
+        """
+        self._in_loop(lambda: self.adapters.drop(name))
+
+    async def answer(self, request: GenerationRequest) -> list[Progress]:
+        """Everything that comes of a request."""
+        ticket = self.submit(request)
+        found: list[Progress] = []
+        try:
+            while not found or (found[-1].finish_reason is None and found[-1].error is None):
+                found.append((await ticket.events.get())[1])
+        finally:
+            self.cancel(ticket)
+        return found
+
+    def close(self) -> None:
+        """Ends the loop; requests in it get an error."""
+        if not self._closed:
+            self._closed = True
+            self._inbox.put(None)
+            self._thread.join(30)
+
+    def _in_loop(self, action: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                action()
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 - it belongs to the caller, who waits for it
+                done.set_exception(error)
+
+        self._inbox.put(run)
+        done.result(timeout=600)
+
+    def _run(self) -> None:
+        import torch
+
+        torch.set_num_threads(self._num_threads)  # a thread's own setting, where OpenMP keeps one
+        while not self._closed:
+            self._receive(block=not self._running and not self._waiting)
+            self._forget_cancelled()
+            told = self._admitted() + self._stepped()
+            self._tell(told)
+        for ticket in [*self._running.values(), *self._waiting]:
+            self._tell([(ticket, Progress("", 0, error=ModelError("the engine was closed")))])
+
+    def _receive(self, *, block: bool) -> None:
+        while True:
+            try:
+                entry = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(entry, Ticket):
+                self._waiting.append(entry)
+            elif entry is not None:
+                entry()
+
+    def _forget_cancelled(self) -> None:
+        gone = [ticket for ticket in self._running.values() if ticket.cancelled]
+        if gone:
+            self._decoder.leave([ticket.row for ticket in gone if ticket.row is not None])
+            for ticket in gone:
+                self._forget(ticket)
+        if any(ticket.cancelled for ticket in self._waiting):
+            for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
+                self._release(ticket)
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+
+    def _admitted(self) -> list[tuple[Ticket, Progress]]:
+        """Lets waiting requests join, as far as there is room."""
+        joining: list[Ticket] = []
+        while self._waiting and len(self._running) < self._max_batch_size:
+            ticket = self._waiting.popleft()
+            ticket.row = self._row(ticket.request, ticket.adapter)
+            self._running[id(ticket.row)] = ticket
+            joining.append(ticket)
+        if not joining:
+            return []
+        rows = [ticket.row for ticket in joining if ticket.row is not None]
+        try:
+            self._decoder.join(rows)
+        except Exception as error:
+            logger.exception("requests could not be read")
+            self._decoder.leave(rows)
+            return [self._failed(ticket, error) for ticket in joining]
+        return self._progress(joining)
+
+    def _stepped(self) -> list[tuple[Ticket, Progress]]:
+        if not self._decoder.rows:
+            return []
+        try:
+            rows = self._decoder.step()
+        except Exception as error:
+            logger.exception("a step failed")
+            running = list(self._running.values())
+            self._decoder.leave(list(self._decoder.rows))
+            return [self._failed(ticket, error) for ticket in running]
+        return self._progress([self._running[id(row)] for row in rows])
+
+    def _row(self, request: GenerationRequest, adapter: Adapter | None) -> Row:
+        asked = {"slot": adapter.slot, "prefix": adapter.prefix} if adapter else {}
+        return self._decoder.new_row(
+            self.loaded,
+            request.prompt_ids,
+            request.decoding,
+            top_logprobs=request.top_logprobs,
+            echo=request.echo,
+            whole=not request.streamed,
+            **asked,
+        )
+
+    def _progress(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Progress]]:
+        told = []
+        for ticket in tickets:
+            row = ticket.row
+            assert row is not None
+            ended = row.finish_reason is not None
+            ticket.began = ticket.began or time.monotonic()
+            if ended:
+                self._forget(ticket)
+            if not ended and not ticket.request.streamed:
+                continue
+            text = row.delta if ticket.request.streamed else row.stream.text
+            echoed = row.prompt_logprobs if ticket.told == 0 else ()
+            told.append((ticket, Progress(
+                text, len(row.token_ids), row.logprobs[ticket.told :], echoed, row.finish_reason
+            )))  # fmt: skip
+            ticket.told = len(row.logprobs)
+        return told
+
+    def _failed(self, ticket: Ticket, error: Exception) -> tuple[Ticket, Progress]:
+        self._forget(ticket)
+        return ticket, Progress("", 0, error=error)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._running.pop(id(ticket.row), None)
+        self._release(ticket)
+
+    def _release(self, ticket: Ticket) -> None:
+        if ticket.adapter is not None:
+            self.adapters.give_back(ticket.adapter)
+
+    @staticmethod
+    def _tell(told: Sequence[tuple[Ticket, Progress]]) -> None:
+        """One wake-up of each event loop for all that a step brought."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Progress]]] = {}
+        for ticket, progress in told:
+            by_loop.setdefault(ticket.loop, []).append((ticket, progress))
+        for loop, events in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_deliver, events)
 
 
-def batches(requests: Sequence[GenerationRequest]) -> list[list[int]]:
-    """Places of the requests that are decoded together.
-
-    Greedy ones share a batch whatever their seeds; sampled ones share it (and its random stream) if they sample alike
-    and did not ask for a seed; a seeded one is alone, since its answer may not depend on its neighbours.
-    """
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for place, request in enumerate(requests):
-        decoding = request.decoding
-        key: tuple[object, ...] = (decoding.stop,)
-        if decoding.temperature > 0:
-            key += (decoding.temperature, decoding.top_p, place if request.seeded else None)
-        groups.setdefault(key, []).append(place)
-    return list(groups.values())
+def _deliver(events: Sequence[tuple[Ticket, Progress]]) -> None:
+    for ticket, progress in events:
+        ticket.events.put_nowait((ticket, progress))

@@ -1,54 +1,34 @@
-"""OpenAI's chat completion protocol: what comes in, what goes out, and errors in its shape."""
+"""OpenAI's completion protocols as they come in: what may be asked for, and what is refused by name."""
 
 from __future__ import annotations
 
-import json
 import secrets
-import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
+from raytune_ft.serving.faults import ApiError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tool_calls": ([],),
 }
 """Options that are not implemented, with the values under which they change nothing."""
-_PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "name"}
 """Options that never change an answer."""
-
-
-class ApiError(Exception):
-    """A request that is answered with an HTTP error in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.kind, self.param, self.code = status, kind, param, code
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """The JSON body of the answer."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+_MOST_STOPS, _LONGEST_STOP = 16, 256
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class TextPart(BaseModel):
@@ -61,7 +41,7 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     """One turn of the conversation in a request; ``developer`` is read as ``system``."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
 
@@ -82,19 +62,16 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(BaseModel):
-    """The body of ``POST /v1/chat/completions``."""
+class _Request(BaseModel):
+    """What both protocols share."""
 
     model_config = ConfigDict(extra="allow")
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -104,18 +81,31 @@ class ChatRequest(BaseModel):
         _refuse_surrogates("".join(value or ""))
         return value
 
+    @field_validator("stop")
+    @classmethod
+    def _few_and_short(cls, value: str | list[str] | None) -> str | list[str] | None:
+        given = [value] if isinstance(value, str) else value or []
+        if len(given) > _MOST_STOPS or any(len(text) > _LONGEST_STOP for text in given):
+            raise ValueError(f"at most {_MOST_STOPS} stop texts of at most {_LONGEST_STOP} characters")
+        return value
+
     def refuse_unsupported(self) -> None:
         """Checks that nothing is asked for that would be silently left out.
 
         Raises:
             ApiError: 400, naming the option.
         """
-        if self.n not in {None, 1}:
-            raise ApiError(400, f"n: only one answer a request is supported (got {self.n})", param="n")
-        for name, value in (self.model_extra or {}).items():
-            if value is None or name in _PASSED_OVER or value in _NEUTRAL.get(name, ()):
-                continue
-            raise ApiError(400, f"{name}: this option is not supported here", param=name, code="unsupported_parameter")
+        _refuse_extra(self.model_extra or {}, "")
+
+    @property
+    def choices(self) -> int:
+        """Answers a prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -123,27 +113,36 @@ class ChatRequest(BaseModel):
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(text for text in given if text)
 
-    def decoding(self, prompt_tokens: int, *, context_tokens: int | None, max_new_tokens: int) -> DecodingConfig:
-        """How the answer is generated: OpenAI's defaults (temperature 1), within the model's context and our limit.
+    def limited(
+        self, prompt_tokens: int, wanted: int | None, names: tuple[str, str], context_tokens: int | None, most: int
+    ) -> DecodingConfig:
+        """How an answer is generated: OpenAI's defaults (temperature 1), within the model's context and our limit.
+
+        Args:
+            prompt_tokens: of the prompt, the template's included.
+            wanted: tokens that the request asks for; None takes what there is room for.
+            names: the request's fields for the limit and for the prompt.
+            context_tokens: of the model; None where it has no limit.
+            most: tokens that an answer may have here.
 
         Raises:
             ApiError: 400, if the prompt, or the prompt with the answer asked for, is beyond the limits.
         """
-        name = "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
-        wanted = self.max_completion_tokens or self.max_tokens
-        if wanted is not None and wanted > max_new_tokens:
-            raise ApiError(400, f"{name}: at most {max_new_tokens} here (got {wanted})", param=name)
-        room = max_new_tokens if context_tokens is None else context_tokens - prompt_tokens
-        if room < (wanted or 1):
+        name, prompt = names
+        if wanted is not None and wanted > most:
+            raise ApiError(400, f"{name}: at most {most} here (got {wanted})", param=name)
+        room = most if context_tokens is None else context_tokens - prompt_tokens
+        needed = 1 if wanted is None else max(wanted, 1)
+        if room < needed:
             raise ApiError(
                 400,
-                f"the prompt's {prompt_tokens} tokens and an answer of {wanted or 1} are beyond this model's context "
-                f"of {context_tokens} tokens; shorten the messages" + (f" or {name}" if room > 0 else ""),
-                param="messages" if room < 1 else name,
+                f"the prompt's {prompt_tokens} tokens and an answer of {needed} are beyond this model's context "
+                f"of {context_tokens} tokens; shorten the {prompt}" + (f" or {name}" if room > 0 else ""),
+                param=prompt if room < 1 else name,
                 code="context_length_exceeded",
             )
         return DecodingConfig(
-            max_new_tokens=wanted or min(room, max_new_tokens),
+            max_new_tokens=min(room, most) if wanted is None else needed,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=self.top_p or 1.0,
             seed=secrets.randbits(62) if self.seed is None else self.seed,
@@ -151,69 +150,84 @@ class ChatRequest(BaseModel):
         )
 
 
-class Answer(BaseModel):
-    """A finished answer, ready to be written as one body or as a stream."""
+class ChatRequest(_Request):
+    """The body of ``POST /v1/chat/completions``."""
 
-    model: str
-    text: str
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
-    id: str = Field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
-    created: int = Field(default_factory=lambda: int(time.time()))
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    def refuse_unsupported(self) -> None:
+        """As of every request, and for the fields of each message."""
+        super().refuse_unsupported()
+        for place, message in enumerate(self.messages):
+            _refuse_extra(message.model_extra or {}, f"messages.{place}.")
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Tokens of the prompt (with the template's) and of the answer (without the one that ends it)."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+    def top(self) -> int | None:
+        """How many of the likeliest tokens are told of each place; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-    def body(self) -> dict[str, Any]:
-        """The ``chat.completion`` object."""
-        message = {"role": "assistant", "content": self.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.finish_reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage}
+    def decoding(self, prompt_tokens: int, *, context_tokens: int | None, max_new_tokens: int) -> DecodingConfig:
+        """See `limited`."""
+        name = "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+        wanted = self.max_completion_tokens or self.max_tokens
+        return self.limited(prompt_tokens, wanted, (name, "messages"), context_tokens, max_new_tokens)
 
-    def events(self, *, include_usage: bool) -> Iterator[str]:
-        """The answer as server-sent events: role, text (in one piece), end, usage if asked for, and ``[DONE]``."""
-        deltas: tuple[tuple[Mapping[str, str], str | None], ...] = (
-            ({"role": "assistant", "content": ""}, None),
-            ({"content": self.text}, None),
-            ({}, self.finish_reason),
+
+class CompletionRequest(_Request):
+    """The body of ``POST /v1/completions``: text (or token ids) that is gone on from, without a chat template."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _something(cls, prompt: Any) -> Any:
+        if isinstance(prompt, list) and (not prompt or any(part in ("", []) for part in prompt)):
+            raise ValueError("must not be empty, nor hold an empty prompt")
+        texts = [prompt] if isinstance(prompt, str) else [part for part in prompt if isinstance(part, str)]
+        _refuse_surrogates("".join(texts))
+        return prompt
+
+    @model_validator(mode="after")
+    def _nothing_needs_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 gives nothing without echo: true")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as token ids."""
+        given: Any = self.prompt
+        if isinstance(given, str) or isinstance(given[0], int):
+            return [given]
+        return list(given)
+
+    def decoding(self, prompt_tokens: int, *, context_tokens: int | None, max_new_tokens: int) -> DecodingConfig:
+        """See `limited`; without a limit an answer has 16 tokens, as OpenAI's."""
+        wanted = 16 if self.max_tokens is None else self.max_tokens
+        wanted = min(wanted, max_new_tokens) if self.max_tokens is None else wanted
+        return self.limited(prompt_tokens, wanted, ("max_tokens", "prompt"), context_tokens, max_new_tokens)
+
+
+def _refuse_extra(extra: dict[str, Any], where: str) -> None:
+    for name, value in extra.items():
+        if value is None or name in _PASSED_OVER or value in _NEUTRAL.get(name, ()):
+            continue
+        raise ApiError(
+            400, f"{where}{name}: this option is not supported here", param=where + name, code="unsupported_parameter"
         )
-        for delta, reason in deltas:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-            yield _event({**self._head("chat.completion.chunk"), "choices": [choice]})
-        if include_usage:
-            yield _event({**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage})
-        yield "data: [DONE]\n\n"
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-
-def model_card(name: str, created: int) -> dict[str, Any]:
-    """An entry of ``GET /v1/models``."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "raytune_ft"}
-
-
-def validation_error(errors: list[dict[str, Any]]) -> ApiError:
-    """The 400 for a body that pydantic refused; what the client sent is not repeated."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        where = f" at character {first['loc'][-1]}" if isinstance(first["loc"][-1], int) else ""
-        return ApiError(400, f"the body is not valid JSON{where}: {first.get('ctx', {}).get('error', first['msg'])}")
-    # without the names of a union's members
-    path = [str(part) for part in first["loc"] if part not in {"body", "str"} and "[" not in str(part)]
-    param = ".".join(path) or None
-    if param is None:
-        return ApiError(400, "a JSON object is needed as the body")
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
 
 
 def _joined(content: str | list[TextPart]) -> str:
@@ -226,7 +240,3 @@ def _refuse_surrogates(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("must be valid Unicode; a lone surrogate cannot be encoded") from None
-
-
-def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import importlib.util
 import logging
 import signal
 import socket
@@ -17,10 +18,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect
-from raytune_ft.core.errors import RaytuneError, ServingError
+from raytune_ft.core.errors import MissingDependencyError, ModelError, RaytuneError, ServingError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import resolve_model
-from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
 
@@ -55,7 +56,7 @@ class ModelServer:
         if self.url:
             return self.url
         port = free_port(self.config.host, self.config.port)
-        resolve_model(self.config.model_path)
+        check_config(self.config)
         cluster = connect()
         cluster.admit(_plan(self.config, cluster))
         _refuse_second()
@@ -64,7 +65,8 @@ class ModelServer:
         self._ended.clear()
         root = _root(self.config.host, port)
         try:
-            _deploy(self.config, cluster, port)
+            _start_serve(self.config.host, port)
+            _deploy(self.config, cluster)
             _wait_healthy(root, self.config.startup_timeout_s)
         except BaseException:
             self.stop()
@@ -73,8 +75,33 @@ class ModelServer:
         logger.info("Serving %s as %r at %s", self.config.model_path, self.config.served_name, self.url)
         return self.url
 
+    def update(self, config: ServingConfig) -> None:
+        """Replaces the replicas by ones with other settings, without a failed request: those in flight are answered
+        first (for at most `drain_timeout_s`), those that come meanwhile wait.
+
+        If the new settings do not come up, the old ones are put back.
+
+        Raises:
+            ServingError: if the endpoint is not up, or host and port are not the running endpoint's.
+            ModelError: if the model cannot be loaded.
+        """
+        if not self.url:
+            raise ServingError("the endpoint is not up: call start first")
+        if (config.host, config.port) != (self.config.host, self.config.port):
+            raise ServingError("host and port: stay as they are while the endpoint is up; stop it to change them")
+        check_config(config)
+        cluster = connect()
+        cluster.admit(_plan(config, cluster))
+        try:
+            _deploy(config, cluster)
+        except RaytuneError:
+            _deploy(self.config, cluster)
+            raise
+        self.config = config
+        logger.info("Serving %s as %r at %s", config.model_path, config.served_name, self.url)
+
     def stop(self) -> None:
-        """Takes the endpoint down; requests in flight are answered first, for at most ten seconds."""
+        """Takes the endpoint down; requests in flight are answered first, for at most `drain_timeout_s`."""
         self._ended.set()
         if not self._started:
             return
@@ -138,8 +165,40 @@ def _root(host: str, port: int) -> str:
     return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
+def check_config(config: ServingConfig) -> None:
+    """Refuses, before anything starts, what cannot be served here.
+
+    Raises:
+        ServingError: if the engine that is asked for cannot run here.
+        ModelError: if the model or an adapter is none.
+    """
+    engine, reason = choose_engine(config.engine)
+    resolve_model(config.model_path)
+    for name, where in config.adapters.items():
+        if resolve_model(where).adapter is None:
+            raise ModelError(f"adapters.{name}: {where} is a whole model, not an adapter; serve it as model_path")
+    logger.info("Engine %s: %s", engine, reason)
+
+
+def choose_engine(asked: Engine) -> tuple[Engine, str]:
+    """The engine that serves here, and why.
+
+    Raises:
+        MissingDependencyError: if vLLM is asked for and not installed.
+        ServingError: if it is installed.
+    """
+    if asked is not Engine.VLLM:
+        return Engine.TRANSFORMERS, "asked for" if asked is Engine.TRANSFORMERS else "it serves whatever loads there"
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "engine: vllm is not installed in this environment; pip install 'raytune-ft[vllm]' on a machine with a "
+            "GPU, or set engine: transformers"
+        )
+    raise ServingError("engine: vllm cannot be started from here; set engine: transformers, or run `vllm serve`")
+
+
 def _plan(config: ServingConfig, cluster: Cluster) -> ResourcePlan:
-    replica = Demand("replica", config.num_replicas, config.num_cpus, _gpus(cluster), threads=config.num_cpus)
+    replica = Demand("replica", config.most_replicas, config.num_cpus, _gpus(cluster), threads=config.num_cpus)
     return ResourcePlan(f"serve {config.model_path}", (replica,))
 
 
@@ -159,24 +218,21 @@ def _refuse_second() -> None:
         )
 
 
-def _deploy(config: ServingConfig, cluster: Cluster, port: int) -> None:
+def _deploy(config: ServingConfig, cluster: Cluster) -> None:
     from ray import serve
-    from ray.serve.schema import LoggingConfig
 
-    from raytune_ft.serving.app import Endpoint
+    from raytune_ft.serving.app import BoardDeployment, Endpoint
 
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    _start_serve(config.host, port, quiet)
-    given = Location.at(config.model_path)  # a replica has another working folder: a local path becomes absolute
-    reference = given.uri if given.exists() else config.model_path
-    device = "cuda" if cluster.gpus else "cpu"
+    here = _placed(config)
     deployment: Any = Endpoint
+    board: Any = BoardDeployment
     application = deployment.options(
-        num_replicas=config.num_replicas,
+        **_scale(config),
         max_ongoing_requests=2 * (config.max_queued_requests + config.max_batch_size),
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _gpus(cluster)},
-        logging_config=quiet,
-    ).bind(config, reference, device)
+        logging_config=_quiet(),
+    ).bind(here, here.model_path, "cuda" if cluster.gpus else "cpu", board.bind(here.adapters))
     target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait_running(config.startup_timeout_s)
@@ -185,17 +241,52 @@ def _deploy(config: ServingConfig, cluster: Cluster, port: int) -> None:
         raise failure
 
 
-def _start_serve(host: str, port: int, logging_config: Any) -> None:
+def _placed(config: ServingConfig) -> ServingConfig:
+    """The settings with absolute paths: a replica has another working folder."""
+
+    def absolute(where: str) -> str:
+        given = Location.at(where)
+        return given.uri if given.exists() else where
+
+    folders = {
+        name: Location.at(where).uri
+        for name in ("adapters_path", "feedback_path", "request_log_path")
+        if (where := getattr(config, name)) is not None
+    }
+    adapters = {name: absolute(where) for name, where in config.adapters.items()}
+    changes = {"model_path": absolute(config.model_path), "name": config.served_name, "adapters": adapters}
+    return config.with_overrides(**changes, **folders)
+
+
+def _scale(config: ServingConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+        }
+    }
+
+
+def _quiet() -> Any:
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def _start_serve(host: str, port: int) -> None:
     from ray import exceptions, serve
     from ray.serve.config import HTTPOptions
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    options = HTTPOptions(host=host, port=port)
+    options, logging_config = HTTPOptions(host=host, port=port), _quiet()
     try:
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
     except (exceptions.RayActorError, TimeoutError):
         # On a busy machine Serve replaces a proxy that needs more than five seconds to start, and gives up waiting
-        # for the first one. The controller lives and goes on; waiting for /health covers the next proxy.
+        # for the first one. The controller lives and goes on; waiting for /ready covers the next proxy.
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
 
 
@@ -222,12 +313,12 @@ def _wait_healthy(root: str, limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while True:
         try:
-            with urllib.request.urlopen(f"{root}/health", timeout=10) as response:
+            with urllib.request.urlopen(f"{root}/ready", timeout=10) as response:
                 if response.status == 200:
                     return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
-                raise ServingError(f"{root}/health does not answer after {limit_s:g} seconds: {error}") from None
+                raise ServingError(f"{root}/ready does not answer after {limit_s:g} seconds: {error}") from None
         time.sleep(0.05)
 
 

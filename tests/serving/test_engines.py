@@ -1,7 +1,11 @@
-"""The engine: whatever shares a batch, each request gets the answer that it would get alone."""
+"""The engine: whatever shares a batch, each request gets the answer that the bare model gives it alone."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,77 +14,183 @@ from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message
 from raytune_ft.models.adapters import add_virtual_tokens, save_adapter
 from raytune_ft.models.config import DecodingConfig
-from raytune_ft.models.generation import Completion
+from raytune_ft.models.generation import Completion, generate
 from raytune_ft.models.loading import load_model
-from raytune_ft.serving.engines import GenerationRequest, TransformersEngine, batches
+from raytune_ft.serving.engines import GenerationRequest, Progress, TransformersEngine
+
+TEXTS = ["What is the capital of France?", "1", "The quick brown fox jumps over the lazy dog. " * 5, "yes", "red blue"]
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> TransformersEngine:
-    return TransformersEngine.load(str(tiny_model), device="cpu")
+def engine(tiny_model: Path, adapters: Path) -> Iterator[TransformersEngine]:
+    names = ("a", "b", "prefix", "prompt")
+    loaded = TransformersEngine.load(
+        str(tiny_model), device="cpu", max_batch_size=3, adapters={name: str(adapters / name) for name in names}
+    )
+    yield loaded
+    loaded.close()
 
 
-def ask(engine: TransformersEngine, text: str, *, seeded: bool = False, **decoding: object) -> GenerationRequest:
-    return GenerationRequest(engine.prompt_ids([Message("user", text)]), DecodingConfig(**decoding), seeded)
+def ask(engine: TransformersEngine, text: str, *, adapter: str | None = None, streamed: bool = False,
+        top: int | None = None, **decoding: object) -> GenerationRequest:  # fmt: skip
+    ids = engine.prompt_ids([Message("user", text)])
+    return GenerationRequest(ids, DecodingConfig(**decoding), adapter, top, streamed=streamed)
 
 
-def test_mixed_lengths_and_limits_answer_as_they_would_alone(engine: TransformersEngine):
-    asked = [
-        ask(engine, "What is the capital of France?", max_new_tokens=12),
-        ask(engine, "1", max_new_tokens=5),
-        ask(engine, "The quick brown fox jumps over the lazy dog. " * 5, max_new_tokens=30),
-        ask(engine, "yes", max_new_tokens=1),
+def answers(engine: TransformersEngine, requests: Sequence[GenerationRequest], *, apart_s: float = 0.0) -> list:
+    """Everything that came of each; request n enters n * `apart_s` seconds after the first."""
+
+    async def one(place: int, request: GenerationRequest) -> list[Progress]:
+        await asyncio.sleep(place * apart_s)
+        return await engine.answer(request)
+
+    async def together() -> list[list[Progress]]:
+        return await asyncio.gather(*(one(place, request) for place, request in enumerate(requests)))
+
+    return asyncio.run(together())
+
+
+def told(progress: Sequence[Progress]) -> tuple[str, int, str | None]:
+    return "".join(part.text for part in progress), progress[-1].tokens, progress[-1].finish_reason
+
+
+def said(completion: Completion) -> tuple[str, int, str]:
+    return completion.text, len(completion.token_ids), completion.finish_reason
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_requests_that_join_and_leave_get_the_answers_of_generate_alone(engine: TransformersEngine, streamed: bool):
+    limits = [12, 5, 30, 1, 20]
+    requests = [
+        ask(engine, text, max_new_tokens=limit, streamed=streamed) for text, limit in zip(TEXTS, limits, strict=True)
     ]
-    assert batches(asked) == [[0, 1, 2, 3]]
-    alone = [engine.answer([request])[0] for request in asked]
-    assert engine.answer(asked) == alone
-    for request, answer in zip(asked, alone, strict=True):
-        limit = request.decoding.max_new_tokens
-        assert len(answer.token_ids) == limit if answer.finish_reason == "length" else len(answer.token_ids) < limit
+    wanted = [said(generate(engine.loaded, [r.prompt_ids], r.decoding)[0]) for r in requests]
+    assert [told(progress) for progress in answers(engine, requests, apart_s=0.004)] == wanted
+    assert [told(progress) for progress in answers(engine, requests)] == wanted
 
 
-@pytest.mark.parametrize(
-    ("limit", "stop", "text", "reason"),
-    [
-        (2, (), "red blue", "length"),
-        (2, ("green",), "red blue", "length"),
-        (2, ("blue",), "red ", "stop"),
-        (3, ("green",), "red blue ", "stop"),
-    ],
-)
-def test_an_answer_is_cut_at_its_own_limit_as_if_it_had_ended_there(
-    engine: TransformersEngine, limit: int, stop: tuple[str, ...], text: str, reason: str
+def test_a_stream_brings_its_tokens_one_by_one(engine: TransformersEngine):
+    request = ask(engine, TEXTS[0], max_new_tokens=12, streamed=True, top=0)
+    (progress,) = answers(engine, [request])
+    assert [part.tokens for part in progress] == list(range(1, 13))
+    assert all(len(part.logprobs) == 1 for part in progress)
+
+
+@pytest.mark.parametrize("adapter", ["a", "b", "prefix", "prompt"])
+def test_mixed_adapters_answer_as_peft_does_with_one(
+    engine: TransformersEngine, tiny_model: Path, adapters: Path, adapter: str
 ):
-    ids = engine.loaded.tokenizer("red blue green")["input_ids"]
-    words = [len(engine.loaded.tokenizer(start)["input_ids"]) for start in ("red", "red blue", "red blue green")]
-    decoding = DecodingConfig(max_new_tokens=words[limit - 1], stop=stop)
-    cut = engine._shortened(Completion("red blue green", ids, "length"), decoding)
-    assert (cut.text, cut.finish_reason, len(cut.token_ids)) == (text, reason, words[limit - 1])
+    alone = load_model(str(adapters / adapter), device="cpu")
+    decoding = DecodingConfig(max_new_tokens=14)
+    mixed = [
+        ask(engine, text, adapter=name, max_new_tokens=14)
+        for text in TEXTS[:3]
+        for name in (None, adapter, "a", "prefix", "b", "prompt")
+    ]
+    found = answers(engine, mixed)
+    for request, progress in zip(mixed, found, strict=True):
+        if request.adapter == adapter:
+            assert told(progress) == said(generate(alone, [request.prompt_ids], decoding)[0])
+        if request.adapter is None:
+            assert told(progress) == said(generate(engine.loaded, [request.prompt_ids], decoding)[0])
 
 
 def test_a_seeded_request_has_the_same_answer_in_any_company(engine: TransformersEngine):
-    seeded = ask(engine, "red", seeded=True, max_new_tokens=16, temperature=1.0, seed=7)
-    others = [ask(engine, text, max_new_tokens=9, temperature=1.0, seed=1) for text in ("blue", "green")]
-    alone = engine.answer([seeded])[0]
-    assert engine.answer([others[0], seeded, others[1]])[1] == alone
-    assert engine.answer([others[0]])[0].token_ids != alone.token_ids
+    seeded = ask(engine, "red", max_new_tokens=16, temperature=1.0, seed=7, top_p=0.9)
+    others = [ask(engine, text, max_new_tokens=9, temperature=1.5, seed=1) for text in ("blue", "green")]
+    alone = told(answers(engine, [seeded])[0])
+    assert told(answers(engine, [others[0], seeded, others[1]])[1]) == alone
+    other = ask(engine, "red", max_new_tokens=16, temperature=1.0, seed=8, top_p=0.9)
+    assert told(answers(engine, [other])[0])[0] != alone[0]
 
 
-def test_requests_that_decode_differently_form_batches_of_their_own():
-    def one(seeded: bool = False, **decoding: object) -> GenerationRequest:
-        return GenerationRequest((1, 2), DecodingConfig(**decoding), seeded)
+def test_a_stop_text_ends_the_answer_in_front_of_it(engine: TransformersEngine):
+    whole = told(answers(engine, [ask(engine, TEXTS[0], max_new_tokens=20)])[0])[0]
+    stop = whole[7:10]
+    cut = whole[: whole.index(stop)]
+    for streamed in (False, True):
+        request = ask(engine, TEXTS[0], max_new_tokens=20, stop=(stop, "never said"), streamed=streamed)
+        text, tokens, reason = told(answers(engine, [request])[0])
+        assert (text, reason) == (cut, "stop")
+        assert tokens < 20
 
-    asked = [
-        one(),
-        one(temperature=1.0, seed=1),
-        one(stop=("x",)),
-        one(seed=9, max_new_tokens=3),
-        one(temperature=1.0, seed=2),
-        one(temperature=1.0, seed=3, seeded=True),
-        one(temperature=1.0, seed=3, seeded=True),
-        one(temperature=1.0, top_p=0.5),
-    ]
-    assert batches(asked) == [[0, 3], [1, 4], [2], [5], [6], [7]]
+
+def test_log_probabilities_are_those_of_one_forward_pass(engine: TransformersEngine):
+    import torch
+
+    request = ask(engine, TEXTS[0], max_new_tokens=6)
+    ids = list(request.prompt_ids)
+    echoed = GenerationRequest(ids, request.decoding, None, 2, echo=True)
+    ((progress,),) = answers(engine, [echoed])
+    assert len(progress.prompt_logprobs) == len(ids) - 1
+    generated = [entry.token for entry in progress.logprobs]
+    with torch.no_grad():
+        scores = torch.log_softmax(engine.loaded.model(torch.tensor([ids + generated])).logits[0], -1)
+    entries = [*progress.prompt_logprobs, *progress.logprobs]
+    for place, (entry, token) in enumerate(zip(entries, (ids + generated)[1:], strict=True)):
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(float(scores[place, token]), abs=1e-4)
+        best = scores[place].topk(2)
+        assert [token for token, _ in entry.top] == best.indices.tolist()
+
+
+def test_a_cancelled_request_makes_room_for_the_next(engine: TransformersEngine):
+    async def run() -> Progress:
+        tickets = [engine.submit(ask(engine, "red", max_new_tokens=450)) for _ in range(3)]
+        waiting = engine.submit(ask(engine, "blue", max_new_tokens=2))
+        for ticket in tickets:
+            engine.cancel(ticket)
+        progress = (await asyncio.wait_for(waiting.events.get(), 20))[1]
+        assert all(ticket.events.empty() for ticket in tickets)
+        return progress
+
+    assert asyncio.run(run()).finish_reason is not None
+    assert engine.load_now == (0, 0)
+
+
+def test_an_adapter_dropped_under_a_request_serves_it_to_its_end(engine: TransformersEngine, adapters: Path):
+    engine.add_adapter("again", str(adapters / "a"))
+    request = ask(engine, TEXTS[0], adapter="again", max_new_tokens=40)
+    wanted = told(answers(engine, [request])[0])
+
+    async def run() -> tuple[str, int, str | None]:
+        ticket = engine.submit(request)
+        await asyncio.to_thread(engine.drop_adapter, "again")
+        with pytest.raises(ModelError, match="'again' is not loaded"):
+            engine.submit(request)
+        return told([(await ticket.events.get())[1]])
+
+    assert asyncio.run(run()) == wanted
+    assert "again" not in engine.adapters.names
+
+
+def test_an_adapter_that_does_not_fit_is_refused_by_what_is_wrong(
+    engine: TransformersEngine, tiny_model: Path, adapters: Path, tmp_path: Path, new_adapter: Callable[..., Path]
+):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps({**settings, "max_length": 7}))
+    new_adapter(other, tmp_path / "foreign")
+    new_adapter(tiny_model, tmp_path / "wide", rank=65)
+    for reference, message in [
+        (tmp_path / "foreign", "belongs to the base .*other, but what is served is .*upon its own base"),
+        (tmp_path / "wide", "rank 65 is above the limit of 64; raise max_lora_rank"),
+        (tiny_model, "is a whole model, not an adapter"),
+    ]:
+        with pytest.raises(ModelError, match=message):
+            engine.add_adapter("new", str(reference))
+    with pytest.raises(ModelError, match="this name is taken"):
+        engine.add_adapter("a", str(adapters / "b"))
+    assert engine.adapters.names == ["a", "b", "prefix", "prompt"]
+
+
+def test_more_adapters_than_there_is_room_for_are_refused(tiny_model: Path, adapters: Path):
+    engine = TransformersEngine.load(str(tiny_model), device="cpu", max_adapters=1, adapters={"a": str(adapters / "a")})
+    with pytest.raises(ModelError, match="1 LoRA adapters are loaded, which is the limit; drop one, or raise max_ad"):
+        engine.add_adapter("b", str(adapters / "b"))
+    engine.drop_adapter("a")
+    engine.add_adapter("b", str(adapters / "b"))
+    engine.close()
 
 
 def test_the_prompt_is_the_chat_templates(engine: TransformersEngine):
@@ -93,7 +203,18 @@ def test_virtual_tokens_count_towards_the_context(tiny_model: Path, tmp_path: Pa
     loaded = load_model(str(tiny_model))
     model = add_virtual_tokens(loaded.model, kind="prompt_tuning", count=12, seed=0, base=str(tiny_model))
     save_adapter(model, loaded.tokenizer, tmp_path / "prompt")
-    assert TransformersEngine.load(str(tmp_path / "prompt"), device="cpu").context_tokens == 500
+    engine = TransformersEngine.load(str(tmp_path / "prompt"), device="cpu")
+    assert engine.context_tokens == 500
+    engine.close()
+
+
+@pytest.mark.parametrize("name", ["a", "prefix", "prompt"])
+def test_an_adapter_served_alone_answers_as_generate(adapters: Path, name: str):
+    engine = TransformersEngine.load(str(adapters / name), device="cpu")
+    requests = [ask(engine, text, max_new_tokens=10) for text in TEXTS]
+    wanted = [said(generate(engine.loaded, [r.prompt_ids], r.decoding)[0]) for r in requests]
+    assert [told(progress) for progress in answers(engine, requests)] == wanted
+    engine.close()
 
 
 def test_a_conversation_that_the_template_refuses_is_the_callers_mistake(tiny_model: Path):
@@ -101,6 +222,7 @@ def test_a_conversation_that_the_template_refuses_is_the_callers_mistake(tiny_mo
     engine.loaded.tokenizer.chat_template = "{{ raise_exception('two user turns in a row') }}"
     with pytest.raises(DataError, match="two user turns in a row"):
         engine.prompt_ids([Message("user", "hi")])
+    engine.close()
 
 
 def test_a_folder_without_weights_is_a_model_error(tiny_model: Path, tmp_path: Path):

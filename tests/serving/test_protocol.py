@@ -6,20 +6,29 @@ import json
 from typing import Any
 
 import pytest
+from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 
 from raytune_ft.core.records import Message
-from raytune_ft.serving.protocol import Answer, ApiError, ChatMessage, ChatRequest, validation_error
+from raytune_ft.models.sampling import TokenLogprob
+from raytune_ft.serving.answers import DONE, Answer, Choice
+from raytune_ft.serving.engines import Progress
+from raytune_ft.serving.faults import ApiError, validation_error
+from raytune_ft.serving.protocol import ChatMessage, ChatRequest, CompletionRequest
 
 
 def request(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "hi"}], **fields})
 
 
-def refused(**fields: Any) -> ApiError:
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"model": "m", "prompt": "hi", **fields})
+
+
+def refused(*, ask: Any = request, **fields: Any) -> ApiError:
     with pytest.raises(ValidationError) as caught:
-        request(**fields)
+        ask(**fields)
     return validation_error([dict(error) for error in caught.value.errors()])
 
 
@@ -36,6 +45,9 @@ def refused(**fields: Any) -> ApiError:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "clown", "content": "hi"}]}, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"n": 0}, "n"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"stop": ["x"] * 17}, "stop"),
     ],
 )
 def test_a_value_out_of_range_is_a_400_that_names_it(fields: dict[str, Any], param: str):
@@ -58,14 +70,48 @@ def test_text_that_is_no_unicode_is_a_400(fields: dict[str, Any]):
     assert error.param in {"messages.0.content", "model", "stop"}
 
 
-@pytest.mark.parametrize("option", [{"logprobs": True}, {"tools": [{"type": "function"}]}, {"n": 2}, {"guided": 1}])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"prompt": ["\ud800"]}, "prompt"),
+    ],
+)
+def test_a_completion_out_of_range_is_a_400_that_names_it(fields: dict[str, Any], param: str):
+    error = refused(ask=completion, **fields)
+    assert (error.status, error.param) == (400, param)
+
+
+def test_fields_that_need_one_another_say_so():
+    assert str(refused(top_logprobs=2)) == "top_logprobs needs logprobs: true"
+    assert str(refused(ask=completion, max_tokens=0)) == "max_tokens: 0 gives nothing without echo: true"
+
+
+def test_a_prompt_may_be_text_tokens_or_several_of_them():
+    for given, prompts in [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])]:
+        assert completion(prompt=given).prompts == prompts
+
+
+@pytest.mark.parametrize("option", [{"logit_bias": {"5": 9}}, {"tools": [{"type": "function"}]}, {"guided": 1}])
 def test_an_option_that_would_change_the_answer_is_refused_by_name(option: dict[str, Any]):
     with pytest.raises(ApiError, match=next(iter(option))) as caught:
         request(**option).refuse_unsupported()
     assert caught.value.status == 400
 
 
+def test_an_option_of_a_message_is_refused_with_its_place():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}]
+    with pytest.raises(ApiError) as caught:
+        request(messages=messages).refuse_unsupported()
+    assert caught.value.param == "messages.1.tool_calls"
+
+
 def test_options_that_change_nothing_are_accepted():
+    completion(best_of=1, suffix=None, user="ana").refuse_unsupported()
     request(n=1, logprobs=False, presence_penalty=0, user="ana", tools=None, tool_choice="none").refuse_unsupported()
 
 
@@ -106,16 +152,103 @@ def test_text_parts_are_joined_and_a_developer_is_the_system():
     assert message.to_message() == Message("system", "Be brief.")
 
 
-def test_bodies_and_streams_parse_as_openais_own_types():
-    answer = Answer(model="m", text="Paris.", finish_reason="stop", prompt_tokens=5, completion_tokens=2)
-    body = ChatCompletion.model_validate(answer.body())
-    assert body.choices[0].message.content == "Paris."
-    assert body.usage is not None and body.usage.total_tokens == 7
-    events = list(answer.events(include_usage=True))
-    assert events[-1] == "data: [DONE]\n\n"
-    chunks = [ChatCompletionChunk.model_validate(json.loads(e.removeprefix("data: "))) for e in events[:-1]]
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Paris."
-    assert [c.choices[0].finish_reason for c in chunks if c.choices] == [None, None, "stop"]
-    assert {c.id for c in chunks} == {answer.id}
-    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 2
-    assert len(list(answer.events(include_usage=False))) == len(events) - 1
+class Letters:
+    """Token n is the n-th letter; 26 is half a character."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join("\ufffd" if token == 26 else chr(97 + token) for token in token_ids)
+
+
+def logprob(token: int, value: float, *top: tuple[int, float]) -> TokenLogprob:
+    return TokenLogprob(token, value, top)
+
+
+def events(answer: Answer, choice: Choice, *progress: Progress) -> list[dict[str, Any]]:
+    told = []
+    for part in progress:
+        choice.take(part)
+        line = answer.event(choice, part)
+        if line is not None:
+            assert line.startswith("data: ") and line.endswith("\n\n")
+            told.append(json.loads(line.removeprefix("data: ")))
+    return told
+
+
+def test_a_chat_parses_as_openais_own_types():
+    answer = Answer("m", Letters(), True, 5, with_logprobs=True)
+    choice = Choice(0)
+    # the second is the token that ends the answer: it has a probability and no place in the text
+    entries = [logprob(1, -0.5, (1, -0.5), (26, -2.0)), logprob(9, -0.1, (9, -0.1))]
+    choice.take(Progress("b", 1, entries, finish_reason="stop"))
+    body = ChatCompletion.model_validate(answer.body([choice]))
+    assert (body.choices[0].message.content, body.choices[0].finish_reason) == ("b", "stop")
+    assert body.usage is not None
+    assert (body.usage.prompt_tokens, body.usage.completion_tokens, body.usage.total_tokens) == (5, 1, 6)
+    assert body.choices[0].logprobs is not None and body.choices[0].logprobs.content is not None
+    (token,) = body.choices[0].logprobs.content
+    assert (token.token, token.logprob, token.bytes) == ("b", -0.5, [98])
+    assert [(top.token, top.bytes) for top in token.top_logprobs] == [("b", [98]), ("\ufffd", None)]
+
+
+def test_a_chat_stream_parses_as_openais_own_types():
+    answer = Answer("m", Letters(), True, 5)
+    told = events(answer, Choice(1), Progress("Pa", 1), Progress("", 2), Progress("ris.", 3, finish_reason="length"))
+    chunks = [ChatCompletionChunk.model_validate(chunk) for chunk in told]
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["Pa", "ris."]
+    assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant", None]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None, "length"]
+    assert {chunk.choices[0].index for chunk in chunks} == {1}
+    usage = ChatCompletionChunk.model_validate(json.loads(answer.usage_event(3).removeprefix("data: ")))
+    assert {chunk.id for chunk in [*chunks, usage]} == {f"chatcmpl-{answer.id}"}
+    assert usage.usage is not None and usage.usage.total_tokens == 8
+    assert DONE == "data: [DONE]\n\n"
+
+
+def test_an_echoed_completion_lists_every_token_with_its_place():
+    answer = Answer("m", Letters(), False, 2, with_logprobs=True)
+    choice = Choice(0, prompt="ab", first_token=0)
+    choice.take(Progress("c", 1, [logprob(2, -1.5, (2, -1.5))], [logprob(1, -3.0, (4, -0.2))], finish_reason="length"))
+    (told,) = answer.body([choice])["choices"]
+    assert told["text"] == "abc"
+    assert told["logprobs"] == {
+        "tokens": ["a", "b", "c"],
+        "token_logprobs": [None, -3.0, -1.5],
+        "top_logprobs": [None, {"e": -0.2, "b": -3.0}, {"c": -1.5}],
+        "text_offset": [0, 1, 2],
+    }
+
+
+def test_a_completion_parses_as_openais_own_type():
+    choice = Choice(0)
+    choice.take(Progress("c", 1, [logprob(2, -1.5)], finish_reason="length"))
+    body = Completion.model_validate(Answer("m", Letters(), False, 2, with_logprobs=True).body([choice]))
+    assert (body.choices[0].text, body.choices[0].finish_reason, body.object) == ("c", "length", "text_completion")
+    assert body.choices[0].logprobs is not None and body.choices[0].logprobs.token_logprobs == [-1.5]
+
+
+def test_an_echoed_stream_begins_with_the_prompt_once():
+    answer = Answer("m", Letters(), False, 2, with_logprobs=True)
+    choice = Choice(0, prompt="ab", first_token=0)
+    told = events(
+        answer, choice,
+        Progress("c", 1, [logprob(2, -1.5)], [logprob(1, -3.0)]),
+        Progress("d", 2, [logprob(3, -1.0)], finish_reason="stop"),
+    )  # fmt: skip
+    assert [chunk["choices"][0]["text"] for chunk in told] == ["abc", "d"]
+    assert [chunk["choices"][0]["logprobs"]["tokens"] for chunk in told] == [["a", "b", "c"], ["d"]]
+
+
+def test_no_tokens_asked_for_are_none_told():
+    answer = Answer("m", Letters(), False, 2, with_logprobs=True, without_text=True)
+    choice = Choice(0, prompt="ab", first_token=0)
+    choice.take(Progress("c", 1, [logprob(2, -1.5)], [logprob(1, -3.0)], finish_reason="length"))
+    body = answer.body([choice])
+    assert body["choices"][0]["text"] == "ab"
+    assert body["choices"][0]["logprobs"]["tokens"] == ["a", "b"]
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_an_error_can_always_be_encoded():
+    error = ApiError(400, "\ud800: not supported", param="\ud800")
+    assert json.dumps(error.body, ensure_ascii=False).encode()
+    assert ApiError(429, "wait").headers == {"Retry-After": "1"}

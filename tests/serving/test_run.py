@@ -10,27 +10,36 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 
-from raytune_ft.core.errors import ModelError, ServingError
+from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
-from raytune_ft.serving.config import ServingConfig
-from raytune_ft.serving.engines import GenerationRequest, TransformersEngine
-from raytune_ft.serving.run import ModelServer, free_port
+from raytune_ft.models.generation import generate
+from raytune_ft.models.loading import load_model
+from raytune_ft.serving.config import Engine, ServingConfig
+from raytune_ft.serving.keys import hashed
+from raytune_ft.serving.run import ModelServer, choose_engine, free_port
 
+LIMITS = (3, 17, 40)
 QUESTIONS = ["What is the capital of France?", "red", "The quick brown fox jumps over the lazy dog.", "0 1 2 3"]
 
 
 @pytest.fixture(scope="module")
-def server(ray_cluster: object, tiny_model: Path) -> Iterator[ModelServer]:
-    settings = ServingConfig(model_path=str(tiny_model), name="tiny", port=0, max_new_tokens=64, max_batch_size=4)
+def server(ray_cluster: object, tiny_model: Path, adapters: Path) -> Iterator[ModelServer]:
+    settings = ServingConfig(
+        model_path=str(tiny_model), name="tiny", port=0, max_new_tokens=64, max_batch_size=4, num_replicas=2,
+        adapters={"b": str(adapters / "b")}, adapters_path=str(adapters), admin_keys=[hashed("root")],
+    )  # fmt: skip
     with ModelServer(settings) as running:
         yield running
 
@@ -40,98 +49,185 @@ def client(server: ModelServer) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=60)
 
 
-def ask(client: openai.OpenAI, text: str, **options: object) -> openai.types.chat.ChatCompletion:
+def ask(client: openai.OpenAI, text: str, *, model: str = "tiny", **options: Any) -> Any:
     settings = {"temperature": 0, "max_tokens": 12, **options}
-    return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **settings)
+    return client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], **settings)
 
 
-@pytest.mark.ray
-def test_the_model_is_listed(client: openai.OpenAI):
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").id == "tiny"
-
-
-@pytest.mark.ray
-def test_concurrent_clients_get_the_answers_that_the_bare_engine_gives_alone(client: openai.OpenAI, tiny_model: Path):
-    engine = TransformersEngine.load(str(tiny_model), device="cpu")
-    expected = []
-    for number, text in enumerate(QUESTIONS):
-        prompt = engine.prompt_ids([Message("user", text)])
-        expected.append(engine.answer([GenerationRequest(prompt, DecodingConfig(max_new_tokens=10 + number))])[0])
-    with ThreadPoolExecutor(8) as pool:
-        futures = [
-            pool.submit(ask, client, text, max_tokens=10 + number)
-            for _ in range(3)
-            for number, text in enumerate(QUESTIONS)
-        ]
-        answers = [future.result() for future in futures]
-    for place, answer in enumerate(answers):
-        wanted = expected[place % len(QUESTIONS)]
-        assert answer.choices[0].message.content == wanted.text
-        assert answer.choices[0].finish_reason == wanted.finish_reason
-        assert answer.usage is not None and answer.usage.completion_tokens == len(wanted.token_ids)
-
-
-@pytest.mark.ray
-def test_a_stream_carries_the_same_text_and_the_usage(client: openai.OpenAI):
-    whole = ask(client, QUESTIONS[0])
-    chunks = list(ask(client, QUESTIONS[0], stream=True, stream_options={"include_usage": True}))
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert chunks[-1].usage == whole.usage
-
-
-@pytest.mark.ray
-def test_the_same_seed_samples_the_same_answer(client: openai.OpenAI):
-    texts = [
-        ask(client, "red", temperature=1.0, seed=seed, max_tokens=24).choices[0].message.content for seed in (1, 1, 2)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.ray
-def test_mistakes_are_answered_in_openais_shape(client: openai.OpenAI):
-    with pytest.raises(openai.NotFoundError) as unknown:
-        client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hi"}])
-    assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.BadRequestError) as negative:
-        ask(client, "hi", temperature=-1)
-    assert (negative.value.type, negative.value.param) == ("invalid_request_error", "temperature")
-    with pytest.raises(openai.BadRequestError) as long:
-        ask(client, "yes " * 600)
-    assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError) as beyond:
-        ask(client, "hi", max_tokens=65)
-    assert "at most 64" in beyond.value.message
-    with pytest.raises(openai.BadRequestError) as option:
-        ask(client, "hi", logprobs=True)
-    assert option.value.param == "logprobs"
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status", "message"),
-    [
-        ("POST", "/v1/chat/completions", b'{"model": ', 400, "the body is not valid JSON"),
-        ("POST", "/v1/chat/completions", b"[]", 400, ""),
-        ("POST", "/v1/chat/completions", b"\xff\xfe", 400, ""),
-        ("GET", "/v1/chat/completions", None, 405, "Method Not Allowed"),
-        ("GET", "/v1/nothing", None, 404, "Not Found"),
-    ],
-)
-def test_broken_requests_are_answered_in_openais_shape_and_the_server_lives_on(
-    server: ModelServer, method: str, path: str, body: bytes | None, status: int, message: str
-):
-    address = server.url.removeprefix("http://").removesuffix("/v1")
-    connection = http.client.HTTPConnection(address, timeout=30)
-    connection.request(method, path, body, {"Content-Type": "application/json"})
+def told(server: ModelServer, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Any:
+    """Status and body of a bare request."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://").removesuffix("/v1"), timeout=60)
+    connection.request(method, path, body, {"Content-Type": "application/json", **headers})
     answer = connection.getresponse()
-    error = json.loads(answer.read())["error"]
-    assert answer.status == status
-    assert message in error["message"]
-    assert set(error) == {"message", "type", "param", "code"}
-    with urllib.request.urlopen(f"http://{address}/health", timeout=30) as health:
-        assert health.status == 200
+    return answer.status, answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path) -> dict[tuple[str, int], str]:
+    """What the bare model answers to each question with each limit."""
+    loaded = load_model(str(tiny_model), device="cpu")
+    return {
+        (text, limit): generate(
+            loaded, [loaded.chat.prompt_ids([Message("user", text)])], DecodingConfig(max_new_tokens=limit)
+        )[0].text
+        for text in QUESTIONS
+        for limit in LIMITS
+    }
+
+
+@pytest.mark.ray
+def test_concurrent_clients_get_the_bare_models_answers_streamed_or_not(
+    client: openai.OpenAI, expected: dict[tuple[str, int], str]
+):
+    def answered(job: tuple[str, int, bool]) -> str:
+        text, limit, stream = job
+        found = ask(client, text, max_tokens=limit, stream=stream)
+        if not stream:
+            return found.choices[0].message.content
+        return "".join(chunk.choices[0].delta.content or "" for chunk in found if chunk.choices)
+
+    jobs = [(*key, stream) for key in expected for stream in (False, True)]
+    with ThreadPoolExecutor(8) as pool:
+        for job, text in zip(jobs, pool.map(answered, jobs), strict=True):
+            assert text == expected[job[:2]]
+
+
+@pytest.mark.ray
+def test_mistakes_come_through_serve_in_openais_shape_and_the_server_lives_on(
+    server: ModelServer, client: openai.OpenAI
+):
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt", messages=[{"role": "user", "content": "hi"}])
+    with pytest.raises(openai.BadRequestError):
+        ask(client, "hi", temperature=-1)
+    for path, method, body, status in [
+        ("/v1/chat/completions", "POST", b'{"model": ', 400),
+        ("/v1/chat/completions", "POST", b"x" * 9_000_000, 413),
+        ("/v1/chat/completions", "GET", None, 405),
+        ("/v1/nothing", "GET", None, 404),
+        ("/admin/adapters", "POST", b"{}", 401),
+    ]:
+        code, text = told(server, path, method, body)
+        assert (code, set(json.loads(text)["error"])) == (status, {"message", "type", "param", "code"})
+    assert told(server, "/ready")[0] == 200
+
+
+@pytest.mark.ray
+def test_every_replica_loads_and_drops_adapters_and_is_counted(server: ModelServer, client: openai.OpenAI):
+    key = {"Authorization": "Bearer root"}
+    assert told(server, "/admin/adapters", "POST", b'{"name": "a"}', **key)[0] == 201
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, client, "red", model=name) for name in ("tiny:a", "tiny:b", "tiny") * 6]
+        texts = [future.result().choices[0].message.content for future in asked]
+    assert texts[:3] * 6 == texts
+    assert len(set(texts)) == 3
+    answers = 'raytune_ft_request_duration_seconds_count{adapter="a",model="tiny",replica="'
+    replicas: set[str] = set()
+    deadline = time.monotonic() + 20
+    while len(replicas) < 2 and time.monotonic() < deadline:
+        lines = told(server, "/metrics")[1].splitlines()
+        replicas = {line.split('"')[5] for line in lines if line.startswith(answers)}
+    assert len(replicas) == 2
+    assert told(server, "/admin/adapters/a", "DELETE", **key)[0] == 200
+    deadline = time.monotonic() + 20
+    gone = 0
+    while gone < 8 and time.monotonic() < deadline:
+        gone = gone + 1 if told(server, "/v1/models/tiny:a")[0] == 404 else 0
+    assert gone == 8, "a replica kept the adapter"
+
+
+def under_load(server: ModelServer, expected: dict[tuple[str, int], str], act: Callable[[], None], *, retries: int,
+               clients: int = 6, rounds: int = 1) -> tuple[int, list[str]]:  # fmt: skip
+    """Asks again and again from `clients` threads until `act`, done meanwhile, is over; answers and what failed."""
+    over = threading.Event()
+    counted, failed = [0] * clients, []
+
+    def keep_asking(number: int) -> None:
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=retries, timeout=120)
+        jobs = list(expected.items())
+        turn = number
+        while not over.is_set():
+            (text, limit), wanted = jobs[turn % len(jobs)]
+            turn += 1
+            try:
+                found = ask(client, text, max_tokens=limit).choices[0].message.content
+            except openai.APIError as error:
+                failed.append(f"{type(error).__name__}: {error}")
+                continue
+            if found != wanted:
+                failed.append(f"wrong answer to {text!r}: {found!r}")
+            counted[number] += 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(keep_asking, number) for number in range(clients)]
+        try:
+            for _ in range(rounds):
+                time.sleep(1)
+                act()
+                time.sleep(1)
+        finally:
+            over.set()
+        for future in asking:
+            future.result()
+    return sum(counted), failed
+
+
+def replica_pids() -> dict[str, int]:
+    """Process ids of the endpoint's running replicas."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    return {actor.name: actor.pid for actor in actors if "Endpoint" in (actor.name or "")}
+
+
+def kill_one_and_wait(replicas: int) -> None:
+    """Kills a replica, and returns when another one is there in its place."""
+    before = replica_pids()
+    os.kill(next(iter(before.values())), signal.SIGKILL)
+    deadline = time.monotonic() + 90
+    while True:
+        found = replica_pids()
+        if len(found) >= replicas and set(found) != set(before):
+            return
+        assert time.monotonic() < deadline, "no replica came in the place of the killed one"
+        time.sleep(0.3)
+
+
+@pytest.mark.ray
+def test_a_killed_replica_costs_a_retrying_client_nothing_and_is_replaced(
+    server: ModelServer, expected: dict[tuple[str, int], str]
+):
+    answers, failed = under_load(server, expected, lambda: kill_one_and_wait(2), retries=8)
+    assert failed == []
+    assert answers > 0
+    assert told(server, "/ready")[0] == 200
+
+
+@pytest.mark.ray
+def test_a_redeploy_under_load_fails_no_request(server: ModelServer, expected: dict[tuple[str, int], str]):
+    changed = server.config.with_overrides(max_new_tokens=63)
+    answers, failed = under_load(server, expected, lambda: server.update(changed), retries=0)
+    assert failed == []
+    assert answers > 0
+    assert "at most 63 here" in told(
+        server, "/v1/completions", "POST", b'{"model": "tiny", "prompt": "a", "max_tokens": 64}'
+    )[1]  # fmt: skip
+
+
+@pytest.mark.soak
+def test_kills_and_redeploys_for_minutes_lose_nothing(
+    ray_cluster: object, server: ModelServer, expected: dict[tuple[str, int], str]
+):
+    rounds = int(os.environ.get("RAYTUNE_FT_SOAK_ROUNDS", "5"))
+    limits = iter(range(1000, 2000))
+
+    def act() -> None:
+        kill_one_and_wait(2)
+        server.update(server.config.with_overrides(max_new_tokens=next(limits)))
+
+    answers, failed = under_load(server, expected, act, retries=8, rounds=rounds)
+    print(f"{answers} answers in {rounds} rounds of kill and redeploy; failed or wrong: {failed}")
+    assert failed == []
 
 
 @pytest.mark.ray
@@ -210,3 +306,14 @@ def test_a_host_that_is_not_this_machine_is_refused():
 def test_a_folder_that_is_no_model_is_refused_before_anything_starts(tmp_path: Path):
     with pytest.raises(ModelError, match="is not a model"):
         ModelServer(ServingConfig(model_path=str(tmp_path), port=0)).start()
+
+
+def test_an_adapter_that_is_none_is_refused_before_anything_starts(tiny_model: Path):
+    with pytest.raises(ModelError, match=r"adapters\.a: .* is a whole model, not an adapter"):
+        ModelServer(ServingConfig(model_path=str(tiny_model), port=0, adapters={"a": str(tiny_model)})).start()
+
+
+def test_the_engine_is_chosen_with_a_reason_and_vllm_refused_where_it_is_not_installed():
+    assert choose_engine(Engine.AUTO) == (Engine.TRANSFORMERS, "it serves whatever loads there")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'raytune-ft\[vllm\]'.*engine: transformers"):
+        choose_engine(Engine.VLLM)

@@ -1,0 +1,261 @@
+"""Answers decoded together though they begin and end at different times: rows join and leave between two steps.
+
+Each row has its own sampling, limits and adapter, and gets the answer that it would get alone. Prompt and prefix
+tuning are one more kind of prompt here: after the first step they are keys and values like any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.adapter_slots import AdapterSlots
+from raytune_ft.models.collate import group_by_budget
+from raytune_ft.models.config import DecodingConfig
+from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.row_cache import RowCache
+from raytune_ft.models.sampling import Sampler, TokenLogprob, logprobs_of
+from raytune_ft.models.text_stream import TextStream
+from raytune_ft.models.virtual import KNOWN_METHODS, VirtualTokens
+
+_CHUNK = 512
+"""Prompt tokens whose logits are held at once where their log-probabilities are asked for."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What prompt or prefix tuning puts before a prompt, once: embeddings [virtual tokens, width], or each layer's
+    keys and values [1, heads, virtual tokens, head size]."""
+
+    count: int
+    embeddings: Tensor | None = None
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    @classmethod
+    def of(cls, virtual: VirtualTokens) -> Prefix:
+        """Those of a PEFT model's active adapter."""
+        if virtual.kind == KNOWN_METHODS[0]:
+            return cls(virtual.count, embeddings=virtual.embeddings()[0].detach())
+        found = virtual.model.get_prompt(batch_size=1).layers
+        return cls(virtual.count, layers=tuple((layer.keys.detach(), layer.values.detach()) for layer in found))
+
+
+@dataclass
+class Row:
+    """One answer: what was asked, and what came of it so far.
+
+    `top_logprobs` None asks for no log-probabilities; `echo` for those of the prompt's tokens, too. `logprobs` has one
+    more than `token_ids` where a token ended the answer.
+    """
+
+    prompt_ids: Sequence[int]
+    decoding: DecodingConfig
+    sampler: Sampler
+    stream: TextStream
+    slot: int = 0
+    prefix: Prefix | None = None
+    top_logprobs: int | None = None
+    echo: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    delta: str = ""
+    """Text that the last step made showable."""
+    finish_reason: Literal["stop", "length"] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that its keys and values hold, virtual ones included."""
+        return (self.prefix.count if self.prefix else 0) + len(self.prompt_ids) + max(len(self.token_ids) - 1, 0)
+
+    def push(self, token: int, stop_ids: frozenset[int]) -> None:
+        """Takes the next token, and says whether the answer ends with it."""
+        if token in stop_ids:
+            return self._end("stop")
+        self.token_ids.append(token)
+        self.delta = self.stream.push(token)
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.decoding.max_new_tokens:
+            self._end("length")
+        return None
+
+    def _end(self, reason: Literal["stop", "length"]) -> None:
+        held = self.stream.finish()
+        self.delta = (self.delta if reason == "length" else "") + held
+        # A stop text may end only with what was held back.
+        self.finish_reason = "stop" if self.stream.stopped else reason
+
+
+class Decoder:
+    """Rows in the midst of being answered by one model."""
+
+    def __init__(self, loaded: LoadedModel, slots: AdapterSlots | None = None, *, prefill_tokens: int = 2048) -> None:
+        self._model, self._device = loaded.model, loaded.device
+        virtual = VirtualTokens.of(loaded.model)
+        self._own = Prefix.of(virtual) if virtual else None
+        if virtual is not None:
+            self._model = loaded.model.get_base_model()
+        if getattr(self._model, "_is_stateful", False):
+            raise ModelError(
+                f"{loaded.reference.given}: {type(self._model).__name__} keeps a recurrent state, not keys and values, "
+                "and cannot be served by the transformers engine"
+            )
+        self._slots = slots
+        self._stop_ids = frozenset(loaded.chat.stop_ids)
+        self._prefill_tokens = prefill_tokens
+        self._cache: RowCache | None = None
+        self.rows: list[Row] = []
+
+    def new_row(self, loaded: LoadedModel, prompt_ids: Sequence[int], decoding: DecodingConfig, **asked: Any) -> Row:
+        """A row that has not joined; `asked` are further fields of `Row`, and `whole` as `TextStream` takes it."""
+        stream = TextStream(loaded.tokenizer, decoding.stop, whole=asked.pop("whole", False))
+        asked.setdefault("prefix", self._own)
+        return Row(prompt_ids, decoding, Sampler(decoding, self._device), stream, **asked)
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[Row]) -> None:
+        """Reads the rows' prompts and chooses their first tokens; those that do not end with it stay."""
+        lengths = [row.tokens for row in rows]
+        together: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            together.setdefault(-1 - place if row.echo else id(row.prefix), []).append(place)
+        for places in together.values():
+            for group in group_by_budget([lengths[place] for place in places], self._prefill_tokens, padded=True):
+                self._read([rows[places[number]] for number in group])
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """Decodes one token of every row; returns the rows, the ended ones among them having left."""
+        rows, cache = self.rows, self._cache
+        if not rows or cache is None:
+            return []
+        for row in rows:
+            row.delta = ""
+        ids = torch.tensor([[row.token_ids[-1]] for row in rows], device=self._device)
+        with self._adapters(rows):
+            logits = self._forward(rows, cache, 1, input_ids=ids)[:, -1]
+        self._choose(rows, logits)
+        self._keep([row for row in rows if row.finish_reason is None])
+        return rows
+
+    def leave(self, rows: Iterable[Row]) -> None:
+        """Takes rows out, finished or not."""
+        gone = {id(row) for row in rows}
+        self._keep([row for row in self.rows if id(row) not in gone])
+
+    def _read(self, rows: list[Row]) -> None:
+        cache = self._before(rows)
+        with self._adapters(rows):
+            logits = self._echoed(rows[0], cache) if rows[0].echo else self._prompts(rows, cache)
+        self._choose(rows, logits)
+        staying = [place for place, row in enumerate(rows) if row.finish_reason is None]
+        if not staying:
+            return
+        kept = [rows[place] for place in staying]
+        if len(staying) < len(rows):
+            cache = cache.kept(staying, max(row.tokens for row in kept))
+        self._cache = self._cache.joined(cache) if self._cache is not None and self.rows else cache
+        self.rows = [*self.rows, *kept]
+
+    @staticmethod
+    def _before(rows: list[Row]) -> RowCache:
+        """The cache as prefix tuning leaves it for these rows; else an empty one."""
+        prefix = rows[0].prefix
+        if prefix is None or not prefix.layers:
+            return RowCache()
+        return RowCache.of(
+            [tuple(part.expand(len(rows), -1, -1, -1) for part in pair) for pair in prefix.layers]  # type: ignore[misc]
+        )
+
+    def _prompts(self, rows: list[Row], cache: RowCache) -> Tensor:
+        """Reads the prompts in one padded batch; [rows, vocabulary] logits behind their last tokens."""
+        longest = max(len(row.prompt_ids) for row in rows)
+        if cache.columns and min(len(row.prompt_ids) for row in rows) < longest:
+            return self._one_by_one(rows, cache)
+        ids = torch.tensor([[0] * (longest - len(row.prompt_ids)) + list(row.prompt_ids) for row in rows])
+        ids = ids.to(self._device)
+        learned = rows[0].prefix.embeddings if rows[0].prefix else None
+        if learned is None:
+            return self._forward(rows, cache, longest, input_ids=ids)[:, -1]
+        tokens = self._model.get_input_embeddings()(ids)
+        behind = [
+            torch.cat([tokens[place, :pad], learned.to(tokens.dtype), tokens[place, pad:]])
+            for place, pad in enumerate(longest - len(row.prompt_ids) for row in rows)
+        ]
+        return self._forward(rows, cache, longest + len(learned), inputs_embeds=torch.stack(behind))[:, -1]
+
+    def _one_by_one(self, rows: list[Row], cache: RowCache) -> Tensor:
+        """Prompts of several lengths behind a prefix of keys and values, which stands before the padding."""
+        logits, joined = [], None
+        for row in rows:
+            alone = self._before([row])
+            with self._adapters([row]):
+                logits.append(self._prompts([row], alone))
+            joined = alone if joined is None else joined.joined(alone)
+        assert joined is not None
+        cache.layers = joined.layers
+        return torch.cat(logits)
+
+    def _echoed(self, row: Row, cache: RowCache) -> Tensor:
+        """Reads one prompt in chunks and keeps its tokens' log-probabilities, from the second token on."""
+        ids = list(row.prompt_ids)
+        learned = row.prefix.embeddings if row.prefix else None
+        if learned is not None:
+            like = self._model.get_input_embeddings().weight
+            self._forward([row], cache, len(learned), inputs_embeds=learned[None].to(like.dtype))
+        logits = None
+        for start in range(0, len(ids), _CHUNK):
+            chunk = torch.tensor([ids[start : start + _CHUNK]], device=self._device)
+            logits = self._forward([row], cache, chunk.shape[1], keep=0, input_ids=chunk)[0]
+            following = torch.tensor(ids[start + 1 : start + _CHUNK + 1], device=self._device)
+            row.prompt_logprobs += logprobs_of(logits[: len(following)], following, row.top_logprobs or 0)
+        assert logits is not None
+        return logits[-1:]
+
+    def _forward(self, rows: list[Row], cache: RowCache, width: int, *, keep: int = 1, **inputs: Tensor) -> Tensor:
+        """[rows, kept, vocabulary] logits of `width` more columns, which all rows end at."""
+        columns = cache.columns + width
+        ends = [min(row.tokens + (width if row.token_ids else 0), columns) for row in rows]
+        held = torch.tensor(ends, device=self._device)[:, None]
+        columns_back = torch.arange(columns, 0, -1, device=self._device)  # 1 is the last one
+        mask = None if min(ends) == columns else (columns_back <= held).long()
+        positions = (held - columns_back[-width:]).clamp_min(0)
+        out = self._model(
+            **inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def _choose(self, rows: list[Row], logits: Tensor) -> None:
+        likeliest = logits.argmax(dim=-1).tolist()
+        for place, row in enumerate(rows):
+            token = likeliest[place] if row.sampler.greedy else row.sampler.draw(logits[place])
+            row.push(token, self._stop_ids)
+            if row.top_logprobs is not None:
+                chosen = torch.tensor([token], device=logits.device)
+                row.logprobs += logprobs_of(logits[place : place + 1], chosen, row.top_logprobs)
+
+    def _keep(self, rows: list[Row]) -> None:
+        if len(rows) == len(self.rows):
+            return
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        kept = [places[id(row)] for row in rows]
+        if self._cache is not None:
+            self._cache = self._cache.kept(kept, max(row.tokens for row in rows)) if rows else None
+        self.rows = rows
+
+    def _adapters(self, rows: list[Row]) -> Any:
+        from contextlib import nullcontext
+
+        return self._slots.rows([row.slot for row in rows]) if self._slots else nullcontext()

@@ -1,0 +1,93 @@
+"""Golden answers: what a trained model says to a few prompts, kept beside it, so that a server can prove itself.
+
+A wrong chat template, another tokenizer or broken weights change the prompt's tokens or the probabilities of the
+answers, which is seen before the first request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.core.records import Message
+from raytune_ft.models.config import DecodingConfig
+from raytune_ft.models.loading import LoadedModel
+
+GOLDEN = "golden.json"
+
+
+class GoldenTurn(BaseModel):
+    """A turn of a golden prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: str
+    content: str
+
+
+class GoldenAnswer(BaseModel):
+    """A prompt, its tokens, and the greedy answer with each token's log-probability (the last ends it)."""
+
+    model_config = ConfigDict(extra="forbid")
+    messages: list[GoldenTurn] = Field(min_length=1)
+    prompt_ids: list[int] = Field(min_length=1)
+    answer: str
+    token_ids: list[int] = Field(min_length=1)
+    logprobs: list[float] = Field(min_length=1)
+
+
+class Golden(BaseModel):
+    """The file ``golden.json`` of a model's folder."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: Literal[1] = 1
+    answers: list[GoldenAnswer] = Field(min_length=1)
+
+
+def golden_answers(loaded: LoadedModel, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = 32) -> Golden:
+    """What `loaded` answers greedily to `prompts` (each ends with a user's turn)."""
+    from raytune_ft.models.decoding import Decoder
+
+    decoder = Decoder(loaded)
+    decoding = DecodingConfig(max_new_tokens=max_new_tokens)
+    rows = [decoder.new_row(loaded, loaded.chat.prompt_ids(prompt), decoding, top_logprobs=0) for prompt in prompts]
+    decoder.join(rows)
+    while decoder.step():
+        pass
+    return Golden(
+        answers=[
+            GoldenAnswer(
+                messages=[GoldenTurn(role=message.role, content=message.content) for message in prompt],
+                prompt_ids=list(row.prompt_ids),
+                answer=row.stream.text,
+                token_ids=[entry.token for entry in row.logprobs],
+                logprobs=[entry.logprob for entry in row.logprobs],
+            )
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+    )
+
+
+def write_golden(golden: Golden, folder: Path) -> None:
+    """Puts the file into a model's folder."""
+    (folder / GOLDEN).write_text(golden.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def read_golden(folder: Path) -> Golden | None:
+    """The golden answers of a model's folder; None if it has none.
+
+    Raises:
+        ModelError: if the file is damaged.
+    """
+    path = folder / GOLDEN
+    if not path.exists():
+        return None
+    try:
+        return Golden.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"{path}: is no file of golden answers ({str(error).splitlines()[0]}); take it away to serve without"
+        ) from None

@@ -1,0 +1,177 @@
+"""OpenAI's completion protocols as they go out: bodies, streamed chunks, log-probabilities and usage."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from raytune_ft.models.sampling import TokenLogprob
+from raytune_ft.serving.engines import Progress
+
+Finish = Literal["stop", "length"]
+DONE = "data: [DONE]\n\n"
+
+
+class Tokenizer(Protocol):
+    """What turns a token id into its text."""
+
+    def decode(self, token_ids: Any, **options: Any) -> Any:
+        """The text of token ids."""
+
+
+@dataclass
+class Choice:
+    """One of a request's answers, as far as it has come.
+
+    `prompt` and `first_token` are what it goes on from, if that is echoed.
+    """
+
+    index: int
+    prompt: str = ""
+    first_token: int | None = None
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: Finish | None = None
+    opened: bool = False
+    """Whether an event of it went out."""
+
+    def take(self, progress: Progress) -> None:
+        """Adds what came."""
+        self.text += progress.text
+        self.tokens = progress.tokens
+        self.logprobs += progress.logprobs
+        self.prompt_logprobs += progress.prompt_logprobs
+        self.finish_reason = progress.finish_reason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What all bodies and chunks of one request have in common; `chat` says which of the two protocols it is."""
+
+    model: str
+    tokenizer: Tokenizer
+    chat: bool
+    prompt_tokens: int
+    with_logprobs: bool = False
+    without_text: bool = False
+    """Whether the generated text is left out (``max_tokens: 0``)."""
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def usage(self, completion_tokens: int) -> dict[str, int]:
+        """Tokens of the prompts (with the template's) and of the answers (without the one that ends each)."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": self.prompt_tokens + completion_tokens,
+        }
+
+    def body(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The whole answer."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        told = [self._whole(choice) for choice in choices]
+        tokens = 0 if self.without_text else sum(choice.tokens for choice in choices)
+        return {**self._head(kind), "choices": told, "usage": self.usage(tokens)}
+
+    def event(self, choice: Choice, progress: Progress) -> str | None:
+        """The event of a progress that the choice has taken; None if there is nothing to tell."""
+        text = "" if self.without_text else progress.text
+        opening, choice.opened = not choice.opened, True
+        if opening:
+            text = choice.prompt + text
+        elif not text and not progress.logprobs and progress.finish_reason is None:
+            return None
+        first = choice.first_token if opening else None
+        logprobs = self._logprobs(choice, first, progress.prompt_logprobs, progress.logprobs)
+        content: dict[str, Any] = {"text": text}
+        if self.chat:
+            role = {"role": "assistant"} if opening else {}
+            content = {"delta": {**role, "content": text} if text or opening else {}}
+        return self._event(choice.index, content, logprobs, progress.finish_reason)
+
+    def usage_event(self, completion_tokens: int) -> str:
+        """The event behind the choices that holds the usage."""
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        return event({**head, "choices": [], "usage": self.usage(completion_tokens)})
+
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        text = choice.prompt + ("" if self.without_text else choice.text)
+        content: dict[str, Any] = {"text": text}
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        logprobs = self._logprobs(choice, choice.first_token, choice.prompt_logprobs, choice.logprobs)
+        return {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    def _event(self, index: int, content: Mapping[str, Any], logprobs: Any, reason: Finish | None) -> str:
+        head = self._head("chat.completion.chunk" if self.chat else "text_completion")
+        return event({**head, "choices": [{"index": index, **content, "logprobs": logprobs, "finish_reason": reason}]})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _logprobs(
+        self, choice: Choice, first: int | None, prompt: Sequence[TokenLogprob], generated: Sequence[TokenLogprob]
+    ) -> dict[str, Any] | None:
+        if not self.with_logprobs:
+            return None
+        if not self.chat:
+            return self._completion_logprobs(first, [*prompt, *(() if self.without_text else generated)])
+        # The token that ends an answer has a probability, but no place in a chat's text.
+        beyond = len(choice.logprobs) - choice.tokens if choice.finish_reason else 0
+        shown = generated[: len(generated) - beyond]
+        return {"content": [self._chat_token(entry) for entry in shown], "refusal": None}
+
+    def _completion_logprobs(self, first: int | None, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+        tokens: list[str] = []
+        values: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        place = 0
+        if first is not None:  # nothing comes before it, so it has no probability
+            tokens, values, top, offsets = [self._text(first)], [None], [None], [0]
+            place = len(tokens[0])
+        for entry in entries:
+            text = self._text(entry.token)
+            tokens.append(text)
+            values.append(entry.logprob)
+            top.append(self._by_text(entry))
+            offsets.append(place)
+            place += len(text)
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+    def _by_text(self, entry: TokenLogprob) -> dict[str, float]:
+        """The likeliest tokens by their text, the chosen one among them; of two with one text the likelier."""
+        found: dict[str, float] = {}
+        for token, logprob in (*entry.top, (entry.token, entry.logprob)):
+            found.setdefault(self._text(token), logprob)
+        return found
+
+    def _chat_token(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [self._told(token, logprob) for token, logprob in entry.top]
+        return {**self._told(entry.token, entry.logprob), "top_logprobs": top}
+
+    def _told(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        # Part of a character has no text of its own, and its bytes cannot be told from it.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
+
+def event(body: Mapping[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def model_card(name: str, created: int, *, parent: str | None = None) -> dict[str, Any]:
+    """An entry of ``GET /v1/models``; an adapter names its base as `parent`."""
+    card = {"id": name, "object": "model", "created": created, "owned_by": "raytune_ft"}
+    return {**card, "parent": parent} if parent else card

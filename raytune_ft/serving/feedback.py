@@ -1,0 +1,109 @@
+"""What comes back: feedback and the request log, appended as JSON lines that ``prepare`` reads as sources.
+
+A replica has files of its own, so that no two processes write to one. A line is written by a single call and is on
+the disk before the request is answered; a crash may cut off the last line of a file, and nothing before it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from raytune_ft.serving.faults import ApiError
+
+_LONGEST = 1 << 20
+
+
+class Turn(BaseModel):
+    """One turn of the conversation that was judged."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Feedback(BaseModel):
+    """The body of ``POST /v1/feedback``: what was asked, what came, and what is to be said of it."""
+
+    model_config = ConfigDict(extra="forbid")
+    messages: list[Turn] = Field(min_length=1)
+    response: str | None = Field(None, max_length=_LONGEST)
+    rating: Literal["up", "down"] | int | None = None
+    correction: str | None = Field(None, max_length=_LONGEST)
+    preferred: str | None = Field(None, max_length=_LONGEST)
+    rejected: str | None = Field(None, max_length=_LONGEST)
+    model: str | None = None
+    id: str | None = None
+    comment: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("messages: must end with what was asked, not with an answer")
+        if isinstance(self.rating, int) and not 1 <= self.rating <= 5:
+            raise ValueError("rating: must be up, down, or from 1 to 5")
+        if (self.preferred is None) != (self.rejected is None):
+            raise ValueError("preferred, rejected: one is nothing without the other")
+        if self.rating is None and not self.correction and self.preferred is None:
+            raise ValueError("a judgement is needed: rating, correction, or preferred and rejected")
+        if self.response is None and self.preferred is None:
+            raise ValueError("response: the answer that is judged is needed")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """The line of the feedback file.
+
+        Raises:
+            ApiError: 400, if a text cannot be encoded.
+        """
+        said = self.model_dump(exclude_none=True)
+        try:
+            json.dumps(said, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ApiError(400, "a text must be valid Unicode; a lone surrogate cannot be encoded") from None
+        return {**said, "time": timestamp()}
+
+
+class Journal:
+    """An append-only file of JSON lines, begun with its first line."""
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        self.path = Path(folder).expanduser().absolute() / f"{name}-{started}-{os.getpid()}.jsonl"
+        self._lock = threading.Lock()
+        self._file: int | None = None
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Puts a record on the disk; returns when it is there.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        with self._lock:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Closes the file; the next line opens it again."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+
+def timestamp() -> str:
+    """The time in UTC, ISO 8601, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,140 @@
+"""What comes back is on the disk, survives a crash, and is read as training data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raytune_ft.core.records import Message, Record
+from raytune_ft.data.formats import detect, to_record
+from raytune_ft.data.readers import read_rows
+from raytune_ft.data.sources import find_files
+from raytune_ft.serving.feedback import Feedback, Journal
+
+ASKED = [{"role": "user", "content": "Grüße?"}]
+
+
+def records(folder: Path) -> list[Record]:
+    """What `prepare` makes of a folder's rows."""
+    found = []
+    for file in find_files([str(folder)]):
+        for row in read_rows(file):
+            assert row.values is not None, row.fault
+            form = detect(row.values)[0]
+            found.append(to_record(row.values, form, source=str(file.label), position=row.position))
+    return found
+
+
+def post(root: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{root}/v1/feedback", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_feedback_is_read_back_as_prepare_reads_it(endpoint):
+    folder = Path(endpoint.service.config.feedback_path)
+    sent = [
+        {"messages": ASKED, "response": "A", "rating": "up", "model": "tiny", "id": "chatcmpl-1"},
+        {"messages": ASKED, "response": "A", "rating": 2},
+        {"messages": ASKED, "response": "A", "correction": "B", "comment": "nearly"},
+        {"messages": ASKED, "preferred": "B", "rejected": "A"},
+    ]
+    for body in sent:
+        assert post(endpoint.root, body) == (201, {"status": "kept"})
+    asked = (Message("user", "Grüße?"),)
+    up, down, corrected, pair = records(folder)
+    assert (up.messages, up.label) == ((*asked, Message("assistant", "A")), True)
+    assert (up.metadata["model"], up.metadata["id"]) == ("tiny", "chatcmpl-1")
+    assert down.label is False
+    assert corrected.messages == (*asked, Message("assistant", "B"))
+    assert (pair.chosen, pair.rejected) == ((Message("assistant", "B"),), (Message("assistant", "A"),))
+
+
+def test_the_request_log_holds_conversations_that_prepare_reads(endpoint):
+    client = endpoint.client()
+    chat = client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=5, temperature=0)
+    stream = client.chat.completions.create(model="tiny:a", messages=ASKED, max_tokens=5, temperature=0, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    text = client.completions.create(model="tiny", prompt="red", max_tokens=3, temperature=0)
+    folder = Path(endpoint.service.config.request_log_path)
+    found = records(folder)[-3:]
+    assert [record.messages[-1].content for record in found] == [
+        chat.choices[0].message.content, streamed, text.choices[0].text
+    ]  # fmt: skip
+    assert [record.messages[0].content for record in found] == ["Grüße?", "Grüße?", "red"]
+    assert [record.metadata["model"] for record in found] == ["tiny", "tiny:a", "tiny"]
+    (file,) = folder.iterdir()
+    assert file.stat().st_mode & 0o077 == 0, "others may read what was asked"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"response": "A"}, "a judgement is needed"),
+        ({"rating": "up"}, "response: the answer that is judged is needed"),
+        ({"response": "A", "rating": 6}, "from 1 to 5"),
+        ({"preferred": "A"}, "one is nothing without the other"),
+        ({"response": "A", "rating": "up", "path": "/etc/passwd"}, "path"),
+    ],
+)
+def test_feedback_that_says_nothing_is_refused(body: dict[str, Any], said: str):
+    with pytest.raises(ValidationError, match=said):
+        Feedback.model_validate({"messages": ASKED, **body})
+
+
+def test_feedback_must_be_of_what_was_asked(endpoint):
+    code, body = post(
+        endpoint.root, {"messages": [{"role": "assistant", "content": "x"}], "response": "A", "rating": 1}
+    )
+    assert (code, body["error"]["type"]) == (400, "invalid_request_error")
+    code, body = post(endpoint.root, {"messages": ASKED, "response": "\ud800", "rating": 1})
+    assert code == 400
+
+
+def test_every_line_is_whole_whatever_writes_beside_it(tmp_path: Path):
+    journal = Journal(tmp_path, "feedback-r1")
+    assert list(tmp_path.iterdir()) == [], "a file without lines would be no source"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: journal.append({"n": number, "text": "x" * 5000}), range(64)))
+    journal.close()
+    lines = journal.path.read_text().splitlines()
+    assert sorted(json.loads(line)["n"] for line in lines) == list(range(64))
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):
+    program = (
+        "import itertools, sys\n"
+        "from raytune_ft.serving.feedback import Journal\n"
+        f"journal = Journal({str(tmp_path)!r}, 'feedback-r1')\n"
+        "for n in itertools.count():\n"
+        "    journal.append({'n': n})\n"
+        "    print(n, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 20:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    acknowledged = 20 + len(process.stdout.readlines())
+    process.wait()
+    (file,) = tmp_path.iterdir()
+    kept = [json.loads(line)["n"] for line in file.read_text().splitlines()]
+    assert kept == list(range(len(kept)))
+    assert len(kept) > acknowledged

@@ -1,0 +1,95 @@
+"""What is counted is right, and what dashboards and alerts ask for exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from importlib.resources import files
+from typing import Any
+
+import openai
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from raytune_ft.serving.metrics import Metrics, exposition
+
+NAME = re.compile(r"\braytune_ft_\w+")
+
+
+def samples(root: str) -> dict[tuple[str, ...], float]:
+    with urllib.request.urlopen(f"{root}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, *(f"{key}={value}" for key, value in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def change(before: dict[tuple[str, ...], float], after: dict[tuple[str, ...], float], *wanted: str) -> float:
+    return sum(
+        value - before.get(key, 0.0) for key, value in after.items() if key[0] == wanted[0] and {*wanted} <= {*key}
+    )
+
+
+def test_requests_tokens_and_latencies_are_counted_per_model_and_adapter(endpoint):
+    client = endpoint.client()
+    before = samples(endpoint.root)
+    asked: Any = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 6, "temperature": 0}
+    found = [client.chat.completions.create(model=model, **asked) for model in ("tiny", "tiny:a", "tiny:a")]
+    after = samples(endpoint.root)
+    for adapter, answers in (("adapter=", found[:1]), ("adapter=a", found[1:])):
+        labels = ("model=tiny", adapter)
+        tokens = sum(answer.usage.completion_tokens for answer in answers)
+        prompts = sum(answer.usage.prompt_tokens for answer in answers)
+        assert change(before, after, "raytune_ft_completion_tokens_total", *labels) == tokens
+        assert change(before, after, "raytune_ft_prompt_tokens_total", *labels) == prompts
+        for latency in ("time_to_first_token", "time_per_output_token", "request_duration"):
+            assert change(before, after, f"raytune_ft_{latency}_seconds_count", *labels) == len(answers)
+        assert change(
+            before, after, "raytune_ft_requests_total", *labels, "route=/v1/chat/completions", "status=200"
+        ) == len(answers)
+    assert after[("raytune_ft_ready", "replica=r1")] == 1
+    assert after[("raytune_ft_adapters", "replica=r1")] == 4
+
+
+def test_unknown_names_from_requests_make_no_series(endpoint):
+    client = endpoint.client()
+    for number in range(3):
+        try:
+            client.models.retrieve(f"nothing-{number}")
+        except openai.NotFoundError as error:
+            assert "nothing" in str(error)
+    assert not [key for key in samples(endpoint.root) if "nothing" in "".join(key)]
+
+
+def test_replicas_are_told_together_each_metric_once():
+    one, other = Metrics("r1"), Metrics("r2")
+    one.prompt_tokens.labels("r1", "m", "").inc(3)
+    other.prompt_tokens.labels("r2", "m", "").inc(4)
+    text = exposition([one.series(), other.series()]).decode()
+    assert text.count("# TYPE raytune_ft_prompt_tokens_total counter") == 1
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    values = {sample.labels["replica"]: sample.value for sample in families["raytune_ft_prompt_tokens"].samples}
+    assert values == {"r1": 3, "r2": 4}
+
+
+def test_the_dashboard_and_the_alerts_ask_for_series_that_exist(endpoint):
+    asked: Any = {"messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+    endpoint.client().chat.completions.create(model="tiny", **asked)
+    metrics = endpoint.service.metrics
+    metrics.cancelled.labels("r1", "tiny", "").inc(0)
+    metrics.feedback.labels("r1").inc(0)
+    there = {key[0] for key in samples(endpoint.root)}
+    package = files("raytune_ft.serving")
+    dashboard = json.loads((package / "grafana.json").read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [variable["query"] for variable in dashboard["templating"]["list"]]
+    rules = yaml.safe_load((package / "alerts.yaml").read_text(encoding="utf-8"))["groups"][0]["rules"]
+    queries += [rule["expr"] for rule in rules]
+    assert len(queries) > 15
+    named = {name for query in queries for name in NAME.findall(query)}
+    assert named <= there, named - there
+    assert {"raytune_ft_time_to_first_token_seconds_bucket", "raytune_ft_queued"} <= named
+    assert all({"alert", "expr", "for", "labels", "annotations"} <= set(rule) for rule in rules)

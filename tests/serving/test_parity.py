@@ -1,0 +1,95 @@
+"""Golden answers: a model that answers as it was trained is served, any other is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.core.records import Message
+from raytune_ft.models.golden import GOLDEN, golden_answers, read_golden, write_golden
+from raytune_ft.models.loading import load_model
+from raytune_ft.serving.board import Board
+from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.parity import check_parity
+from raytune_ft.serving.start import start_service
+
+PROMPTS = [
+    [Message("user", "What is the capital of France?")],
+    [Message("system", "Be brief."), Message("user", "red")],
+]
+
+
+@pytest.fixture
+def trained(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with its golden answers."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "trained"))
+    write_golden(golden_answers(load_model(str(folder), device="cpu"), PROMPTS, max_new_tokens=8), folder)
+    return folder
+
+
+def start(folder: Path, **settings: object) -> None:
+    config = ServingConfig(model_path=str(folder), **settings)
+    start_service(config, str(folder), "cpu", replica="r1", board=Board(config.adapters)).close()
+
+
+def test_the_answers_are_greedy_with_their_log_probabilities(trained: Path):
+    golden = read_golden(trained)
+    assert golden is not None
+    loaded = load_model(str(trained), device="cpu")
+    for answer in golden.answers:
+        ids = torch.tensor([answer.prompt_ids + answer.token_ids])
+        with torch.no_grad():
+            scores = torch.log_softmax(loaded.model(ids).logits[0, len(answer.prompt_ids) - 1 : -1], -1)
+        assert scores.argmax(-1).tolist() == answer.token_ids
+        assert answer.logprobs == pytest.approx(scores.max(-1).values.tolist(), abs=1e-4)
+    assert golden.answers[1].messages[0].role == "system"
+
+
+def test_the_trained_model_is_served_and_differs_by_nothing(trained: Path):
+    config = ServingConfig(model_path=str(trained))
+    service = start_service(config, str(trained), "cpu", replica="r1", board=Board({}))
+    assert check_parity(service.engine, trained, 1e-3) < 1e-4
+    service.close()
+
+
+def test_another_chat_template_is_refused(trained: Path):
+    template = (trained / "chat_template.jinja").read_text()
+    (trained / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|> "))
+    with pytest.raises(ModelError, match=r"other tokens than in training .*another chat template or tokenizer"):
+        start(trained)
+
+
+def test_broken_weights_are_refused_and_a_small_change_is_not(trained: Path):
+    loaded = load_model(str(trained), device="cpu")
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.mul_(1.001)
+    loaded.model.save_pretrained(trained)
+    start(trained)
+    with torch.no_grad():
+        loaded.model.lm_head.weight.copy_(torch.randn_like(loaded.model.lm_head.weight))
+    loaded.model.save_pretrained(trained)
+    with pytest.raises(ModelError, match=r"differ by \d+\.\d\d nats on average, and golden_tolerance is 0\.5"):
+        start(trained)
+
+
+def test_an_adapters_golden_answers_are_replayed_with_it(tiny_model: Path, adapters: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(adapters / "a", tmp_path / "a"))
+    golden = golden_answers(load_model(str(folder), device="cpu"), PROMPTS, max_new_tokens=8)
+    write_golden(golden, folder)
+    start(tiny_model, adapters={"a": str(folder)})
+    other = Path(shutil.copytree(adapters / "b", tmp_path / "b"))
+    write_golden(golden, other)
+    with pytest.raises(ModelError, match=r"b/golden\.json: .*differ by"):
+        start(tiny_model, adapters={"a": str(folder), "b": str(other)})
+
+
+def test_a_damaged_file_is_refused(trained: Path):
+    (trained / GOLDEN).write_text(json.dumps({"answers": []}))
+    with pytest.raises(ModelError, match=r"golden\.json: is no file of golden answers"):
+        start(trained)
