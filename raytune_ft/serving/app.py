@@ -14,7 +14,13 @@ from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.metrics import Series
 
 
-@serve.deployment(name="Board", ray_actor_options={"num_cpus": 0}, health_check_period_s=2)
+@serve.deployment(
+    name="Board",
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=2,
+    graceful_shutdown_wait_loop_s=0.1,
+    graceful_shutdown_timeout_s=2,
+)
 class BoardDeployment(Board):
     """The one board of an endpoint, in a process of its own."""
 
