@@ -25,6 +25,7 @@ class PruningMethod(StrEnum):
 
     MAGNITUDE = "magnitude"
     STRUCTURED = "structured"
+    WANDA = "wanda"
 
 
 class PruningScope(StrEnum):
@@ -68,40 +69,65 @@ class PruningConfig(Config):
     """Which weights of a model's linear layers become zero; embeddings, norms and ``lm_head`` are left alone."""
 
     method: PruningMethod = PruningMethod.MAGNITUDE
-    """``magnitude`` zeroes the smallest weights; ``structured`` the smallest of each group along the input (N:M)."""
+    """``magnitude`` zeroes the smallest weights; ``structured`` the smallest of each group along the input (N:M);
+    ``wanda`` those whose size times their input's is smallest, as calibration rows show it."""
     target_sparsity: float = Field(0.3, gt=0, lt=1)
-    """Share of the linear layers' weights that becomes zero; for ``structured`` it follows from the pattern."""
+    """Share of the linear layers' weights that becomes zero; with a pattern it follows from that."""
     scope: PruningScope = PruningScope.LAYER
     """``magnitude``: the same share in every layer, or the smallest weights of all layers together (``global``)."""
-    pattern: str = "2:4"
-    """``structured``: N:M, of every M neighbouring weights along the input the N largest stay."""
+    pattern: str | None = None
+    """N:M, of every M neighbouring weights along the input the N that matter most stay; ``structured`` takes 2:4 where
+    nothing else is said, ``wanda`` can have one."""
+    calibration_path: str | None = None
+    """``wanda``: a dataset artifact, or a JSONL or Parquet file of records, whose rows go through the model."""
+    calibration_rows: int = Field(128, ge=1)
+    """``wanda``: the first so many training rows."""
+    calibration_tokens: int = Field(512, ge=2)
+    """``wanda``: a row is cut behind so many tokens."""
+    storage: Literal["dense", "compact"] = "dense"
+    """``dense`` is an ordinary Hugging Face folder, zeros and all; ``compact`` leaves the zeros out, and is expanded
+    when it is loaded (by this package alone)."""
 
     @model_validator(mode="before")
     @classmethod
     def _sparsity_of_pattern(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("method") != PruningMethod.STRUCTURED:
+        if not isinstance(data, dict):
             return data
-        match = _PATTERN.fullmatch(str(data.get("pattern", cls.model_fields["pattern"].default)))
+        if data.get("method") == PruningMethod.STRUCTURED and data.get("pattern") is None:
+            data = {**data, "pattern": "2:4"}
+        match = _PATTERN.fullmatch(str(data.get("pattern")))
         if match and 0 < int(match[1]) < int(match[2]) and data.get("target_sparsity") is None:
             return {**data, "target_sparsity": 1 - int(match[1]) / int(match[2])}
         return data
 
     @model_validator(mode="after")
     def _consistent(self) -> PruningConfig:
-        match = _PATTERN.fullmatch(self.pattern)
-        if not match or not 0 < int(match[1]) < int(match[2]):
-            raise ValueError(f"pattern: expected N:M with 0 < N < M, for example 2:4 (got {self.pattern!r})")
-        kept, group = self.kept_of_group
-        if self.method is PruningMethod.STRUCTURED and abs(self.target_sparsity - (1 - kept / group)) > 1e-6:
-            raise ValueError(
-                f"target_sparsity: the pattern {self.pattern} zeroes {1 - kept / group:g} of the weights "
-                f"(got {self.target_sparsity:g}); leave target_sparsity out, or use method magnitude"
-            )
+        if self.pattern is not None:
+            self._check_pattern(self.pattern)
+        if self.method is PruningMethod.WANDA and self.calibration_path is None:
+            raise ValueError("calibration_path: wanda weighs weights by their inputs; name a dataset that shows them")
+        if self.method is not PruningMethod.WANDA and self.calibration_path is not None:
+            raise ValueError(f"calibration_path: {self.method} looks at weights alone; leave it out, or use wanda")
         return self
 
+    def _check_pattern(self, pattern: str) -> None:
+        match = _PATTERN.fullmatch(pattern)
+        if not match or not 0 < int(match[1]) < int(match[2]):
+            raise ValueError(f"pattern: expected N:M with 0 < N < M, for example 2:4 (got {pattern!r})")
+        if self.method is PruningMethod.MAGNITUDE:
+            raise ValueError("pattern: magnitude zeroes weights wherever they lie; use method structured or wanda")
+        share = 1 - int(match[1]) / int(match[2])
+        if abs(self.target_sparsity - share) > 1e-6:
+            raise ValueError(
+                f"target_sparsity: the pattern {pattern} zeroes {share:g} of the weights "
+                f"(got {self.target_sparsity:g}); leave target_sparsity out, or the pattern"
+            )
+
     @property
-    def kept_of_group(self) -> tuple[int, int]:
-        """N and M of the pattern."""
+    def kept_of_group(self) -> tuple[int, int] | None:
+        """N and M of the pattern, if there is one."""
+        if self.pattern is None:
+            return None
         kept, group = self.pattern.split(":")
         return int(kept), int(group)
 

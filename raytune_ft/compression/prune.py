@@ -1,11 +1,13 @@
-"""A model with zeros in it: the smallest weights of the linear layers are set to zero.
+"""A model with zeros in it: the weights of the linear layers that matter least are set to zero.
 
-Zeros are stored like any other number, so a pruned folder is as large as its source and plain matrix products are as
-fast as before. What pruning gives is a model that sparse kernels (2:4 on GPU) or a sparse format can make use of.
+Zeros are stored like any other number, so a pruned folder is as large as its source (unless it is stored compact) and
+plain matrix products are as fast as before. What pruning gives is a model that sparse kernels (2:4 on GPU) or a sparse
+format can make use of.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,15 @@ from typing import Any
 import torch
 
 from raytune_ft.compression.agreement import Agreement, compare, next_token_logits, text_ids
+from raytune_ft.compression.calibration import calibration_rows
 from raytune_ft.compression.config import PruningConfig, PruningMethod, PruningScope
 from raytune_ft.compression.source import full_precision
+from raytune_ft.compression.wanda import prune_by_inputs
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.chat import Chat
 from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.scoring import context_tokens
+from raytune_ft.models.sparsity import MARK, write_compact
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Pruned:
     weights_total: int
     bytes_before: int
     bytes_after: int
+    calibration_tokens: int
     agreement: Agreement
 
 
@@ -62,11 +70,17 @@ def write_pruned(reference: str, folder: Path, config: PruningConfig, *, device:
     layers = prunable(model)
     if not layers:
         raise ModelError(f"{reference}: has no linear layer besides its head; there is nothing to prune")
-    prune(layers, config)
+    calibrated = 0
+    if config.method is PruningMethod.WANDA:
+        calibrated = _prune_by_inputs(model, Chat(tokenizer), layers, config)
+    else:
+        prune(layers, config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / MARK).write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     total, zeros = _counts(list(model.parameters()))
     considered, pruned_zeros = _counts([layer.weight for layer in layers])
+    dense = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Pruned(
         sparsity=pruned_zeros / considered,
         sparsity_of_model=zeros / total,
@@ -74,7 +88,8 @@ def write_pruned(reference: str, folder: Path, config: PruningConfig, *, device:
         weights_considered=considered,
         weights_total=total,
         bytes_before=sum(p.numel() * p.element_size() for p in model.parameters()),
-        bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        bytes_after=write_compact(folder) if config.storage == "compact" else dense,
+        calibration_tokens=calibrated,
         agreement=compare(expected, next_token_logits(model, ids)),
     )
 
@@ -95,6 +110,35 @@ def prunable(model: Any) -> list[Layer]:
     return layers
 
 
+def _prune_by_inputs(model: Any, chat: Chat, layers: Sequence[Layer], config: PruningConfig) -> int:
+    """Prunes by what calibration rows show; their number of tokens."""
+    context = context_tokens(model)
+    longest = min(config.calibration_tokens, context or config.calibration_tokens)
+    rows = calibration_rows(str(config.calibration_path), chat, rows=config.calibration_rows, max_tokens=longest)
+    _refuse_misfits(layers, config)
+    prune_by_inputs(
+        model.eval(),
+        rows,
+        [(layer.name, layer.weight, layer.input_dim) for layer in layers],
+        sparsity=config.target_sparsity,
+        pattern=config.kept_of_group,
+    )
+    return sum(map(len, rows))
+
+
+def _refuse_misfits(layers: Sequence[Layer], config: PruningConfig) -> None:
+    if config.kept_of_group is None:
+        return
+    _, group = config.kept_of_group
+    for layer in layers:
+        width = layer.weight.shape[layer.input_dim]
+        if width % group:
+            raise ModelError(
+                f"{layer.name}: its input of {width} is not a multiple of {group}; "
+                f"the pattern {config.pattern} does not fit this model"
+            )
+
+
 @torch.no_grad()
 def prune(layers: Sequence[Layer], config: PruningConfig) -> None:
     """Sets the weights that `config` chooses to zero, in place.
@@ -102,17 +146,10 @@ def prune(layers: Sequence[Layer], config: PruningConfig) -> None:
     Raises:
         ModelError: if a layer's input is not a multiple of the pattern's group; no layer is changed then.
     """
-    if config.method is PruningMethod.STRUCTURED:
-        kept, group = config.kept_of_group
+    _refuse_misfits(layers, config)
+    if config.kept_of_group is not None:
         for layer in layers:
-            width = layer.weight.shape[layer.input_dim]
-            if width % group:
-                raise ModelError(
-                    f"{layer.name}: its input of {width} is not a multiple of {group}; "
-                    f"the pattern {config.pattern} does not fit this model"
-                )
-        for layer in layers:
-            zero_in_groups(layer.weight, kept, group, layer.input_dim)
+            zero_in_groups(layer.weight, *config.kept_of_group, layer.input_dim)
     elif config.scope is PruningScope.GLOBAL:
         weights = [layer.weight for layer in layers]
         zero_smallest(weights, round(config.target_sparsity * sum(weight.numel() for weight in weights)))

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.compression.config import PruningConfig, PruningJob, QuantizationConfig, QuantizationJob
-from raytune_ft.core.artifacts import Artifact
+from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect, own_error
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ArtifactError, RunError
-from raytune_ft.core.manifest import ArtifactKind
-from raytune_ft.core.storage import Location
+from raytune_ft.core.errors import ArtifactError, DataError, RunError
+from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.models.loading import model_parent, quiet_transformers, shared_model
 
 logger = logging.getLogger("raytune_ft")
@@ -66,12 +66,19 @@ def prune(job: PruningJob) -> Artifact:
     numbers = artifact.numbers
     logger.info(
         "%s: %.1f%% of the linear layers' weights are zero (%.1f%% of all); same first token at %.1f%% of %d "
-        "positions, KL %.4f nats. Zeros are stored like other numbers: the folder stays at %s and runs no faster.",
+        "positions, KL %.4f nats. %s",
         artifact.location, 100 * numbers["sparsity"], 100 * numbers["sparsity_of_model"],
         100 * numbers["agreement"]["top1"], numbers["agreement"]["tokens"], numbers["agreement"]["kl"],
-        _megabytes(numbers["bytes_after"]),
+        _what_it_gives(job, numbers),
     )  # fmt: skip
     return artifact
+
+
+def _what_it_gives(job: PruningJob, numbers: dict[str, Any]) -> str:
+    after, before = _megabytes(numbers["bytes_after"]), _megabytes(numbers["bytes_before"])
+    if job.storage == "compact":
+        return f"Zeros are left out on disk: {after} instead of {before}; in memory it is as large, and runs no faster."
+    return f"Zeros are stored like other numbers: the folder stays at {after} and runs no faster."
 
 
 Work = Callable[[str, Path, Any, str], dict[str, Any]]
@@ -88,7 +95,7 @@ def _compressed(run: str, job: QuantizationJob | PruningJob, work: Work, config:
         ArtifactKind.MODEL,
         settings=job.resolved(),
         identity=job.identity(),
-        parents=[model_parent(job.model_path)],
+        parents=[model_parent(job.model_path), *_calibration_parents(job)],
     )
     if draft.finished:
         logger.info("%s: found finished", target)
@@ -98,6 +105,18 @@ def _compressed(run: str, job: QuantizationJob | PruningJob, work: Work, config:
         reference = shared_model(job.model_path, target.parent)
         draft.numbers.update(_on_cluster(cluster, run, _in_task, work, reference, target, config))
     return draft.artifact
+
+
+def _calibration_parents(job: QuantizationJob | PruningJob) -> list[Parent]:
+    where = getattr(job, "calibration_path", None)
+    if where is None:
+        return []
+    location = Location.at(where)
+    if has_manifest(location):
+        return [open_artifact(location, ArtifactKind.DATASET, verify="size").as_parent("calibration")]
+    if not location.is_file():
+        raise DataError(f"calibration_path: {location}: expected a dataset artifact, or a JSONL or Parquet file")
+    return [Parent(role="calibration", where=str(location), digest=source_digest(location))]
 
 
 def _refuse_overlap(model_path: str, target: Location) -> None:

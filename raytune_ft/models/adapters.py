@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,9 @@ import torch
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
+from raytune_ft.models.sparsity import MARK, is_pruned, zero_again, zeros_of
+
+logger = logging.getLogger("raytune_ft")
 
 PROMPT_METHODS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"}
 ALL_LINEAR = "all-linear"
@@ -201,7 +206,9 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, *, state: dict[str, t
 def merge_adapter(reference: str, folder: Path) -> None:
     """Writes the model of an adapter folder with the adapter merged into its weights, in fp32.
 
-    A model without an adapter is copied as it is. The result is a Hugging Face folder with tokenizer and template.
+    A model without an adapter is copied as it is. Upon a pruned base its zeros stay zero, which takes a part of what
+    the adapter learned; how much the answers change is said. The result is a Hugging Face folder with tokenizer and
+    template.
 
     Raises:
         ModelError: for prompt methods (they have no merge), or if the merged model answers otherwise.
@@ -216,6 +223,7 @@ def merge_adapter(reference: str, folder: Path) -> None:
     loaded = load_model(reference, precision=Precision.FP32, device="cpu")
     model = loaded.model
     if resolved.adapter is not None:
+        zeros = zeros_of(load_model(resolved.base, device="cpu").model) if is_pruned(resolved.base) else {}
         probe = torch.arange(1, 9).unsqueeze(0) % model.config.vocab_size
         with torch.no_grad():
             before = model(probe).logits
@@ -226,5 +234,17 @@ def merge_adapter(reference: str, folder: Path) -> None:
             raise ModelError(
                 f"{reference}: the merged model's logits differ from the adapter's by {drift:.1e} of their size"
             )
+        if zeros:
+            changed = zero_again(model, zeros)
+            with torch.no_grad():
+                drift = float((before - model(probe).logits).abs().max() / before.abs().max())
+            total = sum(int(where.sum()) for where in zeros.values())
+            logger.info(
+                "%s: the base is pruned: %d of its %d zeros, which the adapter had filled, are zero again; logits "
+                "differ by %.1e of their size",
+                reference, changed, total, drift,
+            )  # fmt: skip
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+    if is_pruned(resolved.base):
+        shutil.copy2(Path(resolved.base) / MARK, folder / MARK)

@@ -20,6 +20,8 @@ from raytune_ft.models.config import Precision
 
 logger = logging.getLogger("raytune_ft")
 
+COMPACT = "weights.compact.safetensors"
+"""File that holds the weights of a pruned model's compact folder (`models.sparsity`)."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -87,10 +89,23 @@ def resolve_model(reference: str) -> ModelReference:
     if (folder / "adapter_config.json").exists():
         base = resolve_model(_adapter_base(folder))
         return ModelReference(reference, base.base, folder, artifact, digest)
+    if (folder / COMPACT).exists():
+        return ModelReference(reference, str(_expanded(folder, digest)), None, artifact, digest)
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ModelError(f"{location}: is not a model: neither config.json nor adapter_config.json is in it ({found})")
     return ModelReference(reference, str(folder), None, artifact, digest)
+
+
+def _expanded(folder: Path, digest: str) -> Path:
+    """The ordinary folder of a compact pruned model, made once in this machine's cache."""
+    target = cache_folder() / "models" / f"{digest}-expanded"
+    if not (target / ".complete").exists():
+        from raytune_ft.models.sparsity import expand
+
+        expand(folder, target)
+        (target / ".complete").touch()
+    return target
 
 
 def model_parent(reference: str, role: str = "model") -> Parent:

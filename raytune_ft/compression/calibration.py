@@ -1,0 +1,78 @@
+"""Rows that show a model's layers what they usually see: token ids from a dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raytune_ft.core.artifacts import has_manifest, open_artifact
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.records import Record
+from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Chat, encode_record
+
+
+def calibration_rows(dataset_path: str, chat: Chat, *, rows: int, max_tokens: int) -> list[list[int]]:
+    """Token ids of the first `rows` training rows, each cut behind `max_tokens`.
+
+    Args:
+        dataset_path: a dataset artifact, or a JSONL or Parquet file whose rows have ``messages`` or ``text``.
+        chat: of the model that is calibrated; rows are rendered as in training.
+        rows: at most so many.
+        max_tokens: of a row.
+
+    Raises:
+        DataError: if there is no such dataset, a row is no record, or there is none.
+    """
+    found: list[list[int]] = []
+    for record, where in _records(Location.at(dataset_path)):
+        try:
+            ids = encode_record(chat, record).input_ids[:max_tokens]
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        if len(ids) > 1:
+            found.append(ids)
+        if len(found) == rows:
+            break
+    if not found:
+        raise DataError(f"{dataset_path}: holds no rows to calibrate with")
+    return found
+
+
+def _records(location: Location) -> Iterator[tuple[Record, str]]:
+    if not location.exists():
+        raise DataError(f"calibration_path: {location}: there is no such dataset")
+    if has_manifest(location):
+        names = sorted(open_artifact(location, ArtifactKind.DATASET).manifest.files)
+        files = [location / name for name in names if name.startswith("train/")]
+    elif location.is_file():
+        files = [location]
+    else:
+        raise DataError(f"calibration_path: {location}: expected a dataset artifact, or a JSONL or Parquet file")
+    for file in files:
+        for number, row in enumerate(_rows(file), start=1):
+            where = f"{file}:{number}"
+            if not isinstance(row, dict) or not (row.get("messages") or row.get("text")):
+                raise DataError(f"{where}: has neither `messages` nor `text`; run `raytune-ft prepare` on it first")
+            try:
+                yield Record.from_row(row), where
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{where}: is no record ({error!r}); run `raytune-ft prepare` on it first") from None
+
+
+def _rows(file: Location) -> Iterator[Any]:
+    if file.name.endswith(".parquet"):
+        with file.filesystem.open_input_file(file.path) as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+        return
+    for number, line in enumerate(file.read().decode("utf-8", errors="replace").splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{file}:{number}: is not valid JSON ({error})") from None
