@@ -49,6 +49,10 @@ VERBS: Mapping[str, Verb] = {
     "train": Verb("training.config:FineTuningConfig", "training.run:train", "Fine-tune a model on a dataset."),
     "tune": Verb("tuning.config:SweepConfig", "tuning.run:tune", "Search for the settings that train best."),
     "evaluate": Verb("evaluation.config:EvaluationConfig", "evaluation.run:evaluate", "Measure a model on a test set."),
+    "compare": Verb("evaluation.config:ComparisonConfig", "evaluation.run:compare", "Measure models on the same rows."),
+    "generate": Verb(
+        "evaluation.config_inference:BatchGenerationConfig", "evaluation.generate:generate", "Answer files of prompts."
+    ),
     "quantize": Verb("compression.config:QuantizationJob", "compression.run:quantize", "Store a model in fewer bits."),
     "prune": Verb("compression.config:PruningJob", "compression.run:prune", "Remove weights that matter least."),
     "distill": Verb("training.config:DistillationConfig", "training.run:distill", "Teach a smaller model."),
@@ -148,7 +152,66 @@ def _add_verb(name: str, verb: Verb) -> None:
 
 
 for _name, _verb in VERBS.items():
-    _add_verb(_name, _verb)
+    if _name != "compare":  # takes reports, too
+        _add_verb(_name, _verb)
+
+
+@app.command(epilog="All settings: raytune-ft schema compare")
+def compare(
+    words: Annotated[list[str], typer.Argument(metavar="CONFIG.yaml [KEY=VALUE]... | REPORT REPORT...")],
+    *,
+    output_dir: Annotated[str | None, typer.Option(help="Of reports: where the joined report goes.")] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Exit code 1 unless the first report beats all others.")] = False,
+    metric: Annotated[str | None, typer.Option(help="Of the gate; by default the strictest measured.")] = None,
+    max_drop: Annotated[float, typer.Option(help="Of the gate: how much worse will do, in units of the metric.")] = 0.0,
+    confidence: Annotated[float, typer.Option(help="Of the gate: with which it has to be shown.")] = 0.95,
+) -> None:
+    """Compare models on the same rows: those that a file names, or those of reports that were made before."""
+    if words[0].endswith((".yaml", ".yml")) and not gate:
+        raise typer.Exit(run_verb("compare", words))
+    passed: list[bool] = []
+    terms = {"metric": metric, "max_drop": max_drop, "confidence": confidence}
+    code = _guarded(lambda: passed.extend(_compare(words, output_dir, gate, terms)))
+    raise typer.Exit(code or int(not all(passed)))
+
+
+def _compare(reports: list[str], output_dir: str | None, gate: bool, terms: dict[str, Any]) -> list[bool]:
+    from raytune_ft.evaluation.joining import joined, open_reports, write_joined
+
+    if not gate and terms != {"metric": None, "max_drop": 0.0, "confidence": 0.95}:
+        raise ConfigError("--metric, --max-drop and --confidence belong to --gate")
+    artifacts, results = open_reports(reports)
+    if output_dir is not None:
+        _print_artifact(write_joined(artifacts, output_dir))
+    if not gate:
+        _print(str(joined(results)))
+        return []
+    decisions = [results[0].beats(other, **terms) for other in results[1:]]
+    _print(*(decision.words for decision in decisions))
+    return [decision.passed for decision in decisions]
+
+
+@app.command()
+def judge(
+    report: Annotated[str, typer.Argument(metavar="REPORT", help="A report with answers of at least two models.")],
+    *,
+    output_dir: Annotated[str | None, typer.Option(help="Where votes go; by default judging/ in the report.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Label of a model to judge (repeat); all by default.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(min=1, help="Only so many pairs of answers.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; any free one by default.")] = 0,
+    summary: Annotated[bool, typer.Option("--summary", help="Only sum up the votes that there are.")] = False,
+) -> None:
+    """Let people judge answers side by side, blind, in a browser; their votes join the report as preferences."""
+    from raytune_ft.evaluation import judge as judging
+
+    def judge_report() -> None:
+        if summary:
+            found = judging.conclude(report, output_dir)
+        else:
+            found = judging.judge(report, output_dir=output_dir, models=model, max_pairs=max_pairs, port=port)
+        _print(*((rate.words for rate in found.win_rates) if found else ["no votes"]))
+
+    raise typer.Exit(_guarded(judge_report))
 
 
 @app.command()

@@ -28,6 +28,7 @@ class ArtifactKind(StrEnum):
     MODEL = "model"
     SWEEP = "sweep"
     REPORT = "report"
+    ANSWERS = "answers"
     ENDPOINT = "endpoint"
     PIPELINE = "pipeline"
 

@@ -6,6 +6,7 @@ import json
 import re
 import string
 from collections.abc import Hashable
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 
@@ -51,3 +52,67 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def extracted(text: str, how: str) -> str | None:
+    """The answer within a text; None where there is none.
+
+    Args:
+        text: what a model or a reference says.
+        how: ``gsm8k`` (the first number behind ``####``; Cobbe et al., 2021), ``last_number``, ``boxed`` (what the last
+            ``\\boxed{}`` holds; Hendrycks et al., 2021), or a regular expression with one group, whose first match
+            counts.
+    """
+    if how == "last_number":
+        return next(iter(reversed(re.findall(_NUMBER, text))), None)
+    if how == "boxed":
+        return _boxed(text)
+    found = re.search(r"####\s*(" + _NUMBER + ")" if how == "gsm8k" else how, text)
+    return found.group(1) if found and found.group(1) is not None else None
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Whether two extracted answers are equal: as numbers where both are (``$1,000.00`` is ``1000``), else as text."""
+    numbers = _number(one), _number(other)
+    return numbers[0] == numbers[1] if None not in numbers else one.strip() == other.strip()
+
+
+def listed(text: str) -> list[Hashable]:
+    """The items of a list, canonical and without repetition: of a JSON array, else of lines, or of what commas part."""
+    parsed = parse_json(text)
+    if isinstance(parsed, list):
+        return list(dict.fromkeys(canonical(item) for item in parsed))
+    parts = text.strip().splitlines() if "\n" in text.strip() else re.split(r"[,;]", text)
+    items = (re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", part).strip().lower() for part in parts)
+    return list(dict.fromkeys(item for item in items if item))
+
+
+def repeated_share(text: str, words_in_a_row: int = 4) -> float:
+    """Share of a text's word n-grams that stood in it before; 0 for a text that has none (Welleck et al., 2020)."""
+    said = text.split()
+    grams = [tuple(said[place : place + words_in_a_row]) for place in range(len(said) - words_in_a_row + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+
+
+def _number(text: str) -> Decimal | None:
+    bare = text.strip().replace(",", "").replace("$", "").rstrip(".")
+    try:
+        found = Decimal(bare)
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() else None
+
+
+def _boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    begin = place = start + len("\\boxed{")
+    depth = 1
+    while place < len(text) and depth:
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        place += 1
+    return text[begin : place - 1] if depth == 0 else None

@@ -3,76 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from enum import StrEnum
-from typing import Annotated, Any, ClassVar, NamedTuple
+import re
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raytune_ft.core.config import Config
+from raytune_ft.evaluation.config_inference import EndpointConfig, ModelPath
+from raytune_ft.evaluation.metric_names import EvaluationMetric, MetricFacts
 from raytune_ft.models.config import DecodingConfig, Precision
 
-
-class MetricFacts(NamedTuple):
-    """What a reader has to know of a metric."""
-
-    headline: str
-    """The value that stands for the metric where there is room for one."""
-    title: str
-    lower_is_better: bool
-    best: float | None
-    """The value of a perfect model, where a scale from 0 ends; None for an open scale."""
-    meaning: str
-
-
-class EvaluationMetric(StrEnum):
-    """What can be measured."""
-
-    PERPLEXITY = "perplexity"
-    ACCURACY = "accuracy"
-    EXACT_MATCH = "exact_match"
-    F1 = "f1"
-    FIELD_F1 = "field_f1"
-    VALID_JSON = "valid_json"
-    ROUGE = "rouge"
-    BLEU = "bleu"
-
-    @property
-    def facts(self) -> MetricFacts:
-        """Title, direction, scale and meaning."""
-        return _FACTS[self]
-
-    @property
-    def needs_answers(self) -> bool:
-        """Whether the model has to generate (else its likelihoods are enough)."""
-        return self is not EvaluationMetric.PERPLEXITY
-
-
-_FACTS = {
-    EvaluationMetric.PERPLEXITY: MetricFacts(
-        "perplexity", "Perplexity", True, None, "how surprised the model is by the reference, per supervised token"
-    ),
-    EvaluationMetric.ACCURACY: MetricFacts(
-        "accuracy", "Accuracy", False, 1.0, "share of answers that are the reference label, blanks around it aside"
-    ),
-    EvaluationMetric.EXACT_MATCH: MetricFacts(
-        "exact_match", "Exact match", False, 1.0, "share of answers that are the reference (for JSON: an equal value)"
-    ),
-    EvaluationMetric.F1: MetricFacts(
-        "f1", "Token F1", False, 1.0, "words shared by answer and reference, mean of rows"
-    ),
-    EvaluationMetric.FIELD_F1: MetricFacts(
-        "field_f1", "Field F1", False, 1.0, "key-value pairs of the JSON reference that the answer has, over all rows"
-    ),
-    EvaluationMetric.VALID_JSON: MetricFacts(
-        "valid_json", "Valid JSON", False, 1.0, "share of answers that parse as a JSON object or array"
-    ),
-    EvaluationMetric.ROUGE: MetricFacts(
-        "rougeL", "ROUGE-L", False, 1.0, "longest common word sequence of answer and reference, mean F-measure of rows"
-    ),
-    EvaluationMetric.BLEU: MetricFacts(
-        "bleu", "BLEU", False, 100.0, "n-grams shared with the reference, over all rows"
-    ),
-}
+__all__ = ["ComparisonConfig", "EvaluationConfig", "EvaluationMetric", "MeasureConfig", "MetricFacts"]
 
 
 def _known_metric(value: Any) -> Any:
@@ -84,10 +25,42 @@ def _known_metric(value: Any) -> Any:
     return value
 
 
+EXTRACTIONS = ("gsm8k", "last_number", "boxed")
+"""Named ways to find the answer in a text."""
+
+
+class ForgettingConfig(Config):
+    """A check that tuning has not cost general abilities: shipped questions, and perplexity on general text."""
+
+    text_path: str | None = None
+    """General text (a text file, blank lines between passages, or JSONL with ``text``); by default the shipped one."""
+    max_accuracy_drop: float = Field(0.05, ge=0.0, le=1.0)
+    """Share of the shipped questions that may be lost before the report warns."""
+    max_perplexity_rise: float = Field(0.1, ge=0.0)
+    """Rise of the perplexity on general text, as a share of the base's, before the report warns."""
+    max_rows: int | None = Field(None, ge=1)
+    """Only so many questions and passages."""
+
+
+class HarnessConfig(Config):
+    """Which lm-eval tasks to run, and how."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks, as ``lm-eval ls tasks`` has them, or of those in `include_path`."""
+    include_path: str | None = None
+    """Folder with task files (YAML) of your own."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples before each question; by default the task's own number."""
+    limit: int | None = Field(None, ge=1)
+    """Only the first so many documents of each task."""
+    batch_size: int = Field(8, ge=1)
+    """Documents at once."""
+
+
 class MeasureConfig(Config):
     """What every evaluation is told, of one model or of several."""
 
-    not_identity: ClassVar[frozenset[str]] = Config.not_identity | {"num_actors"}
+    not_identity: ClassVar[frozenset[str]] = Config.not_identity | {"num_actors", "endpoint", "max_unanswered"}
 
     dataset_path: str = Field(min_length=1)
     """A dataset that `prepare` made, or a JSONL or Parquet file with a `messages` column."""
@@ -111,19 +84,65 @@ class MeasureConfig(Config):
     """Copies of the model that share the rows; by default one per GPU, or one less than there are CPUs."""
     seed: int = 0
     """Seed of the bootstrap intervals."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How models that are given as the URL of an endpoint are asked."""
+    max_unanswered: int = Field(0, ge=0)
+    """Rows that may stay without an answer; they are then left out of all models' values, and counted."""
+    extraction: str | None = None
+    """Where exact match and accuracy find the answer in a text: ``gsm8k`` (the number behind ``####``),
+    ``last_number``, ``boxed``, or a regular expression whose (only) group is the answer; by default the whole text."""
+    json_schema: str | dict[str, Any] | None = None
+    """The schema of the metric json_schema, or the path of the file that holds it."""
+    custom_functions: dict[str, str] = Field(default_factory=dict)
+    """The functions of the metric custom by name, as ``package.module:function``; each takes answer and reference and
+    gives a number, the higher the better. The first one's mean stands for the metric."""
+    allow_leak: bool = False
+    """Whether to go on, with a note in the report, where a model was trained on some of these rows."""
+    near_duplicate: float = Field(0.8, gt=0.0, le=1.0)
+    """Share of five-word sequences in common (Jaccard) from which a row counts as one that a model was trained on."""
+    production_path: str | None = None
+    """Feedback records (JSONL, Parquet, or a folder of these): the report then says how far what they ask is from what
+    the test set asks."""
+    production_embedder: str = "starter:all-minilm-l6-v2"
+    """The embedder by which that is told; a folder, URI or hub id."""
+    forgetting: ForgettingConfig | None = None
+    """Whether, and how, general abilities are compared with the base's."""
+    harness: HarnessConfig | None = None
+    """Tasks of lm-eval (the extra of that name) that each model goes through, too."""
 
     @field_validator("metrics")
     @classmethod
     def _once(cls, metrics: tuple[EvaluationMetric, ...]) -> tuple[EvaluationMetric, ...]:
         return tuple(dict.fromkeys(metrics))
 
+    @field_validator("extraction")
+    @classmethod
+    def _pattern(cls, extraction: str | None) -> str | None:
+        if extraction is not None and extraction not in EXTRACTIONS:
+            try:
+                groups = re.compile(extraction).groups
+            except re.error as error:
+                raise ValueError(f"must be {', '.join(EXTRACTIONS)} or a regular expression ({error})") from None
+            if groups != 1:
+                raise ValueError(f"must be {', '.join(EXTRACTIONS)} or a regular expression with one group")
+        return extraction
+
+    @model_validator(mode="after")
+    def _asked_for(self) -> MeasureConfig:
+        if EvaluationMetric.JSON_SCHEMA in self.metrics and self.json_schema is None:
+            raise ValueError("metrics has json_schema, which needs a schema in json_schema")
+        if EvaluationMetric.CUSTOM in self.metrics and not self.custom_functions:
+            raise ValueError("metrics has custom, which needs a function in custom_functions")
+        return self
+
 
 class EvaluationConfig(MeasureConfig):
     """Settings of `ModelEvaluator`."""
 
-    model_path: str = Field(min_length=1)
-    """The model to evaluate: a folder (model or adapter), an artifact, a hub id, or ``starter:smollm2-135m``."""
-    base_model_path: str | None = None
+    model_path: ModelPath
+    """The model to evaluate: a folder (model or adapter), an artifact, a hub id, ``starter:smollm2-135m``, or the
+    URL of an endpoint (``http://host:8000/v1#name``), whose own answers then count."""
+    base_model_path: ModelPath | None = None
     """A model to compare it with, usually its base; the two are then labelled ``base`` and ``tuned``."""
 
     @property
@@ -139,7 +158,7 @@ class ComparisonConfig(MeasureConfig):
 
     output_dir: str = Field("comparison_results", min_length=1)
     """Folder (or URI) of the report."""
-    model_paths: tuple[str, ...] = Field(min_length=2)
+    model_paths: tuple[ModelPath, ...] = Field(min_length=2)
     """The models to compare, each of them as `EvaluationConfig.model_path`."""
 
     @field_validator("model_paths")

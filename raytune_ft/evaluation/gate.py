@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +14,9 @@ from raytune_ft.evaluation.compare import signed
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.evaluation.joining import evaluated_models, same_rows
 from raytune_ft.evaluation.measurement import columns_of
-from raytune_ft.evaluation.metrics import METRICS
+from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric
-from raytune_ft.evaluation.row_metric import Columns
+from raytune_ft.evaluation.row_metric import Columns, RowMetric
 from raytune_ft.evaluation.statistics import bootstrap, permutation_p_value
 
 
@@ -49,6 +51,7 @@ def gate(
     max_drop: float = 0.0,
     confidence: float = 0.95,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
 ) -> GateDecision:
     """Whether `model` is better than `other` (`max_drop` 0), or worse by less than `max_drop`, at this confidence.
 
@@ -63,6 +66,7 @@ def gate(
         max_drop: in the metric's own units, 0 or more.
         confidence: from 0.5 up to, but not, 1.
         seed: of the resampling.
+        settings: of the evaluation, where the metric reads answers by them (extraction, schema, functions).
 
     Raises:
         ConfigError: if `max_drop` or `confidence` is out of range.
@@ -76,12 +80,12 @@ def gate(
     for scores in (model, other):
         if metric.facts.headline not in scores.values:
             raise DataError(f"{metric}: was not measured of {scores.label}; evaluate with this metric, or name another")
-    measure = METRICS[metric]()
+    measure = make_metric(metric, settings or {})
     own, their = columns_of(model, measure), columns_of(other, measure)
     sign = -1.0 if metric.facts.lower_is_better else 1.0
     samples = sign * (bootstrap(measure.headline, own, seed=seed) - bootstrap(measure.headline, their, seed=seed))
     least = float(np.quantile(samples, 1 - confidence))
-    value, other_value = (_checked(scores, metric, side) for scores, side in ((model, own), (other, their)))
+    value, other_value = (_checked(scores, measure, side) for scores, side in ((model, own), (other, their)))
     rows = len(model.answers)
     reason = ""
     if least <= -max_drop:
@@ -130,7 +134,15 @@ def gate_results(
         known = ", ".join(EvaluationMetric)
         raise ConfigError(f"metric: there is no metric {metric!r}; known: {known}") from None
     first, second = evaluated_models([result, other])
-    return gate(first, second, taken, max_drop=max_drop, confidence=confidence, seed=int(result.settings["seed"]))
+    return gate(
+        first,
+        second,
+        taken,
+        max_drop=max_drop,
+        confidence=confidence,
+        seed=int(result.settings["seed"]),
+        settings=result.settings,
+    )
 
 
 def rows_to_see(max_drop: float, best: float | None, confidence: float) -> int:
@@ -140,9 +152,10 @@ def rows_to_see(max_drop: float, best: float | None, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log(1 - max_drop / best) - 1e-9)
 
 
-def _checked(model: ModelScores, metric: EvaluationMetric, columns: Columns) -> float:
+def _checked(model: ModelScores, measure: RowMetric, columns: Columns) -> float:
     """The metric's value, which has to be the one in the report: else its answers were read by other settings."""
-    value = METRICS[metric]().summary(columns)[metric.facts.headline]
+    metric = measure.name_in_settings
+    value = measure.summary(columns)[metric.facts.headline]
     recorded = model.values[metric.facts.headline]
     if not math.isclose(value, recorded, rel_tol=1e-6, abs_tol=1e-9):
         raise DataError(

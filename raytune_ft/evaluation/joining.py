@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from raytune_ft.core.artifacts import Artifact
+from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.manifest import ArtifactKind, now
 from raytune_ft.evaluation.measurement import compared, measured
-from raytune_ft.evaluation.metrics import METRICS
+from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.report import write_report
 from raytune_ft.evaluation.results import ComparisonResult, EvaluationResult, ModelScores, read_result, write_answers
 from raytune_ft.evaluation.slices import sliced
+
+
+def open_reports(paths: Sequence[str]) -> tuple[list[Artifact], list[EvaluationResult]]:
+    """Finished reports and what they found.
+
+    Raises:
+        ConfigError: if there are fewer than two.
+        ArtifactError: if one is not a finished report.
+    """
+    if len(paths) < 2:
+        raise ConfigError("compare takes a settings file, or at least two reports (--gate: reports alone)")
+    artifacts = [open_artifact(path, ArtifactKind.REPORT) for path in paths]
+    return artifacts, [read_result(artifact) for artifact in artifacts]
 
 
 def joined(results: Sequence[EvaluationResult]) -> ComparisonResult:
@@ -32,7 +45,7 @@ def joined(results: Sequence[EvaluationResult]) -> ComparisonResult:
     models = [models[0], *(same_rows(models[0], model) for model in models[1:])]
     settings = {**results[0].settings, "metrics": [str(metric) for metric in metrics]}
     seed = int(settings["seed"])
-    chosen = {metric: METRICS[metric]() for metric in metrics}
+    chosen = {metric: make_metric(metric, settings) for metric in metrics}
     scored = [measured(replace(model, values={}, intervals={}), chosen, seed=seed) for model in models]
     return ComparisonResult(
         settings=settings,

@@ -14,8 +14,8 @@ from raytune_ft.evaluation.statistics import interval
 
 Metrics = Mapping[EvaluationMetric, RowMetric]
 
-_FIELDS = {"predictions": "answer", "references": "reference", "nll": "nll", "tokens": "tokens"}
-"""Which field of an `Answer` a metric means by the name of its input."""
+_FIELDS = {"predictions": "answer", "references": "reference"}
+"""Which field of an `Answer` a metric means by the name of its input, where they differ."""
 
 
 def measured(model: ModelScores, metrics: Metrics, *, seed: int) -> ModelScores:
@@ -83,4 +83,5 @@ def in_words(keys: Sequence[tuple[EvaluationMetric, str, str]], found: Sequence[
 def columns_of(model: ModelScores, metric: RowMetric) -> Columns:
     """The metric's counts, one a row of the model's answers."""
     names = [str(name) for name in metric.features]
-    return metric.columns(**{name: [getattr(answer, _FIELDS[name]) for answer in model.answers] for name in names})
+    fields = {name: _FIELDS.get(name, name) for name in names}
+    return metric.columns(**{n: [getattr(answer, field) for answer in model.answers] for n, field in fields.items()})

@@ -1,10 +1,13 @@
-"""The metrics: perplexity, and scores of answers over rouge-score, sacrebleu and our reading of JSON; all offline."""
+"""The metrics: perplexity, and scores of answers over rouge-score, sacrebleu and our reading of JSON; all offline.
+
+Those of choices, of labels and of an answer's surface lie beside; `make_metric` gives any of them.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,18 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.evaluation.answers import canonical, fields, parse_json, words
-from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.answers import canonical, extracted, fields, parse_json, same_answer, words
+from raytune_ft.evaluation.choice_metrics import Calibration, ChoiceAccuracy
+from raytune_ft.evaluation.label_metrics import LabelF1, SetF1
+from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, ratio
+from raytune_ft.evaluation.surface_metrics import Chrf, Custom, JsonSchema, Length, Repetition
 
 
 class Perplexity(RowMetric):
-    """exp of the mean negative log-likelihood per supervised token, over the tokens of all rows."""
+    """exp of the mean negative log-likelihood per supervised token, over the tokens of all rows; and bits per byte of
+    their text, by which models with different tokenizers compare."""
 
     name_in_settings = EvaluationMetric.PERPLEXITY
 
     def _info(self) -> Any:
-        return self._described({"nll": datasets.Value("float64"), "tokens": datasets.Value("int64")})
+        return self._described({name: datasets.Value("float64") for name in ("nll", "tokens", "bytes")})
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Nats and supervised tokens; a row without tokens, or scored as not a number, is refused."""
@@ -36,45 +43,71 @@ class Perplexity(RowMetric):
                 f"perplexity: {bad.size} of {nll.size} rows have no finite score; row {row + 1} has nll {nll[row]} "
                 f"over {tokens[row]:.0f} supervised tokens. Check the row's answer, or the model's weights for NaN."
             )
-        return {"nll": nll, "tokens": tokens}
+        return {"nll": nll, "tokens": tokens, "bytes": np.asarray(rows["bytes"], float)}
 
     def values(self, sums: Columns) -> Values:
-        """`perplexity`, and `nll_per_token` in nats."""
+        """`perplexity`, `nll_per_token` in nats, and `bits_per_byte`."""
         mean = ratio(sums["nll"], sums["tokens"])
+        bits = ratio(sums["nll"], sums["bytes"]) / np.log(2)
         with np.errstate(over="ignore"):
-            return {"perplexity": np.exp(mean), "nll_per_token": mean}
+            return {"perplexity": np.exp(mean), "nll_per_token": mean, "bits_per_byte": bits}
 
 
-class Accuracy(MeanMetric):
+class ExtractingMetric(MeanMetric):
+    """Base of metrics that compare an answer found within the text, if the settings say where it stands."""
+
+    def __init__(self, extraction: str | None = None) -> None:
+        super().__init__()
+        self._extraction = extraction
+
+    def misfit(self, reference: str) -> str | None:
+        """A reference needs an answer where the extraction looks for it."""
+        if self._extraction is None or extracted(reference, self._extraction) is not None:
+            return None
+        return f"the extraction {self._extraction} needs an answer in every reference"
+
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """1 where the answer is right; with an extraction also whether one was found."""
+        name = str(self.name_in_settings)
+        if self._extraction is None:
+            return {name: float(self.equal(prediction, reference))}
+        given, wanted = extracted(prediction, self._extraction), extracted(reference, self._extraction)
+        right = given is not None and wanted is not None and same_answer(given, wanted)
+        return {name: float(right), f"{name}_found": float(given is not None)}
+
+    def equal(self, prediction: str, reference: str) -> bool:
+        """Whether a whole text is the right one."""
+        return prediction.strip() == reference.strip()
+
+
+class Accuracy(ExtractingMetric):
     """Share of rows whose generated label is the reference, blanks around both stripped (sklearn's accuracy_score)."""
 
     name_in_settings = EvaluationMetric.ACCURACY
 
-    def score(self, prediction: str, reference: str) -> dict[str, float]:
-        """1 where the labels are equal."""
-        return {"accuracy": float(prediction.strip() == reference.strip())}
 
-
-class ExactMatch(MeanMetric):
+class ExactMatch(ExtractingMetric):
     """Share of rows answered exactly.
 
     Where the reference is a JSON object or array, the answer must parse to an equal value (order of keys and blanks
-    do not count; 1 equals 1.0 but not true); elsewhere the texts must be equal, blanks around them stripped.
+    do not count; 1 equals 1.0 but not true); elsewhere the texts must be equal, blanks around them stripped. With an
+    extraction, what it finds in both is compared instead.
     """
 
     name_in_settings = EvaluationMetric.EXACT_MATCH
 
-    def score(self, prediction: str, reference: str) -> dict[str, float]:
-        """1 where the answer is exact."""
+    def equal(self, prediction: str, reference: str) -> bool:
+        """Whether the answer is exact."""
         wanted = parse_json(reference)
         if wanted is None:
-            return {"exact_match": float(prediction.strip() == reference.strip())}
+            return super().equal(prediction, reference)
         given = parse_json(prediction)
-        return {"exact_match": float(given is not None and canonical(given) == canonical(wanted))}
+        return given is not None and canonical(given) == canonical(wanted)
 
 
-class TokenF1(MeanMetric):
-    """Mean over rows of precision, recall and F1 of the words shared by answer and reference.
+class TokenF1(RowMetric):
+    """Mean over rows of precision, recall and F1 of the words shared by answer and reference, and the F1 over all
+    words (micro).
 
     Words as SQuAD takes them: lower case, without ASCII punctuation and English articles, split at blanks.
     """
@@ -86,14 +119,26 @@ class TokenF1(MeanMetric):
         """A reference needs words."""
         return None if words(reference) else "it compares words"
 
-    def score(self, prediction: str, reference: str) -> dict[str, float]:
-        """Precision, recall and their harmonic mean; 0 where no word is shared."""
-        given, wanted = Counter(words(prediction)), Counter(words(reference))
-        shared = (given & wanted).total()
-        precision = shared / given.total() if given else 0.0
-        recall = shared / wanted.total() if wanted else 0.0
-        f1 = 2 * precision * recall / (precision + recall) if shared else 0.0
-        return {"f1": f1, "f1_precision": precision, "f1_recall": recall}
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """Words shared, given and wanted, and each row's own precision, recall and F1 (0 where no word is shared)."""
+        both = [
+            (Counter(words(answer)), Counter(words(reference)))
+            for answer, reference in zip(rows["predictions"], rows["references"], strict=True)
+        ]
+        counts = [((g & w).total(), g.total(), w.total()) for g, w in both]
+        shared, given, wanted = np.array(counts, float).reshape(-1, 3).T
+        precision, recall = ratio(shared, given), ratio(shared, wanted)
+        own = {"precision": precision, "recall": recall, "f1": ratio(2 * precision * recall, precision + recall)}
+        return {**own, "shared": shared, "given": given, "wanted": wanted, "rows": np.ones(len(both))}
+
+    def values(self, sums: Columns) -> Values:
+        """`f1`, `f1_precision`, `f1_recall`, means of rows, and `f1_micro`."""
+        return {
+            "f1": ratio(sums["f1"], sums["rows"]),
+            "f1_precision": ratio(sums["precision"], sums["rows"]),
+            "f1_recall": ratio(sums["recall"], sums["rows"]),
+            "f1_micro": ratio(2 * sums["shared"], sums["given"] + sums["wanted"]),
+        }
 
 
 class FieldF1(RowMetric):
@@ -122,17 +167,21 @@ class FieldF1(RowMetric):
         }
         for name in dict.fromkeys(name for row in wanted for name in row):
             table[f"present.{name}"] = [int(name in w) for w in wanted]
+            table[f"said.{name}"] = [int(name in g) for g in given]
             table[f"right.{name}"] = [int(name in w and name in g and g[name] == w[name]) for g, w in both]
         return {name: np.array(column, float) for name, column in table.items()}
 
     def values(self, sums: Columns) -> Values:
-        """`field_f1`, `field_precision`, `field_recall`, and `field_accuracy.<name>` of each field."""
+        """`field_f1`, `field_precision`, `field_recall`, the mean F1 of fields (macro), and each field's accuracy."""
         found: Values = {
             "field_f1": ratio(2 * sums["shared"], sums["given"] + sums["wanted"]),
             "field_precision": ratio(sums["shared"], sums["given"]),
             "field_recall": ratio(sums["shared"], sums["wanted"]),
         }
-        for name in (key.removeprefix("present.") for key in sums if key.startswith("present.")):
+        names = [key.removeprefix("present.") for key in sums if key.startswith("present.")]
+        each = [ratio(2 * sums[f"right.{n}"], sums[f"present.{n}"] + sums[f"said.{n}"]) for n in names]
+        found["field_f1_macro"] = np.mean(each, axis=0)
+        for name in names:
             found[f"field_accuracy.{name}"] = ratio(sums[f"right.{name}"], sums[f"present.{name}"])
         return found
 
@@ -211,5 +260,23 @@ class Bleu(RowMetric):
 
 METRICS: dict[EvaluationMetric, type[RowMetric]] = {
     metric.name_in_settings: metric
-    for metric in (Perplexity, Accuracy, ExactMatch, TokenF1, FieldF1, ValidJson, Rouge, Bleu)
+    for metric in (
+        *(Perplexity, Accuracy, ExactMatch, TokenF1, FieldF1, ValidJson, Rouge, Bleu, Chrf, LabelF1, SetF1),
+        *(ChoiceAccuracy, Calibration, JsonSchema, Length, Repetition, Custom),
+    )
 }
+
+
+def make_metric(name: EvaluationMetric, settings: Mapping[str, Any]) -> RowMetric:
+    """The metric as an evaluation's settings (of `MeasureConfig`, resolved) want it.
+
+    Raises:
+        ConfigError: if a schema or function that they name cannot be had.
+    """
+    if name in {EvaluationMetric.EXACT_MATCH, EvaluationMetric.ACCURACY}:
+        return METRICS[name](settings.get("extraction"))  # type: ignore[call-arg]
+    if name is EvaluationMetric.JSON_SCHEMA:
+        return JsonSchema(settings["json_schema"])
+    if name is EvaluationMetric.CUSTOM:
+        return Custom(settings["custom_functions"])
+    return METRICS[name]()

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,8 @@ from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.compare import Difference
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.judging import Judging
+from raytune_ft.evaluation.judging import Judging, Vote, summarized
+from raytune_ft.evaluation.votes import FOLDER, VOTES, parse_votes
 
 if TYPE_CHECKING:
     from raytune_ft.evaluation.gate import GateDecision
@@ -40,6 +41,12 @@ class Answer:
     """Nats, summed over the supervised tokens of the reference."""
     tokens: int | None = None
     """How many supervised tokens the reference has."""
+    bytes: int | None = None
+    """Bytes (UTF-8) of the text that these tokens are of."""
+    windows: int | None = None
+    """More than 1 where the row is longer than the model's context and was scored in overlapping windows."""
+    choices: list[dict[str, Any]] | None = None
+    """The answers to choose from, each with its text, nats and bytes."""
     scores: dict[str, float] = field(default_factory=dict)
     """Per metric the headline of this row taken alone."""
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +119,10 @@ class EvaluationResult:
     slices: tuple[Slice, ...] = ()
     judging: Judging | None = None
     """What people said of the answers, side by side."""
+    notes: tuple[str, ...] = ()
+    """What a reader has to know before believing the numbers: leaks, rows without an answer, abilities lost."""
+    checks: dict[str, Any] = field(default_factory=dict)
+    """What was looked at beside the metrics: ``leakage``, ``production``, ``forgetting``, ``harness``."""
 
     @property
     def metrics(self) -> tuple[EvaluationMetric, ...]:
@@ -201,11 +212,13 @@ def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str
         "comparisons": [asdict(comparison) for comparison in result.comparisons],
         "slices": [asdict(part) for part in result.slices],
         "judging": None if result.judging is None else asdict(result.judging),
+        "notes": list(result.notes),
+        "checks": result.checks,
     }
 
 
 def read_result(report: Artifact | str | os.PathLike[str] | Location) -> EvaluationResult:
-    """What the report artifact in a folder found.
+    """What the report artifact in a folder found, with the votes of people in its folder ``judging``.
 
     Raises:
         ArtifactError: if there is no finished report, or its schema version is another.
@@ -229,7 +242,7 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
         for entry in content["models"]
     )
     kind = ComparisonResult if content["kind"] == "comparison" else EvaluationResult
-    return kind(
+    found = kind(
         settings=content["settings"],
         dataset=content["dataset"],
         models=models,
@@ -237,7 +250,21 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
         created_at=content["created_at"],
         where=str(artifact.location),
         slices=tuple(_slice(entry) for entry in content["slices"]),
+        notes=tuple(content.get("notes", ())),
+        checks=content.get("checks", {}),
     )
+    votes = artifact / FOLDER / VOTES
+    if not votes.is_file():
+        return found
+    return with_votes(found, parse_votes(votes.read().decode(errors="replace"), str(votes)))
+
+
+def with_votes(result: EvaluationResult, votes: Sequence[Vote]) -> EvaluationResult:
+    """The result with what people's votes amount to; votes on other models than the report's do not count."""
+    labels = [model.label for model in result.models]
+    ours = [vote for vote in votes if vote.model in labels and vote.other in labels]
+    seed = int(result.settings.get("seed", 0))
+    return replace(result, judging=summarized(ours, labels, seed=seed) if ours else None)
 
 
 def _comparisons(entries: Sequence[dict[str, Any]]) -> tuple[Comparison, ...]:

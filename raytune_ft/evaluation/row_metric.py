@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.metric_names import EvaluationMetric
 
 Columns = Mapping[str, NDArray[np.float64]]
 """Per name one number a row, or, summed over rows, one number a sample."""

@@ -15,7 +15,8 @@ from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import ROLES, Message, Record
 from raytune_ft.core.storage import Location, source_digest
 
-_COLUMNS = ("messages", "text", "reference", "tools", "metadata")
+COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices")
+"""Columns of a file that a record is made of."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ def read_rows(dataset_path: str, split: str, max_rows: int | None = None) -> Eva
         raise DataError(f"{location}: there is no such dataset")
     if has_manifest(location) or (location / CLAIM).exists():
         artifact = open_artifact(location, ArtifactKind.DATASET)
-        files, parent = _split_files(location, sorted(artifact.manifest.files), split), artifact.as_parent("dataset")
+        files, parent = split_files(location, sorted(artifact.manifest.files), split), artifact.as_parent("dataset")
         taken: str | None = split
     elif location.is_file():
         files, taken = [location], None
         parent = Parent(role="dataset", where=str(location), digest=source_digest(location))
     else:
-        files, taken = _split_files(location, list(location.files()), split), split
+        files, taken = split_files(location, list(location.files()), split), split
         parent = Parent(role="dataset", where=str(location), digest="-".join(source_digest(file) for file in files))
     records: list[Record] = []
     for file in files:
@@ -63,8 +64,10 @@ def read_rows(dataset_path: str, split: str, max_rows: int | None = None) -> Eva
     return EvaluationRows(tuple(records[:max_rows]), taken, parent)
 
 
-def check_rows(rows: EvaluationRows, *, needs_answers: bool) -> None:
-    """Refuses rows that cannot be measured: none may lack a reference, nor, if answers are needed, a prompt.
+def check_rows(
+    rows: EvaluationRows, *, needs_answers: bool, needs_references: bool = True, needs_choices: bool = False
+) -> None:
+    """Refuses rows that cannot be measured: none may lack a reference, a prompt or choices, where they are needed.
 
     Raises:
         DataError: with how many rows lack what, and the first of them.
@@ -76,12 +79,18 @@ def check_rows(rows: EvaluationRows, *, needs_answers: bool) -> None:
             "be measured on it"
         )
     missing = [not text and not (record.answer or "").strip() for text, record in zip(texts, rows.records, strict=True)]
-    if any(missing):
+    if needs_references and any(missing):
         raise DataError(
             f"{rows.parent.where}: {_first(missing)} have no reference: neither a last assistant message nor a "
             "`reference` says what the right answer is"
         )
-    silent = [needs_answers and not record.prompt for record in rows.records]
+    unchosen = [needs_choices and not record.metadata.get("choices") for record in rows.records]
+    if any(unchosen):
+        raise DataError(
+            f"{rows.parent.where}: {_first(unchosen)} have no `choices`: give each row the answers to choose from, or "
+            "leave the metrics of choices out"
+        )
+    silent = [(needs_answers or needs_choices) and not record.prompt for record in rows.records]
     if any(silent):
         raise DataError(f"{rows.parent.where}: {_first(silent)} have no prompt: nothing comes before the answer")
 
@@ -106,7 +115,12 @@ def _first(marks: Sequence[bool]) -> str:
     return f"{sum(marks)} of {len(marks)} rows (the first is row {list(marks).index(True) + 1})"
 
 
-def _split_files(folder: Location, names: Sequence[str], split: str) -> list[Location]:
+def split_files(folder: Location, names: Sequence[str], split: str) -> list[Location]:
+    """The files of a split among the names in a folder.
+
+    Raises:
+        DataError: if there are none.
+    """
     kept = [name for name in names if name.endswith((".parquet", ".jsonl"))]
     splits: dict[str, list[Location]] = {}
     for name in kept:
@@ -135,11 +149,11 @@ def _read_parquet(file: Location) -> list[Record]:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)
-            columns = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
+            columns = [name for name in COLUMNS if name in parquet.schema_arrow.names]
             rows = parquet.read(columns=columns).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as Parquet ({error})") from None
-    return [_record(row, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
+    return [record_of(row, f"{file}, row {number}") for number, row in enumerate(rows, 1)]
 
 
 def _line(line: str, where: str) -> Record:
@@ -147,10 +161,15 @@ def _line(line: str, where: str) -> Record:
         row = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: is not valid JSON ({error})") from None
-    return _record(row, where)
+    return record_of(row, where)
 
 
-def _record(row: Any, where: str) -> Record:
+def record_of(row: Any, where: str) -> Record:
+    """A row of a file as a record.
+
+    Raises:
+        DataError: naming `where` and what is wrong.
+    """
     if not isinstance(row, dict) or not any(row.get(name) for name in ("messages", "text")):
         raise DataError(f"{where}: has neither `messages` nor `text`; run `raytune-ft prepare` on other formats first")
     text, reference, turns = row.get("text"), row.get("reference"), row.get("messages") or []
@@ -161,6 +180,8 @@ def _record(row: Any, where: str) -> Record:
         raise DataError(f"{where}: `messages` must be a list of messages (got {turns!r})")
     messages = tuple(_message(turn, where) for turn in turns)
     tools, metadata = _json_text(row.get("tools")), _metadata(row.get("metadata"), where)
+    if row.get("choices") is not None:
+        metadata = {**metadata, "choices": _choices(row["choices"], where)}
     return Record(messages=messages, text=text, reference=reference, tools=tools, metadata=metadata)
 
 
@@ -184,6 +205,12 @@ def _metadata(value: Any, where: str) -> dict[str, Any]:
     if found is not None and not isinstance(found, dict):
         raise DataError(f"{where}: `metadata` must be a mapping of fields (got {value!r:.60})")
     return found or {}
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(choice, str) for choice in value):
+        raise DataError(f"{where}: `choices` must be a list of two texts or more (got {value!r:.60})")
+    return value
 
 
 def _json_text(value: Any) -> str | None:

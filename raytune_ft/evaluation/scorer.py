@@ -1,129 +1,243 @@
-"""One copy of a model that takes tables of rows and gives tables of answers and likelihoods."""
+"""What answers for targets: one loaded base with its adapters, or an endpoint; records in, measured rows out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
-import pyarrow as pa
-
-from raytune_ft.core import errors
 from raytune_ft.core.cluster import usable_cpus
 from raytune_ft.core.errors import DataError, RaytuneError
-from raytune_ft.core.records import Message, Record, table_to_records
-from raytune_ft.evaluation.config import EvaluationMetric, MeasureConfig
+from raytune_ft.core.records import Message, Record
+from raytune_ft.evaluation.endpoint import EndpointClient, Reply, Request
+from raytune_ft.evaluation.kept import Row
+from raytune_ft.evaluation.workload import Target, Workload
 from raytune_ft.models.chat import Chat, Encoded, encode_record
+from raytune_ft.models.config import TrainOn
 
-MEASURED_SCHEMA = pa.schema(
-    [
-        ("position", pa.int64()),
-        ("answer", pa.string()),
-        ("finish_reason", pa.string()),
-        ("answer_tokens", pa.int64()),
-        ("nll", pa.float64()),
-        ("tokens", pa.int64()),
-    ]
-)
-"""One row a record; `position` says which. What was not asked for is null."""
+OnRows = Callable[[list[Row]], None]
+"""Told measured rows as they are done; a row with ``error`` has no answer."""
+
+_RECORDS_AT_ONCE = 128
+"""Records whose likelihoods are computed between two times that rows are kept."""
+
+
+class Scorer(Protocol):
+    """Measures records for its targets."""
+
+    def measure(self, label: str, records: Sequence[Record], on_rows: OnRows) -> None:
+        """Measures records for one of the targets."""
+
+
+def load_scorer(targets: Sequence[Target], work: Workload, *, threads: int = 1, concurrency: int = 1) -> Scorer:
+    """The scorer of targets that `workload.grouped` put together.
+
+    Raises:
+        ModelError: if a model cannot be loaded.
+    """
+    if targets[0].is_endpoint:
+        return EndpointScorer(targets[0], work, concurrency=concurrency)
+    return ModelScorer(targets, work, threads)
 
 
 class ModelScorer:
-    """Loads a model once and measures tables of records with it; a Ray actor holds one."""
+    """A base loaded once, with the adapters of its targets upon it."""
 
-    def __init__(self, path: str, config: MeasureConfig, threads: int) -> None:
+    def __init__(self, targets: Sequence[Target], work: Workload, threads: int) -> None:
         import torch
 
-        from raytune_ft.models.loading import load_model
+        from raytune_ft.models.scoring import check_vocabulary
 
         # An actor that holds one CPU starts with one thread.
         torch.set_num_threads(max(1, min(threads, usable_cpus())))
-        self.config = config
-        self.fault: RaytuneError | None = None
-        try:
-            self.loaded = load_model(path, precision=config.precision)
-        except RaytuneError as error:
-            self.fault = error  # raised with the first rows: what an actor's constructor raises reaches nobody whole
+        # bitsandbytes' int8 layers warn at each call that they cast their input to fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        self.work = work
+        self._adapters: dict[str, str | None] = {}
+        self.loaded, self._chats = self._load(targets)
+        check_vocabulary(self.loaded)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """A table of `RECORD_SCHEMA` to one of `MEASURED_SCHEMA`.
+    def _load(self, targets: Sequence[Target]) -> tuple[Any, dict[str, Chat]]:
+        from raytune_ft.models.combination import load_adapters
+        from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
 
-        Raises:
-            ModelError: if the model could not be loaded.
-            DataError: if a row does not fit the model.
-        """
-        if self.fault is not None:
-            raise self.fault
-        records = table_to_records(table)
-        empty = [None] * len(records)
-        columns: dict[str, Sequence[Any]] = dict.fromkeys(MEASURED_SCHEMA.names, empty)
-        columns["position"] = table["position"].to_pylist()
-        if any(metric.needs_answers for metric in self.config.metrics):
-            columns |= self._answers(records)
-        if EvaluationMetric.PERPLEXITY in self.config.metrics:
-            columns |= self._likelihoods(records)
-        return pa.table({name: columns[name] for name in MEASURED_SCHEMA.names}, schema=MEASURED_SCHEMA)
+        if len(targets) == 1:
+            loaded = load_model(targets[0].path, precision=self.work.precision)
+            return loaded, {targets[0].label: loaded.chat}
+        paths = {}
+        for number, target in enumerate(targets):
+            name = f"target{number}" if resolve_model(target.path).adapter else None
+            self._adapters[target.label] = name
+            if name is not None:
+                paths[name] = target.path
+        chats = {target.label: Chat(load_tokenizer(target.path)) for target in targets}
+        return load_adapters(paths, precision=self.work.precision), chats
 
-    def _answers(self, records: Sequence[Record]) -> dict[str, Sequence[Any]]:
-        from raytune_ft.models.generation import generate
+    @contextmanager
+    def chosen(self, label: str) -> Iterator[Any]:
+        """The loaded model as this target is: its adapter, or none, upon the base, and its own chat template."""
+        chat = self._chats[label]
+        loaded = replace(self.loaded, tokenizer=chat.tokenizer, chat=chat)
+        if label not in self._adapters:
+            yield loaded
+        elif (name := self._adapters[label]) is not None:
+            self.loaded.model.set_adapter(name)
+            yield loaded
+        else:
+            with self.loaded.model.disable_adapter():
+                yield loaded
 
-        prompts = [self.loaded.chat.prompt_ids(record.prompt) for record in records]
-        completions = generate(self.loaded, prompts, self.config.decoding)
-        return {
-            "answer": [completion.text for completion in completions],
-            "finish_reason": [completion.finish_reason for completion in completions],
-            "answer_tokens": [len(completion.token_ids) for completion in completions],
-        }
+    def measure(self, label: str, records: Sequence[Record], on_rows: OnRows) -> None:
+        """Measures records; likelihoods first, then each answer as it ends."""
+        with self.chosen(label) as loaded:
+            ready: list[tuple[Record, Row, list[int]]] = []
+            for start in range(0, len(records), _RECORDS_AT_ONCE):
+                part = _Part(loaded, self.work, records[start : start + _RECORDS_AT_ONCE])
+                if part.failed:
+                    on_rows(part.failed)
+                done = [row for _, row, prompt in part.ready if not prompt]
+                if done:
+                    on_rows(done)
+                ready += [waiting for waiting in part.ready if waiting[2]]
+            if ready:
+                self._answer(loaded, ready, on_rows)
 
-    def _likelihoods(self, records: Sequence[Record]) -> dict[str, Sequence[Any]]:
+    def _answer(self, loaded: Any, ready: list[tuple[Record, Row, list[int]]], on_rows: OnRows) -> None:
+        from raytune_ft.models.generation import Completion, generate, row_seed
+
+        def told(found: Any) -> None:
+            done = []
+            for number, completion in found.items():
+                assert isinstance(completion, Completion)
+                answered = Reply(completion.text, completion.finish_reason, len(completion.token_ids))
+                done.append(_answered(ready[number][0], ready[number][1], answered, self.work))
+            on_rows(done)
+
+        seeds = [row_seed(self.work.decoding.seed, record.id) for record, _, _ in ready]
+        generate(loaded, [prompt for _, _, prompt in ready], self.work.decoding, seeds=seeds, on_answers=told)
+
+
+class _Part:
+    """Some records with their likelihoods and prompts (raw text has none); those that do not fit the model apart."""
+
+    def __init__(self, loaded: Any, work: Workload, records: Sequence[Record]) -> None:
+        self.ready: list[tuple[Record, Row, list[int]]] = []
+        self.failed: list[Row] = []
+        scored: list[Encoded] = []
+        for record in records:
+            row = _blank(record)
+            try:
+                prompt = _prompt_ids(loaded, record) if work.answers and record.messages else []
+                scored += _rows_to_score(loaded.chat, record, work)
+            except DataError as error:
+                self.failed.append({**row, "error": str(error), "fault": type(error).__name__})
+            else:
+                self.ready.append((record, row, prompt))
+        if scored:
+            self._score(loaded, work, scored)
+
+    def _score(self, loaded: Any, work: Workload, scored: list[Encoded]) -> None:
         from raytune_ft.models.scoring import sequence_scores
 
-        rows = [_scored_row(self.loaded.chat, record) for record in records]
-        longest = getattr(self.loaded.model.config, "max_position_embeddings", None)
-        for record, row in zip(records, rows, strict=True):
-            if longest is not None and len(row.input_ids) > longest:
-                raise DataError(
-                    f"row {record.position + 1} has {len(row.input_ids)} tokens, more than the {longest} that the "
-                    "model takes, so it has no perplexity; leave long rows out or split them"
-                )
-        scores = sequence_scores(self.loaded, rows)
-        return {"nll": [score.nll for score in scores], "tokens": [score.tokens for score in scores]}
+        scores = iter(sequence_scores(loaded, scored))
+        for record, row, _ in self.ready:
+            if work.likelihoods:
+                score = next(scores)
+                row |= {"nll": score.nll, "tokens": score.tokens, "windows": score.windows}
+                row["bytes"] = supervised_bytes(record)
+            if work.choices:
+                found = [(choice, next(scores)) for choice in choices_of(record)]
+                row["choices"] = [
+                    {"text": choice, "nll": score.nll, "bytes": len(choice.encode())} for choice, score in found
+                ]
 
 
-class ScorerActor:
-    """A `ModelScorer` as Ray Data's actors hold it: its faults come back as a row, not as an exception.
+class EndpointScorer:
+    """A served model: only its answers can be had."""
 
-    An exception would leave Ray Data in the middle of its work: a wall of its traceback on the screen, and its actors
-    holding their CPUs for as long as anything remembers the exception.
-    """
+    def __init__(self, target: Target, work: Workload, *, concurrency: int) -> None:
+        self.work = work
+        self.client = EndpointClient(target.path, work.endpoint, work.decoding, concurrency=concurrency)
 
-    def __init__(self, path: str, config: MeasureConfig, threads: int) -> None:
-        self.scorer = ModelScorer(path, config, threads)
+    def measure(self, label: str, records: Sequence[Record], on_rows: OnRows) -> None:
+        """Asks for every record's answer."""
+        from raytune_ft.models.generation import row_seed
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """As `ModelScorer`, or one row that `fault_in` reads."""
-        try:
-            return self.scorer(table)
-        except RaytuneError as error:
-            words = json.dumps([type(error).__name__, str(error)])
-            return pa.Table.from_pylist([{"position": FAULT, "answer": words}], schema=MEASURED_SCHEMA)
+        seed = self.work.decoding.seed
+        requests = [Request(record.prompt, record.tools, row_seed(seed, record.id)) for record in records]
 
+        def told(number: int, reply: Reply) -> None:
+            on_rows([_answered(records[number], _blank(records[number]), reply, self.work)])
 
-FAULT = -1
-"""Position of a row that holds a fault instead of an answer."""
+        self.client.ask(requests, told)
 
 
-def fault_in(row: dict[str, Any]) -> RaytuneError | None:
-    """The error that a row of `ScorerActor` tells of; None for a measured row."""
-    if row["position"] != FAULT:
-        return None
-    name, message = json.loads(row["answer"])
-    return getattr(errors, name)(message)  # type: ignore[no-any-return]
+def choices_of(record: Record) -> list[str]:
+    """The answers that a record lets choose from: ``choices`` of its metadata; empty if it has none."""
+    found = record.metadata.get("choices")
+    return [str(choice) for choice in found] if isinstance(found, list | tuple) else []
 
 
-def _scored_row(chat: Chat, record: Record) -> Encoded:
-    """Tokens of a record with the last assistant turn, or the reference in its place, supervised."""
+def supervised_bytes(record: Record) -> int:
+    """Bytes (UTF-8) of the text whose tokens `encode_record` supervises; tokens that end a turn have none."""
+    if not record.messages:
+        return len((record.text or "").encode())
+    answers = [turn.content for turn in with_reference(record).messages if turn.role == "assistant"]
+    spans = record.metadata.get("supervised_spans")
+    if spans is not None and answers:
+        answers = [answers[-1][start:end] for start, end in spans]
+    return sum(len(answer.encode()) for answer in answers)
+
+
+def with_reference(record: Record) -> Record:
+    """The record with its reference as the last assistant turn, where it has none."""
     if record.messages and record.messages[-1].role != "assistant" and record.reference is not None:
-        record = replace(record, messages=(*record.messages, Message("assistant", record.reference)))
-    return encode_record(chat, record)
+        return replace(record, messages=(*record.messages, Message("assistant", record.reference)))
+    return record
+
+
+def _rows_to_score(chat: Chat, record: Record, work: Workload) -> list[Encoded]:
+    """Tokens with supervised marks of the reference, then of each choice in its place."""
+    rows = [encode_record(chat, with_reference(record))] if work.likelihoods else []
+    if work.choices:
+        for choice in choices_of(record):
+            chosen = Record(messages=(*record.prompt, Message("assistant", choice)), tools=record.tools)
+            rows.append(encode_record(chat, chosen, TrainOn.LAST_ASSISTANT_TURN))
+    return rows
+
+
+def _prompt_ids(loaded: Any, record: Record) -> list[int]:
+    from raytune_ft.models.scoring import context_tokens
+
+    ids: list[int] = loaded.chat.prompt_ids(record.prompt, tools=record.tools)
+    context = context_tokens(loaded.model)
+    if context is not None and len(ids) >= context:
+        raise DataError(
+            f"its prompt has {len(ids)} tokens, and the model takes {context} together with the answer; shorten it, or "
+            "leave the row out"
+        )
+    return ids
+
+
+def _blank(record: Record) -> Row:
+    return {"position": record.position, "id": record.id}
+
+
+def _answered(record: Record, row: Row, reply: Reply, work: Workload) -> Row:
+    kept: Row = {}
+    if work.keeps_prompt:
+        turns = [{key: value for key, value in vars(turn).items() if value is not None} for turn in record.prompt]
+        kept = {"messages": turns, "metadata": dict(record.metadata)}
+    if reply.error is not None:
+        return {**row, **kept, "error": reply.error, "fault": RaytuneError.__name__, "attempts": reply.attempts}
+    if work.keeps_prompt:
+        kept["messages"].append({"role": "assistant", "content": reply.answer})
+    return {
+        **row,
+        **kept,
+        "answer": reply.answer,
+        "finish_reason": reply.finish_reason,
+        "answer_tokens": reply.answer_tokens,
+    }

@@ -186,7 +186,8 @@ def windows_of(row: Encoded, context: int | None) -> list[Encoded]:
     if context is None or length <= context:
         return [row]
     stride = max(1, context // 2)
-    found, scored = [], 0
+    found: list[Encoded] = []
+    scored = 0
     while scored < length:
         end = min(length, scored + stride if scored else context)
         start = max(0, end - context)

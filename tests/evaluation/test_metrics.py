@@ -8,9 +8,9 @@ import math
 import evaluate
 import pytest
 
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.metrics import METRICS
+from raytune_ft.evaluation.metrics import METRICS, make_metric
 
 ANSWERS = [
     "the cat sat on the mat",
@@ -34,9 +34,19 @@ def test_every_metric_of_the_settings_is_an_evaluate_metric() -> None:
 
 
 def test_the_headline_of_every_metric_is_among_its_values() -> None:
-    rows = {"predictions": ['{"a": 1}'], "references": ['{"a": 1}'], "nll": [1.0], "tokens": [2]}
-    for name, kind in METRICS.items():
-        metric = kind()
+    same = '{"a": 1}'
+    choices = [{"text": same, "nll": 0.0, "bytes": 8}, {"text": "no", "nll": 50.0, "bytes": 2}]
+    rows = {
+        "predictions": [same],
+        "references": [same],
+        "nll": [1.0],
+        "tokens": [2],
+        "bytes": [3],
+        "choices": [choices],
+    }
+    settings = {"json_schema": {"type": "object"}, "custom_functions": {"same": "operator:eq"}}
+    for name in METRICS:
+        metric = make_metric(name, settings)
         found = metric.compute(**{key: rows[key] for key in metric.features})
         assert name.facts.headline in found
         if name.facts.best is not None and name is not EvaluationMetric.BLEU:  # one word is too short for a BLEU of 100
@@ -45,14 +55,18 @@ def test_the_headline_of_every_metric_is_among_its_values() -> None:
 
 def test_perplexity_weighs_tokens_not_rows() -> None:
     # 3 nats over 1 token and 1 nat over 9: exp(4 / 10), not the mean of exp(3) and exp(1 / 9).
-    found = METRICS[EvaluationMetric.PERPLEXITY]().compute(nll=[3.0, 1.0], tokens=[1, 9])
-    assert found == {"perplexity": pytest.approx(math.exp(0.4), rel=1e-15), "nll_per_token": pytest.approx(0.4)}
+    found = METRICS[EvaluationMetric.PERPLEXITY]().compute(nll=[3.0, 1.0], tokens=[1, 9], bytes=[6, 10])
+    assert found == {
+        "perplexity": pytest.approx(math.exp(0.4), rel=1e-15),
+        "nll_per_token": pytest.approx(0.4),
+        "bits_per_byte": pytest.approx(4 / 16 / math.log(2)),
+    }
 
 
 @pytest.mark.parametrize(("nll", "tokens"), [(float("nan"), 3), (float("inf"), 3), (1.0, 0)])
 def test_a_row_without_a_finite_score_is_refused(nll: float, tokens: int) -> None:
     with pytest.raises(DataError, match="1 of 2 rows have no finite score; row 2"):
-        METRICS[EvaluationMetric.PERPLEXITY]().compute(nll=[1.0, nll], tokens=[1, tokens])
+        METRICS[EvaluationMetric.PERPLEXITY]().compute(nll=[1.0, nll], tokens=[1, tokens], bytes=[4, 4])
 
 
 def test_accuracy_strips_blanks_and_equals_sklearn() -> None:
@@ -81,6 +95,7 @@ def test_token_f1_by_hand() -> None:
     assert found["f1_precision"] == pytest.approx((3 / 4 + 2 / 4) / 2)
     assert found["f1_recall"] == pytest.approx((3 / 4 + 1) / 2)
     assert found["f1"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert found["f1_micro"] == pytest.approx(2 * (3 + 2) / (4 + 4 + 4 + 2))
 
 
 def test_field_f1_by_hand() -> None:
@@ -96,6 +111,8 @@ def test_field_f1_by_hand() -> None:
     assert found["field_f1"] == pytest.approx(3 / 5)
     assert found["field_accuracy.name"] == pytest.approx(2 / 3)
     assert found["field_accuracy.n"] == pytest.approx(1 / 2)
+    # name: 2 right, said twice, wanted 3 times; n: 1 right, said twice, wanted twice.
+    assert found["field_f1_macro"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 4) / 2)
 
 
 def test_field_f1_equals_sklearn_on_the_pairs() -> None:
@@ -163,3 +180,155 @@ def test_a_metric_that_does_not_fit_is_refused_with_the_reason(
 def test_no_rows_are_refused() -> None:
     with pytest.raises(DataError, match="there are no rows to measure"):
         METRICS[EvaluationMetric.ACCURACY]().compute(predictions=[], references=[])
+
+
+def compute(name: str, predictions: list[str], references: list[str], **settings: object) -> dict[str, float]:
+    return make_metric(EvaluationMetric(name), settings).compute(predictions=predictions, references=references)
+
+
+def test_chrf_equals_sacrebleu_over_the_corpus_and_row_by_row() -> None:
+    from sacrebleu.metrics import CHRF
+
+    found = compute("chrf", ANSWERS, REFERENCES)
+    assert found == {"chrf": CHRF().corpus_score(ANSWERS, [REFERENCES]).score}
+    metric = make_metric(EvaluationMetric.CHRF, {})
+    alone = metric.row_scores(metric.columns(predictions=ANSWERS, references=REFERENCES))
+    assert alone.tolist() == [CHRF().sentence_score(a, [r]).score for a, r in zip(ANSWERS, REFERENCES, strict=True)]
+
+
+def test_label_f1_equals_sklearn_over_the_labels_of_the_references() -> None:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    references = ["cat", "dog", "cat", "bird", "dog", "cat"]
+    predictions = ["cat", "cat ", "dog", "no idea", "dog", "cat"]
+    found = compute("label_f1", predictions, references)
+    stripped, labels = [text.strip() for text in predictions], ["bird", "cat", "dog"]
+    for average in ("macro", "micro"):
+        expected = precision_recall_fscore_support(
+            references, stripped, labels=labels, average=average, zero_division=0
+        )
+        names = (f"label_precision_{average}", f"label_recall_{average}", f"label_f1_{average}")
+        assert [found[name] for name in names] == pytest.approx(expected[:3], rel=1e-15)
+    each = precision_recall_fscore_support(references, stripped, labels=labels, average=None, zero_division=0)[2]
+    assert [found[f"label_f1.{label}"] for label in labels] == each.tolist()
+
+
+def test_label_f1_is_refused_where_references_are_no_labels() -> None:
+    with pytest.raises(DataError, match="it counts labels, but 60 of 60 references differ"):
+        compute("label_f1", ["x"] * 60, [f"answer {n}" for n in range(60)])
+
+
+def test_set_f1_equals_sklearn_whatever_the_order_and_the_way_of_listing() -> None:
+    from sklearn.metrics import f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    references = ['["a", "b"]', "x, y, z", "- one\n- two"]
+    predictions = ['["b", "c", "b"]', "Z; x", "1. two"]
+    sets = [[{"a", "b"}, {"x", "y", "z"}, {"one", "two"}], [{"b", "c"}, {"z", "x"}, {"two"}]]
+    found = compute("set_f1", predictions, references)
+    binarizer = MultiLabelBinarizer().fit(sets[0] + sets[1])
+    truth, said = (binarizer.transform(part) for part in sets)
+    assert found["set_f1"] == pytest.approx(f1_score(truth, said, average="micro"), rel=1e-15)
+    assert found["set_f1_rows"] == pytest.approx(f1_score(truth, said, average="samples"), rel=1e-15)
+
+
+def choices(*nll: float, texts: str = "abc") -> list[dict[str, object]]:
+    return [{"text": text, "nll": value, "bytes": 1} for text, value in zip(texts, nll, strict=False)]
+
+
+def test_the_likeliest_choice_counts_and_longer_ones_get_their_bytes() -> None:
+    rows = [choices(1.0, 2.0), choices(2.0, 1.0), [{**choices(1.0)[0]}, {"text": "long", "nll": 3.0, "bytes": 4}]]
+    found = METRICS[EvaluationMetric.CHOICE_ACCURACY]().compute(choices=rows, references=["a", "a", "long"])
+    # Row 3: 1 nat against 3, but 1 per byte against 0.75.
+    assert found == {"choice_accuracy": pytest.approx(1 / 3), "choice_accuracy_per_byte": pytest.approx(2 / 3)}
+
+
+def test_calibration_equals_sklearns_curve() -> None:
+    import numpy as np
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import brier_score_loss
+
+    rng = np.random.default_rng(0)
+    rows, references, right, confidence = [], [], [], []
+    for _ in range(200):
+        nll = rng.exponential(2, 3)
+        shares = np.exp(-nll) / np.exp(-nll).sum()
+        best = int(shares.argmax())
+        answer = best if rng.random() < shares[best] * 0.8 else (best + 1) % 3
+        rows.append(choices(*nll))
+        references.append("abc"[answer])
+        right.append(best == answer)
+        confidence.append(shares[best])
+    found = METRICS[EvaluationMetric.CALIBRATION]().compute(choices=rows, references=references)
+    accuracy, mean = calibration_curve(right, confidence, n_bins=10, strategy="uniform")
+    counts = np.histogram(confidence, np.linspace(0, 1, 11))[0]
+    assert found["ece"] == pytest.approx(float((counts[counts > 0] / 200 * abs(accuracy - mean)).sum()), rel=1e-12)
+    assert found["brier"] == pytest.approx(brier_score_loss(right, confidence), rel=1e-12)
+    assert found["ece"] > 0.05
+
+
+def test_a_reference_that_is_no_choice_is_refused() -> None:
+    with pytest.raises(DataError, match=r"the reference of row 2, 'z', is none of its choices \(a, b\)"):
+        METRICS[EvaluationMetric.CHOICE_ACCURACY]().compute(choices=[choices(1, 2)] * 2, references=["a", "z"])
+
+
+def test_extraction_compares_what_it_finds_as_numbers() -> None:
+    references = ["6 * 12 = 72\n#### 72", "#### 1,000", "#### 5", "#### 7"]
+    predictions = ["so 70 + 2\n#### 72.0", "It is\n#### $1000", "the answer is 5", "#### 8\n#### 7"]
+    found = compute("exact_match", predictions, references, extraction="gsm8k")
+    assert found == {"exact_match": 0.5, "exact_match_found": 0.75}
+    assert compute("exact_match", ["It is 4, no, 5."], ["#### 5"], extraction="last_number")["exact_match"] == 1
+    assert compute("accuracy", ["Label: Yes!"], ["label: Yes"], extraction=r"(?i)label: (\w+)")["accuracy"] == 1
+    boxed = compute("exact_match", [r"\boxed{1} or \boxed{\frac{1}{2}}"], [r"\boxed{\frac{1}{2}}"], extraction="boxed")
+    assert boxed["exact_match"] == 1
+
+
+def test_an_extraction_that_a_reference_does_not_have_is_refused() -> None:
+    with pytest.raises(DataError, match="the extraction gsm8k needs an answer in every reference, but the"):
+        compute("exact_match", ["x"], ["seventy-two"], extraction="gsm8k")
+
+
+def test_length_and_repetition_by_hand() -> None:
+    found = compute("length", ["one two three", "a"], ["one two", "a b c d"])
+    # |3 - 2| / 2 and |1 - 4| / 4.
+    assert found["length_error"] == pytest.approx((0.5 + 0.75) / 2)
+    assert found["length_words"] == 2
+    assert found["length_ratio"] == pytest.approx(4 / 6)
+    repeated = make_metric(EvaluationMetric.REPETITION, {}).compute(predictions=["a b c d a b c d", "short"])
+    # abcd bcda cdab dabc abcd: one of five stood there before.
+    assert repeated == {"repetition": pytest.approx(0.2 / 2)}
+
+
+def test_a_schema_accepts_or_refuses_answers_as_jsonschema_does() -> None:
+    import jsonschema
+
+    schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
+    answers = [{"n": 1}, {"n": "1"}, {}, {"n": 2, "more": 0}]
+    metric = make_metric(EvaluationMetric.JSON_SCHEMA, {"json_schema": schema})
+    expected = [jsonschema.Draft202012Validator(schema).is_valid(answer) for answer in answers]
+    found = metric.compute(predictions=[*map(json.dumps, answers), "no JSON"])
+    assert found == {"json_schema": pytest.approx(sum(expected) / 5)}
+    with pytest.raises(DataError, match="its schema accepts no such reference"):
+        metric.check(['{"n": 1}', '{"n": null}'])
+    with pytest.raises(ConfigError, match="is not a JSON schema"):
+        make_metric(EvaluationMetric.JSON_SCHEMA, {"json_schema": {"type": 5}})
+
+
+def test_functions_of_the_user_score_answers() -> None:
+    functions = {"same": "operator:eq", "starts": "fnmatch:fnmatch"}
+    found = compute("custom", ["abc", "x"], ["a*", "x"], custom_functions=functions)
+    assert found == {"custom": 0.5, "custom.same": 0.5, "custom.starts": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("nowhere:f", "cannot be imported"), ("math:pi", "is not a function"), ("operator:nothing", "cannot be imported")],
+)
+def test_a_function_that_is_none_is_refused(function: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_metric(EvaluationMetric.CUSTOM, {"custom_functions": {"f": function}})
+
+
+def test_a_function_that_fails_is_told_with_the_answer() -> None:
+    with pytest.raises(DataError, match="custom: f raised TypeError"):
+        compute("custom", ["abc"], ["a"], custom_functions={"f": "operator:truediv"})

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +17,8 @@ from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ConfigError, DataError, ModelError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import run
-from raytune_ft.evaluation.config import EvaluationConfig
-from raytune_ft.evaluation.results import Answer
-from raytune_ft.evaluation.rows import EvaluationRows
+from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig
+from raytune_ft.evaluation.results import read_result
 from raytune_ft.evaluation.run import ModelEvaluator, compare_models, generate_evaluation_report
 from raytune_ft.models.config import DecodingConfig
 
@@ -113,40 +115,97 @@ def test_any_number_of_actors_gives_the_same_answers(
     assert Path(path).read_text().startswith("# Comparison of tiny and adapter")
 
 
-def test_finished_work_is_found_and_a_second_attempt_keeps_the_answers_of_the_first(
-    tiny_model: Path, adapter: Path, test_file: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.ray
+def test_an_endpoint_that_fails_stops_the_report_and_the_next_attempt_asks_only_for_what_is_missing(
+    ray_cluster: object, tiny_model: Path, test_file: Path, server: Any
 ) -> None:
-    computed: list[str] = []
+    def flaky(text: str, times: int) -> tuple[int, object]:
+        return (200, "<html>") if server.down and text.startswith("order 3") else (200, server.completion(text))
 
-    def failing_once(config: EvaluationConfig, label: str, path: str, rows: EvaluationRows) -> tuple[Answer, ...]:
-        computed.append(label)
-        if computed == ["base", "tuned"]:
-            raise RunError("the node went away")
-        return tuple(
-            Answer(record.id, "?", record.answer, nll=2.0 + len(computed), tokens=1) for record in rows.records
-        )
-
-    monkeypatch.setattr(run, "_answers", failing_once)
-    config = settings(
-        tiny_model, test_file, metrics=["perplexity"], model_path=str(adapter), base_model_path=str(tiny_model)
+    server.down, server.behaviour = True, flaky
+    folder = test_file.parent / "report"
+    config = ComparisonConfig(
+        model_paths=(str(tiny_model), server.url),
+        dataset_path=str(test_file),
+        metrics=("accuracy",),
+        output_dir=str(folder),
+        decoding=DecodingConfig(max_new_tokens=4),
+        endpoint={"max_retries": 1, "backoff_s": 0.01},
     )
-    with pytest.raises(RunError, match="the node went away"):
-        run.evaluate(config)
-    artifact = run.evaluate(config)
-    assert computed == ["base", "tuned", "tuned"]
-    assert [failure.message for failure in artifact.manifest.failures] == ["the node went away"]
-    assert artifact.numbers["base"]["perplexity"] == pytest.approx(math.exp(3))
-    assert run.evaluate(config.with_overrides(num_actors=1)).digest == artifact.digest
-    assert len(computed) == 3
+    with pytest.raises(RunError, match=r"1 of 9 rows have no answer of v1; the first is row 4: answered with"):
+        run.compare(config)
+    # What is kept of the first attempt is taken as it is: a changed word in it comes out in the report.
+    for piece in (folder / "pieces" / "answered" / "tiny").rglob("*.jsonl"):
+        lines = [json.loads(line) for line in piece.read_text().splitlines()]
+        piece.write_text("".join(json.dumps({**row, "answer": "kept"}) + "\n" for row in lines))
+    server.down, before = False, sum(server.asked.values())
+    result = read_result(run.compare(config))
+    assert {answer.answer for answer in result["tiny"].answers} == {"kept"}
+    assert [answer.answer for answer in result["v1"].answers] == [row["messages"][0]["content"] for row in ROWS]
+    assert sum(server.asked.values()) == before + 1
+    assert not (folder / "pieces").exists()
+    assert [failure.error for failure in open_artifact(folder).manifest.failures] == ["RunError"]
+    assert run.compare(config.with_overrides(num_actors=1)).location.uri == str(folder)  # found finished
+
+
+@pytest.mark.ray
+def test_rows_without_an_answer_may_be_left_out_and_are_told(ray_cluster: object, test_file: Path, server: Any) -> None:
+    server.behaviour = lambda text, times: (400 if text.startswith("order 3") else 200, server.completion("x"))
+    config = EvaluationConfig(
+        model_path=f"{server.url}#tiny",
+        dataset_path=str(test_file),
+        metrics=("accuracy",),
+        output_dir=str(test_file.parent / "report"),
+        max_unanswered=1,
+    )
+    result = read_result(run.evaluate(config))
+    assert (result.dataset["rows"], result.dataset["unanswered"], len(result.model.answers)) == (8, 1, 8)
+    assert result.notes[0].startswith("1 rows have no answer of model and are left out of every value; the first is")
+
+
+def test_likelihoods_are_not_asked_of_an_endpoint(test_file: Path) -> None:
+    with pytest.raises(ConfigError, match="perplexity need likelihoods of given texts, and an endpoint"):
+        run.evaluate(settings(test_file, test_file, model_path="http://127.0.0.1:9/v1"))
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_a_killed_actor_is_replaced_and_its_kept_rows_are_not_computed_again(
+    ray_cluster: object, tiny_model: Path, test_file: Path
+) -> None:
+    import threading
+
+    from ray.util.state import list_actors
+
+    rows = [{**row, "messages": [{"role": "user", "content": f"{n} fox"}, row["messages"][1]]}
+            for n, row in enumerate(ROWS * 60)]  # fmt: skip
+    test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = settings(tiny_model, test_file, metrics=["accuracy"], decoding={"max_new_tokens": 300}, num_actors=1)
+    found: list[object] = []
+    work = threading.Thread(target=lambda: found.append(run.evaluate(config)))
+    work.start()
+    pieces = test_file.parent / "report" / "pieces"
+    deadline = time.monotonic() + 120
+    while not list(pieces.rglob("*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    kept = {path: path.stat().st_mtime_ns for path in pieces.rglob("*.jsonl")}
+    [actor] = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "ShardActor" in a.class_name]
+    os.kill(actor.pid, signal.SIGKILL)
+    while work.is_alive():
+        assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.exists())
+        work.join(0.5)
+    assert len(found) == 1
+    assert len(read_result(found[0]).model.answers) == len(rows)
 
 
 @pytest.mark.ray
 def test_what_a_worker_refuses_reaches_the_user_as_it_was_said(
     ray_cluster: object, tiny_model: Path, test_file: Path
 ) -> None:
-    test_file.write_text(json.dumps({"text": "fox " * 600}) + "\n")
-    with pytest.raises(DataError, match=r"^row 1 has \d+ tokens, more than the 512") as kept:
-        run.evaluate(settings(tiny_model, test_file, metrics=["perplexity"]))
+    row = {"messages": [{"role": "user", "content": "fox " * 600}, {"role": "assistant", "content": "x"}]}
+    test_file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"^1 of 1 rows have no answer of model; .* its prompt has \d+ tokens") as kept:
+        run.evaluate(settings(tiny_model, test_file, metrics=["accuracy"]))
     import ray
 
     # The fault is still held here, and the actors that it came from hold no CPU any more.

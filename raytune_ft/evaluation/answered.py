@@ -1,0 +1,91 @@
+"""From kept rows to the answers that metrics read, and what is said of rows that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from raytune_ft.core import errors
+from raytune_ft.core.errors import DataError, RunError
+from raytune_ft.core.records import Record
+from raytune_ft.evaluation.kept import KeptRows, Row
+from raytune_ft.evaluation.results import Answer
+from raytune_ft.evaluation.rows import prompt_text, prompt_turns
+
+_FIELDS = ("answer", "finish_reason", "answer_tokens", "nll", "tokens", "bytes", "windows", "choices")
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A row that a model has no answer for, and why."""
+
+    label: str
+    position: int
+    reason: str
+    fault: str = "RaytuneError"
+
+
+def answers_of(
+    records: Sequence[Record], kept: KeptRows, label: str
+) -> tuple[dict[int, Answer], dict[int, Unanswered]]:
+    """What a target did with each record by its place, and what it did not."""
+    there, failed = kept.all_answered(label), kept.all_failed(label)
+    found: dict[int, Answer] = {}
+    missing: dict[int, Unanswered] = {}
+    for place, record in enumerate(records):
+        row = there.get(place)
+        if row is not None and row["id"] == record.id:
+            found[place] = _answer(record, row)
+        else:
+            row = failed.get(place, {})
+            reason = row.get("error", "it came back without an answer")
+            missing[place] = Unanswered(label, place, reason, row.get("fault", "RaytuneError"))
+    return found, missing
+
+
+def refuse_missing(missing: Sequence[Unanswered], rows: int, most: int) -> None:
+    """Stops where more rows than `most` lack an answer.
+
+    Raises:
+        DataError: if rows do not fit a model.
+        RunError: if an endpoint failed.
+    """
+    positions = {row.position for row in missing}
+    if len(positions) <= most:
+        return
+    first = min(missing, key=lambda row: row.position)
+    labels = ", ".join(dict.fromkeys(row.label for row in missing))
+    kind = DataError if getattr(errors, first.fault, None) is DataError else RunError
+    raise kind(
+        f"{len(positions)} of {rows} rows have no answer of {labels}; the first is row {first.position + 1}: "
+        f"{first.reason}. The others are kept: the same command asks for the missing ones only; max_unanswered: "
+        f"{len(positions)} goes on without them."
+    )
+
+
+def missing_notes(missing: Sequence[Unanswered]) -> list[str]:
+    """How many rows each model has no answer for, and the first reason, in words for a report."""
+    notes = []
+    for label in dict.fromkeys(row.label for row in missing):
+        own = [row for row in missing if row.label == label]
+        notes.append(
+            f"{len(own)} rows have no answer of {label} and are left out of every value; the first is row "
+            f"{own[0].position + 1}: {own[0].reason}"
+        )
+    return notes
+
+
+def without(answers: Mapping[int, Answer], left_out: set[int]) -> tuple[Answer, ...]:
+    """The answers in the order of their rows, but for some rows."""
+    return tuple(answer for place, answer in sorted(answers.items()) if place not in left_out)
+
+
+def _answer(record: Record, row: Row) -> Answer:
+    return Answer(
+        id=record.id,
+        prompt=prompt_text(record),
+        reference=record.answer,
+        metadata=dict(record.metadata),
+        turns=prompt_turns(record),
+        **{name: row[name] for name in _FIELDS if name in row},
+    )

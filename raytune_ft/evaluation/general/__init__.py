@@ -1,0 +1,1 @@
+"""Shipped questions and passages, by which forgetting is told."""

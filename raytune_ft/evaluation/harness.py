@@ -1,0 +1,129 @@
+"""Tasks of lm-eval, the harness that others trust, against a local model or an endpoint; its numbers as it gives them.
+
+Biderman et al. 2024, Lessons from the Trenches on Reproducible Evaluation of Language Models.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError, RaytuneError, RunError
+from raytune_ft.evaluation.config import HarnessConfig
+from raytune_ft.evaluation.config_inference import EndpointConfig
+from raytune_ft.evaluation.workload import Target
+from raytune_ft.models.config import Precision
+
+
+def require_harness(config: HarnessConfig) -> None:
+    """Refuses tasks that cannot be run here, before a model is loaded.
+
+    Raises:
+        MissingDependencyError: if lm-eval is not installed.
+        ConfigError: if a task is unknown.
+    """
+    if find_spec("lm_eval") is None:
+        raise MissingDependencyError('harness: lm-eval is not installed: pip install "raytune-ft[lm-eval]"')
+    manager = _manager(config)
+    unknown = [task for task in config.tasks if not manager.match_tasks([task])]
+    if unknown:
+        where = f", nor in {config.include_path}" if config.include_path else ""
+        raise ConfigError(f"harness.tasks: lm-eval has no task {', '.join(unknown)}{where}; see `lm-eval ls tasks`")
+
+
+def run_harness(
+    target: Target, config: HarnessConfig, precision: Precision, endpoint: EndpointConfig
+) -> dict[str, dict[str, float]]:
+    """Every number of every task, by task and lm-eval's own name of the metric.
+
+    Raises:
+        DataError: if a task's data is neither here nor can be fetched.
+        RunError: if lm-eval fails otherwise.
+    """
+    from lm_eval import simple_evaluate
+
+    served = _endpoint_model(target, endpoint) if target.is_endpoint else _local_model(target, config, precision)
+    try:
+        found = simple_evaluate(
+            **served,
+            tasks=list(config.tasks),
+            num_fewshot=config.num_fewshot,
+            limit=config.limit,
+            task_manager=_manager(config),
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
+    except RaytuneError:
+        raise
+    except Exception as error:
+        raise _told(error, config) from error
+    return numbers_of((found or {}).get("results", {}))
+
+
+def numbers_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The numbers in lm-eval's results; ``exact_match,strict-match`` names a metric and its filter of answers."""
+    return {
+        task: {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for task, values in results.items()
+    }
+
+
+def _local_model(target: Target, config: HarnessConfig, precision: Precision) -> dict[str, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    from raytune_ft.models.loading import load_model
+
+    loaded = load_model(target.path, precision=precision)
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=config.batch_size)
+    return {"model": model}
+
+
+def _endpoint_model(target: Target, endpoint: EndpointConfig) -> dict[str, Any]:
+    from raytune_ft.evaluation.endpoint import EndpointClient
+    from raytune_ft.models.config import DecodingConfig
+
+    client = EndpointClient(target.path, endpoint, DecodingConfig(), concurrency=1)
+    os.environ.setdefault("OPENAI_API_KEY", os.environ.get(endpoint.api_key_variable, "none"))
+    arguments = {
+        "model": client.model,
+        "base_url": f"{client.url}/chat/completions",
+        "num_concurrent": endpoint.concurrency,
+        "max_retries": endpoint.max_retries + 1,
+        "timeout": int(endpoint.timeout_s),
+        "tokenized_requests": False,
+    }
+    return {"model": "local-chat-completions", "model_args": arguments, "apply_chat_template": True}
+
+
+def _manager(config: HarnessConfig) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=config.include_path)
+
+
+def _told(error: Exception, config: HarnessConfig) -> RaytuneError:
+    """lm-eval's error in our words: data that cannot be fetched is the user's to place."""
+    seen: BaseException | None = error
+    while seen is not None:
+        kind = f"{type(seen).__module__}.{type(seen).__name__}"
+        if isinstance(seen, ConnectionError | FileNotFoundError) or "DatasetNotFound" in kind or "OfflineMode" in kind:
+            home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+            return DataError(
+                f"harness: the data of {', '.join(config.tasks)} is not on this machine and cannot be fetched "
+                f"({_first_line(seen)}). On a machine with network run `lm-eval run --model dummy --tasks "
+                f"{','.join(config.tasks)} --limit 1` and copy its {home}/hub and {home}/datasets to the same place "
+                "on every node, or give tasks of your own in harness.include_path whose dataset_path is json and "
+                "whose data_files lie here."
+            )
+        seen = seen.__cause__ or seen.__context__
+    return RunError(f"harness: lm-eval failed: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

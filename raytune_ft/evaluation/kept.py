@@ -1,0 +1,81 @@
+"""Answered rows on storage: what is there is never computed again, whoever computed it and with how many actors.
+
+Rows are kept in pieces, one object each, put in one piece; a row is in the piece that is named by the first of its
+rows. Rows that could not be answered are kept apart, to be told, and asked again by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_ft.core.storage import Location
+
+PIECES = "pieces"
+"""The folder of an unfinished run's rows."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of a run, by target and shard."""
+
+    where: Location
+
+    def keep(self, target: str, shard: str, rows: Sequence[Row]) -> None:
+        """Puts rows on storage; all of one shard, none of them there already."""
+        if rows:
+            first = min(row["position"] for row in rows)
+            (self._folder(target, shard) / f"{first:012d}.jsonl").write(_lines(rows))
+
+    def keep_failed(self, target: str, shard: str, first: int, rows: Sequence[Row]) -> None:
+        """Puts rows without an answer on storage, in the place of an earlier attempt at those from `first` on."""
+        where = self.where / "unanswered" / folder_name(target) / shard / f"{first:012d}.jsonl"
+        if rows:
+            where.write(_lines(rows))
+        elif where.exists():
+            where.delete()
+
+    def answered(self, target: str, shard: str) -> dict[int, Row]:
+        """The answered rows of a shard by their position."""
+        return _by_position(self._folder(target, shard))
+
+    def all_answered(self, target: str) -> dict[int, Row]:
+        """The answered rows of every shard by their position."""
+        return _by_position(self.where / "answered" / folder_name(target))
+
+    def all_failed(self, target: str) -> dict[int, Row]:
+        """The rows without an answer by their position; what is answered by now may be among them."""
+        return _by_position(self.where / "unanswered" / folder_name(target))
+
+    def failed(self, target: str, shard: str) -> dict[int, Row]:
+        """The rows of a shard without an answer by their position; what is answered by now may be among them."""
+        return _by_position(self.where / "unanswered" / folder_name(target) / shard)
+
+    def delete(self) -> None:
+        """Removes all of them."""
+        self.where.delete()
+
+    def _folder(self, target: str, shard: str) -> Location:
+        return self.where / "answered" / folder_name(target) / shard
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a file or folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
+
+
+def _by_position(folder: Location) -> dict[int, Row]:
+    rows = (row for name in folder.files() for row in _parsed((folder / name).read()))
+    return {row["position"]: row for row in rows}
+
+
+def _parsed(content: bytes) -> Iterator[Row]:
+    return (json.loads(line) for line in content.decode().split("\n") if line)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

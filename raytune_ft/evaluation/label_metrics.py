@@ -1,0 +1,95 @@
+"""Precision, recall and F1 of labels and of sets of items, as scikit-learn gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_ft.core.errors import DataError
+from raytune_ft.evaluation.answers import listed
+from raytune_ft.evaluation.metric_names import EvaluationMetric
+from raytune_ft.evaluation.row_metric import Columns, RowMetric, Values, ratio
+
+_MOST_LABELS = 50
+
+
+class LabelF1(RowMetric):
+    """Precision, recall and F1 of each label of the references: their means over labels (macro) and over rows (micro).
+
+    An answer that is no label of the references is a miss of its row's label, and nothing else.
+    """
+
+    name_in_settings = EvaluationMetric.LABEL_F1
+
+    def check(self, references: Sequence[str]) -> None:
+        """Refuses references that are hardly labels: more than 50 different ones, most of them once."""
+        different = len({reference.strip() for reference in references})
+        if different > _MOST_LABELS and 2 * different > len(references):
+            raise DataError(
+                f"{self.name_in_settings}: does not fit this data: it counts labels, but {different} of "
+                f"{len(references)} references differ. Leave this metric out, or evaluate on other data."
+            )
+
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """Per label: rows that have it, answers that say it, and both."""
+        given = np.array([text.strip() for text in rows["predictions"]], object)
+        wanted = np.array([text.strip() for text in rows["references"]], object)
+        table: dict[str, NDArray[np.bool_]] = {}
+        for label in sorted(set(wanted)):
+            says, has = given == label, wanted == label
+            table |= {f"given.{label}": says, f"wanted.{label}": has, f"right.{label}": says & has}
+        return {name: column.astype(float) for name, column in table.items()}
+
+    def values(self, sums: Columns) -> Values:
+        """Macro and micro precision, recall and F1, and the F1 of each label."""
+        labels = [name.removeprefix("wanted.") for name in sums if name.startswith("wanted.")]
+        given, wanted, right = (
+            np.stack([sums[f"{kind}.{label}"] for label in labels]) for kind in ("given", "wanted", "right")
+        )
+        each = ratio(2 * right, given + wanted)
+        found = {
+            "label_f1_macro": each.mean(0),
+            "label_precision_macro": ratio(right, given).mean(0),
+            "label_recall_macro": ratio(right, wanted).mean(0),
+            "label_f1_micro": ratio(2 * right.sum(0), (given + wanted).sum(0)),
+            "label_precision_micro": ratio(right.sum(0), given.sum(0)),
+            "label_recall_micro": ratio(right.sum(0), wanted.sum(0)),
+        }
+        return found | {f"label_f1.{label}": each[place] for place, label in enumerate(labels)}
+
+    def row_scores(self, columns: Columns) -> Any:
+        """1 where the row's label is said."""
+        return np.sum([column for name, column in columns.items() if name.startswith("right.")], axis=0)
+
+
+class SetF1(RowMetric):
+    """Precision, recall and F1 of the items that answer and reference list, over all items (micro), and the mean F1 of
+    rows.
+
+    Items are those of a JSON array, else lines, or what commas part; their case, order and repetition do not count.
+    """
+
+    name_in_settings = EvaluationMetric.SET_F1
+
+    def misfit(self, reference: str) -> str | None:
+        """A reference needs items."""
+        return None if listed(reference) else "it compares the items of lists"
+
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """Items shared, given and wanted, and the row's own F1."""
+        both = [(set(listed(a)), set(listed(r))) for a, r in zip(rows["predictions"], rows["references"], strict=True)]
+        shared, given, wanted = np.array([(len(g & w), len(g), len(w)) for g, w in both], float).reshape(-1, 3).T
+        own = ratio(2 * shared, given + wanted)
+        return {"shared": shared, "given": given, "wanted": wanted, "own": own, "rows": np.ones(len(both))}
+
+    def values(self, sums: Columns) -> Values:
+        """`set_f1`, `set_precision`, `set_recall` over all items, and `set_f1_rows`, the mean of rows."""
+        return {
+            "set_f1": ratio(2 * sums["shared"], sums["given"] + sums["wanted"]),
+            "set_precision": ratio(sums["shared"], sums["given"]),
+            "set_recall": ratio(sums["shared"], sums["wanted"]),
+            "set_f1_rows": ratio(sums["own"], sums["rows"]),
+        }

@@ -1,0 +1,66 @@
+"""What a model was trained on, as the manifests of the model and of what it was made from say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
+from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.rows import split_files
+from raytune_ft.models.loading import resolve_model
+
+_KINDS = (".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A dataset that a model was trained on: its files of training rows, or why there are none to look into."""
+
+    where: str
+    digest: str
+    files: tuple[Location, ...] = ()
+    unreadable: str | None = None
+
+
+def trained_on(path: str) -> list[TrainingData] | None:
+    """The datasets of a model, of its base, and of what they were made from; None where no manifest tells.
+
+    Raises:
+        ModelError: if the path leads to no model.
+    """
+    resolved = resolve_model(path)
+    artifacts = [resolved.artifact] if resolved.artifact is not None else []
+    if resolved.adapter is not None and has_manifest(resolved.base):
+        artifacts.append(open_artifact(resolved.base, verify="size"))
+    if not artifacts:
+        return None
+    parents = [parent for artifact in artifacts for parent in _data_parents(artifact, set())]
+    return [_training_data(parent) for parent in {parent.digest: parent for parent in parents}.values()]
+
+
+def _data_parents(artifact: Artifact, seen: set[str]) -> Iterator[Parent]:
+    for parent in artifact.manifest.parents:
+        if parent.role == "dataset":
+            yield parent
+        elif parent.where not in seen and has_manifest(parent.where):
+            seen.add(parent.where)
+            made_from = open_artifact(parent.where, verify="size")
+            if made_from.manifest.kind != ArtifactKind.DATASET:
+                yield from _data_parents(made_from, seen)
+
+
+def _training_data(parent: Parent) -> TrainingData:
+    location = Location.at(parent.where)
+    try:
+        if location.is_file():
+            files = [location] if location.name.endswith(_KINDS) else []
+        else:
+            files = split_files(location, list(location.files()), "train")
+    except (ArtifactError, DataError) as error:
+        return TrainingData(parent.where, parent.digest, unreadable=str(error))
+    if not files:
+        return TrainingData(parent.where, parent.digest, unreadable=f"{location}: is neither JSONL nor Parquet")
+    return TrainingData(parent.where, parent.digest, tuple(files))

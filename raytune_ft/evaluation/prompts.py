@@ -1,0 +1,123 @@
+"""The prompts of offline batch inference: files in shards, each row a record, read where the cluster works."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytune_ft.core.artifacts import has_manifest, open_artifact
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
+from raytune_ft.core.records import Record
+from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.evaluation.rows import COLUMNS, record_of, split_files
+from raytune_ft.evaluation.shards import shard_table
+
+ROWS_PER_SHARD = 256
+_KINDS = (".jsonl", ".parquet")
+
+
+def prompt_files(dataset_path: str, split: str | None) -> tuple[list[Location], Parent]:
+    """The files of a dataset artifact's split, of a folder, or the one file; and the entry in the manifest.
+
+    Raises:
+        DataError: if there are none.
+        ArtifactError: if the dataset is unfinished or damaged.
+    """
+    location = Location.at(dataset_path)
+    if not location.exists():
+        raise DataError(f"{location}: there are no such prompts")
+    if has_manifest(location) or (location / CLAIM).exists():
+        artifact = open_artifact(location, ArtifactKind.DATASET, verify="size")
+        files = split_files(location, sorted(artifact.manifest.files), split or "test")
+        return files, artifact.as_parent("dataset")
+    if location.is_file():
+        files = [location]
+    elif split is not None:
+        files = split_files(location, list(location.files()), split)
+    else:
+        files = [location / name for name in location.files() if name.endswith(_KINDS)]
+    if not files or not all(file.name.endswith(_KINDS) for file in files):
+        raise DataError(f"{location}: holds no .jsonl or .parquet file with prompts")
+    digest = "-".join(source_digest(file) for file in files[:64])
+    return files, Parent(role="dataset", where=str(location), digest=digest)
+
+
+def read_shards(files: pa.Table, target: str) -> Iterator[pa.Table]:
+    """The rows of files (columns ``number`` and ``uri``) as tables of `SHARD_SCHEMA`, one a shard.
+
+    Raises:
+        DataError: naming file and row, if one is no prompt.
+    """
+    for entry in files.to_pylist():
+        location = Location(entry["uri"])
+        rows = _records(location)
+        start = 0
+        while records := list(islice(rows, ROWS_PER_SHARD)):
+            yield shard_table(records, target, f"{entry['number']:05d}-{start:012d}")
+            start += len(records)
+
+
+def prompt_record(row: Any, where: str, position: int) -> Record:
+    """A row with ``prompt`` or ``messages`` as a record at its place.
+
+    Raises:
+        DataError: if it has neither.
+    """
+    if isinstance(row, dict) and row.get("prompt") is not None and not row.get("messages"):
+        asked = row["prompt"]
+        turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        row = {**{key: value for key, value in row.items() if key != "prompt"}, "messages": turns}
+    if not isinstance(row, dict) or not row.get("messages"):
+        raise DataError(f"{where}: has neither `prompt` nor `messages`")
+    record = record_of(row, where)
+    if not record.prompt:
+        raise DataError(f"{where}: has no prompt: expected `prompt`, or `messages` with a turn before the answer")
+    return Record(**{**vars(record), "position": position})
+
+
+def _records(file: Location) -> Iterator[Record]:
+    parsed = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
+    for position, (row, where) in enumerate(parsed):
+        yield prompt_record(row, where, position)
+
+
+def json_rows(file: Location) -> Iterator[tuple[Any, str]]:
+    """The rows of a JSONL file, blank lines aside, each with its place in words.
+
+    Raises:
+        DataError: if a line is no JSON.
+    """
+    with file.filesystem.open_input_stream(file.path) as stream:
+        lines: Any = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line), f"{file}:{number}"
+                except ValueError as error:
+                    raise DataError(f"{file}:{number}: is not valid JSON ({error})") from None
+
+
+def parquet_rows(file: Location) -> Iterator[tuple[Any, str]]:
+    """The rows of a Parquet file, each with its place in words.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            parquet = pq.ParquetFile(stream)
+            columns = [name for name in (*COLUMNS, "prompt") if name in parquet.schema_arrow.names]
+            number = 0
+            for batch in parquet.iter_batches(batch_size=ROWS_PER_SHARD, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{file}, row {number}"
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({error})") from None

@@ -1,0 +1,149 @@
+"""A shard of rows through a scorer onto storage: what an actor does, whatever runs it.
+
+Every row is kept soon after it is done, so that a killed actor loses seconds of work; an actor that takes a shard up
+again asks storage first what is left of it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from raytune_ft.core import errors
+from raytune_ft.core.errors import RaytuneError
+from raytune_ft.core.records import RECORD_SCHEMA, Record, records_to_table, table_to_records
+from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.kept import KeptRows, Row
+from raytune_ft.evaluation.scorer import Scorer, load_scorer
+from raytune_ft.evaluation.workload import Target, Workload
+
+SHARD_SCHEMA = RECORD_SCHEMA.append(pa.field("target", pa.string())).append(pa.field("shard", pa.string()))
+"""Records with the label of the target that is to answer them, and the name of the shard that they belong to."""
+
+DONE_SCHEMA = pa.schema(
+    [
+        ("target", pa.string()),
+        ("shard", pa.string()),
+        ("answered", pa.int64()),
+        ("failed", pa.int64()),
+        ("tokens", pa.int64()),
+        ("cut_off", pa.int64()),
+        ("fault", pa.string()),
+    ]
+)
+"""What became of a shard. `fault` is the error that ended it, as JSON, null where it was worked off."""
+
+
+def shard_table(records: Sequence[Record], target: str, shard: str) -> Any:
+    """A table of `SHARD_SCHEMA`."""
+    table = records_to_table(records)
+    for value in (target, shard):
+        name = SHARD_SCHEMA.names[table.num_columns]
+        table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
+    return table
+
+
+def close_shard(shards: pa.Table, kept: KeptRows, target: str, where: Location) -> pa.Table:
+    """Writes the rows of each shard (column ``shard``), in order, to ``<shard>.jsonl`` at `where`; gives it back."""
+    for shard in shards.column("shard").to_pylist():
+        rows = {**kept.failed(target, shard), **kept.answered(target, shard)}
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for _, row in sorted(rows.items())]
+        (where / f"{shard}.jsonl").write("".join(lines).encode())
+    return shards
+
+
+_KEEP_ROWS, _KEEP_S = 64, 15.0
+
+
+class Keeper:
+    """Gathers done rows and puts them on storage, a piece at a time."""
+
+    def __init__(self, kept: KeptRows, target: str, shard: str) -> None:
+        self._kept, self._place = kept, (target, shard)
+        self._rows: list[Row] = []
+        self._since = time.monotonic()
+        self.failed: list[Row] = []
+
+    def take(self, rows: Sequence[Row]) -> None:
+        """Takes done rows; a piece is kept when it is large or old enough."""
+        self.failed += [row for row in rows if "error" in row]
+        self._rows += [row for row in rows if "error" not in row]
+        if len(self._rows) >= _KEEP_ROWS or time.monotonic() - self._since > _KEEP_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Keeps what was taken."""
+        self._kept.keep(*self._place, self._rows)
+        self._rows, self._since = [], time.monotonic()
+
+
+def work_off(scorer: Scorer, kept: KeptRows, target: str, shard: str, records: Sequence[Record]) -> dict[str, Any]:
+    """Measures what is left of a shard; its row of `DONE_SCHEMA`."""
+    before = kept.answered(target, shard)
+    left = [r for r in records if r.position not in before or before[r.position]["id"] != r.id]
+    keeper = Keeper(kept, target, shard)
+    if left:
+        try:
+            scorer.measure(target, left, keeper.take)
+        finally:
+            keeper.flush()
+    kept.keep_failed(target, shard, min(record.position for record in records), keeper.failed)
+    all_there = kept.answered(target, shard)
+    there = [all_there[record.position] for record in records if record.position in all_there]
+    return {
+        "target": target,
+        "shard": shard,
+        "answered": len(there),
+        "failed": len(keeper.failed),
+        "tokens": sum(row.get("answer_tokens") or 0 for row in there),
+        "cut_off": sum(row.get("finish_reason") == "length" for row in there),
+        "fault": None,
+    }
+
+
+class ShardActor:
+    """A scorer as Ray Data's actors hold it: its faults come back as rows, not as exceptions.
+
+    An exception would leave Ray Data in the middle of its work: a wall of its traceback on the screen, and its actors
+    holding their CPUs for as long as anything remembers the exception.
+    """
+
+    def __init__(self, targets: Sequence[Target], work: Workload, where: str, threads: int, concurrency: int) -> None:
+        self.kept = KeptRows(Location(where))
+        self.fault: RaytuneError | None = None
+        try:
+            self.scorer = load_scorer(targets, work, threads=threads, concurrency=concurrency)
+        except RaytuneError as error:
+            self.fault = error  # told with the first rows: what an actor's constructor raises reaches nobody whole
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """A table of `SHARD_SCHEMA` to one of `DONE_SCHEMA`, one row a shard."""
+        done: list[dict[str, Any]] = []
+        keys = zip(table.column("target").to_pylist(), table.column("shard").to_pylist(), strict=True)
+        start = 0
+        for (target, shard), same in groupby(keys):
+            size = len(list(same))
+            records = table_to_records(table.slice(start, size))
+            start += size
+            try:
+                if self.fault is not None:
+                    raise self.fault
+                done.append(work_off(self.scorer, self.kept, target, shard, records))
+            except RaytuneError as error:
+                words = json.dumps([type(error).__name__, str(error)])
+                done.append({"target": target, "shard": shard, "answered": 0, "failed": 0, "fault": words})
+                break
+        return pa.Table.from_pylist(done, schema=DONE_SCHEMA)
+
+
+def fault_in(row: dict[str, Any]) -> RaytuneError | None:
+    """The error that a row of `DONE_SCHEMA` tells of; None for a shard that was worked off."""
+    if row["fault"] is None:
+        return None
+    name, message = json.loads(row["fault"])
+    return getattr(errors, name)(message)  # type: ignore[no-any-return]

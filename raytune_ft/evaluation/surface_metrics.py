@@ -1,0 +1,186 @@
+"""Metrics of an answer's surface: chrF, length, repetition, and what a schema or a function of the user's own says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_ft.core.errors import ArtifactError, ConfigError, DataError
+from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.answers import parse_json, repeated_share
+from raytune_ft.evaluation.metric_names import EvaluationMetric
+from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, ratio
+
+
+class Chrf(RowMetric):
+    """Corpus chrF from 0 to 100, as sacrebleu gives it with its defaults (chrF2, characters up to 6)."""
+
+    name_in_settings = EvaluationMetric.CHRF
+    citation = "Popović 2015, chrF: character n-gram F-score for automatic MT evaluation"
+
+    @cached_property
+    def _scorer(self) -> Any:
+        from sacrebleu.metrics import CHRF
+
+        return CHRF()
+
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """Character n-grams given, wanted and shared, of each order."""
+        # sacrebleu adds these up itself, and offers the sums' score only for whole corpora.
+        counts = self._scorer._extract_corpus_statistics(list(rows["predictions"]), [list(rows["references"])])
+        table = np.array(counts, float)
+        return {f"count.{place}": table[:, place] for place in range(table.shape[1])}
+
+    def values(self, sums: Columns) -> Values:
+        """`chrf`."""
+
+        def chrf(*counts: float) -> float:
+            return float(self._scorer._compute_f_score([int(count) for count in counts]))
+
+        counted = [sums[f"count.{place}"] for place in range(len(sums))]
+        return {"chrf": np.asarray(np.vectorize(chrf, otypes=[float])(*counted))}
+
+
+class Length(RowMetric):
+    """How far the number of words of answer and reference are apart, as a share of the reference's."""
+
+    name_in_settings = EvaluationMetric.LENGTH
+
+    def misfit(self, reference: str) -> str | None:
+        """A reference needs words."""
+        return None if reference.split() else "it compares numbers of words"
+
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """Words of answer and reference, and their relative difference."""
+        given = np.array([len(text.split()) for text in rows["predictions"]], float)
+        wanted = np.array([len(text.split()) for text in rows["references"]], float)
+        error = ratio(abs(given - wanted), wanted)
+        return {"error": error, "given": given, "wanted": wanted, "rows": np.ones(len(given))}
+
+    def values(self, sums: Columns) -> Values:
+        """`length_error`, mean words of answers and references, and their ratio."""
+        return {
+            "length_error": ratio(sums["error"], sums["rows"]),
+            "length_words": ratio(sums["given"], sums["rows"]),
+            "length_reference_words": ratio(sums["wanted"], sums["rows"]),
+            "length_ratio": ratio(sums["given"], sums["wanted"]),
+        }
+
+
+class AnswerMetric(RowMetric):
+    """Base of metrics that look at answers alone: the mean of a number a row."""
+
+    def _info(self) -> Any:
+        return self._described({"predictions": datasets.Value("string")})
+
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """The score of each row, and `rows` (1 each)."""
+        scores: NDArray[np.float64] = np.array([self.score(text) for text in rows["predictions"]], float)
+        return {"score": scores, "rows": np.ones(len(scores))}
+
+    def values(self, sums: Columns) -> Values:
+        """The mean, under the metric's name."""
+        return {str(self.name_in_settings): ratio(sums["score"], sums["rows"])}
+
+    def score(self, prediction: str) -> float:
+        """The score of one answer."""
+        raise NotImplementedError
+
+
+class Repetition(AnswerMetric):
+    """Share of an answer's four-word sequences that stood in it before, mean of rows."""
+
+    name_in_settings = EvaluationMetric.REPETITION
+    citation = "Welleck et al. 2020, Neural Text Generation with Unlikelihood Training"
+
+    def score(self, prediction: str) -> float:
+        """0 for an answer that says nothing twice."""
+        return repeated_share(prediction)
+
+
+class JsonSchema(AnswerMetric):
+    """Share of answers that are JSON, whole and strict, and that the schema accepts."""
+
+    name_in_settings = EvaluationMetric.JSON_SCHEMA
+
+    def __init__(self, schema: str | Mapping[str, Any]) -> None:
+        super().__init__()
+        self._validator = _validator(schema)
+
+    def misfit(self, reference: str) -> str | None:
+        """Where the schema refuses a reference, it is not the one that is meant."""
+        return None if not reference or self.score(reference) else "its schema accepts no such reference"
+
+    def score(self, prediction: str) -> float:
+        """1 where the schema accepts the answer."""
+        parsed = parse_json(prediction)
+        return float(parsed is not None and self._validator.is_valid(parsed))
+
+
+def _validator(schema: str | Mapping[str, Any]) -> Any:
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(Location.at(schema).read())
+        except (ArtifactError, ValueError) as error:
+            raise ConfigError(f"json_schema: no schema can be read there: {error}") from None
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise ConfigError(f"json_schema: is not a JSON schema: {error.message}") from None
+    return kind(schema)
+
+
+class Custom(MeanMetric):
+    """Mean scores of the user's own functions of answer and reference."""
+
+    name_in_settings = EvaluationMetric.CUSTOM
+
+    def __init__(self, functions: Mapping[str, str]) -> None:
+        super().__init__()
+        self._functions = {name: _function(name, where) for name, where in functions.items()}
+
+    def score(self, prediction: str, reference: str) -> dict[str, float]:
+        """The number of each function as ``custom.<name>``, and of the first as ``custom``.
+
+        Raises:
+            DataError: if a function raises, or gives no finite number.
+        """
+        scores: dict[str, float] = {}
+        for name, function in self._functions.items():
+            try:
+                found = float(function(prediction, reference))
+            except Exception as error:
+                raise DataError(
+                    f"custom: {name} raised {type(error).__name__} ({error}) for the answer {prediction!r:.60}"
+                ) from error
+            if not math.isfinite(found):
+                raise DataError(f"custom: {name} must give a finite number, gave {found} for {prediction!r:.60}")
+            scores.setdefault("custom", found)
+            scores[f"custom.{name}"] = found
+        return scores
+
+
+def _function(name: str, where: str) -> Callable[[str, str], float]:
+    module, _, attribute = where.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"custom_functions.{name}: {where!r} cannot be imported ({error}); expected package.module:function, with "
+            "the package on PYTHONPATH"
+        ) from None
+    if not callable(found):
+        raise ConfigError(f"custom_functions.{name}: {where!r} is not a function")
+    return found  # type: ignore[no-any-return]

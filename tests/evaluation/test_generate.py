@@ -1,0 +1,152 @@
+"""Offline batch inference: every prompt of the files has its answer, in order, whoever computed it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raytune_ft.core.config import load_config
+from raytune_ft.core.errors import ConfigError, DataError, RunError
+from raytune_ft.core.records import Message
+from raytune_ft.evaluation.config_inference import BatchGenerationConfig
+from raytune_ft.evaluation.generate import generate
+from raytune_ft.evaluation.prompts import prompt_files, prompt_record, read_shards
+from raytune_ft.models.config import DecodingConfig
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Two files of prompts: 300 lines of JSON, and 5 rows of Parquet."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    rows = [{"prompt": f"order {n}", "metadata": {"n": n}} for n in range(300)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    turns = [[{"role": "user", "content": f"red {n}"}, {"role": "assistant", "content": "old"}] for n in range(5)]
+    pq.write_table(pa.table({"messages": turns}), folder / "b.parquet")
+    return folder
+
+
+def rows_of(artifact: Any) -> list[dict[str, Any]]:
+    names = sorted(name for name in artifact.manifest.files if name.startswith("answers/"))
+    return [json.loads(line) for name in names for line in (artifact / name).read().decode().splitlines()]
+
+
+def test_files_become_shards_whose_rows_keep_their_places(prompts: Path) -> None:
+    files, parent = prompt_files(str(prompts), None)
+    assert [file.name for file in files] == ["a.jsonl", "b.parquet"]
+    assert parent.role == "dataset"
+    table = pa.table({"number": [0, 1], "uri": [file.uri for file in files]})
+    found = list(read_shards(table, "m"))
+    assert [(part["shard"][0].as_py(), part.num_rows) for part in found] == [
+        ("00000-000000000000", 256),
+        ("00000-000000000256", 44),
+        ("00001-000000000000", 5),
+    ]
+    assert found[1]["position"].to_pylist() == list(range(256, 300))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi"},
+        {"prompt": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "old"}]},
+    ],
+)
+def test_a_prompt_may_be_text_messages_or_a_conversation(row: dict[str, object]) -> None:
+    assert prompt_record(row, "here", 3).prompt == (Message("user", "hi"),)
+    assert prompt_record(row, "here", 3).position == 3
+
+
+@pytest.mark.parametrize("row", [{"text": "raw"}, {"question": "hi"}, [], {"prompt": 5}])
+def test_a_row_without_a_prompt_is_refused_with_its_place(row: object) -> None:
+    with pytest.raises(DataError, match=r"^here: "):
+        prompt_record(row, "here", 0)
+
+
+def test_no_prompts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there are no such prompts"):
+        prompt_files(str(tmp_path / "nowhere"), None)
+    with pytest.raises(DataError, match=r"holds no .jsonl or .parquet file"):
+        prompt_files(str(tmp_path), None)
+
+
+def test_the_url_of_one_operation_is_no_endpoint() -> None:
+    with pytest.raises(ConfigError, match="must be the endpoint's base URL"):
+        BatchGenerationConfig(model_path="http://host/v1/chat/completions", dataset_path="d")
+
+
+def test_the_shipped_settings_load() -> None:
+    path = Path(__file__).parents[2] / "jobs" / "configs" / "generate.yaml"
+    assert load_config(BatchGenerationConfig, path).split == "test"
+
+
+@pytest.mark.ray
+def test_every_prompt_is_answered_in_its_place_as_one_model_alone_would(
+    ray_cluster: object, tiny_model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    from raytune_ft.models import generation
+    from raytune_ft.models.loading import load_model
+
+    decoding = DecodingConfig(max_new_tokens=4)
+    config = BatchGenerationConfig(
+        model_path=str(tiny_model),
+        dataset_path=str(prompts),
+        output_dir=str(tmp_path / "out"),
+        decoding=decoding,
+        num_actors=2,
+        precision="fp32",
+    )
+    artifact = generate(config)
+    rows = rows_of(artifact)
+    asked = [row["messages"][0]["content"] for row in rows]
+    assert asked == [f"order {n}" for n in range(300)] + [f"red {n}" for n in range(5)]
+    assert [row["metadata"] for row in rows[:2]] == [{"n": 0}, {"n": 1}]
+    assert artifact.numbers["rows"] == artifact.numbers["answered"] == 305
+    loaded = load_model(str(tiny_model))
+    alone = [loaded.chat.prompt_ids([Message("user", text)]) for text in asked[:8]]
+    answers = [found.text for found in generation.generate(loaded, alone, decoding)]
+    assert [row["messages"][-1] for row in rows[:8]] == [{"role": "assistant", "content": text} for text in answers]
+    assert generate(config).digest == artifact.digest
+
+
+@pytest.mark.ray
+def test_an_endpoint_answers_files_too_and_what_it_fails_is_asked_again(
+    ray_cluster: object, prompts: Path, tmp_path: Path, server: Any
+) -> None:
+    server.down = True
+    server.behaviour = lambda text, times: (
+        (500, "no") if server.down and text in {"order 7", "red 1"} else (200, server.completion(text.upper()))
+    )
+    config = BatchGenerationConfig(
+        model_path=server.url,
+        dataset_path=str(prompts),
+        output_dir=str(tmp_path / "out"),
+        endpoint={"max_retries": 0, "concurrency": 8},
+    )
+    with pytest.raises(RunError, match="2 of 305 rows have no answer; the first is row 8 of file 1: status 500"):
+        generate(config)
+    told = generate(config.with_overrides(max_unanswered=2, output_dir=str(tmp_path / "told")))
+    assert [row["error"][:10] for row in rows_of(told) if "error" in row] == ["status 500"] * 2
+    server.down, before = False, sum(server.asked.values())
+    artifact = generate(config)
+    assert sum(server.asked.values()) == before + 2
+    assert [row["messages"][-1]["content"] for row in rows_of(artifact)][:8] == [f"ORDER {n}" for n in range(8)]
+    assert artifact.numbers["unanswered"] == 0
+
+
+@pytest.mark.ray
+def test_a_row_that_is_no_prompt_is_told_with_its_file_and_line(
+    ray_cluster: object, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
+    config = BatchGenerationConfig(
+        model_path=str(tiny_model), dataset_path=str(tmp_path / "bad.jsonl"), output_dir=str(tmp_path / "out")
+    )
+    with pytest.raises(DataError, match=r"bad.jsonl:2: has neither `prompt` nor `messages`"):
+        generate(config)

@@ -1,0 +1,100 @@
+"""Test rows that a model was trained on are found by row, by prompt and by text, and stop the evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from raytune_ft.core.draft import begin
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.records import Message, Record, records_to_table
+from raytune_ft.evaluation.leakage import KINDS, RowIndex, find_leaks, first_of_each, leak_words, refuse_leaks
+from raytune_ft.evaluation.lineage import trained_on
+
+
+def row(asked: str, said: str) -> Record:
+    return Record(messages=(Message("user", asked), Message("assistant", said)))
+
+
+WORDS = [f"w{n}" for n in range(24)]
+TEST = [
+    row("what is the capital of France", "Paris"),
+    row("how many legs has a spider", "eight"),
+    row(" ".join(WORDS), "long"),
+    row("something else", "entirely"),
+]
+
+
+def write(path: Path, records: list[Record]) -> str:
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(records_to_table(records), path)
+    else:
+        path.write_text("".join(json.dumps({"messages": [vars(m) for m in r.messages]}) + "\n" for r in records))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_each_way_of_leaking_is_found_with_its_place(tmp_path: Path, suffix: str) -> None:
+    nearly = WORDS.copy()
+    nearly[23] = "other"
+    training = [row("x", "y"), TEST[0], row("How many legs  has a SPIDER", "8"), row(" ".join(nearly), "long")]
+    where = write(tmp_path / f"train{suffix}", training)
+    found = find_leaks(pa.table({"uri": [where]}), RowIndex.of(TEST, 0.8)).to_pylist()
+    leaks = first_of_each(found)
+    assert [(leak["row"], leak["kind"]) for leak in leaks] == [(0, KINDS[0]), (1, KINDS[1]), (2, KINDS[2])]
+    assert [leak["where"] for leak in leaks] == [f"{where}, row {n}" for n in (2, 3, 4)]
+    # 25 words give 21 sequences; the last but one word differs, which is in 2 of them.
+    assert leaks[2]["similarity"] == pytest.approx(19 / 23)
+    with pytest.raises(
+        DataError, match=r"^3 of 4 rows are in what m was trained on \(1 as the same row, 1 as"
+    ):
+        refuse_leaks(leaks, TEST, "m")
+    assert "row 3" in leak_words(leaks, TEST, "m")
+
+
+def test_what_is_less_alike_or_not_asked_for_is_no_leak(tmp_path: Path) -> None:
+    nearly = WORDS.copy()
+    nearly[12] = "other"
+    table = pa.table({"uri": [write(tmp_path / "train.jsonl", [row(" ".join(nearly), "long")])]})
+    # 5 of 21 sequences hold the changed word: 16 / 26.
+    assert find_leaks(table, RowIndex.of(TEST, 0.62)).num_rows == 0
+    assert find_leaks(table, RowIndex.of(TEST, 0.61)).num_rows == 1
+    assert find_leaks(table, RowIndex.of(TEST, None)).num_rows == 0
+
+
+def test_a_row_that_was_met_often_is_told_once_in_the_plainest_way() -> None:
+    met = [
+        {"row": 3, "kind": KINDS[2], "similarity": 0.9, "where": "a"},
+        {"row": 3, "kind": KINDS[0], "similarity": 1.0, "where": "b"},
+        {"row": 1, "kind": KINDS[1], "similarity": 1.0, "where": "b"},
+    ]
+    assert first_of_each(met) == [met[2], met[1]]
+
+
+def model_artifact(folder: Path, tiny: Path, parents: list[Parent]) -> Path:
+    import shutil
+
+    with begin(folder, ArtifactKind.MODEL, settings={}, parents=parents) as draft:
+        for file in tiny.iterdir():
+            shutil.copy(file, draft.folder / file.name)
+    return folder
+
+
+def test_lineage_goes_through_models_to_the_rows_they_were_trained_on(tiny_model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "rows" / "train.jsonl", TEST)
+    data = Parent(role="dataset", where=str(tmp_path / "rows"), digest="d1")
+    gone = Parent(role="dataset", where=str(tmp_path / "gone"), digest="d2")
+    trained = model_artifact(tmp_path / "trained", tiny_model, [data, gone])
+    quantized = model_artifact(tmp_path / "small", tiny_model, [Parent(role="model", where=str(trained), digest="m")])
+    found = trained_on(str(quantized))
+    assert found is not None
+    assert [[file.name for file in source.files] for source in found] == [["train.jsonl"], []]
+    assert found[1].unreadable is not None
+    assert trained_on(str(tiny_model)) is None

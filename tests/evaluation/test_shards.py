@@ -1,0 +1,113 @@
+"""Rows on storage: what is there is never computed again, and what failed is asked again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.core.records import Message, Record
+from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.inference import shares
+from raytune_ft.evaluation.kept import KeptRows
+from raytune_ft.evaluation.scorer import OnRows
+from raytune_ft.evaluation.shards import DONE_SCHEMA, ShardActor, close_shard, fault_in, shard_table, work_off
+from raytune_ft.evaluation.workload import Target, Workload
+
+
+def records(*positions: int) -> list[Record]:
+    return [Record(messages=(Message("user", f"q{n}"),), reference="r", position=n) for n in positions]
+
+
+class Upper:
+    """A scorer that answers in capitals, a row at a time; it breaks at some rows."""
+
+    def __init__(self, *, dies_at: int | None = None, fails_at: int | None = None) -> None:
+        self.dies_at, self.fails_at = dies_at, fails_at
+        self.asked: list[int] = []
+
+    def measure(self, label: str, records: Sequence[Record], on_rows: OnRows) -> None:
+        for record in records:
+            self.asked.append(record.position)
+            row = {"position": record.position, "id": record.id}
+            if record.position == self.dies_at:
+                raise RuntimeError("the machine went away")
+            if record.position == self.fails_at:
+                on_rows([{**row, "error": "timed out"}])
+            else:
+                said = record.messages[0].content.upper()
+                on_rows([{**row, "answer": said, "answer_tokens": 2, "finish_reason": "length"}])
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> KeptRows:
+    return KeptRows(Location.at(tmp_path / "pieces"))
+
+
+def test_a_second_attempt_asks_only_for_what_the_first_left(kept: KeptRows) -> None:
+    first = Upper(dies_at=3)
+    with pytest.raises(RuntimeError):
+        work_off(first, kept, "m", "0", records(0, 1, 2, 3, 4))
+    second = Upper()
+    done = work_off(second, kept, "m", "0", records(0, 1, 2, 3, 4))
+    assert second.asked == [3, 4]
+    assert done == {
+        "target": "m", "shard": "0", "answered": 5, "failed": 0, "tokens": 10, "cut_off": 5, "fault": None,
+    }  # fmt: skip
+    assert {n: row["answer"] for n, row in kept.all_answered("m").items()} == {n: f"Q{n}" for n in range(5)}
+
+
+def test_rows_without_an_answer_are_told_and_asked_again(kept: KeptRows) -> None:
+    assert work_off(Upper(fails_at=1), kept, "m", "0", records(0, 1))["failed"] == 1
+    assert kept.all_failed("m")[1]["error"] == "timed out"
+    again = Upper()
+    work_off(again, kept, "m", "0", records(0, 1))
+    assert again.asked == [1]
+    assert kept.all_failed("m") == {}
+
+
+def test_other_content_in_the_place_of_a_kept_row_is_measured_anew(kept: KeptRows) -> None:
+    work_off(Upper(), kept, "m", "0", records(0))
+    again = Upper()
+    work_off(again, kept, "m", "0", [Record(messages=(Message("user", "other"),), position=0)])
+    assert again.asked == [0]
+
+
+def test_targets_are_kept_apart(kept: KeptRows) -> None:
+    work_off(Upper(), kept, "a/b", "0", records(0))
+    assert kept.all_answered("c") == {}
+    assert set(kept.all_answered("a/b")) == {0}
+
+
+def test_an_actor_tells_a_fault_as_a_row_and_keeps_what_it_did(tiny_model: Path, kept: KeptRows) -> None:
+    work = Workload(answers=False, likelihoods=True)
+    targets = [Target("m", str(tiny_model))]
+    actor = ShardActor(targets, work, kept.where.uri, 1, 1)
+    table = pa.concat_tables([shard_table(records(0, 1), "m", "a"), shard_table(records(5), "m", "b")])
+    done = actor(table)
+    assert done.schema == DONE_SCHEMA
+    assert [(row["shard"], row["answered"]) for row in done.to_pylist()] == [("a", 2), ("b", 1)]
+    broken = ShardActor([Target("m", str(kept.where.path))], work, kept.where.uri, 1, 1)
+    fault = fault_in(broken(table).to_pylist()[0])
+    assert isinstance(fault, ModelError)
+
+
+def test_shards_are_large_unless_every_actor_is_to_have_work() -> None:
+    assert shares(4, 40, even=False) == (1, 64)
+    assert shares(4, 40, even=True) == (4, 10)
+    assert shares(2, 5000, even=False) == (2, 512)
+
+
+def test_a_closed_shard_is_one_file_in_the_order_of_its_rows(kept: KeptRows, tmp_path: Path) -> None:
+    work_off(Upper(fails_at=1), kept, "m", "0", records(2, 0, 1))
+    close_shard(pa.table({"shard": ["0"]}), kept, "m", Location.at(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    assert [(row["position"], row.get("answer"), row.get("error")) for row in rows] == [
+        (0, "Q0", None),
+        (1, None, "timed out"),
+        (2, "Q2", None),
+    ]
