@@ -18,14 +18,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytune_ft.core import cluster
-from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
+from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_claim
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import RaytuneError, RunError, StoppedError
-from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.errors import ArtifactError, RaytuneError, RunError, StoppedError
+from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
+from raytune_ft.training.cursor import other_batch
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.distill import refuse_other_tokens, write_student
 from raytune_ft.training.guide import departures_from_guide
@@ -96,8 +97,9 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
     if config.resume_from_checkpoint != "auto":
         named_checkpoint(config.resume_from_checkpoint)
-    connected = cluster.connect()
     output = Location.at(config.output_dir)
+    refuse_other_batch(config, output)
+    connected = cluster.connect()
     students = [model_parent(shared_model(config.model_path, output.parent))] if config.model_path else []
     if config.adapter_path is not None:
         students.append(model_parent(config.adapter_path, "adapter"))
@@ -124,6 +126,20 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         for leftover in (_RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):
             (output / leftover).delete()
     return draft.artifact
+
+
+def refuse_other_batch(config: FineTuningConfig, output: Location) -> None:
+    """Checks that an unfinished run in the folder has the same global batch; its workers may be others.
+
+    Raises:
+        ArtifactError: if it has not, with the layouts that would go on.
+    """
+    if not (output / CLAIM).exists() or has_manifest(output) or not (output / CHECKPOINTS).exists():
+        return
+    claim = read_claim(output)
+    wanted = None if claim is None else claim.identity.get("global_batch_size")
+    if wanted is not None and wanted != config.global_batch_size:
+        raise ArtifactError(other_batch(int(wanted), f"{output}: the run that was begun here", config))
 
 
 def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuningConfig:
@@ -171,6 +187,7 @@ def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output:
             except OutOfMemoryError as error:
                 if "the next attempt" not in str(error):
                     raise
+                logger.warning("%s", error)
                 (output / _RAY_STATE).delete()
     if (output / _ENDED).exists():
         ended = json.loads((output / _ENDED).read())

@@ -100,6 +100,8 @@ class CheckpointWriter:
             return
         writing.thread.join(patience_s)
         writing.given_up.set()
+        if writing.failed and self._peers.leads:
+            self._remove_rest(writing.save.step)
 
     def _write(self, writing: _Writing) -> None:
         save = writing.save

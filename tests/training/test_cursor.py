@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.training.cursor import Cursor, layouts
+from raytune_ft.training.run import CHECKPOINTS, FineTuner, refuse_other_batch
 
 
 def test_a_cursor_says_epoch_and_row() -> None:
@@ -34,6 +37,21 @@ def test_another_global_batch_is_refused_with_layouts_that_go(settings) -> None:
 def test_another_order_of_the_data_is_refused(there: Cursor, word: str, settings) -> None:
     with pytest.raises(ArtifactError, match=word):
         Cursor(0, 8, 18).refuse_other(there.at(2), "the checkpoint of step 2", settings())
+
+
+def test_an_unfinished_run_of_another_global_batch_is_refused_before_anything_starts(settings, tmp_path) -> None:
+    config = settings(per_device_train_batch_size=4, num_workers=2)
+    draft = begin(
+        config.output_dir,
+        ArtifactKind.MODEL,
+        settings=config.resolved(),
+        identity=config.identity(),
+        keep=(CHECKPOINTS,),
+    )
+    (draft.location / CHECKPOINTS / "step-00000004/manifest.json").write(b"{}")
+    refuse_other_batch(settings(per_device_train_batch_size=8, num_workers=1, zero_stage=3), draft.location)
+    with pytest.raises(ArtifactError, match=r"begun here has a global batch of 8 rows, and these settings make 4"):
+        FineTuner(settings(per_device_train_batch_size=4)).train()
 
 
 def test_layout_stage_and_offload_are_no_part_of_a_runs_identity(settings) -> None:

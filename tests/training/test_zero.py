@@ -12,7 +12,7 @@ from raytune_ft.core import cluster
 from raytune_ft.core.storage import Location
 from raytune_ft.training.session import Seat, train_in_process
 
-pytestmark = [pytest.mark.ray, pytest.mark.soak]  # seven runs under DeepSpeed, each made twice
+pytestmark = [pytest.mark.ray, pytest.mark.soak]  # twelve runs under DeepSpeed, each made twice
 
 COMMON: dict[str, Any] = {
     **{"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no"},
@@ -25,6 +25,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "dora-2": {"use_dora": True, "lora_target_modules": ["q_proj"], "zero_stage": 2},
     "prefix-2": {"method": "prefix_tuning", "num_virtual_tokens": 4, "zero_stage": 2},
     "prompt-2": {"method": "prompt_tuning", "num_virtual_tokens": 4, "gradient_checkpointing": True},
+    "full-3": {"method": "full", "learning_rate": 1e-3, "zero_stage": 3},
+    "lora-3": {"zero_stage": 3, "gradient_checkpointing": True},
+    "offload-2": {"zero_stage": 2, "offload": "optimizer"},
+    "offload-3": {"zero_stage": 3, "offload": "all"},
+    "bf16-3": {"precision": "bf16", "zero_stage": 3},
     "bf16-0": {"precision": "bf16", "zero_stage": 0},
 }
 
