@@ -164,8 +164,11 @@ def _in_task(work: Work, reference: str, target: Location, config: Any, *, devic
 
 def _quantize(reference: str, folder: Path, config: QuantizationConfig, device: str) -> dict[str, Any]:
     from raytune_ft.compression.quantize import write_quantized
+    from raytune_ft.models.golden import inherit_golden
 
-    return asdict(write_quantized(reference, folder, config, device=device))
+    numbers = asdict(write_quantized(reference, folder, config, device=device))
+    inherit_golden(reference, folder)
+    return numbers
 
 
 def _prune(reference: str, folder: Path, config: PruningConfig, device: str) -> dict[str, Any]:

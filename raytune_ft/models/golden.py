@@ -6,6 +6,7 @@ answers, which is seen before the first request.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from raytune_ft.core.errors import ModelError
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
-from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.loading import LoadedModel, resolve_model
 
 GOLDEN = "golden.json"
 
@@ -74,6 +75,14 @@ def golden_answers(loaded: LoadedModel, prompts: Sequence[Sequence[Message]], *,
 def write_golden(golden: Golden, folder: Path) -> None:
     """Puts the file into a model's folder."""
     (folder / GOLDEN).write_text(golden.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def inherit_golden(reference: str, folder: Path) -> None:
+    """Copies a model's golden answers, if it has any, to what is made from it and should answer alike."""
+    resolved = resolve_model(reference)
+    source = (resolved.adapter or Path(resolved.base)) / GOLDEN
+    if source.is_file():
+        shutil.copyfile(source, folder / GOLDEN)
 
 
 def read_golden(folder: Path) -> Golden | None:

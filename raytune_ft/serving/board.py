@@ -35,7 +35,8 @@ class Bulletin(Protocol):
 
 
 class Board:
-    """One for all replicas. It forgets nothing by dying: replicas tell a successor (another epoch) what they have."""
+    """One for all replicas. It forgets nothing by dying: replicas tell a successor (another epoch) what they have
+    loaded beside their settings' adapters."""
 
     def __init__(self, adapters: dict[str, str]) -> None:
         self.epoch = secrets.token_hex(8)

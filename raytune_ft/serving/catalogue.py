@@ -59,11 +59,11 @@ class Catalogue:
 
     async def keep_in_step(self) -> None:
         """Tells the board this replica's figures, and loads and drops what the board says."""
-        posted: Posted = await self._board.report(
-            self._metrics.replica, self._epoch, dict(self._loaded), self._metrics.series()
-        )
-        self._epoch, self._others = posted.epoch, posted.others
+        # Under the lock, so that what the board says is not older than what this replica does meanwhile.
         async with self._changing:
+            added = {name: where for name, where in self._loaded.items() if name not in self._config.adapters}
+            posted: Posted = await self._board.report(self._metrics.replica, self._epoch, added, self._metrics.series())
+            self._epoch, self._others = posted.epoch, posted.others
             for name in [name for name in self._loaded if name not in posted.adapters]:
                 await self._drop(name)
             for name, reference in posted.adapters.items():

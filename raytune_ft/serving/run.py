@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import atexit
-import errno
-import importlib.util
 import logging
 import signal
-import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect
-from raytune_ft.core.errors import MissingDependencyError, ModelError, RaytuneError, ServingError
+from raytune_ft.core.errors import RaytuneError, ServingError
 from raytune_ft.core.storage import Location
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
+from raytune_ft.serving.choice import check_config, choose_engine
 from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
 
 _APPLICATION = "raytune_ft"
-_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class ModelServer:
@@ -63,11 +58,11 @@ class ModelServer:
         atexit.register(self.stop)  # runs before Ray's own handler: on a joined cluster Serve would outlive us
         self._started = True
         self._ended.clear()
-        root = _root(self.config.host, port)
+        root = root_url(self.config.host, port)
         try:
             _start_serve(self.config.host, port)
             _deploy(self.config, cluster)
-            _wait_healthy(root, self.config.startup_timeout_s)
+            wait_until_it_serves(root, self.config.startup_timeout_s)
         except BaseException:
             self.stop()
             raise
@@ -136,67 +131,6 @@ def serve(config: ServingConfig) -> None:
     ModelServer(config).serve_forever()
 
 
-def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0, after checking that it can be listened on.
-
-    Raises:
-        ServingError: naming the address, and how to choose another.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen(1)
-            return int(probe.getsockname()[1])
-    except socket.gaierror:
-        raise ServingError(f"host: {host!r} is no address of this machine; 127.0.0.1 is this machine only") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ServingError(
-                f"port {port} on {host} is in use by another program; choose another (port={port + 1}), or 0 for a "
-                "free one"
-            ) from None
-        raise ServingError(f"{host}:{port} cannot be listened on: {error.strerror}; change host or port") from None
-
-
-def _root(host: str, port: int) -> str:
-    address = _EVERY_ADDRESS.get(host, host)
-    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-
-
-def check_config(config: ServingConfig) -> None:
-    """Refuses, before anything starts, what cannot be served here.
-
-    Raises:
-        ServingError: if the engine that is asked for cannot run here.
-        ModelError: if the model or an adapter is none.
-    """
-    engine, reason = choose_engine(config.engine)
-    resolve_model(config.model_path)
-    for name, where in config.adapters.items():
-        if resolve_model(where).adapter is None:
-            raise ModelError(f"adapters.{name}: {where} is a whole model, not an adapter; serve it as model_path")
-    logger.info("Engine %s: %s", engine, reason)
-
-
-def choose_engine(asked: Engine) -> tuple[Engine, str]:
-    """The engine that serves here, and why.
-
-    Raises:
-        MissingDependencyError: if vLLM is asked for and not installed.
-        ServingError: if it is installed.
-    """
-    if asked is not Engine.VLLM:
-        return Engine.TRANSFORMERS, "asked for" if asked is Engine.TRANSFORMERS else "it serves whatever loads there"
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingDependencyError(
-            "engine: vllm is not installed in this environment; pip install 'raytune-ft[vllm]' on a machine with a "
-            "GPU, or set engine: transformers"
-        )
-    raise ServingError("engine: vllm cannot be started from here; set engine: transformers, or run `vllm serve`")
-
-
 def _plan(config: ServingConfig, cluster: Cluster) -> ResourcePlan:
     replica = Demand("replica", config.most_replicas, config.num_cpus, _gpus(cluster), threads=config.num_cpus)
     return ResourcePlan(f"serve {config.model_path}", (replica,))
@@ -221,24 +155,51 @@ def _refuse_second() -> None:
 def _deploy(config: ServingConfig, cluster: Cluster) -> None:
     from ray import serve
 
+    engine, reason = choose_engine(config, gpus=cluster.gpus > 0)
+    logger.info("Engine %s: %s", engine, reason)
+    own = engine is Engine.TRANSFORMERS
+    application = _application(config, cluster) if own else _vllm_application(config, cluster)
+    target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
+    (handle,) = serve.run_many([target], wait_for_applications_running=False)
+    _wait_running(config.startup_timeout_s)
+    failure: RaytuneError | None = handle.why_not_loaded.remote().result() if own else None
+    if failure is not None:
+        raise failure
+
+
+def _application(config: ServingConfig, cluster: Cluster) -> Any:
+    """Replicas of our own engine, and the board that they agree by."""
     from raytune_ft.serving.app import BoardDeployment, Endpoint
 
     here = _placed(config)
     deployment: Any = Endpoint
     board: Any = BoardDeployment
-    application = deployment.options(
+    return deployment.options(
         **_scale(config),
         max_ongoing_requests=2 * (config.max_queued_requests + config.max_batch_size),
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _gpus(cluster)},
         logging_config=_quiet(),
     ).bind(here, here.model_path, "cuda" if cluster.gpus else "cpu", board.bind(here.adapters))
-    target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
-    (handle,) = serve.run_many([target], wait_for_applications_running=False)
-    _wait_running(config.startup_timeout_s)
-    failure: RaytuneError | None = handle.why_not_loaded.remote().result()
-    if failure is not None:
-        raise failure
+
+
+def _vllm_application(config: ServingConfig, cluster: Cluster) -> Any:
+    """vLLM replicas behind Ray Serve's own OpenAI-compatible ingress."""
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    precision = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "auto")
+    engine_kwargs: dict[str, Any] = {"dtype": precision, "max_num_seqs": config.max_batch_size}
+    bundle = {"CPU": config.num_cpus, "GPU": 1} if cluster.gpus else {"CPU": config.num_cpus}
+    if not cluster.gpus:
+        engine_kwargs |= {"enforce_eager": True, "dtype": "float32" if precision == "auto" else precision}
+    llm = LLMConfig(
+        model_loading_config={"model_id": config.served_name, "model_source": _placed(config).model_path},
+        engine_kwargs=engine_kwargs,
+        placement_group_config={"bundles": [bundle]},
+        deployment_config={**_scale(config), "graceful_shutdown_timeout_s": config.drain_timeout_s},
+        runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}},
+    )
+    return build_openai_app({"llm_configs": [llm]})
 
 
 def _placed(config: ServingConfig) -> ServingConfig:
@@ -286,7 +247,7 @@ def _start_serve(host: str, port: int) -> None:
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
     except (exceptions.RayActorError, TimeoutError):
         # On a busy machine Serve replaces a proxy that needs more than five seconds to start, and gives up waiting
-        # for the first one. The controller lives and goes on; waiting for /ready covers the next proxy.
+        # for the first one. The controller lives and goes on; waiting for an answer covers the next proxy.
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
 
 
@@ -307,19 +268,6 @@ def _wait_running(limit_s: float) -> None:
                 "raise startup_timeout_s if the model is large"
             )
         time.sleep(0.1)
-
-
-def _wait_healthy(root: str, limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while True:
-        try:
-            with urllib.request.urlopen(f"{root}/ready", timeout=10) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline:
-                raise ServingError(f"{root}/ready does not answer after {limit_s:g} seconds: {error}") from None
-        time.sleep(0.05)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.run import _scale
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,24 @@ def test_only_this_machine_may_call_by_default():
 def test_a_port_that_is_none_is_refused(port: int):
     with pytest.raises(ConfigError, match="port: must be at"):
         ServingConfig(model_path="m", port=port)
+
+
+def test_replicas_scale_between_limits_only_where_that_is_asked_for():
+    fixed = ServingConfig(model_path="m", num_replicas=2)
+    assert (_scale(fixed), fixed.most_replicas) == ({"num_replicas": 2}, 2)
+    scaled = ServingConfig(model_path="m", num_replicas=1, max_replicas=4, target_ongoing_requests=3)
+    limits = {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 3.0}
+    assert (_scale(scaled), scaled.most_replicas) == ({"autoscaling_config": limits}, 4)
+    with pytest.raises(ConfigError, match="max_replicas: must be at least num_replicas, 2"):
+        ServingConfig(model_path="m", num_replicas=2, max_replicas=1)
+
+
+@pytest.mark.parametrize("name", ["../a", "a/b", "", ".a", "a b"])
+def test_an_adapters_name_is_never_a_path(name: str):
+    with pytest.raises(ConfigError, match="is no name for an adapter"):
+        ServingConfig(model_path="m", adapters={name: "somewhere"})
+
+
+def test_records_are_appended_to_disks_only():
+    with pytest.raises(ConfigError, match="object stores cannot append"):
+        ServingConfig(model_path="m", feedback_path="s3://bucket/feedback")

@@ -11,7 +11,7 @@ import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.core.records import Message
-from raytune_ft.models.golden import GOLDEN, golden_answers, read_golden, write_golden
+from raytune_ft.models.golden import GOLDEN, golden_answers, inherit_golden, read_golden, write_golden
 from raytune_ft.models.loading import load_model
 from raytune_ft.serving.board import Board
 from raytune_ft.serving.config import ServingConfig
@@ -93,3 +93,12 @@ def test_a_damaged_file_is_refused(trained: Path):
     (trained / GOLDEN).write_text(json.dumps({"answers": []}))
     with pytest.raises(ModelError, match=r"golden\.json: is no file of golden answers"):
         start(trained)
+
+
+def test_what_is_made_from_a_model_inherits_its_golden_answers(trained: Path, tiny_model: Path, tmp_path: Path):
+    made = tmp_path / "made"
+    made.mkdir()
+    inherit_golden(str(tiny_model), made)
+    assert read_golden(made) is None
+    inherit_golden(str(trained), made)
+    assert read_golden(made) == read_golden(trained)

@@ -15,20 +15,22 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
+from raytune_ft.core.errors import ModelError, ServingError
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
 from raytune_ft.models.loading import load_model
-from raytune_ft.serving.config import Engine, ServingConfig
+from raytune_ft.serving.address import free_port
+from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.keys import hashed
-from raytune_ft.serving.run import ModelServer, choose_engine, free_port
+from raytune_ft.serving.run import ModelServer
 
 LIMITS = (3, 17, 40)
 QUESTIONS = ["What is the capital of France?", "red", "The quick brown fox jumps over the lazy dog.", "0 1 2 3"]
@@ -109,6 +111,24 @@ def test_mistakes_come_through_serve_in_openais_shape_and_the_server_lives_on(
     ]:
         code, text = told(server, path, method, body)
         assert (code, set(json.loads(text)["error"])) == (status, {"message", "type", "param", "code"})
+    assert told(server, "/ready")[0] == 200
+
+
+@pytest.mark.ray
+def test_slow_readers_and_half_open_connections_hold_up_nobody(server: ModelServer, client: openai.OpenAI):
+    host, _, port = server.url.removeprefix("http://").removesuffix("/v1").partition(":")
+    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "red"}], "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with ExitStack() as stack:
+        for number in range(24):
+            half = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            # a third says nothing further, a third promises a body, and a third never reads its answer
+            said = [head, f"{head}Content-Length: 999\r\n\r\n", f"{head}Content-Length: {len(body)}\r\n\r\n"][
+                number % 3
+            ]
+            half.sendall(said.encode() + (body if number % 3 == 2 else b""))
+        for _ in range(4):
+            assert ask(client, "red").choices[0].finish_reason
     assert told(server, "/ready")[0] == 200
 
 
@@ -306,14 +326,3 @@ def test_a_host_that_is_not_this_machine_is_refused():
 def test_a_folder_that_is_no_model_is_refused_before_anything_starts(tmp_path: Path):
     with pytest.raises(ModelError, match="is not a model"):
         ModelServer(ServingConfig(model_path=str(tmp_path), port=0)).start()
-
-
-def test_an_adapter_that_is_none_is_refused_before_anything_starts(tiny_model: Path):
-    with pytest.raises(ModelError, match=r"adapters\.a: .* is a whole model, not an adapter"):
-        ModelServer(ServingConfig(model_path=str(tiny_model), port=0, adapters={"a": str(tiny_model)})).start()
-
-
-def test_the_engine_is_chosen_with_a_reason_and_vllm_refused_where_it_is_not_installed():
-    assert choose_engine(Engine.AUTO) == (Engine.TRANSFORMERS, "it serves whatever loads there")
-    with pytest.raises(MissingDependencyError, match=r"pip install 'raytune-ft\[vllm\]'.*engine: transformers"):
-        choose_engine(Engine.VLLM)

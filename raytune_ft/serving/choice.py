@@ -1,0 +1,87 @@
+"""Which engine serves a model here, and what each of them cannot serve."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+
+from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
+from raytune_ft.models.loading import ModelReference, resolve_model
+from raytune_ft.serving.config import Engine, ServingConfig
+
+logger = logging.getLogger("raytune_ft")
+
+_OURS_ALONE = ("adapters", "adapters_path", "api_keys", "admin_keys", "feedback_path", "request_log_path")
+"""Settings that only the transformers engine's endpoint knows."""
+_NEEDS_FOR_TRANSFORMERS = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
+"""Formats that vLLM serves as it is, and the package that transformers loads them with."""
+
+
+def check_config(config: ServingConfig) -> None:
+    """Refuses, before anything starts, what cannot be served.
+
+    Raises:
+        ServingError: if the engine that is asked for does not know the format or a setting.
+        MissingDependencyError: if that engine is not installed.
+        ModelError: if the model or an adapter is none.
+    """
+    resolved = resolve_model(config.model_path)
+    for name, where in config.adapters.items():
+        if resolve_model(where).adapter is None:
+            raise ModelError(f"adapters.{name}: {where} is a whole model, not an adapter; serve it as model_path")
+    if config.engine is Engine.VLLM:
+        reason = why_not_vllm(config, resolved)
+        if reason:
+            raise ServingError(f"engine: vllm {reason}; set engine: transformers")
+        if not _installed("vllm"):
+            raise MissingDependencyError(
+                "engine: vllm is not installed in this environment; pip install 'raytune-ft[vllm]' where there is a "
+                "GPU, make an environment by .ci/vllm-env for a CPU, or set engine: transformers"
+            )
+        return
+    package = _NEEDS_FOR_TRANSFORMERS.get(quantization_of(resolved))
+    if package and not _installed(package) and not (config.engine is Engine.AUTO and _installed("vllm")):
+        raise ServingError(
+            f"{config.model_path}: is in the format {quantization_of(resolved)}, which engine: vllm serves; "
+            f"transformers needs {package} for it: pip install {package.replace('_', '-')}"
+        )
+
+
+def choose_engine(config: ServingConfig, *, gpus: bool) -> tuple[Engine, str]:
+    """The engine that serves a checked configuration, and why."""
+    if config.engine is not Engine.AUTO:
+        return config.engine, "asked for"
+    resolved = resolve_model(config.model_path)
+    reason = why_not_vllm(config, resolved)
+    if reason:
+        return Engine.TRANSFORMERS, f"vllm {reason}"
+    if not _installed("vllm"):
+        return Engine.TRANSFORMERS, "vllm is not installed"
+    if not gpus and quantization_of(resolved) not in _NEEDS_FOR_TRANSFORMERS:
+        return Engine.TRANSFORMERS, "there is no GPU"
+    return Engine.VLLM, "it serves this format" if not gpus else "there is a GPU, and it serves this format fastest"
+
+
+def why_not_vllm(config: ServingConfig, resolved: ModelReference) -> str | None:
+    """What vLLM could not do of what is asked for; None if it can do all."""
+    if resolved.adapter is not None:
+        return "serves no adapter as a model; merge it first (raytune-ft merge)"
+    if quantization_of(resolved) == "bitsandbytes":
+        return "does not load bitsandbytes weights everywhere that transformers does"
+    unknown = [name for name in _OURS_ALONE if getattr(config, name)]
+    return f"knows no {', '.join(unknown)}" if unknown else None
+
+
+def quantization_of(resolved: ModelReference) -> str:
+    """The format of a model folder's weights as its config.json names it; empty for full precision and for hub ids."""
+    path = Path(resolved.base) / "config.json"
+    if not path.is_file():
+        return ""
+    settings = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+    return str(settings.get("quant_method", ""))
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
