@@ -21,6 +21,7 @@ from raytune_ft.evaluation.rows import EvaluationRows
 from raytune_ft.evaluation.workload import Target, Workload
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.embedding import shared_embedder
+from raytune_ft.models.loading import load_tokenizer
 
 logger = logging.getLogger("raytune_ft")
 
@@ -149,3 +150,20 @@ def check_harness(config: MeasureConfig, targets: Sequence[Target]) -> Check | N
         for target in targets
     }
     return Check("harness", {"settings": config.harness.resolved(), "models": found})
+
+
+def check_templates(targets: Sequence[Target], rows: EvaluationRows) -> list[str]:
+    """A note for each model without a chat template, where conversations are to be written in one."""
+    if not any(record.messages for record in rows.records):
+        return []
+    bare = [
+        target for target in targets if not target.is_endpoint and load_tokenizer(target.path).chat_template is None
+    ]
+    notes = [
+        f"{target.label} ({target.path}) has no chat template: its prompts are written in the instruction format "
+        "(### Instruction / ### Response). If it is a chat model, put its chat_template.jinja into its folder."
+        for target in bare
+    ]
+    for note in notes:
+        logger.warning("%s", note)
+    return notes

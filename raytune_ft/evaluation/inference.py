@@ -113,7 +113,7 @@ def ask_files(
         batch_size=1,
         batch_format="pyarrow",
         num_cpus=0,  # the models may hold every CPU
-        compute=ray.data.TaskPoolStrategy(size=_READERS),
+        compute=ray.data.TaskPoolStrategy(size=min(_READERS, len(files))),
     )
     return infer(
         dataset,

@@ -14,7 +14,14 @@ from raytune_ft.core.manifest import ArtifactKind, now
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.answered import Unanswered, answers_of, missing_notes, refuse_missing, without
 from raytune_ft.evaluation.bases import with_base
-from raytune_ft.evaluation.checks import Check, check_forgetting, check_harness, check_leaks, check_production
+from raytune_ft.evaluation.checks import (
+    Check,
+    check_forgetting,
+    check_harness,
+    check_leaks,
+    check_production,
+    check_templates,
+)
 from raytune_ft.evaluation.config import (
     ComparisonConfig,
     EvaluationConfig,
@@ -146,6 +153,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         logger.info("Evaluation: found finished in %s", draft.location)
         return draft.finished
     with draft:
+        bare = check_templates(targets, rows)
         checks = [check_leaks(config, targets, rows)]
         kept = KeptRows(draft.location / PIECES)
         ask(rows.records, targets, work, kept, num_actors=config.num_actors, what="evaluation")
@@ -162,7 +170,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
             comparisons=compared(scored, metrics, seed=config.seed),
             created_at=now(),
             slices=sliced(scored, metrics, seed=config.seed, fields=config.slice_by),
-            notes=(*missing_notes(missing), *(note for check in checks for note in check.notes)),
+            notes=(*missing_notes(missing), *bare, *(note for check in checks for note in check.notes)),
             checks={check.name: check.found for check in checks},
         )
         _write(draft, result)

@@ -116,6 +116,7 @@ def test_every_prompt_is_answered_in_its_place_as_one_model_alone_would(
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_an_endpoint_answers_files_too_and_what_it_fails_is_asked_again(
     ray_cluster: object, prompts: Path, tmp_path: Path, server: Any
 ) -> None:
