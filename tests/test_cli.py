@@ -88,6 +88,7 @@ def test_help_of_every_verb_loads_nothing_heavy():
         "key",
         "doctor",
         "inspect",
+        "judge",
         "recommend",
         "runs",
         "merge",

@@ -24,6 +24,9 @@ from raytune_ft.evaluation.statistics import (
 
 Verdict = Literal["better", "worse", "cannot tell"]
 
+_MOST_ROWS = 10_000_000
+"""Above, how many rows it would take is no longer worth a number."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -130,7 +133,7 @@ def outlook(found: Difference) -> str:
         return "They score the same on every row, so how many rows it would take cannot be said."
     said = []
     if found.rows_to_tell is not None:
-        said.append(f"If the difference is what it seems, about {_rough(found.rows_to_tell)} rows would tell.")
+        said.append(f"If the difference is what it seems, {_rough(found.rows_to_tell)} rows would tell.")
     if found.visible_difference is not None:
         least = f"{found.visible_difference:.2g}"
         said.append(f"With {found.rows} rows only a difference of {least} or more would show four times in five.")
@@ -182,4 +185,4 @@ def _probability(p: float) -> str:
 
 def _rough(rows: int) -> str:
     """A number of rows to two digits: it is an estimate."""
-    return f"{float(f'{rows:.2g}'):,.0f}"
+    return f"about {float(f'{rows:.2g}'):,.0f}" if rows <= _MOST_ROWS else f"more than {_MOST_ROWS:,}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -162,23 +161,6 @@ def bradley_terry(wins: Floats) -> Floats:
         if moved < 1e-10:
             break
     return np.log(strength)
-
-
-def parse_votes(text: str) -> list[Vote]:
-    """The votes in a file of JSON lines; a last line that a killed process left unfinished is passed over.
-
-    Raises:
-        ValueError: if another line is not a vote.
-    """
-    lines = text.split("\n")
-    whole, torn = lines[:-1], lines[-1]
-    votes = [Vote(**json.loads(line)) for line in whole if line.strip()]
-    if torn.strip():
-        try:
-            votes.append(Vote(**json.loads(torn)))
-        except (ValueError, TypeError):
-            return votes
-    return votes
 
 
 def _win_rate(model: str, other: str, votes: Sequence[Vote], confidence: float, seed: int) -> WinRate:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from raytune_ft.evaluation.check_tables import check_tables
 from raytune_ft.evaluation.examples import MOST_ROWS_SHOWN, Example, examples, most_changed
 from raytune_ft.evaluation.judging import Judging
 from raytune_ft.evaluation.results import EvaluationResult
-from raytune_ft.evaluation.tables import comparison_table, correction, slice_table, title, value_table
+from raytune_ft.evaluation.tables import comparison_table, correction, slice_table, title, value_table, verdicts
 
 
 def render_markdown(result: EvaluationResult) -> str:
     """The same as the page."""
     lines = [f"# {cell(title(result))}", "", _subtitle(result), ""]
-    lines += [f"- {cell(comparison.words)}" for comparison in result.comparisons] + [""]
+    lines += [f"- {cell(comparison.words)}" for comparison in verdicts(result)] + [""]
+    if result.notes:
+        lines += ["**Before believing the numbers:**", "", *(f"- {cell(note)}" for note in result.notes), ""]
     if result.judging is not None:
         lines += _judging(result.judging)
     lines += _values(result)
-    for part in (comparison_table(result), slice_table(result)):
+    for part in (comparison_table(result), slice_table(result), *check_tables(result)):
         if part.rows:
-            lines += [f"## {part.title}", "", *_table(part.heads, part.rows), "", part.note, ""]
+            lines += [f"## {part.title}", "", *_table(part.heads, part.rows), "", cell(part.note), ""]
     lines += ["## Models", ""]
     models = [[m.label, m.path, m.digest, str(m.cut_off)] for m in result.models]
     lines += [*_table(["model", "path", "content", "answers cut off"], models), ""]

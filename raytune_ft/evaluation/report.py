@@ -13,10 +13,11 @@ from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.figures import COLOURS
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation import plots
+from raytune_ft.evaluation.check_tables import check_tables
 from raytune_ft.evaluation.examples import examples, most_changed
 from raytune_ft.evaluation.markdown import render_markdown
 from raytune_ft.evaluation.results import RESULTS, EvaluationResult, leading_metric, to_json
-from raytune_ft.evaluation.tables import comparison_table, number_text, slice_table, title, value_table
+from raytune_ft.evaluation.tables import comparison_table, number_text, slice_table, title, value_table, verdicts
 
 __all__ = ["generate_evaluation_report", "image", "page_template", "page_values", "render_html", "write_report"]
 
@@ -68,7 +69,9 @@ def page_values(result: EvaluationResult) -> dict[str, Any]:
         "colours": [COLOURS[number % len(COLOURS)] for number in range(len(result.models))],
         "table": value_table(result),
         "comparisons": comparison_table(result),
+        "verdicts": verdicts(result),
         "slices": slice_table(result),
+        "checks": check_tables(result),
         "plots": [(image(plot.svg()), plots.CAPTIONS[name]) for name, plot in plots.draw(result).items()],
         "changed": most_changed(result),
         "rows": examples(result),

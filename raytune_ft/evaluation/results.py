@@ -94,7 +94,7 @@ class Slice:
     """The same values on some of the rows: those with one value of a field, or of one range of lengths."""
 
     by: str
-    """A metadata field, ``prompt length`` or ``reference length``."""
+    """A metadata field, ``prompt characters`` or ``reference characters``."""
     name: str
     rows: int
     values: dict[str, dict[str, float]]

@@ -47,11 +47,11 @@ def groups(answers: Sequence[Answer], fields: Sequence[str] | None = None) -> li
     for name, values in slice_fields([answer.metadata for answer in answers], fields).items():
         found += _by_value(name, values)
     if len(answers) >= FEWEST_ROWS:
-        lengths = {"prompt length": [len(answer.prompt) for answer in answers]}
+        lengths = {"prompt characters": [len(answer.prompt) for answer in answers]}
         if all(answer.reference is not None for answer in answers):
-            lengths["reference length"] = [len(answer.reference or "") for answer in answers]
+            lengths["reference characters"] = [len(answer.reference or "") for answer in answers]
         for name, sizes in lengths.items():
-            found += _by_size(name, sizes, unit=" characters")
+            found += _by_size(name, sizes)
     return found
 
 
@@ -150,14 +150,14 @@ def _by_value(name: str, values: Sequence[Any]) -> Iterator[Group]:
         yield Group(name, text, np.flatnonzero([other == text for other in shown]))
 
 
-def _by_size(name: str, sizes: Sequence[float], unit: str = "") -> Iterator[Group]:
+def _by_size(name: str, sizes: Sequence[float]) -> Iterator[Group]:
     """Thirds of the rows, as nearly as rows of the same size allow; nothing where all are alike."""
     numbers = np.asarray(sizes)
     low, high = np.quantile(numbers, [1 / 3, 2 / 3], method="inverted_cdf")
     ranges = {
-        f"up to {_number(low)}{unit}": numbers <= low,
-        f"above {_number(low)}, up to {_number(high)}{unit}": (numbers > low) & (numbers <= high),
-        f"above {_number(high)}{unit}": numbers > high,
+        f"up to {_number(low)}": numbers <= low,
+        f"above {_number(low)} to {_number(high)}": (numbers > low) & (numbers <= high),
+        f"above {_number(high)}": numbers > high,
     }
     filled = {label: np.flatnonzero(marks) for label, marks in ranges.items() if marks.any()}
     if len(filled) > 1:

@@ -10,6 +10,9 @@ from typing import Any
 from raytune_ft.evaluation.compare import signed
 from raytune_ft.evaluation.results import Comparison, ComparisonResult, EvaluationResult, Slice, leading_metric
 
+MOST_VERDICTS = 6
+"""Sentences that a reader takes in at the head of a report."""
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -63,6 +66,14 @@ def comparison_table(result: EvaluationResult) -> TextTable:
         rows.append([name, signed(found.difference), _span(found), *p_values, *counts, found.verdict])
     note = "Differences are of the same rows (paired): bootstrap intervals, permutation tests. " + correction(result)
     return TextTable("Differences", heads, rows, note.strip())
+
+
+def verdicts(result: EvaluationResult) -> tuple[Comparison, ...]:
+    """The comparisons whose words open the report: all, or, where they are many, those of the leading metric."""
+    if len(result.comparisons) <= MOST_VERDICTS:
+        return result.comparisons
+    metric = leading_metric(result)
+    return tuple(found for found in result.comparisons if found.metric == metric)
 
 
 def slice_table(result: EvaluationResult) -> TextTable:

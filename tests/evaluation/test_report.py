@@ -13,9 +13,9 @@ from raytune_ft.core.errors import ArtifactError, ConfigError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
+from raytune_ft.evaluation.markdown import render_markdown
 from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import METRICS
-from raytune_ft.evaluation.markdown import render_markdown
 from raytune_ft.evaluation.report import generate_evaluation_report, render_html, write_report
 from raytune_ft.evaluation.results import (
     Answer,
@@ -201,3 +201,13 @@ def test_a_ranking_follows_the_direction_of_its_metric() -> None:
 
 def test_numbers_are_short_enough_for_a_table() -> None:
     assert [number_text(n) for n in (0.12345, 12.345, 1234.56, 123456.0)] == ["0.123", "12.3", "1,234.6", "1.23e+05"]
+
+
+def test_of_many_comparisons_only_the_leading_metrics_open_the_report() -> None:
+    found = result()
+    many = replace(found, comparisons=found.comparisons * 3)
+    opening = render_html(many).partition("<h2>Values")[0]
+    assert opening.count("Exact match: tuned is better than base") == 3
+    assert "Perplexity: tuned" not in opening
+    assert "all 9 comparisons are in the table of differences" in opening
+    assert "Perplexity: tuned" in render_html(found).partition("<h2>Values")[0]
