@@ -39,9 +39,11 @@ class Part:
     """Where the values begin in the flattened buffer."""
 
     def state(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
-        """The values' own part of the optimizer's state."""
-        found: Tensor = optimizer.state[self.buffer][key].view(-1)
-        return found.narrow(0, self.first, len(self.weights))
+        """The values' own part of the optimizer's state; zeros before its first step, which fp16 may put off."""
+        found: Tensor | None = optimizer.state[self.buffer].get(key)
+        if found is None:
+            return torch.zeros(len(self.weights))
+        return found.view(-1).narrow(0, self.first, len(self.weights))
 
 
 class LearnerState:
@@ -125,10 +127,10 @@ class LearnerState:
 
     def scalars(self) -> dict[str, Any]:
         """Steps that Adam has made, and the state of fp16's loss scaling (empty without it)."""
-        state = next(iter(self.optimizer.state.values()), {"step": 0.0})
+        made = [float(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         remembered = vars(self._scaler) if self._scaler is not None else {}
         scale = {name: remembered[name] for name in _SCALE if name in remembered}
-        return {"optimizer_steps": float(state["step"]), "loss_scale": scale}
+        return {"optimizer_steps": max(made, default=0.0), "loss_scale": scale}
 
     @property
     def _scaler(self) -> Any:
