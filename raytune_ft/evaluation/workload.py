@@ -12,7 +12,6 @@ from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import MeasureConfig
 from raytune_ft.evaluation.config_inference import EndpointConfig, is_endpoint
 from raytune_ft.evaluation.metric_names import EvaluationMetric
-from raytune_ft.models.adapters import adapter_kind
 from raytune_ft.models.config import DecodingConfig, Precision
 from raytune_ft.models.loading import model_parent, resolve_model, shared_model
 
@@ -100,6 +99,9 @@ def _base_key(target: Target) -> str:
     if target.is_endpoint:
         return f"endpoint {target.label}"
     resolved = resolve_model(target.path)
-    if resolved.adapter is not None and adapter_kind(resolved.adapter) != "LORA":
-        return f"alone {target.label}"
+    if resolved.adapter is not None:
+        from raytune_ft.models.adapters import adapter_kind  # loads torch
+
+        if adapter_kind(resolved.adapter) != "LORA":
+            return f"alone {target.label}"
     return f"base {resolved.base}"

@@ -24,6 +24,7 @@ from raytune_ft.models.virtual import Extended, VirtualTokens
 
 CHUNK = 512
 """Targets whose logits exist at the same time."""
+_TOKENS_ON_CPU, _TOKENS_ON_GPU = 512, 8192
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _chunk_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sequence_scores(loaded: LoadedModel, rows: Sequence[Encoded], *, token_budget: int = 4096) -> list[Score]:
+def sequence_scores(loaded: LoadedModel, rows: Sequence[Encoded], *, token_budget: int | None = None) -> list[Score]:
     """Scores of `rows`, in their order; each is what it would be alone.
 
     A row that is longer than the model's context is scored in overlapping windows (`windows_of`).
@@ -156,14 +157,16 @@ def sequence_scores(loaded: LoadedModel, rows: Sequence[Encoded], *, token_budge
     Args:
         loaded: the model.
         rows: token ids with their supervised marks.
-        token_budget: most tokens that are computed at the same time.
+        token_budget: most tokens that are computed at the same time; by default few on a CPU, whose caches hold a
+            layer's activations of no more, and many on a GPU.
     """
     parts = CausalParts.of(loaded.model)
+    budget = token_budget or (_TOKENS_ON_CPU if loaded.device == "cpu" else _TOKENS_ON_GPU)
     context = context_tokens(loaded.model)
     pieces = [(number, piece) for number, row in enumerate(rows) for piece in windows_of(row, context)]
     nll, tokens, windows = [0.0] * len(rows), [0] * len(rows), [0] * len(rows)
     with attention(loaded.model, SEGMENTS):
-        for group in group_by_budget([len(piece.input_ids) for _, piece in pieces], token_budget):
+        for group in group_by_budget([len(piece.input_ids) for _, piece in pieces], budget):
             batch = pack([pieces[place][1] for place in group])
             losses = target_losses(parts, batch.to(loaded.device)).double().cpu()
             sums = torch.zeros(len(group), dtype=torch.float64).index_add_(0, batch.row_of_target, losses).tolist()
