@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from raytune_ft.evaluation.answers import fields
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.results import Answer, EvaluationResult, leading_metric
+from raytune_ft.evaluation.results import STRICT_METRICS, Answer, EvaluationResult, leading_metric
 
 MOST_ROWS_SHOWN = 2000
 """Rows whose answers stand in the page itself; beyond, a browser is no fit reader, and the answer files are."""
@@ -59,7 +59,7 @@ def example(result: EvaluationResult, place: int) -> Example:
     """One row; `place` counts from 0."""
     answers = [model.answers[place] for model in result.models]
     judge = leading_metric(result)
-    cells = tuple(_cell(answer, judge if judge.needs_answers and judge.facts.best else None) for answer in answers)
+    cells = tuple(_cell(answer, judge if judge in STRICT_METRICS else None) for answer in answers)
     return Example(
         number=place + 1,
         prompt=answers[0].prompt,

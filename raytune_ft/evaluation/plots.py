@@ -16,6 +16,8 @@ CAPTIONS = {
     "Hollow: cannot tell.",
     "fields": "Accuracy of each field of the JSON answers.",
     "lengths": "Length of the answers: the share of rows answered with at most so many tokens.",
+    "calibration": "How often the likeliest choice is right, by the confidence in it. On the dotted line, a model is "
+    "as sure as it is right; marks grow with the number of rows.",
     "slices": "The leading metric on each slice of the rows, with 95% intervals.",
 }
 
@@ -37,6 +39,8 @@ def draw(result: EvaluationResult) -> dict[str, Plot]:
         plots["fields"] = _fields(result)
     if all(answer.answer_tokens is not None for model in result.models for answer in model.answers):
         plots["lengths"] = _lengths(result)
+    if EvaluationMetric.CALIBRATION in result.metrics:
+        plots["calibration"] = _calibration(result)
     if result.slices:
         plots["slices"] = _slices(result, leading_metric(result))
     return plots
@@ -145,6 +149,36 @@ def _lengths(result: EvaluationResult) -> Plot:
         _legend(axes, result)
 
     return Plot(paint, height=3.0, grid="both")
+
+
+def _calibration(result: EvaluationResult) -> Plot:
+    """Reliability: per bin of confidence the share of rows whose likeliest choice is right."""
+    from raytune_ft.evaluation.choice_metrics import BINS
+    from raytune_ft.evaluation.measurement import columns_of
+    from raytune_ft.evaluation.metrics import make_metric
+
+    metric = make_metric(EvaluationMetric.CALIBRATION, result.settings)
+    bins = []
+    for model in result.models:
+        sums = {name: float(column.sum()) for name, column in columns_of(model, metric).items()}
+        filled = [number for number in range(BINS) if sums[f"rows.{number}"]]
+        bins.append([[sums[f"{kind}.{n}"] for kind in ("confidence", "right", "rows")] for n in filled])
+
+    def paint(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], color="#8b94a3", linewidth=1, linestyle=":")
+        for number, found in enumerate(bins):
+            colour = COLOURS[number % len(COLOURS)]
+            sure, right = ([part[place] / part[2] for part in found] for place in (0, 1))
+            most = max(part[2] for part in found)
+            axes.plot(sure, right, color=colour, linewidth=2, alpha=0.5)
+            axes.scatter(sure, right, s=[20 + 60 * part[2] / most for part in found], color=colour, zorder=3)
+        axes.set_xlim(0, 1.02)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("confidence in the likeliest choice")
+        axes.set_ylabel("share that is right")
+        _legend(axes, result)
+
+    return Plot(paint, height=3.6, grid="both")
 
 
 def _slices(result: EvaluationResult, metric: EvaluationMetric) -> Plot:

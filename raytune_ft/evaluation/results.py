@@ -184,16 +184,21 @@ class ComparisonResult(EvaluationResult):
         return [model.label for model in ranked]
 
 
+STRICT_METRICS = (
+    EvaluationMetric.EXACT_MATCH,
+    EvaluationMetric.ACCURACY,
+    EvaluationMetric.CHOICE_ACCURACY,
+    EvaluationMetric.FIELD_F1,
+    EvaluationMetric.SET_F1,
+    EvaluationMetric.F1,
+    EvaluationMetric.VALID_JSON,
+)
+"""Metrics that call a row's answer right or wrong, the strictest first."""
+
+
 def leading_metric(result: EvaluationResult) -> EvaluationMetric:
     """The metric that a row is judged by: the strictest that was measured, else the first."""
-    strict = (
-        EvaluationMetric.EXACT_MATCH,
-        EvaluationMetric.ACCURACY,
-        EvaluationMetric.FIELD_F1,
-        EvaluationMetric.F1,
-        EvaluationMetric.VALID_JSON,
-    )
-    return next((metric for metric in strict if metric in result.metrics), result.metrics[0])
+    return next((metric for metric in STRICT_METRICS if metric in result.metrics), result.metrics[0])
 
 
 def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str, Any]:

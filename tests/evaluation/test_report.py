@@ -15,7 +15,7 @@ from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
 from raytune_ft.evaluation.markdown import render_markdown
 from raytune_ft.evaluation.measurement import compared, measured
-from raytune_ft.evaluation.metrics import METRICS
+from raytune_ft.evaluation.metrics import METRICS, make_metric
 from raytune_ft.evaluation.report import generate_evaluation_report, render_html, write_report
 from raytune_ft.evaluation.results import (
     Answer,
@@ -211,3 +211,24 @@ def test_of_many_comparisons_only_the_leading_metrics_open_the_report() -> None:
     assert "Perplexity: tuned" not in opening
     assert "all 9 comparisons are in the table of differences" in opening
     assert "Perplexity: tuned" in render_html(found).partition("<h2>Values")[0]
+
+
+def test_calibration_is_drawn_where_choices_were_measured() -> None:
+    config = EvaluationConfig(model_path="m", dataset_path="d", metrics=["choice_accuracy", "calibration"])
+    metrics = {name: make_metric(name, config.resolved()) for name in config.metrics}
+    answers = tuple(
+        Answer(
+            str(n),
+            f"question {n}",
+            "yes",
+            choices=[{"text": t, "nll": v, "bytes": 3} for t, v in (("yes", n), ("no", 3))],
+        )
+        for n in range(6)
+    )
+    model = measured(ModelScores("model", "m", "0123", {}, {}, answers), metrics, seed=0)
+    dataset = {"path": "d", "split": "test", "rows": 6, "digest": "4567"}
+    found = EvaluationResult(config.resolved(), dataset, (model,), (), "2026-01-01T00:00:00+00:00")
+    assert list(plots.draw(found)) == ["metrics", "calibration"]
+    assert "confidence in the likeliest choice" in plots.draw(found)["calibration"].svg()
+    every = render_html(found).partition('<div class="every">')[2]
+    assert (every.count(">right<"), every.count(">wrong<")) == (4, 2)  # nats 0, 1, 2 and the tie with 3
