@@ -30,10 +30,15 @@ class GoldenTurn(BaseModel):
 
 
 class GoldenAnswer(BaseModel):
-    """A prompt, its tokens, and the greedy answer with each token's log-probability (the last ends it)."""
+    """A prompt, its tokens, and the greedy answer with each token's log-probability.
+
+    The prompt is a conversation, or (`messages` empty) text whose tokens are known; `text` is empty where the tokens
+    do not follow from it.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    messages: list[GoldenTurn] = Field(min_length=1)
+    messages: list[GoldenTurn] = []
+    text: str = ""
     prompt_ids: list[int] = Field(min_length=1)
     answer: str
     token_ids: list[int] = Field(min_length=1)
@@ -49,27 +54,47 @@ class Golden(BaseModel):
 
 
 def golden_answers(loaded: LoadedModel, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = 32) -> Golden:
-    """What `loaded` answers greedily to `prompts` (each ends with a user's turn)."""
+    """What `loaded` answers greedily to `prompts` (each ends with a user's turn).
+
+    Raises:
+        DataError: if the chat template refuses a prompt.
+    """
+    answers = _answered(loaded, [loaded.chat.prompt_ids(prompt) for prompt in prompts], max_new_tokens)
+    turns = [[GoldenTurn(role=message.role, content=message.content) for message in prompt] for prompt in prompts]
+    return Golden(answers=[one.model_copy(update={"messages": t}) for one, t in zip(answers, turns, strict=True)])
+
+
+def golden_continuations(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 32
+) -> list[GoldenAnswer]:
+    """As `golden_answers`, to token ids."""
+    texts = [str(loaded.tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in prompts]
+    known = [
+        text if list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) == list(ids) else ""
+        for text, ids in zip(texts, prompts, strict=True)
+    ]
+    answers = _answered(loaded, prompts, max_new_tokens)
+    return [one.model_copy(update={"text": text}) for one, text in zip(answers, known, strict=True)]
+
+
+def _answered(loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[GoldenAnswer]:
     from raytune_ft.models.decoding import Decoder
 
     decoder = Decoder(loaded)
     decoding = DecodingConfig(max_new_tokens=max_new_tokens)
-    rows = [decoder.new_row(loaded, loaded.chat.prompt_ids(prompt), decoding, top_logprobs=0) for prompt in prompts]
+    rows = [decoder.new_row(loaded, list(prompt), decoding, top_logprobs=0) for prompt in prompts]
     decoder.join(rows)
     while decoder.step():
         pass
-    return Golden(
-        answers=[
-            GoldenAnswer(
-                messages=[GoldenTurn(role=message.role, content=message.content) for message in prompt],
-                prompt_ids=list(row.prompt_ids),
-                answer=row.stream.text,
-                token_ids=[entry.token for entry in row.logprobs],
-                logprobs=[entry.logprob for entry in row.logprobs],
-            )
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
-    )
+    return [
+        GoldenAnswer(
+            prompt_ids=list(row.prompt_ids),
+            answer=row.stream.text,
+            token_ids=[entry.token for entry in row.logprobs],
+            logprobs=[entry.logprob for entry in row.logprobs],
+        )
+        for row in rows
+    ]
 
 
 def write_golden(golden: Golden, folder: Path) -> None:

@@ -56,8 +56,13 @@ def check_parity(engine: TransformersEngine, folder: Path, tolerance: float, *, 
 
 def _check_prompt(engine: TransformersEngine, answer: GoldenAnswer, where: str) -> None:
     messages = [Message(turn.role, turn.content) for turn in answer.messages]
+    if not messages and not answer.text:
+        return
+    tokenizer = engine.loaded.tokenizer
     try:
-        ids = list(engine.prompt_ids(messages))
+        ids = list(
+            engine.prompt_ids(messages) if messages else tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        )
     except DataError as error:
         raise ModelError(f"{where}: {error}; the folder has another chat template than in training") from None
     if ids != answer.prompt_ids:

@@ -6,6 +6,7 @@ import json
 import logging
 import secrets
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import save_adapter
+from raytune_ft.models.golden import Golden, write_golden
 from raytune_ft.training import checkpoint
 from raytune_ft.training.checkpoint import StoredCheckpoint
 from raytune_ft.training.config import FineTuningConfig
@@ -183,8 +185,17 @@ class Keeper:
         found = checkpoint.newest(self.output / CHECKPOINTS, self.peers) if self.output is not None else None
         return "There is no checkpoint" if found is None else f"The last good checkpoint is {found.target}"
 
-    def finish(self, summary: TrainingSummary, monitor: Monitor | None, events: Path | None) -> None:
-        """Writes the model with the best weights (the last ones, if nothing was evaluated), curves and diagnosis."""
+    def finish(
+        self,
+        summary: TrainingSummary,
+        monitor: Monitor | None,
+        events: Path | None,
+        golden: Callable[[], Golden | None] | None = None,
+    ) -> None:
+        """Writes the model with the best weights (the last ones, if nothing was evaluated), curves and diagnosis.
+
+        `golden` gives the answers that a server checks itself by; None where no rank holds the whole model.
+        """
         if self._best is not None:
             self._state.set_weights(self._best)
         gathered = self.learner.gathered_state()
@@ -198,6 +209,9 @@ class Keeper:
             else:
                 trainee.model.save_pretrained(folder, state_dict=gathered)
                 trainee.tokenizer.save_pretrained(folder)
+            found = golden() if golden is not None else None
+            if found is not None:
+                write_golden(found, folder)
             rows = self.history.rows
             _write(folder / HISTORY, "\n".join(json.dumps(row) for row in rows))
             _write(folder / CURVES, draw_curves(rows, [(f.step, f.kind.value) for f in monitor.findings]))

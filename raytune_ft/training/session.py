@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_st
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
+from raytune_ft.training.golden import golden_of
 from raytune_ft.training.interruption import agreed, is_noted
 from raytune_ft.training.keeper import CHECKPOINTS, HISTORY, TENSORBOARD, Keeper
 from raytune_ft.training.loop import Decision, Learner, Metrics, NotFiniteError, TrainingSummary, fit
@@ -141,7 +143,8 @@ def train_in_process(
             trackers.close(status)
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
-        keeper.finish(summary, monitor, events)
+        whole = partial(golden_of, trainee.model, trainee.tokenizer, config, validation, seat.device)
+        keeper.finish(summary, monitor, events, None if config.zero_stage == 3 else whole)
     return summary
 
 
