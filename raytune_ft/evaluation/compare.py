@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -82,25 +83,26 @@ def difference(
     own, their = scores
     gain = _rounded(their - own if lower_is_better else own - their)
     wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
-    samples = bootstrap(statistic, columns, seed=seed) - bootstrap(statistic, others, seed=seed)
-    found = percentiles(samples, confidence)
-    alone = Difference(
-        difference=float(statistic(_sums(columns)) - statistic(_sums(others))),
-        low=found.low,
-        high=found.high,
-        confidence=confidence,
-        standard_error=float(np.std(samples)),
-        wins=wins,
-        ties=row_count(columns) - wins - losses,
-        losses=losses,
-        lower_is_better=lower_is_better,
-        p_value=permutation_p_value(statistic, columns, others, seed=seed),
-        p_adjusted=1.0,
-        tests=1,
-        verdict="cannot tell",
-        rows_to_tell=None,
-        visible_difference=None,
-    )
+    with np.errstate(invalid="ignore"):  # values beyond numbers, as an overflowed perplexity, cannot be told apart
+        samples = bootstrap(statistic, columns, seed=seed) - bootstrap(statistic, others, seed=seed)
+        found = percentiles(samples, confidence)
+        alone = Difference(
+            difference=float(statistic(_sums(columns)) - statistic(_sums(others))),
+            low=found.low,
+            high=found.high,
+            confidence=confidence,
+            standard_error=float(np.std(samples)),
+            wins=wins,
+            ties=row_count(columns) - wins - losses,
+            losses=losses,
+            lower_is_better=lower_is_better,
+            p_value=permutation_p_value(statistic, columns, others, seed=seed),
+            p_adjusted=1.0,
+            tests=1,
+            verdict="cannot tell",
+            rows_to_tell=None,
+            visible_difference=None,
+        )
     return judged([alone])[0]
 
 
@@ -154,7 +156,7 @@ def _judged(found: Difference, p_adjusted: float, tests: int) -> Difference:
         verdict = "better" if (found.difference > 0) is not found.lower_is_better else "worse"
     else:
         needed = _rows_to_tell(found, strictest)
-    visible = visible_difference(found.standard_error, alpha=strictest) if found.standard_error else None
+    visible = visible_difference(found.standard_error, alpha=strictest) if 0 < found.standard_error < math.inf else None
     return replace(
         found, p_adjusted=p_adjusted, tests=tests, verdict=verdict, rows_to_tell=needed, visible_difference=visible
     )

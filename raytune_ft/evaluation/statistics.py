@@ -130,11 +130,13 @@ def rows_needed(difference: float, standard_error: float, rows: int, *, alpha: f
         alpha: level of the test.
 
     Returns:
-        The number of rows; None where the difference is 0, or a bootstrap saw no spread.
+        The number of rows; None where the difference is 0, a bootstrap saw no spread, or a value is beyond numbers (a
+        perplexity that overflowed).
     """
-    if difference == 0 or standard_error == 0:
+    if difference == 0 or standard_error == 0 or not math.isfinite(difference + standard_error):
         return None
-    return math.ceil(rows * (_reach(alpha) * standard_error / abs(difference)) ** 2)
+    errors = min(_reach(alpha) * standard_error / abs(difference), 1e9)
+    return math.ceil(rows * errors**2)
 
 
 def visible_difference(standard_error: float, *, alpha: float) -> float:

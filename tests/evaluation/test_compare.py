@@ -102,3 +102,14 @@ def test_what_cannot_be_said_is_not_said() -> None:
     even = compared([1.0, 0.0], [0.0, 1.0])
     assert even.rows_to_tell is None
     assert outlook(even).startswith("With 2 rows only a difference of ")
+
+
+def test_values_beyond_numbers_cannot_be_told_apart_and_break_nothing() -> None:
+    def overflowing(sums: Columns) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return np.exp(sums["right"] / sums["rows"])
+
+    own, their = np.array([800.0] * 8), np.array([900.0] * 8)
+    found = difference(overflowing, columns(*own), columns(*their), scores=(own, their), lower_is_better=True)
+    assert (found.verdict, found.visible_difference) == ("cannot tell", None)
+    assert sentence(found, model="a", other="b", metric="Perplexity").startswith("Perplexity: cannot tell a from b")
