@@ -23,7 +23,8 @@ class Sampler:
     """Chooses the tokens of one answer; what it draws depends on its seed alone, not on other answers."""
 
     def __init__(self, decoding: DecodingConfig, device: str) -> None:
-        self._temperature, self._top_p = decoding.temperature, decoding.top_p
+        # Below a millionth only equals are drawn from, and float32 would soon divide by zero.
+        self._temperature, self._top_p = max(decoding.temperature, 1e-6), decoding.top_p
         self._generator = None
         if decoding.temperature > 0:
             self._generator = torch.Generator(device).manual_seed(decoding.seed)
@@ -37,7 +38,6 @@ class Sampler:
         """A token from [vocabulary] logits."""
         if self._generator is None:
             return int(logits.argmax())
-        # The likeliest has logit 0: no temperature, however small, makes an infinity of it.
         probabilities = torch.softmax((logits.float() - logits.max()) / self._temperature, dim=-1)
         if self._top_p < 1:
             ranked, places = probabilities.sort(descending=True)

@@ -28,6 +28,9 @@ from raytune_ft.serving.adapters import Adapter, AdapterSet
 
 logger = logging.getLogger("raytune_ft")
 
+_READ_AT_ONCE = 2048
+"""Prompt tokens that are read between two steps; a single longer prompt is read whole."""
+
 
 @dataclass(frozen=True)
 class GenerationRequest:
@@ -257,9 +260,13 @@ class TransformersEngine:
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
     def _admitted(self) -> list[tuple[Ticket, Progress]]:
-        """Lets waiting requests join, as far as there is room."""
+        """Lets waiting requests join, as far as there is room; many long prompts take several steps of the others."""
         joining: list[Ticket] = []
+        tokens = 0
         while self._waiting and len(self._running) < self._max_batch_size:
+            tokens += len(self._waiting[0].request.prompt_ids)
+            if joining and tokens > _READ_AT_ONCE:
+                break
             ticket = self._waiting.popleft()
             ticket.row = self._row(ticket.request, ticket.adapter)
             self._running[id(ticket.row)] = ticket
