@@ -1,13 +1,15 @@
 """Batched generation of answers to prompts of mixed lengths.
 
 Prompts are sorted by length and share batches by a token budget; a row that is done makes room for the next prompt
-(`models.refilling`). The answers come back in the order of the prompts, and none depends on what shared its batch.
+(`models.decoding`). The answers come back in the order of the prompts, and none depends on what shared its batch.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -16,10 +18,9 @@ import xxhash
 from raytune_ft.models.attention import attention
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
+from raytune_ft.models.decoding import Decoder
 from raytune_ft.models.loading import LoadedModel
-from raytune_ft.models.refilling import Job, decode, has_plain_cache
 from raytune_ft.models.scoring import context_tokens
-from raytune_ft.models.virtual import VirtualTokens
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,49 @@ def _found(
     room = [context - len(prompt) if context else decoding.max_new_tokens for prompt in prompts]
     limits = [max(1, min(decoding.max_new_tokens, left)) for left in room]
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-    if VirtualTokens.of(loaded.model) is not None or not has_plain_cache(loaded.model):
+    if getattr(loaded.model, "_is_stateful", False):  # its recurrent state cannot be joined to that of others
         for group in group_by_budget(lengths, token_budget, padded=True):
             torch.manual_seed(seeds[group[0]])
             batch = _generate_batch(loaded, [prompts[number] for number in group], decoding)
             yield dict(zip(group, batch, strict=True))
         return
+    own = [
+        decoding.model_copy(update={"max_new_tokens": limit, "seed": seed})
+        for limit, seed in zip(limits, seeds, strict=True)
+    ]
     for wave, slots in waves(lengths, token_budget):
-        jobs = [Job(number, prompts[number], limits[number], seeds[number]) for number in wave]
-        jobs.sort(key=lambda job: -len(job.prompt))
-        answered = decode(loaded.model, loaded.tokenizer, jobs, decoding, stops=loaded.chat.stop_ids, slots=slots)
-        for number, tokens in answered:
-            yield {number: _completion(loaded, tokens, decoding, stops=set(loaded.chat.stop_ids))}
+        wave.sort(key=lambda number: -len(prompts[number]))
+        yield from _refilled(loaded, {number: (prompts[number], own[number]) for number in wave}, slots)
+
+
+def _refilled(
+    loaded: LoadedModel, asked: Mapping[int, tuple[Sequence[int], DecodingConfig]], slots: int
+) -> Iterator[dict[int, Completion]]:
+    """Answers as they end; whenever a quarter of the slots is free, the next prompts join (Yu et al., 2022, Orca)."""
+    decoder = Decoder(loaded)
+    waiting = deque(asked)
+    numbers: dict[int, int] = {}
+    while waiting or decoder.rows:
+        free = slots - len(decoder.rows)
+        if waiting and 4 * free >= slots:
+            joining = []
+            for number in islice(waiting, free):
+                row = decoder.new_row(loaded, *asked[number], whole=True)
+                numbers[id(row)] = number
+                joining.append(row)
+            for _ in joining:
+                waiting.popleft()
+            decoder.join(joining)
+            stepped = joining
+        else:
+            stepped = decoder.step()
+        done = {
+            numbers.pop(id(row)): Completion(row.stream.text, row.token_ids, row.finish_reason)
+            for row in stepped
+            if row.finish_reason is not None
+        }
+        if done:
+            yield done
 
 
 def waves(lengths: Sequence[int], token_budget: int) -> list[tuple[list[int], int]]:
@@ -122,33 +154,10 @@ def _generate_batch(loaded: LoadedModel, prompts: list[Sequence[int]], decoding:
         max_new_tokens=decoding.max_new_tokens, eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **sampling
     )
     extra = {"stop_strings": list(decoding.stop), "tokenizer": tokenizer} if decoding.stop else {}
-    virtual = VirtualTokens.of(loaded.model)
-    if virtual is not None and virtual.kind == "PROMPT_TUNING":
-        embeddings, mask = _behind_virtual(loaded.model, virtual, ids, mask)
-        base = loaded.model.get_base_model()
-        out = base.generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=settings, **extra)
-    else:
-        out = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)
-        out = out[:, longest:]
+    out = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)[:, longest:]
     # A row that ended on a stop text is padded while the others of its batch go on.
     ends = {*stops, pad}
     return [_completion(loaded, row, decoding, stops=ends) for row in out.tolist()]
-
-
-def _behind_virtual(
-    model: Any, virtual: VirtualTokens, ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[prompts, longer, width] embeddings, padding first, then the virtual tokens, then the prompt; and their mask.
-
-    PEFT itself puts them before the padding, and an answer then depends on how much of that its row has.
-    """
-    learned = virtual.embeddings()[0]
-    tokens = model.get_input_embeddings()(ids)
-    learned = learned.to(tokens.dtype)
-    padding = (mask == 0).sum(dim=1).tolist()
-    rows = [torch.cat([row[:count], learned, row[count:]]) for row, count in zip(tokens, padding, strict=True)]
-    ones = mask.new_ones(len(ids), virtual.count)
-    return torch.stack(rows), torch.cat([mask, ones], dim=1)
 
 
 def _completion(loaded: LoadedModel, tokens: list[int], decoding: DecodingConfig, *, stops: set[int]) -> Completion:

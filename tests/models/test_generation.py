@@ -13,7 +13,6 @@ from raytune_ft.models.adapters import add_virtual_tokens
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate, row_seed, waves
 from raytune_ft.models.loading import load_model
-from raytune_ft.models.refilling import sampled
 
 GREEDY = DecodingConfig(max_new_tokens=12)
 
@@ -122,10 +121,3 @@ def test_a_prompt_near_the_end_of_the_context_gets_the_room_that_is_left(tiny_mo
 def test_waves_widen_where_rows_get_shorter() -> None:
     # 100 tokens: one row of 90 alone; rows of 40 two at a time, those of 30 with them (3 < 4); rows of 20 five.
     assert waves([20, 90, 40, 30, 20], 100) == [([1], 1), ([2, 3], 2), ([0, 4], 5)]
-
-
-def test_a_sampled_token_is_the_one_that_the_draw_falls_on() -> None:
-    # Likeliest first: token 2 (0.5), token 0 (0.3), token 1 (0.2); top_p 0.7 keeps the first two, of 0.8 together.
-    row = torch.tensor([[0.3, 0.2, 0.5]])
-    assert [sampled(row, [draw], 1.0)[0] for draw in (0.0, 0.49, 0.51, 0.79, 0.81, 0.999)] == [2, 2, 0, 0, 1, 1]
-    assert [sampled(row, [draw], 0.7)[0] for draw in (0.6, 0.63, 0.999)] == [2, 0, 0]
