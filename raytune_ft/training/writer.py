@@ -123,6 +123,7 @@ class CheckpointWriter:
     def _write_parts(self, writing: _Writing, target: Location) -> None:
         save = writing.save
         files = write_rank(target, save.slices, self._peers)
+        _read_back(target, files)
         if not self._peers.leads:
             note = {name: asdict(file) for name, file in files.items()}
             (target / self._note(self._peers.rank)).write(json.dumps(note).encode())
@@ -133,6 +134,7 @@ class CheckpointWriter:
         if others is None:
             return
         publish(target, save.step, files | others)
+        self._verified.add(save.step)
         try:
             delete_old(self._folder, save.step, keep=self._keep, best_step=save.best_step, verified=self._verified)
         except _REFUSALS as error:
@@ -163,6 +165,17 @@ class CheckpointWriter:
                 target.delete()
         except ArtifactError as error:
             logger.warning("checkpoint of step %d: its rest stays there (%s)", step, error)
+
+
+def _read_back(target: Location, files: Mapping[str, Written]) -> None:
+    """Each rank reads what it wrote, so that a checkpoint is known to be whole before an older one goes.
+
+    Raises:
+        OSError: if storage gives back something else.
+    """
+    for name, file in files.items():
+        if (target / name).sha256() != file.sha256:
+            raise OSError(f"{name} does not read back as it was written")
 
 
 def delete_old(folder: Location, newest: int, *, keep: int, best_step: int | None, verified: set[int]) -> None:
