@@ -101,7 +101,7 @@ class Slice:
     """By model and metric the headline."""
     intervals: dict[str, dict[str, tuple[float, float]]]
     comparisons: tuple[Comparison, ...] = ()
-    """Of each later model with the first; corrected for all slices together."""
+    """Of each later model with the first; corrected for all slices of the same metric and models."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,32 +59,24 @@ def groups(answers: Sequence[Answer], fields: Sequence[str] | None = None) -> li
 def sliced(
     models: Sequence[ModelScores], metrics: Metrics, *, seed: int, fields: Sequence[str] | None = None
 ) -> tuple[Slice, ...]:
-    """Values of every model on each group of rows, and each later model against the first; one family of tests.
+    """Values of every model on each group of rows, and each later model against the first.
+
+    The slices of one metric and two models are one family of tests.
 
     Raises:
         DataError: if a field that was asked for cannot be sliced by.
     """
     columns = {model.label: {name: columns_of(model, metric) for name, metric in metrics.items()} for model in models}
     parts = groups(models[0].answers, fields)
-    keys, places, gains = [], [], []
-    slices = []
-    for number, group in enumerate(parts):
-        values, intervals = _values(columns, metrics, group, seed)
-        slices.append(Slice(group.by, group.name, len(group.places), values, intervals))
-        first = models[0].label
-        for label in list(columns)[1:]:
-            for name, metric in metrics.items():
-                own, their = (_part(columns[side][name], group) for side in (label, first))
-                keys.append((name, label, first))
-                places.append(number)
-                gains.append(gained(name, metric, own, their, seed=seed))
-    by_slice: dict[int, list[Comparison]] = {}
-    for number, comparison in zip(places, in_words(keys, gains), strict=True):
-        by_slice.setdefault(number, []).append(comparison)
-    return tuple(
-        Slice(part.by, part.name, part.rows, part.values, part.intervals, tuple(by_slice.get(number, ())))
-        for number, part in enumerate(slices)
-    )
+    found = [Slice(group.by, group.name, len(group.places), *_values(columns, metrics, group, seed)) for group in parts]
+    by_slice: list[list[Comparison]] = [[] for _ in parts]
+    first = models[0].label
+    for label, (name, metric) in itertools.product(list(columns)[1:], metrics.items()):
+        sides = [[_part(columns[side][name], group) for group in parts] for side in (label, first)]
+        gains = [gained(name, metric, own, their, seed=seed) for own, their in zip(*sides, strict=True)]
+        for comparisons, comparison in zip(by_slice, in_words([(name, label, first)] * len(parts), gains), strict=True):
+            comparisons.append(comparison)
+    return tuple(replace(part, comparisons=tuple(told)) for part, told in zip(found, by_slice, strict=True))
 
 
 def _values(

@@ -90,7 +90,7 @@ def slice_table(result: EvaluationResult) -> TextTable:
     tests = max((found.tests for part in result.slices for found in part.comparisons), default=0)
     note = f"{metric.facts.title} on parts of the rows. "
     if tests > 1:
-        note += f"The p-values are corrected (Holm) for all {tests} comparisons on slices."
+        note += f"The p-values are corrected (Holm) for the {tests} slices."
     return TextTable("Slices", heads, rows, note.strip())
 
 
