@@ -95,7 +95,14 @@ class Row:
 class Decoder:
     """Rows in the midst of being answered by one model."""
 
-    def __init__(self, loaded: LoadedModel, slots: AdapterSlots | None = None, *, prefill_tokens: int = 2048) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        slots: AdapterSlots | None = None,
+        *,
+        prefill_tokens: int = 2048,
+        stop_ids: Sequence[int] | None = None,
+    ) -> None:
         self._model, self._device = loaded.model, loaded.device
         virtual = VirtualTokens.of(loaded.model)
         self._own = Prefix.of(virtual) if virtual else None
@@ -107,7 +114,7 @@ class Decoder:
                 "and cannot be served by the transformers engine"
             )
         self._slots = slots
-        self._stop_ids = frozenset(loaded.chat.stop_ids)
+        self._stop_ids = frozenset(loaded.chat.stop_ids if stop_ids is None else stop_ids)
         self._prefill_tokens = prefill_tokens
         self._cache: RowCache | None = None
         self.rows: list[Row] = []

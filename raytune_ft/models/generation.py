@@ -41,6 +41,7 @@ def generate(
     token_budget: int = 8192,
     seeds: Sequence[int] | None = None,
     on_answers: Callable[[Mapping[int, Completion]], None] | None = None,
+    stop_ids: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Answers to `prompts`, in their order.
 
@@ -53,11 +54,12 @@ def generate(
         token_budget: most tokens (prompt and answer, padding included) of one batch.
         seeds: of each prompt's own random stream; by default the settings' seed with the prompt's place.
         on_answers: told the answers, by the places of their prompts, as they come.
+        stop_ids: tokens that end an answer; by default the chat's. an empty one lets every answer reach its limit.
     """
     answers: dict[int, Completion] = {}
     seeds = seeds or [row_seed(decoding.seed, str(place)) for place in range(len(prompts))]
     with attention(loaded.model, "sdpa"):
-        for found in _found(loaded, prompts, decoding, token_budget, seeds):
+        for found in _found(loaded, prompts, decoding, token_budget, seeds, stop_ids):
             answers |= found
             if on_answers is not None:
                 on_answers(found)
@@ -75,6 +77,7 @@ def _found(
     decoding: DecodingConfig,
     token_budget: int,
     seeds: Sequence[int],
+    stop_ids: Sequence[int] | None,
 ) -> Iterator[dict[int, Completion]]:
     context = context_tokens(loaded.model)
     room = [context - len(prompt) if context else decoding.max_new_tokens for prompt in prompts]
@@ -92,14 +95,17 @@ def _found(
     ]
     for wave, slots in waves(lengths, token_budget):
         wave.sort(key=lambda number: -len(prompts[number]))
-        yield from _refilled(loaded, {number: (prompts[number], own[number]) for number in wave}, slots)
+        yield from _refilled(loaded, {number: (prompts[number], own[number]) for number in wave}, slots, stop_ids)
 
 
 def _refilled(
-    loaded: LoadedModel, asked: Mapping[int, tuple[Sequence[int], DecodingConfig]], slots: int
+    loaded: LoadedModel,
+    asked: Mapping[int, tuple[Sequence[int], DecodingConfig]],
+    slots: int,
+    stop_ids: Sequence[int] | None,
 ) -> Iterator[dict[int, Completion]]:
     """Answers as they end; whenever a quarter of the slots is free, the next prompts join (Yu et al., 2022, Orca)."""
-    decoder = Decoder(loaded)
+    decoder = Decoder(loaded, stop_ids=stop_ids)
     waiting = deque(asked)
     numbers: dict[int, int] = {}
     while waiting or decoder.rows:

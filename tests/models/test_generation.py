@@ -121,3 +121,9 @@ def test_a_prompt_near_the_end_of_the_context_gets_the_room_that_is_left(tiny_mo
 def test_waves_widen_where_rows_get_shorter() -> None:
     # 100 tokens: one row of 90 alone; rows of 40 two at a time, those of 30 with them (3 < 4); rows of 20 five.
     assert waves([20, 90, 40, 30, 20], 100) == [([1], 1), ([2, 3], 2), ([0, 4], 5)]
+
+
+def test_without_stop_tokens_every_answer_reaches_its_limit(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    answers = generate(loaded, prompts(loaded), DecodingConfig(max_new_tokens=40), stop_ids=())
+    assert [len(answer.token_ids) for answer in answers] == [40] * 3
