@@ -59,7 +59,7 @@ def generate(
     answers: dict[int, Completion] = {}
     seeds = seeds or [row_seed(decoding.seed, str(place)) for place in range(len(prompts))]
     with attention(loaded.model, "sdpa"):
-        for found in _found(loaded, prompts, decoding, token_budget, seeds, stop_ids):
+        for found in _found(loaded, prompts, decoding, token_budget=token_budget, seeds=seeds, stop_ids=stop_ids):
             answers |= found
             if on_answers is not None:
                 on_answers(found)
@@ -75,6 +75,7 @@ def _found(
     loaded: LoadedModel,
     prompts: Sequence[Sequence[int]],
     decoding: DecodingConfig,
+    *,
     token_budget: int,
     seeds: Sequence[int],
     stop_ids: Sequence[int] | None,
