@@ -102,7 +102,7 @@ def by_engine(engine: Any, count: int, requests: int, tokens: int) -> tuple[int,
     """`count` callers, each with `requests` requests one after another."""
     from raytune_ft.core.records import Message
     from raytune_ft.models.config import DecodingConfig
-    from raytune_ft.serving.engines import GenerationRequest
+    from raytune_ft.serving.tickets import GenerationRequest
 
     async def caller(number: int) -> int:
         total = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from raytune_ft.models.sampling import TokenLogprob
-from raytune_ft.serving.engines import Progress
+from raytune_ft.serving.tickets import Progress
 
 Finish = Literal["stop", "length"]
 DONE = "data: [DONE]\n\n"

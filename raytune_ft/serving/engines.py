@@ -14,70 +14,21 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.records import Message
-from raytune_ft.models.config import DecodingConfig, Precision
+from raytune_ft.models.config import Precision
 from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel, load_model
-from raytune_ft.models.sampling import TokenLogprob
 from raytune_ft.models.virtual import VirtualTokens
 from raytune_ft.serving.adapters import Adapter, AdapterSet
+from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
 
 logger = logging.getLogger("raytune_ft")
 
 _READ_AT_ONCE = 2048
 """Prompt tokens that are read between two steps; a single longer prompt is read whole."""
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """A prompt's token ids, how its answer is decoded, by which adapter, and what is told of it.
-
-    `top_logprobs` None asks for no log-probabilities; `echo` for the prompt's, too. Without `streamed`, all comes in
-    one piece.
-    """
-
-    prompt_ids: Sequence[int]
-    decoding: DecodingConfig
-    adapter: str | None = None
-    top_logprobs: int | None = None
-    echo: bool = False
-    streamed: bool = False
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What came of a request since its last progress; `finish_reason` says that it was the last."""
-
-    text: str
-    tokens: int
-    logprobs: Sequence[TokenLogprob] = ()
-    prompt_logprobs: Sequence[TokenLogprob] = ()
-    finish_reason: Literal["stop", "length"] | None = None
-    error: Exception | None = None
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request in the engine; its progress comes out of `events`, in order, beside that of others there."""
-
-    request: GenerationRequest
-    adapter: Adapter | None
-    events: Events
-    loop: asyncio.AbstractEventLoop
-    cancelled: bool = False
-    row: Row | None = None
-    told: int = field(default=0)
-    """Log-probabilities that were told already."""
-    entered: float = field(default_factory=time.monotonic)
-    began: float | None = None
-    """When its first token came, as `entered` on the monotonic clock."""
-
-
-Events = asyncio.Queue[tuple[Ticket, Progress]]
 
 
 class TransformersEngine:

@@ -11,7 +11,8 @@ from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.golden import GOLDEN, GoldenAnswer, read_golden
 from raytune_ft.models.loading import ModelReference
-from raytune_ft.serving.engines import GenerationRequest, TransformersEngine
+from raytune_ft.serving.engines import TransformersEngine
+from raytune_ft.serving.tickets import GenerationRequest
 
 
 def golden_folder(reference: ModelReference) -> Path | None:

@@ -14,12 +14,13 @@ from raytune_ft.serving.answers import DONE, Answer, Choice, event
 from raytune_ft.serving.board import Bulletin
 from raytune_ft.serving.catalogue import Catalogue
 from raytune_ft.serving.config import ServingConfig
-from raytune_ft.serving.engines import Events, GenerationRequest, Progress, Ticket, TransformersEngine
+from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
 from raytune_ft.serving.prompts import Prompts
 from raytune_ft.serving.protocol import ChatRequest, CompletionRequest
+from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
 
 
 @dataclass

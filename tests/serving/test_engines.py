@@ -16,7 +16,8 @@ from raytune_ft.models.adapters import add_virtual_tokens, save_adapter
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import Completion, generate
 from raytune_ft.models.loading import load_model
-from raytune_ft.serving.engines import GenerationRequest, Progress, TransformersEngine
+from raytune_ft.serving.engines import TransformersEngine
+from raytune_ft.serving.tickets import GenerationRequest, Progress
 
 TEXTS = ["What is the capital of France?", "1", "The quick brown fox jumps over the lazy dog. " * 5, "yes", "red blue"]
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from raytune_ft.core.records import Message
 from raytune_ft.models.sampling import TokenLogprob
 from raytune_ft.serving.answers import DONE, Answer, Choice
-from raytune_ft.serving.engines import Progress
 from raytune_ft.serving.faults import ApiError, validation_error
 from raytune_ft.serving.protocol import ChatMessage, ChatRequest, CompletionRequest
+from raytune_ft.serving.tickets import Progress
 
 
 def request(**fields: Any) -> ChatRequest:
