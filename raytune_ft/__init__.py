@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from raytune_ft.data.config import DataCollectionConfig, DatasetFormat
     from raytune_ft.data.run import DataCollector
     from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
+    from raytune_ft.evaluation.config_inference import BatchGenerationConfig, EndpointConfig
+    from raytune_ft.evaluation.generate import generate
     from raytune_ft.evaluation.run import ModelEvaluator, compare_models, generate_evaluation_report
     from raytune_ft.models.adapters import merge_adapter
     from raytune_ft.models.combination import combine_adapters, load_adapters
@@ -63,6 +65,8 @@ _ROOMS = {
     "data.config": ("DataCollectionConfig", "DatasetFormat"),
     "data.run": ("DataCollector",),
     "evaluation.config": ("EvaluationConfig", "EvaluationMetric"),
+    "evaluation.config_inference": ("BatchGenerationConfig", "EndpointConfig"),
+    "evaluation.generate": ("generate",),
     "evaluation.run": ("ModelEvaluator", "compare_models", "generate_evaluation_report"),
     "models.adapters": ("merge_adapter",),
     "models.combination": ("combine_adapters", "load_adapters"),
@@ -80,6 +84,7 @@ _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "ArtifactError",
+    "BatchGenerationConfig",
     "ClusterError",
     "ConfigError",
     "DataCollectionConfig",
@@ -87,6 +92,7 @@ __all__ = [
     "DataError",
     "DatasetFormat",
     "DistillationConfig",
+    "EndpointConfig",
     "EvaluationConfig",
     "EvaluationMetric",
     "FineTuner",
@@ -113,6 +119,7 @@ __all__ = [
     "combine_adapters",
     "compare_models",
     "distill_model",
+    "generate",
     "generate_evaluation_report",
     "load_adapters",
     "merge_adapter",

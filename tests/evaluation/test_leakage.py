@@ -52,9 +52,7 @@ def test_each_way_of_leaking_is_found_with_its_place(tmp_path: Path, suffix: str
     assert [leak["where"] for leak in leaks] == [f"{where}, row {n}" for n in (2, 3, 4)]
     # 25 words give 21 sequences; the last but one word differs, which is in 2 of them.
     assert leaks[2]["similarity"] == pytest.approx(19 / 23)
-    with pytest.raises(
-        DataError, match=r"^3 of 4 rows are in what m was trained on \(1 as the same row, 1 as"
-    ):
+    with pytest.raises(DataError, match=r"^3 of 4 rows are in what m was trained on \(1 as the same row, 1 as"):
         refuse_leaks(leaks, TEST, "m")
     assert "row 3" in leak_words(leaks, TEST, "m")
 

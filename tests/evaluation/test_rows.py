@@ -105,3 +105,28 @@ def test_the_prompt_reads_like_what_the_user_said() -> None:
     assert prompt_text(ASKED) == "2 + 2?"
     longer = Record(messages=(Message("user", "a"), Message("assistant", "b"), Message("user", "c")))
     assert prompt_text(longer) == "user: a\nassistant: b\nuser: c"
+
+
+def test_choices_are_read_beside_the_row_and_missing_ones_are_told(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "red or blue"}, {"role": "assistant", "content": "red"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"messages": turns, "choices": ["red", "blue"]}) + "\n" + json.dumps({"messages": turns})
+    )
+    rows = read_rows(str(path), "test")
+    assert rows.records[0].metadata["choices"] == ["red", "blue"]
+    assert rows.records[0].id == rows.records[1].id
+    with pytest.raises(DataError, match=r"1 of 2 rows \(the first is row 2\) have no `choices`"):
+        check_rows(rows, needs_answers=False, needs_choices=True)
+    path.write_text(json.dumps({"messages": turns, "choices": "red"}))
+    with pytest.raises(DataError, match="must be a list of two texts or more"):
+        read_rows(str(path), "test")
+
+
+def test_a_reference_is_asked_for_only_where_a_metric_needs_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+    rows = read_rows(str(path), "test")
+    check_rows(rows, needs_answers=True, needs_references=False)
+    with pytest.raises(DataError, match="have no reference"):
+        check_rows(rows, needs_answers=True)
