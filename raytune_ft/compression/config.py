@@ -18,6 +18,7 @@ class QuantizationMethod(StrEnum):
     """A format that quantized weights are stored in."""
 
     BITSANDBYTES = "bitsandbytes"
+    COMPRESSED_TENSORS = "compressed_tensors"
 
 
 class PruningMethod(StrEnum):
@@ -39,9 +40,19 @@ class QuantizationConfig(Config):
     """How the linear layers of a model are quantized; embeddings, norms and ``lm_head`` keep the source's precision."""
 
     method: QuantizationMethod = QuantizationMethod.BITSANDBYTES
-    """The format; `transformers` loads ``bitsandbytes`` on CPU and GPU, vLLM on GPU only."""
+    """The format: `transformers` loads ``bitsandbytes`` on CPU and GPU. ``compressed_tensors`` is what vLLM serves on
+    both: integers found by GPTQ (Frantar et al., 2023) from calibration rows, with llm-compressor in an environment of
+    its own, which is made at the first run."""
     bits: Literal[4, 8] = 4
-    """Bits a weight: 4 (nf4 or fp4, in blocks of 64 weights) or 8 (int8, one scale a row)."""
+    """Bits a weight: 4 (bitsandbytes: nf4 or fp4, in blocks of 64 weights; compressed tensors: W4A16, groups of up to
+    128) or 8 (int8, one scale a row; compressed tensors: W8A8, inputs in 8 bits, too)."""
+    calibration_path: str | None = None
+    """``compressed_tensors``: a dataset artifact, or a JSONL or Parquet file of records, whose rows go through the
+    model."""
+    calibration_rows: int = Field(256, ge=1)
+    """``compressed_tensors``: the first so many training rows."""
+    calibration_tokens: int = Field(512, ge=2)
+    """``compressed_tensors``: a row is cut behind so many tokens."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The sixteen values of a 4-bit weight: ``nf4`` (quantiles of a normal distribution) or ``fp4`` (a tiny float)."""
     bnb_4bit_use_double_quant: bool = True
@@ -52,6 +63,15 @@ class QuantizationConfig(Config):
     """8 bits: input columns with a value above this are multiplied unquantized (Dettmers et al. 2022,
     arXiv:2208.07339), which keeps much of the quality. The columns are found over the whole batch, so a neighbour's row
     can change the last digits of a result; 0 turns it off and makes rows independent of each other."""
+
+    @model_validator(mode="after")
+    def _calibrates_what_it_must(self) -> QuantizationConfig:
+        wanted = self.method is QuantizationMethod.COMPRESSED_TENSORS
+        if wanted and self.calibration_path is None:
+            raise ValueError("calibration_path: compressed_tensors rounds weights by what rows show; name a dataset")
+        if not wanted and self.calibration_path is not None:
+            raise ValueError("calibration_path: bitsandbytes looks at weights alone; leave it out")
+        return self
 
 
 class QuantizationJob(QuantizationConfig):

@@ -1,4 +1,4 @@
-"""A model to fewer bits: linear layers through bitsandbytes, everything else as it was.
+"""A model to fewer bits: linear layers through bitsandbytes or llm-compressor, everything else as it was.
 
 The embeddings, the norms and the output head (`lm_head`) keep the precision that the source is stored in: they are
 read once a token or decide every token's rank, and a head that is tied to the embeddings cannot be quantized alone.
@@ -6,18 +6,26 @@ read once a token or decide every token's rank, and a head that is tied to the e
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raytune_ft.compression import one_shot
 from raytune_ft.compression.agreement import Agreement, compare, next_token_logits, text_ids
-from raytune_ft.compression.config import QuantizationConfig
+from raytune_ft.compression.calibration import calibration_rows
+from raytune_ft.compression.config import QuantizationConfig, QuantizationMethod
+from raytune_ft.compression.environment import quantizer_python
 from raytune_ft.compression.source import full_precision
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, RunError
+from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.scoring import context_tokens
 
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -32,6 +40,7 @@ class Quantized:
     weights_quantized: int
     weights_kept: int
     agreement: Agreement
+    calibration_tokens: int = 0
 
 
 def write_quantized(reference: str, folder: Path, config: QuantizationConfig, *, device: str = "cpu") -> Quantized:
@@ -42,8 +51,63 @@ def write_quantized(reference: str, folder: Path, config: QuantizationConfig, *,
     Raises:
         ModelError: if the source is no model, is quantized already, has an adapter that cannot merge, or has no
             linear layer to quantize.
-        RunError: if the quantized model's outputs are not finite.
+        DataError: if the calibration rows are none.
+        RunError: if the quantized model's outputs are not finite, or llm-compressor fails.
     """
+    if config.method is QuantizationMethod.COMPRESSED_TENSORS:
+        return _by_one_shot(reference, folder, config, device)
+    return _by_bitsandbytes(reference, folder, config, device)
+
+
+def _by_one_shot(reference: str, folder: Path, config: QuantizationConfig, device: str) -> Quantized:
+    """llm-compressor, as a program in its own environment."""
+    from safetensors.torch import load_file
+
+    python = quantizer_python()
+    with full_precision(reference) as source, tempfile.TemporaryDirectory(prefix="raytune-ft-one-shot-") as scratch:
+        place = Path(scratch)
+        model = source.load(device=device)
+        tokenizer = load_tokenizer(source.path)
+        ids = text_ids(tokenizer, getattr(model.config, "max_position_embeddings", None))
+        expected = next_token_logits(model, ids)
+        bytes_before, weights = weight_bytes(model), sum(parameter.numel() for parameter in model.parameters())
+        context = context_tokens(model) or config.calibration_tokens
+        rows = calibration_rows(
+            str(config.calibration_path),
+            Chat(tokenizer),
+            rows=config.calibration_rows,
+            max_tokens=min(config.calibration_tokens, context),
+        )
+        del model
+        (place / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        arguments = {
+            "model": str(resolve_model(source.path).base), "output": str(folder), "rows": str(place / "rows.json"),
+            "scheme": "w8a8" if config.bits == 8 else "w4a16", "figures": str(place / "figures.json"), "ids": ids,
+            "logits": str(place / "logits.safetensors"), "device": device,
+        }  # fmt: skip
+        (place / "arguments.json").write_text(json.dumps(arguments), encoding="utf-8")
+        command = [str(python), str(Path(one_shot.__file__)), str(place / "arguments.json")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            words = done.stderr.strip().splitlines()
+            raise RunError(f"{reference}: llm-compressor failed: {words[-1] if words else 'without a word'}")
+        tokenizer.save_pretrained(folder)
+        figures = json.loads((place / "figures.json").read_text(encoding="utf-8"))
+        got = load_file(place / "logits.safetensors")["logits"]
+    if not torch.isfinite(got).all():
+        raise RunError(f"{reference}: the quantized model's outputs are not finite: its weights are broken")
+    return Quantized(
+        bytes_before=bytes_before,
+        bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        layers_quantized=figures["layers_quantized"],
+        weights_quantized=figures["weights_quantized"],
+        weights_kept=weights - figures["weights_quantized"],
+        agreement=compare(expected, got),
+        calibration_tokens=sum(map(len, rows)),
+    )
+
+
+def _by_bitsandbytes(reference: str, folder: Path, config: QuantizationConfig, device: str) -> Quantized:
     from transformers import AutoModelForCausalLM
 
     with full_precision(reference) as source:

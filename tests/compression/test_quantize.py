@@ -11,7 +11,7 @@ import torch
 from raytune_ft.compression.config import QuantizationConfig
 from raytune_ft.compression.quantize import write_quantized
 from raytune_ft.compression.source import refuse_quantized
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.models.config import Precision
 
 # The tiny model's 14 linear layers hold 73,728 weights; its embeddings, head and norms the other 49,472, in fp32.
@@ -115,3 +115,36 @@ def test_damaged_weights_are_a_model_error(tiny_model: Path, tmp_path: Path):
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ModelError, match="cannot be loaded"):
         write_quantized(str(broken), tmp_path / "small", QuantizationConfig())
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("bits", "top1", "kl"), [(8, 0.9, 1e-3), (4, 0.6, 2e-2)])
+def test_compressed_tensors_are_made_in_an_environment_of_their_own(
+    tiny_model: Path, tmp_path: Path, bits: int, top1: float, kl: float
+):
+    rows = [{"text": f"row {number}: the price of {number} crates is {7 * number}"} for number in range(1, 33)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = QuantizationConfig(
+        method="compressed_tensors", bits=bits, calibration_path=str(tmp_path / "rows.jsonl"), calibration_rows=16
+    )
+    made = write_quantized(str(tiny_model), tmp_path / "out", config)
+    written = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "compressed-tensors"
+    assert written["ignore"] == ["lm_head"]
+    assert (made.layers_quantized, made.weights_quantized, made.weights_kept) == (14, LINEAR, KEPT)
+    assert made.bytes_after < 0.6 * made.bytes_before
+    assert made.calibration_tokens > 100
+    assert made.agreement.top1 > top1
+    assert 0 < made.agreement.kl < kl
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "compressed_tensors"}, "calibration_path: compressed_tensors rounds weights by what rows show"),
+        ({"calibration_path": "x"}, "calibration_path: bitsandbytes looks at weights alone"),
+    ],
+)
+def test_calibration_is_asked_for_where_it_is_used_and_refused_elsewhere(settings: dict[str, str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        QuantizationConfig(**settings)

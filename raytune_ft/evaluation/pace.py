@@ -1,0 +1,158 @@
+"""How fast and how large a model runs: measured in a process of its own, so that one model's memory is not another's.
+
+``python -m raytune_ft.evaluation.pace ARGUMENTS.json`` writes the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from raytune_ft.core.errors import RunError
+from raytune_ft.core.records import Record
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one model takes.
+
+    Times are medians over prompts that are answered one at a time; `tokens_per_s` is of a batch. `top_tokens` are the
+    likeliest tokens at the reference's tokens, row after row.
+    """
+
+    megabytes: float
+    load_s: float
+    peak_megabytes: float
+    first_token_ms: float
+    per_token_ms: float
+    tokens_per_s: float
+    top_tokens: list[list[int]]
+    device: str
+
+
+def measure_apart(path: str, records: Sequence[Record], settings: dict[str, Any]) -> dict[str, Any]:
+    """The `Pace` of a model as a mapping, measured in a fresh process on this machine.
+
+    Args:
+        path: the model.
+        records: rows whose prompts are answered, and whose references are looked at.
+        settings: of `PaceConfig`, with the `precision` of the weights.
+
+    Raises:
+        RunError: with the last words of the process.
+    """
+    with tempfile.TemporaryDirectory(prefix="raytune-ft-pace-") as scratch:
+        folder = Path(scratch)
+        asked = {"path": path, "rows": [record.to_row() for record in records], "settings": settings}
+        (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+        command = [sys.executable, "-m", "raytune_ft.evaluation.pace", str(folder / "asked.json")]
+        done = subprocess.run([*command, str(folder / "found.json")], check=False, capture_output=True, text=True)
+        if done.returncode:
+            words = done.stderr.strip().splitlines()
+            raise RunError(f"{path}: its speed could not be measured: {words[-1] if words else 'it ended silently'}")
+        found: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+        return found
+
+
+def measure(path: str, records: Sequence[Record], settings: dict[str, Any]) -> Pace:
+    """Loads a model, here, and measures it; see `measure_apart`."""
+    import torch
+
+    from raytune_ft.models.config import DecodingConfig, Precision
+    from raytune_ft.models.generation import generate
+    from raytune_ft.models.loading import load_model
+
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    began = time.perf_counter()
+    loaded = load_model(path, precision=Precision(settings["precision"]))
+    load_s = time.perf_counter() - began
+    prompts = [loaded.chat.prompt_ids(record.prompt, tools=record.tools) for record in records[: settings["prompts"]]]
+    count = settings["new_tokens"]
+
+    def seconds(some: Sequence[list[int]], limit: int) -> float:
+        budget = len(some) * (max(map(len, some)) + limit)
+        began = time.perf_counter()
+        generate(loaded, some, DecodingConfig(max_new_tokens=limit), token_budget=budget, stop_ids=())
+        if loaded.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        seconds(prompts[:1], 2)  # the first pass lays out what later ones find
+        firsts = [seconds([prompt], 1) for prompt in prompts]
+        wholes = [seconds([prompt], count) for prompt in prompts]
+        batch = [prompts[number % len(prompts)] for number in range(settings["batch_size"])]
+        batch_s = seconds(batch, count)
+        top = top_tokens(loaded, records[: settings["agreement_rows"]])
+    steps = [(whole - first) / (count - 1) for whole, first in zip(wholes, firsts, strict=True)]
+    return Pace(
+        megabytes=weight_bytes(path) / 1e6,
+        load_s=load_s,
+        peak_megabytes=_peak_bytes(loaded.device) / 1e6,
+        first_token_ms=1000 * statistics.median(firsts),
+        per_token_ms=1000 * statistics.median(steps),
+        tokens_per_s=len(batch) * count / batch_s,
+        top_tokens=top,
+        device=loaded.device,
+    )
+
+
+def top_tokens(loaded: Any, records: Sequence[Record]) -> list[list[int]]:
+    """For each row the likeliest token at each of its supervised ones, all before it given."""
+    import torch
+
+    from raytune_ft.evaluation.scorer import with_reference
+    from raytune_ft.models.attention import SEGMENTS, attention
+    from raytune_ft.models.chat import encode_record
+    from raytune_ft.models.collate import pack
+    from raytune_ft.models.scoring import CausalParts, target_states
+
+    parts = CausalParts.of(loaded.model)
+    found = []
+    with attention(loaded.model, SEGMENTS), torch.inference_mode():
+        for record in records:
+            batch = pack([encode_record(loaded.chat, with_reference(record))]).to(loaded.device)
+            states = target_states(parts, batch)
+            found.append(parts.head(states).argmax(-1).tolist())
+    return found
+
+
+def weight_bytes(path: str) -> int:
+    """Bytes of the weight files of a model; of an adapter, with its base's."""
+    from raytune_ft.models.loading import resolve_model
+
+    resolved = resolve_model(path)
+    folders = [Path(resolved.artifact.local()) if resolved.artifact and not resolved.adapter else Path(resolved.base)]
+    if resolved.adapter is not None:
+        folders = [Path(resolved.base), resolved.adapter]
+    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+
+
+def _peak_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> int:
+    """The process: reads what was asked, writes what was found."""
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    pace = measure(asked["path"], [Record.from_row(row) for row in asked["rows"]], asked["settings"])
+    Path(sys.argv[2]).write_text(json.dumps(asdict(pace)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

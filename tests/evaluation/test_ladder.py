@@ -1,0 +1,117 @@
+"""The ladder: what its figures are, and a small one climbed for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.errors import ConfigError, RunError
+from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.config_ladder import LadderConfig, LadderLimits
+from raytune_ft.evaluation.ladder import Rung, best_trades, broken_limits, ladder, share_of_same
+from raytune_ft.evaluation.pace import measure, weight_bytes
+
+
+def rung(label: str, exact_match: float, megabytes: float, **figures: float) -> Rung:
+    common = {
+        "same_answers": 1.0, "same_tokens": 1.0, "peak_megabytes": 900.0, "load_s": 1.0, "first_token_ms": 20.0,
+        "per_token_ms": 10.0, "tokens_per_s": 100.0,
+    }  # fmt: skip
+    quality = {"values": {"exact_match": exact_match}, "intervals": {"exact_match": (0.0, 1.0)}}
+    return Rung(label, f"runs/{label}", megabytes=megabytes, device="cpu", **quality, **{**common, **figures})
+
+
+def test_the_best_trades_are_those_that_no_other_beats_in_both() -> None:
+    rungs = [rung("whole", 0.8, 500), rung("8 bits", 0.8, 200), rung("4 bits", 0.5, 120), rung("worse", 0.5, 300)]
+    assert best_trades(rungs, EvaluationMetric.EXACT_MATCH, "megabytes") == ["8 bits", "4 bits"]
+
+
+def test_of_a_metric_that_is_better_lower_the_lower_one_is_better() -> None:
+    rungs = [rung("a", 0, 500), rung("b", 0, 200)]
+    for one, perplexity in zip(rungs, (2.0, 3.0), strict=True):
+        one.values["perplexity"] = perplexity
+    assert best_trades(rungs, EvaluationMetric.PERPLEXITY, "megabytes") == ["a", "b"]
+    rungs[1].values["perplexity"] = 1.9
+    assert best_trades(rungs, EvaluationMetric.PERPLEXITY, "megabytes") == ["b"]
+
+
+def test_every_limit_that_is_broken_is_named_with_its_value() -> None:
+    rungs = [rung("whole", 0.8, 500), rung("small", 0.7, 200, same_tokens=0.9, per_token_ms=12.5)]
+    limits = LadderLimits(
+        max_drop={"exact_match": 0.05}, min_same_tokens=0.95, max_per_token_ms=12, max_megabytes=250, min_tokens_per_s=1
+    )
+    assert broken_limits(limits, rungs) == [
+        "small: exact_match is worse by 0.1, at most 0.05 was asked for",
+        "small: same_tokens is 0.9, at least 0.95 was asked for",
+        "small: per_token_ms is 12.5, at most 12 was asked for",
+    ]
+    assert broken_limits(LadderLimits(max_drop={"exact_match": 0.2}), rungs) == []
+    assert broken_limits(limits, rungs[:1]) == [], "the original has to hold nothing"
+
+
+def test_the_share_of_same_tokens_is_over_all_places() -> None:
+    assert share_of_same([[1, 2, 3], [4]], [[1, 2, 9], [4]]) == 0.75
+    assert share_of_same([[1, 2, 3], [4]], [[1, 2], [4]]) == 0.25, "a row of another length has none"
+
+
+def test_endpoints_and_unmeasured_limits_are_refused(tmp_path: Path) -> None:
+    common = {"dataset_path": "rows.jsonl", "metrics": ["exact_match"], "output_dir": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match="http://x/v1 is an endpoint"):
+        ladder(LadderConfig(model_paths=["a", "http://x/v1"], **common))
+    with pytest.raises(ConfigError, match="perplexity is not measured"):
+        ladder(LadderConfig(model_paths=["a", "b"], limits={"max_drop": {"perplexity": 1}}, **common))
+    with pytest.raises(ConfigError, match="must be 0 or more"):
+        LadderConfig(model_paths=["a", "b"], limits={"max_drop": {"exact_match": -1}}, **common)
+
+
+def test_a_models_pace_is_measured_on_its_own_prompts(tiny_model: Path) -> None:
+    from raytune_ft.core.records import Message, Record
+
+    records = [Record(messages=(Message("user", "a b c"), Message("assistant", "d")), position=n) for n in range(3)]
+    settings = {"prompts": 2, "new_tokens": 4, "batch_size": 3, "agreement_rows": 3, "threads": 1, "precision": "fp32"}
+    pace = measure(str(tiny_model), records, settings)
+    assert pace.megabytes == pytest.approx((tiny_model / "model.safetensors").stat().st_size / 1e6)
+    assert pace.megabytes == weight_bytes(str(tiny_model)) / 1e6
+    assert min(pace.first_token_ms, pace.per_token_ms, pace.tokens_per_s, pace.load_s) > 0
+    assert len(pace.top_tokens) == 3
+    assert pace.top_tokens[0] == pace.top_tokens[1] != []
+
+
+@pytest.mark.ray
+def test_a_model_and_its_smaller_versions_are_climbed(
+    ray_cluster: object, tiny_model: Path, orders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from raytune_ft.compression.config import PruningConfig, QuantizationConfig
+    from raytune_ft.compression.prune import write_pruned
+    from raytune_ft.compression.quantize import write_quantized
+
+    write_quantized(str(tiny_model), tmp_path / "quantized", QuantizationConfig(bits=8))
+    write_pruned(str(tiny_model), tmp_path / "pruned", PruningConfig(target_sparsity=0.9))
+    config = LadderConfig(
+        model_paths=[str(tiny_model), str(tmp_path / "quantized"), str(tmp_path / "pruned")],
+        dataset_path=str(orders),
+        metrics=["perplexity", "exact_match"],
+        max_rows=6,
+        decoding={"max_new_tokens": 4},
+        output_dir=str(tmp_path / "ladder"),
+        pace={"prompts": 2, "new_tokens": 4, "batch_size": 2, "agreement_rows": 4},
+    )
+    found = json.loads((ladder(config).local() / "ladder.json").read_text())
+    original, quantized, pruned = found["rungs"]
+    assert (original["same_tokens"], original["same_answers"]) == (1.0, 1.0)
+    assert quantized["megabytes"] < original["megabytes"]
+    assert quantized["same_tokens"] >= pruned["same_tokens"]
+    assert pruned["values"]["perplexity"] != original["values"]["perplexity"]
+    page = (tmp_path / "ladder/report.html").read_text()
+    assert "quantized" in page
+    assert "data:image/svg+xml" in page
+    assert (tmp_path / "ladder/plots/megabytes.png").exists()
+    assert (tmp_path / "ladder-quality/report.html").exists()
+    strict = config.with_overrides(
+        output_dir=str(tmp_path / "strict"), limits={"min_same_tokens": 0.999, "max_megabytes": 0.001}
+    )
+    with pytest.raises(RunError, match=r"limit\(s\) are broken: .*quantized: megabytes is"):
+        ladder(strict)
+    assert (tmp_path / "strict/report.html").exists(), "the report is written before"
