@@ -196,10 +196,15 @@ def _vllm_application(config: ServingConfig, cluster: Cluster) -> Any:
         model_loading_config={"model_id": config.served_name, "model_source": _placed(config).model_path},
         engine_kwargs=engine_kwargs,
         placement_group_config={"bundles": [bundle]},
-        deployment_config={**_scale(config), "graceful_shutdown_timeout_s": config.drain_timeout_s},
+        deployment_config={
+            **_scale(config),
+            "graceful_shutdown_timeout_s": config.drain_timeout_s,
+            "ray_actor_options": {"num_cpus": 0},  # the bundle holds what the engine takes
+        },
         runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}},
     )
-    return build_openai_app({"llm_configs": [llm]})
+    light = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}  # it only passes on
+    return build_openai_app({"llm_configs": [llm], "ingress_deployment_config": light})
 
 
 def _placed(config: ServingConfig) -> ServingConfig:
