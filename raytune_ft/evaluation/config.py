@@ -55,6 +55,9 @@ class HarnessConfig(Config):
     """Only the first so many documents of each task."""
     batch_size: int = Field(8, ge=1)
     """Documents at once."""
+    endpoint_tokenizer: str | None = None
+    """Of an endpoint: the folder or hub id of its model's tokenizer. With it tasks of likelihoods are asked, too, by
+    ``/v1/completions`` with log-probabilities; without it only tasks that generate, by ``/v1/chat/completions``."""
 
 
 class MeasureConfig(Config):

@@ -44,7 +44,9 @@ def run_harness(
     """
     from lm_eval import simple_evaluate
 
-    served = _endpoint_model(target, endpoint) if target.is_endpoint else _local_model(target, config, precision)
+    served = (
+        _endpoint_model(target, config, endpoint) if target.is_endpoint else _local_model(target, config, precision)
+    )
     try:
         found = simple_evaluate(
             **served,
@@ -84,20 +86,22 @@ def _local_model(target: Target, config: HarnessConfig, precision: Precision) ->
     return {"model": model}
 
 
-def _endpoint_model(target: Target, endpoint: EndpointConfig) -> dict[str, Any]:
+def _endpoint_model(target: Target, config: HarnessConfig, endpoint: EndpointConfig) -> dict[str, Any]:
     from raytune_ft.evaluation.endpoint import EndpointClient
     from raytune_ft.models.config import DecodingConfig
 
     client = EndpointClient(target.path, endpoint, DecodingConfig(), concurrency=1)
     os.environ.setdefault("OPENAI_API_KEY", os.environ.get(endpoint.api_key_variable, "none"))
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": client.model,
-        "base_url": f"{client.url}/chat/completions",
         "num_concurrent": endpoint.concurrency,
         "max_retries": endpoint.max_retries + 1,
         "timeout": int(endpoint.timeout_s),
-        "tokenized_requests": False,
     }
+    if config.endpoint_tokenizer is not None:
+        arguments |= {"base_url": f"{client.url}/completions", "tokenizer": config.endpoint_tokenizer}
+        return {"model": "local-completions", "model_args": arguments}
+    arguments |= {"base_url": f"{client.url}/chat/completions", "tokenized_requests": False}
     return {"model": "local-chat-completions", "model_args": arguments, "apply_chat_template": True}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,3 +93,28 @@ def test_data_that_is_not_here_is_said_with_where_it_belongs(
     config = HarnessConfig(tasks=("house_choice",), include_path=str(tasks))
     with pytest.raises(DataError, match="the data of house_choice is not on this machine and cannot be fetched"):
         run_harness(Target("m", str(tiny_model)), config, Precision.FP32, EndpointConfig())
+
+
+GENERATING = """task: house_words
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{question | upper}}}}"
+generation_kwargs:
+  until: ["\\n"]
+metric_list:
+  - metric: exact_match
+"""
+
+
+@installed
+def test_an_endpoint_generates_for_a_task(tasks: Path, server: Any) -> None:
+    (tasks / "house_words.yaml").write_text(GENERATING.format(data=tasks / "rows.jsonl"))
+    server.behaviour = lambda text, times: (200, server.completion(text.upper() if text != "order 3" else "no"))
+    config = HarnessConfig(tasks=("house_words",), include_path=str(tasks))
+    found = run_harness(Target("m", server.url), config, Precision.FP32, EndpointConfig(max_retries=1))
+    assert found["house_words"]["exact_match,none"] == pytest.approx(5 / 6)
