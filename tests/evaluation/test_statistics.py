@@ -75,10 +75,22 @@ def test_the_same_seed_gives_the_same_interval_and_another_another() -> None:
     assert interval(mean, values, seed=1) != interval(mean, values, seed=2)
 
 
-def test_many_rows_are_resampled_in_chunks() -> None:
-    found = interval(mean, columns(*([1.0, 0.0] * 5000)))
-    assert found.low == pytest.approx(0.4902, abs=0.001)
-    assert found.high == pytest.approx(0.5098, abs=0.001)
+def test_many_rows_are_resampled_in_blocks_with_the_spread_of_their_rows() -> None:
+    # 0.5 +- 1.96 * 0.5 / sqrt(rows), whatever the order in which the rows come.
+    for rows in (4000, 40_000):
+        for right in ([1.0, 0.0] * (rows // 2), [1.0] * (rows // 2) + [0.0] * (rows // 2)):
+            found = interval(mean, columns(*right))
+            width = 2 * 1.96 * 0.5 / np.sqrt(rows)
+            assert found.high - found.low == pytest.approx(width, rel=0.07)
+            assert found.low < 0.5 < found.high
+
+
+def test_a_permutation_test_of_many_rows_agrees_with_the_normal_one() -> None:
+    generator = np.random.default_rng(0)
+    gain = generator.normal(0.012, 1.0, 20_000)
+    expected = 2 * stats.norm.sf(abs(gain.mean()) / (gain.std() / np.sqrt(len(gain))))
+    assert 0.01 < expected < 0.5
+    assert permutation_p_value(mean, columns(*gain), columns(*np.zeros(20_000))) == pytest.approx(expected, abs=0.03)
 
 
 def test_a_permutation_test_of_few_rows_is_exact() -> None:
