@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
-from raytune_ft.models.sparsity import MARK, is_pruned, zero_again, zeros_of
+from raytune_ft.models.sparsity import carry_mark, is_pruned, zero_again, zeros_of
 
 logger = logging.getLogger("raytune_ft")
 
@@ -246,5 +245,4 @@ def merge_adapter(reference: str, folder: Path) -> None:
             )  # fmt: skip
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    if is_pruned(resolved.base):
-        shutil.copy2(Path(resolved.base) / MARK, folder / MARK)
+    carry_mark(resolved.base, folder)

@@ -30,6 +30,12 @@ def is_pruned(folder: str | Path) -> bool:
     return (Path(folder) / MARK).exists()
 
 
+def carry_mark(source: str | Path, target: Path) -> None:
+    """Marks what was made from a pruned model, and kept its zeros, as pruned."""
+    if is_pruned(source):
+        shutil.copy2(Path(source) / MARK, target / MARK)
+
+
 def zeros_of(model: Any) -> dict[str, Tensor]:
     """Where the matrices of a model's linear layers are zero, by the weight's name: booleans of the weight's shape.
 
@@ -46,6 +52,13 @@ def zeros_of(model: Any) -> dict[str, Tensor]:
             if bool(zeros.any()):
                 found[f"{name}.weight"] = zeros
     return found
+
+
+def hold_zeros(model: Any, zeros: Mapping[str, Tensor]) -> None:
+    """Lets training pass over the weights under `zeros`: their gradients become zero, and AdamW leaves zeros alone."""
+    weights = dict(model.named_parameters())
+    for name, where in zeros.items():
+        weights[name].register_hook(lambda gradient, where=where: gradient.masked_fill(where, 0))
 
 
 @torch.no_grad()

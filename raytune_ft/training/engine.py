@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import add_lora, add_virtual_tokens, go_on_from
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.scoring import SummedLoss
+from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
 from raytune_ft.training.distill import DistillationLoss, load_teacher
@@ -58,13 +60,20 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
 
 
 def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
-    """Loads the base model and makes it trainable by the configured method.
+    """Loads the base model and makes it trainable by the configured method; zeros of a pruned one stay zero.
 
     Raises:
         ModelError: if the model cannot be loaded, or cannot be trained by this method.
     """
     model = load_base(config, device)
     tokenizer = load_tokenizer(config.model_path)
+    if not config.uses_adapter and is_pruned(resolve_model(config.model_path).base):
+        if config.zero_stage == 3:
+            raise ModelError(
+                f"{config.model_path}: is pruned, and its zeros cannot be held at zero where ZeRO stage 3 spreads each "
+                "matrix over the workers; set zero_stage: 2"
+            )
+        hold_zeros(model, zeros_of(model))
     if config.uses_adapter:
         model.requires_grad_(False)
         model = _with_new_adapter(model, config)

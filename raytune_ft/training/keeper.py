@@ -17,6 +17,8 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import save_adapter
+from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.sparsity import carry_mark
 from raytune_ft.models.golden import Golden, write_golden
 from raytune_ft.training import checkpoint
 from raytune_ft.training.checkpoint import StoredCheckpoint
@@ -209,6 +211,7 @@ class Keeper:
             else:
                 trainee.model.save_pretrained(folder, state_dict=gathered)
                 trainee.tokenizer.save_pretrained(folder)
+                carry_mark(resolve_model(self.config.model_path).base, folder)
             found = golden() if golden is not None else None
             if found is not None:
                 write_golden(found, folder)
