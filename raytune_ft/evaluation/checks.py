@@ -110,8 +110,7 @@ def check_forgetting(config: MeasureConfig, targets: Sequence[Target], kept: Kep
     questions = general_questions()[: settings.max_rows]
     passages = general_passages(settings.text_path)[: settings.max_rows]
     records = [*questions, *passages]
-    for target in targets:
-        local = not target.is_endpoint
+    for local in (True, False):
         work = Workload(
             answers=True,
             likelihoods=local,
@@ -120,8 +119,9 @@ def check_forgetting(config: MeasureConfig, targets: Sequence[Target], kept: Kep
             precision=config.precision,
             endpoint=config.endpoint,
         )
-        asked = records if local else questions
-        ask(asked, [target], work, kept, num_actors=config.num_actors, what="check of general abilities")
+        asked = [target for target in targets if target.is_endpoint is not local]
+        own = records if local else questions
+        ask(own, asked, work, kept, num_actors=config.num_actors, what="check of general abilities")
     found = {}
     for target in targets:
         rows = kept.all_answered(target.label)

@@ -66,6 +66,7 @@ def test_rows_that_a_model_was_trained_on_stop_the_report_unless_that_is_allowed
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_general_abilities_are_compared_with_the_base(
     ray_cluster: object, tiny_model: Path, test_file: Path, tmp_path: Path
 ) -> None:
