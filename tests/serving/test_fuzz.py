@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.keys import hashed
 
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = settings(
+    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 TEXT = st.text(st.characters(codec=None), max_size=20)  # lone surrogates, too
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | TEXT,
@@ -100,7 +102,16 @@ def asked_for(operation: dict[str, Any], whole: dict[str, Any]) -> st.SearchStra
     return fits(operation["requestBody"]["content"]["application/json"]["schema"], whole)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/admin/adapters"])
+TURNS = [{"role": "user", "content": "red"}]
+RIGHT = {
+    "/v1/chat/completions": {"model": "tiny", "messages": TURNS, "max_tokens": 2},
+    "/v1/completions": {"model": "tiny", "prompt": "red", "max_tokens": 2},
+    "/v1/feedback": {"messages": TURNS, "response": "blue", "rating": "up"},
+    "/admin/adapters": {"name": "b"},
+}
+
+
+@pytest.mark.parametrize("path", RIGHT)
 def test_bodies_by_the_schema_and_beside_it_are_answered(fuzzed: Any, schema: dict[str, Any], path: str):
     good = asked_for(schema["paths"][path]["post"], schema)
     found: set[int] = set()
@@ -108,7 +119,7 @@ def test_bodies_by_the_schema_and_beside_it_are_answered(fuzzed: Any, schema: di
     @EXAMPLES
     @given(st.data())
     def send_one(data: st.DataObject) -> None:
-        body = data.draw(good)
+        body = dict(RIGHT[path]) if data.draw(st.booleans(), label="right but for one field") else data.draw(good)
         if data.draw(st.booleans(), label="beside the schema"):
             name = data.draw(st.sampled_from([*body, "unknown"]) | TEXT)
             body[name] = data.draw(ANYTHING)
@@ -119,7 +130,7 @@ def test_bodies_by_the_schema_and_beside_it_are_answered(fuzzed: Any, schema: di
 
     send_one()
     assert 400 in found
-    assert len(found) > 1, "nothing was ever accepted"
+    assert found & {200, 201}, "nothing was ever accepted"
     assert send(fuzzed.root, "GET", "/ready")[0] == 200
 
 
