@@ -7,18 +7,32 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from raytune_ft.compression.config import QuantizationJob
+from raytune_ft.compression.config import PruningJob, QuantizationJob
 from raytune_ft.core.config import Config
 from raytune_ft.core.storage import Location
 from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.evaluation.config import EvaluationConfig
+from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
 
+FOLDERS = {
+    "prepare": "dataset",
+    "tune": "sweep",
+    "train": "tuned",
+    "evaluate": "evaluation",
+    "prune": "pruned",
+    "heal": "healed",
+    "quantize": "quantized",
+    "ladder": "ladder",
+    "serve": "endpoint",
+}
+"""The steps in their order, and the folder of each below the pipeline's storage."""
+
 
 class PipelineConfig(Config):
-    """Prepare, search, train, evaluate, quantize and serve; a step that is left out is not done.
+    """Prepare, search, train, evaluate, prune, heal, quantize, measure and serve; a step left out is not done.
 
     Every step's folder lies below `storage_path`, and what one step makes is what the next one takes: those paths
     need not (and cannot) be given.
@@ -36,8 +50,14 @@ class PipelineConfig(Config):
     """Training; the settings that the search found best replace these."""
     evaluate: EvaluationConfig | None = None
     """Evaluation of the base model and the tuned one on the test split."""
+    prune: PruningJob | None = None
+    """Pruning of the tuned model, an adapter merged."""
+    heal: FineTuningConfig | None = None
+    """A short full fine-tuning of the pruned model, on the same dataset, in which its zeros stay zero."""
     quantize: QuantizationJob | None = None
-    """Quantization of the tuned model."""
+    """Quantization of the tuned model, or of the pruned one."""
+    ladder: LadderConfig | None = None
+    """What the smaller versions cost and give, beside the tuned model."""
     serve: ServingConfig | None = None
     """The endpoint; one held-out request is sent to it."""
 
@@ -48,6 +68,14 @@ class PipelineConfig(Config):
             return settings
         return _join(dict(settings))
 
+    @model_validator(mode="after")
+    def _in_order(self) -> PipelineConfig:
+        if self.heal is not None and self.prune is None:
+            raise ValueError("heal: trains what prune made; name prune, too, or leave heal out")
+        if self.ladder is not None and self.prune is None and self.quantize is None:
+            raise ValueError("ladder: there is no smaller version to measure; name prune or quantize, too")
+        return self
+
     @property
     def storage(self) -> Location:
         """Where everything lies."""
@@ -57,7 +85,7 @@ class PipelineConfig(Config):
 def _join(settings: dict[str, Any]) -> dict[str, Any]:
     """Fills in the paths that lead from step to step."""
     storage = Location.at(settings["storage_path"])
-    places = {name: (storage / name).uri for name in ("dataset", "sweep", "tuned", "evaluation", "quantized")}
+    places = {name: (storage / name).uri for name in FOLDERS.values()}
     model = settings.get("model_path")
     training = {"model_path": model, "dataset_path": places["dataset"]}
     train = settings.get("train")
@@ -77,9 +105,25 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
         dataset_path=places["dataset"],
         output_dir=places["evaluation"],
     )
-    _fill(settings, "quantize", model_path=places["tuned"], output_dir=places["quantized"])
-    served = places["quantized"] if settings.get("quantize") is not None else places["tuned"]
-    _fill(settings, "serve", model_path=served)
+    _fill(settings, "prune", model_path=places["tuned"], output_dir=places["pruned"])
+    if isinstance(settings.get("heal"), Mapping):
+        healing = {"method": "full", **settings["heal"]}
+        settings["heal"] = {**healing, **training, "model_path": places["pruned"], "output_dir": places["healed"]}
+    shrunk = next((places[FOLDERS[step]] for step in ("heal", "prune") if settings.get(step) is not None), None)
+    _fill(settings, "quantize", model_path=shrunk or places["tuned"], output_dir=places["quantized"])
+    smaller = [places[FOLDERS[step]] for step in ("prune", "heal", "quantize") if settings.get(step) is not None]
+    _fill(
+        settings,
+        "ladder",
+        model_paths=[places["tuned"], *(smaller or ["none"])],
+        dataset_path=places["dataset"],
+        output_dir=places["ladder"],
+    )
+    _fill(
+        settings,
+        "serve",
+        model_path=places["quantized"] if settings.get("quantize") is not None else shrunk or places["tuned"],
+    )
     return settings
 
 

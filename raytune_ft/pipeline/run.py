@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from raytune_ft.compression.run import quantize
+from raytune_ft.compression.run import prune, quantize
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest
 from raytune_ft.core.draft import begin
@@ -22,10 +22,11 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.data.run import prepare
 from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.ladder import ladder
 from raytune_ft.evaluation.results import read_result
 from raytune_ft.evaluation.run import evaluate
 from raytune_ft.models.loading import shared_model
-from raytune_ft.pipeline.config import PipelineConfig
+from raytune_ft.pipeline.config import FOLDERS, PipelineConfig
 from raytune_ft.pipeline.report import Story, render
 from raytune_ft.pipeline.sources import placed
 from raytune_ft.serving.config import ServingConfig
@@ -72,7 +73,7 @@ class _Steps:
 
 def run_pipeline(config: PipelineConfig) -> Artifact:
     """The verb: see `Pipeline.run`."""
-    names = [name for name in ("prepare", "tune", "train", "evaluate", "quantize", "serve") if getattr(config, name)]
+    names = [name for name in FOLDERS if getattr(config, name) is not None]
     for line in plan(config, names):
         logger.info("%s", line)
     cluster.connect()
@@ -90,31 +91,46 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
     if config.evaluate is not None:
         evaluation = config.evaluate.with_overrides(base_model_path=base)
         steps.take("evaluate", lambda: evaluate(evaluation))
-    if config.quantize is not None:
-        job = config.quantize
-        steps.take("quantize", lambda: quantize(job))
+    _shrink(config, steps)
     if config.serve is not None:
         serving = config.serve
         steps.take("serve", lambda: ask_endpoint(serving, steps.made, storage / "endpoint"))
     return _conclude(config, steps)
 
 
+def _shrink(config: PipelineConfig, steps: _Steps) -> None:
+    """Smaller versions of the tuned model, and what they cost."""
+    if config.prune is not None:
+        pruning = config.prune
+        steps.take("prune", lambda: prune(pruning))
+    if config.heal is not None:
+        healing = config.heal
+        steps.take("heal", lambda: train(healing))
+    if config.quantize is not None:
+        job = config.quantize
+        steps.take("quantize", lambda: quantize(job))
+    if config.ladder is not None:
+        rungs = config.ladder
+        steps.take("ladder", lambda: ladder(rungs))
+
+
 def plan(config: PipelineConfig, names: list[str]) -> list[str]:
     """What the pipeline is going to do, a line a step, with what is finished already."""
-    folders = {"prepare": "dataset", "tune": "sweep", "train": "tuned", "evaluate": "evaluation"}
-    folders |= {"quantize": "quantized", "serve": "endpoint"}
     words = {
         "prepare": f"clean, split and tokenize {', '.join(config.prepare.sources)}",
         "tune": f"search {', '.join(config.tune.space)}" if config.tune else "",
         "train": f"{config.train.method} with {config.train.num_workers} worker(s), ZeRO-{config.train.zero_stage}",
         "evaluate": "the base and the tuned model on the test split",
+        "prune": f"{config.prune.method}, {config.prune.target_sparsity:.0%} of the weights" if config.prune else "",
+        "heal": "full fine-tuning of the pruned model, its zeros held",
+        "ladder": "quality, size and speed of the smaller versions",
         "quantize": f"{config.quantize.method}, {config.quantize.bits} bits" if config.quantize else "",
         "serve": "host it, and send one held-out request",
     }
     lines = [f"Plan for {config.model_path}, everything below {config.storage}:"]
     for number, name in enumerate(names, start=1):
-        state = " (finished before)" if has_manifest(config.storage / folders[name]) else ""
-        lines.append(f"  {number}. {name}: {words[name]} -> {folders[name]}/{state}")
+        state = " (finished before)" if has_manifest(config.storage / FOLDERS[name]) else ""
+        lines.append(f"  {number}. {name}: {words[name]} -> {FOLDERS[name]}/{state}")
     return lines
 
 
@@ -124,7 +140,7 @@ def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Locati
     Raises:
         RunError: if the dataset has no test record to ask for.
     """
-    model = made.get("quantize") or made["train"]
+    model = made.get("quantize") or made.get("heal") or made.get("prune") or made["train"]
     draft = begin(
         where,
         ArtifactKind.ENDPOINT,

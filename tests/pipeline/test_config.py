@@ -33,6 +33,34 @@ def test_what_one_step_makes_is_what_the_next_one_takes() -> None:
     assert config.serve is not None and config.serve.model_path == config.quantize.output_dir
 
 
+def test_what_is_pruned_is_healed_quantized_measured_and_served() -> None:
+    config = PipelineConfig(
+        **{**SETTINGS, "prune": {}, "heal": {"max_steps": 4}, "ladder": {"metrics": ["perplexity"]}}
+    )
+    assert config.prune is not None and config.prune.model_path == "/runs/a/tuned"
+    assert config.heal is not None and (config.heal.model_path, config.heal.method) == ("/runs/a/pruned", "full")
+    assert (config.heal.dataset_path, config.heal.output_dir) == ("/runs/a/dataset", "/runs/a/healed")
+    assert config.quantize is not None and config.quantize.model_path == "/runs/a/healed"
+    assert config.ladder is not None
+    assert config.ladder.model_paths == tuple(f"/runs/a/{n}" for n in ("tuned", "pruned", "healed", "quantized"))
+    assert config.serve is not None and config.serve.model_path == "/runs/a/quantized"
+    bare = {key: value for key, value in SETTINGS.items() if key != "quantize"}
+    served = PipelineConfig(**{**bare, "prune": {}}).serve
+    assert served is not None and served.model_path == "/runs/a/pruned"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heal": {"max_steps": 4}}, "heal: trains what prune made"),
+        ({"ladder": {"metrics": ["perplexity"]}, "quantize": None}, "ladder: there is no smaller version"),
+    ],
+)
+def test_steps_that_need_another_one_say_so(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PipelineConfig(**{**SETTINGS, **changes})
+
+
 def test_trials_differ_from_training_only_where_the_search_says() -> None:
     config = PipelineConfig(**SETTINGS)
     assert config.tune is not None
