@@ -202,7 +202,7 @@ def test_quantized_bases_give_the_losses_of_a_bank_of_one(tiny_model, trial: Set
 def test_in_low_precision_packing_moves_losses_no_more_than_the_order_of_a_batchs_rows(
     number_format, tiny_model, trial: Settings, rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The measure is twice the largest drift between a trial alone and the same with the rows of each batch reversed."""
+    """The measure is twice the largest drift between a trial alone and the same with each batch's rows reversed."""
     from raytune_ft.training.bank.bank import AdapterBank
     from raytune_ft.training.bank.base import load_frozen_base
     from raytune_ft.training.bank.trial import Trial
