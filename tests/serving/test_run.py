@@ -217,7 +217,7 @@ def kill_one_and_wait(replicas: int) -> None:
 def test_a_killed_replica_costs_a_retrying_client_nothing_and_is_replaced(
     server: ModelServer, expected: dict[tuple[str, int], str]
 ):
-    answers, failed = under_load(server, expected, lambda: kill_one_and_wait(2), retries=8)
+    answers, failed = under_load(server, expected, lambda: kill_one_and_wait(2), retries=8, clients=3)
     assert failed == []
     assert answers > 0
     assert told(server, "/ready")[0] == 200
@@ -226,7 +226,7 @@ def test_a_killed_replica_costs_a_retrying_client_nothing_and_is_replaced(
 @pytest.mark.ray
 def test_a_redeploy_under_load_fails_no_request(server: ModelServer, expected: dict[tuple[str, int], str]):
     changed = server.config.with_overrides(max_new_tokens=63)
-    answers, failed = under_load(server, expected, lambda: server.update(changed), retries=0)
+    answers, failed = under_load(server, expected, lambda: server.update(changed), retries=0, clients=3)
     assert failed == []
     assert answers > 0
     assert "at most 63 here" in told(
