@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,3 +115,35 @@ def test_a_closed_shard_is_one_file_in_the_order_of_its_rows(kept: KeptRows, tmp
         (1, None, "timed out"),
         (2, "Q2", None),
     ]
+
+
+_WORKER = """
+import sys
+from raytune_ft.core.records import Message, Record
+from raytune_ft.evaluation import shards
+from raytune_ft.evaluation.workload import Target, Workload
+from raytune_ft.models.config import DecodingConfig
+shards._KEEP_ROWS = 4
+rows = [Record(messages=(Message("user", f"order {n}"),), position=n) for n in range(60)]
+work = Workload(answers=True, decoding=DecodingConfig(max_new_tokens=400))
+actor = shards.ShardActor([Target("m", sys.argv[1])], work, sys.argv[2], 1, 1)
+print(actor(shards.shard_table(rows, "m", "0")).to_pylist()[0]["answered"])
+"""
+
+
+@pytest.mark.soak
+def test_a_killed_process_loses_only_the_rows_that_were_under_way(tiny_model: Path, kept: KeptRows) -> None:
+    command = [sys.executable, "-c", _WORKER, str(tiny_model), kept.where.uri]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not kept.where.files() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    before = {name: Path(kept.where.path, name).stat().st_mtime_ns for name in kept.where.files()}
+    assert 0 < len(kept.all_answered("m")) < 60
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "60"
+    assert len(kept.all_answered("m")) == 60
+    assert all(Path(kept.where.path, name).stat().st_mtime_ns == when for name, when in before.items())
