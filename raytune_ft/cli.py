@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raytune_ft.console import list_runs, make_table, print_artifact, print_out, set_up_logging, show_run
 from raytune_ft.core.errors import ConfigError, RaytuneError
 
 if TYPE_CHECKING:
@@ -100,11 +101,11 @@ def _run(verb: str, path: str, overrides: Sequence[str]) -> None:
     _refuse_lost_work(config)
     artifact = entry.load_function()(config)
     if artifact is not None:
-        _print_artifact(artifact)
+        print_artifact(artifact)
 
 
 def _guarded(action: Callable[[], None]) -> int:
-    _set_up_logging()
+    set_up_logging()
     try:
         action()
     except RaytuneError as error:
@@ -183,12 +184,12 @@ def _compare(reports: list[str], output_dir: str | None, gate: bool, terms: dict
         raise ConfigError("--metric, --max-drop and --confidence belong to --gate")
     artifacts, results = open_reports(reports)
     if output_dir is not None:
-        _print_artifact(write_joined(artifacts, output_dir))
+        print_artifact(write_joined(artifacts, output_dir))
     if not gate:
-        _print(str(joined(results)))
+        print_out(str(joined(results)))
         return []
     decisions = [results[0].beats(other, **terms) for other in results[1:]]
-    _print(*(decision.words for decision in decisions))
+    print_out(*(decision.words for decision in decisions))
     return [decision.passed for decision in decisions]
 
 
@@ -210,7 +211,7 @@ def judge(
             found = judging.conclude(report, output_dir)
         else:
             found = judging.judge(report, output_dir=output_dir, models=model, max_pairs=max_pairs, port=port)
-        _print(*((rate.words for rate in found.win_rates) if found else ["no votes"]))
+        print_out(*((rate.words for rate in found.win_rates) if found else ["no votes"]))
 
     raise typer.Exit(_guarded(judge_report))
 
@@ -236,7 +237,7 @@ def key() -> None:
     from raytune_ft.serving.keys import hashed, new_key
 
     made = new_key()
-    _print(f"key (for the client):         {made}\nsha256 (for api_keys):        {hashed(made)}")
+    print_out(f"key (for the client):         {made}\nsha256 (for api_keys):        {hashed(made)}")
 
 
 @app.command()
@@ -260,11 +261,11 @@ def doctor(
 
     findings: list[Finding] = []
     code = _guarded(lambda: findings.extend(examine(storage)))
-    table = _table()
+    table = make_table()
     for finding in findings:
         words = finding.found + (f"\n-> {finding.remedy}" if finding.remedy else "")
         table.add_row(finding.verdict, finding.what, words)
-    _print(table)
+    print_out(table)
     raise typer.Exit(code or int(any(finding.verdict == Verdict.MISSING for finding in findings)))
 
 
@@ -275,10 +276,10 @@ def _print_matrix(*, markdown: bool) -> None:
 
     if markdown:
         return typer.echo(matrix.markdown(), nl=False)
-    table = _table(*matrix.HEADINGS)
+    table = make_table(*matrix.HEADINGS)
     for line in matrix.lines():
         table.add_row(*astuple(line))
-    return _print(table)
+    return print_out(table)
 
 
 @app.command()
@@ -289,7 +290,7 @@ def merge(
     """Merge an adapter into its base, in full precision, and check that it answers as before."""
     from raytune_ft.models.derived import merge as merged
 
-    raise typer.Exit(_guarded(lambda: _print_artifact(merged(model, output_dir))))
+    raise typer.Exit(_guarded(lambda: print_artifact(merged(model, output_dir))))
 
 
 @app.command(epilog="raytune-ft combine runs/both runs/a=0.7 runs/b=0.3")
@@ -318,7 +319,7 @@ def _combine(output_dir: str, adapters: Sequence[str], combination_type: Any, ra
         paths.append(path)
     from raytune_ft.models.derived import combine as combined
 
-    _print_artifact(combined(paths, weights, output_dir, combination_type, rank=rank))
+    print_artifact(combined(paths, weights, output_dir, combination_type, rank=rank))
 
 
 @app.command()
@@ -345,7 +346,7 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
 
     target = Location.at(html)
     target.write(to_html(found, title=f"{dataset}: {split}").encode())
-    return _print(f"{len(found)} rows of {split}: {target}")
+    return print_out(f"{len(found)} rows of {split}: {target}")
 
 
 @app.command()
@@ -371,7 +372,7 @@ def _recommend(model: str, memory_gb: float, rows: int | None, goal: str, max_le
     if goal not in get_args(Goal):
         raise ConfigError(f"--goal: must be one of {', '.join(get_args(Goal))} (got {goal!r})")
     found = recommend_method(model=model, memory_gib=memory_gb, rows=rows, goal=goal, max_length=max_length)  # type: ignore[arg-type]
-    table = _table()
+    table = make_table()
     for key, value in found.settings.items():
         table.add_row(key, str(value))
     table.add_row("memory", f"{found.memory_gib:.1f} GiB predicted at the peak, of {memory_gb:g}")
@@ -379,7 +380,7 @@ def _recommend(model: str, memory_gb: float, rows: int | None, goal: str, max_le
         table.add_row(f"  {part}", f"{getattr(found.peak, part) / (1 << 30):.2f} GiB")
     for number, reason in enumerate(found.reasons):
         table.add_row("" if number else "because", reason)
-    _print(table)
+    print_out(table)
 
 
 @app.command(epilog="raytune-ft runs [STORAGE_PATH]  or  raytune-ft runs show NAME_OR_PATH")
@@ -392,87 +393,9 @@ def runs(
     """List the runs under a storage path (a folder or URI), or tell one run's story."""
     match words or [storage]:
         case ["show", name]:
-            code = _guarded(lambda: _show_run(name, storage))
+            code = _guarded(lambda: show_run(name, storage))
         case [where]:
-            code = _guarded(lambda: _list_runs(where))
+            code = _guarded(lambda: list_runs(where))
         case _:
             raise typer.BadParameter("expected [STORAGE_PATH], or show NAME_OR_PATH")
     raise typer.Exit(code)
-
-
-def _list_runs(where: str) -> None:
-    from raytune_ft.core.ledger import list_runs, table
-
-    found = list_runs(where)
-    for kind in dict.fromkeys(run.kind for run in found):
-        shown = _table("run", "state", "from", "settings that differ", "numbers")
-        for row in table([run for run in found if run.kind == kind]):
-            shown.add_row(*row)
-        _print(f"{kind} ({shown.row_count})", shown)
-    if not found:
-        _print(f"no runs below {where}")
-
-
-def _show_run(name: str, storage: str) -> None:
-    from raytune_ft.core.ledger import find_run, story
-
-    shown = _table()
-    for heading, text in story(find_run(name, storage)):
-        shown.add_row(heading, text)
-    _print(shown)
-
-
-def _print_artifact(artifact: Artifact) -> None:
-    from raytune_ft.core.ledger import lines, scalars
-
-    shown = _table()
-    for key, value in scalars(artifact.numbers).items():
-        shown.add_row(key, lines({key: value}).partition("=")[2])
-    _print(f"{artifact.manifest.kind} {artifact.location}", shown)
-
-
-def _table(*columns: str) -> Any:
-    from rich.table import Column, Table
-
-    named = [Column(name, overflow="fold") for name in columns]
-    return Table(*named, box=None, pad_edge=False, show_header=bool(named))
-
-
-def _print(*what: Any) -> None:
-    from rich.console import Console
-
-    # In a log a line may be long; folding it to 80 columns would cut paths in two.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(*what, sep="\n")
-
-
-def _set_up_logging() -> None:
-    """Our lines go to standard error, with rich on a terminal; third parties are heard from `ERROR` on."""
-    handler: logging.Handler = logging.StreamHandler()
-    handler.setFormatter(_Plain("%(asctime)s %(message)s"))
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
-
-        console = Console(stderr=True)
-        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(_Plain("%(message)s"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("httpx", "httpcore", "urllib3", "filelock", "fsspec", "matplotlib", "huggingface_hub", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-class _Plain(logging.Formatter):
-    """``HH:MM:SS message``, with the level only where it is a warning or worse."""
-
-    def __init__(self, pattern: str) -> None:
-        super().__init__(pattern, datefmt="%H:%M:%S")
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if record.levelno < logging.WARNING:
-            return text
-        return text.replace(record.message, f"{record.levelname.lower()}: {record.message}", 1)
