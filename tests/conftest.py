@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from .browser import chromium
+
+__all__ = ["chromium"]
+
 # Tiny models gain nothing from more threads, and spinning ones stall each other where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

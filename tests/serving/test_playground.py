@@ -2,87 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import itertools
 import json
-import os
-import shutil
-import subprocess
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PATIENCE_S = 30
-
-
-class Tab:
-    """A page of a running Chromium."""
-
-    def __init__(self, address: str) -> None:
-        from websockets.sync.client import connect
-
-        self.socket = connect(address, max_size=None, open_timeout=PATIENCE_S)
-        self.numbers = itertools.count(1)
-        self.problems: list[str] = []
-        for domain in ("Page", "Runtime", "Log"):
-            self.send(f"{domain}.enable")
-
-    def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        number = next(self.numbers)
-        self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while True:
-            message = json.loads(self.socket.recv(timeout=PATIENCE_S))
-            if message.get("id") == number:
-                return dict(message.get("result", message))
-            entry = message.get("params", {}).get("entry", {})
-            if message.get("method") == "Runtime.exceptionThrown" or entry.get("level") in {"error", "warning"}:
-                self.problems.append(json.dumps(message["params"]))
-
-    def value(self, expression: str) -> Any:
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        return found.get("result", {}).get("value")
-
-    def wait(self, expression: str) -> None:
-        """Until the expression is true."""
-        until = time.monotonic() + PATIENCE_S
-        while self.value(f"Boolean({expression})") is not True:
-            assert time.monotonic() < until, (expression, self.value("document.body.innerText"), self.problems)
-            time.sleep(0.03)
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+from ..browser import Tab  # noqa: TID252 - tests are no installed package
 
 
 @pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    """The first page of a Chromium; skips where none is installed, unless one is required."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        said = "no chromium, chromium-browser or google-chrome is on the PATH"
-        if os.environ.get("RAYTUNE_FT_REQUIRE_BROWSER"):
-            pytest.fail(said)
-        pytest.skip(said)
-    folder = tmp_path_factory.mktemp("chromium")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    options += ["--remote-debugging-port=0", "--window-size=1200,800", f"--user-data-dir={folder}", "about:blank"]
-    process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        port_file = folder / "DevToolsActivePort"
-        until = time.monotonic() + PATIENCE_S
-        while not port_file.exists() or "\n" not in port_file.read_text():
-            assert process.poll() is None and time.monotonic() < until, "Chromium did not start"
-            time.sleep(0.05)
-        port = port_file.read_text().split("\n")[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as reply:
-            pages = [entry for entry in json.load(reply) if entry["type"] == "page"]
-        yield Tab(pages[0]["webSocketDebuggerUrl"])
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_S)
+def tab(chromium: str) -> Tab:
+    return Tab(chromium)
 
 
 def answers(side: str) -> str:
