@@ -46,11 +46,13 @@ class Perplexity(RowMetric):
         return {"nll": nll, "tokens": tokens, "bytes": np.asarray(rows["bytes"], float)}
 
     def values(self, sums: Columns) -> Values:
-        """`perplexity`, `nll_per_token` in nats, and `bits_per_byte`."""
+        """`perplexity`, `nll_per_token` in nats, and, where the bytes are known, `bits_per_byte`."""
         mean = ratio(sums["nll"], sums["tokens"])
-        bits = ratio(sums["nll"], sums["bytes"]) / np.log(2)
         with np.errstate(over="ignore"):
-            return {"perplexity": np.exp(mean), "nll_per_token": mean, "bits_per_byte": bits}
+            values: Values = {"perplexity": np.exp(mean), "nll_per_token": mean}
+        if np.all(sums["bytes"] > 0):
+            values = {**values, "bits_per_byte": ratio(sums["nll"], sums["bytes"]) / np.log(2)}
+        return values
 
 
 class ExtractingMetric(MeanMetric):

@@ -11,7 +11,10 @@ from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 
-_FIXED = {"model_path", "output_dir", "dataset_path", "num_workers", "use_gpu", "cpus_per_worker", "zero_stage"}
+_FIXED = {
+    *("model_path", "output_dir", "dataset_path", "num_workers", "use_gpu", "cpus_per_worker"),
+    *("zero_stage", "offload", "deepspeed_config"),
+}
 
 
 class Choice(Config):
