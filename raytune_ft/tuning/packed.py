@@ -53,6 +53,43 @@ class Banks:
             ray.kill(actor)
 
 
+class BankHostActor:
+    """A `BankHost` as an actor.
+
+    A process that gets an actor's handle imports the actor's class, so this one loads torch only where it is made:
+    proxies get by without.
+    """
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        from raytune_ft.tuning.host import BankHost
+
+        self._host = BankHost(*given, **settings)
+
+    def fault(self) -> str | None:
+        """See `BankHost.fault`."""
+        return self._host.fault()
+
+    def load(self) -> int:
+        """See `BankHost.load`."""
+        return self._host.load()
+
+    def admit(self, name: str, settings: Mapping[str, Any], snapshot: str | None) -> None:
+        """See `BankHost.admit`."""
+        self._host.admit(name, settings, snapshot)
+
+    def evict(self, name: str) -> None:
+        """See `BankHost.evict`."""
+        self._host.evict(name)
+
+    def report(self, name: str, after: int) -> dict[str, Any] | None:
+        """See `BankHost.report`."""
+        return self._host.report(name, after)
+
+    def save(self, settings: Mapping[str, Any], snapshot: str, folder: str) -> None:
+        """See `BankHost.save`."""
+        self._host.save(settings, snapshot, folder)
+
+
 def why_alone(config: SweepConfig) -> str | None:
     """Why the trials of a sweep cannot share a base, as far as its settings tell; None if they can."""
     if config.packed == "never":
@@ -80,15 +117,13 @@ def start_banks(
         snapshots: folder or URI that every node reaches.
         trials: trials at the same time.
     """
-    from raytune_ft.tuning.host import BankHost
-
     use_gpu = training.use_gpu if training.use_gpu is not None else connected.gpus > 0
     count = bank_count(connected.nodes, trials, use_gpu=use_gpu)
     cpus, threads = bank_cpus(connected.nodes, trials, count if use_gpu else 0)
     demand = cluster.Demand("bank of adapters", count, cpus, int(use_gpu), threads)
     proxies = cluster.Demand("light trial", trials, PROXY_CPUS)
     connected.admit(cluster.ResourcePlan("tune", (demand, proxies)))
-    make = ray.remote(BankHost).options(
+    make = ray.remote(BankHostActor).options(
         num_cpus=cpus,
         num_gpus=int(use_gpu),
         max_restarts=_RESTARTS,

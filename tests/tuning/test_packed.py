@@ -17,7 +17,7 @@ import pytest
 
 from raytune_ft.core.cluster import Node
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.packed import bank_count, bank_cpus, why_alone
+from raytune_ft.tuning.packed import BankHostActor, bank_count, bank_cpus, why_alone
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
 from raytune_ft.tuning.schedulers import RememberedASHA
@@ -110,6 +110,25 @@ def test_asha_remembers_its_rungs_after_the_driver_is_gone(tmp_path) -> None:
     )
     fresh.set_search_properties("loss", "min")
     assert told(fresh, "bad", 0.9) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.ray
+def test_a_process_that_is_given_a_bank_loads_no_torch(ray_cluster) -> None:
+    """Sixteen proxies that did would spend a minute or two of two cores on it."""
+    import ray
+
+    bank = ray.remote(BankHostActor).options(num_cpus=0.01).remote({}, {}, "unused", device="cpu", threads=1)
+    held = ray.put({"banks": (bank,)})
+
+    def modules(held: list) -> set[str]:
+        import sys
+
+        ray.get(held[0])
+        return {"torch", "transformers", "raytune_ft.tuning.packed"} & set(sys.modules)
+
+    fresh = ray.remote(num_cpus=0.01, runtime_env={"env_vars": {"RAYTUNE_FT_FRESH_PROCESS": "1"}})(modules)
+    assert ray.get(fresh.remote([held])) == {"raytune_ft.tuning.packed"}
+    ray.kill(bank)
 
 
 @pytest.mark.ray
