@@ -246,7 +246,9 @@ def trade_plot(rungs: Sequence[Rung], metric: EvaluationMetric, cost: str, label
             low, high = rung.intervals[str(metric)]
             colour = COLOURS[number % len(COLOURS)]
             axes.errorbar([x], [y], yerr=[[y - low], [high - y]], fmt="o", color=colour, capsize=2)
-            axes.annotate(rung.label, (x, y), textcoords="offset points", xytext=(7, 5), color=colour)
+            axes.annotate(
+                rung.label, (x, y), textcoords="offset points", xytext=(7, 5 + 11 * (number % 3)), color=colour
+            )
         axes.set_xlabel(label)
         axes.set_ylabel(metric.facts.title)
         axes.set_xlim(left=0)
