@@ -224,6 +224,7 @@ def test_a_killed_replica_costs_a_retrying_client_nothing_and_is_replaced(
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_a_redeploy_under_load_fails_no_request(server: ModelServer, expected: dict[tuple[str, int], str]):
     changed = server.config.with_overrides(max_new_tokens=63)
     answers, failed = under_load(server, expected, lambda: server.update(changed), retries=0, clients=3)

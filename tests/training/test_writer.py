@@ -61,7 +61,9 @@ class ThreadPeers(Peers):
     def all_say(self, mine: bool) -> bool:
         self.said[self.rank] = mine
         self.barrier.wait(20)
-        return all(self.said.values())
+        agreed = all(self.said.values())
+        self.barrier.wait(20)  # else the next word of a fast rank would be read by a slow one
+        return agreed
 
 
 def save(step: int, rank: int, world_size: int, best_step: int | None = None) -> Save:
