@@ -74,7 +74,8 @@ def save(step: int, rank: int, world_size: int, best_step: int | None = None) ->
 
 def on_threads(world_size: int, work: Callable[[Peers], None]) -> None:
     barrier, said = threading.Barrier(world_size), {}
-    threads = [threading.Thread(target=work, args=(ThreadPeers(r, barrier, said),)) for r in range(world_size)]
+    peers = [ThreadPeers(rank, barrier, said) for rank in range(world_size)]
+    threads = [threading.Thread(target=work, args=(one,), daemon=True) for one in peers]
     for thread in threads:
         thread.start()
     for thread in threads:
