@@ -174,6 +174,7 @@ def _application(config: ServingConfig, cluster: Cluster) -> Any:
     here = _placed(config)
     deployment: Any = Endpoint
     board: Any = BoardDeployment
+    board = board.options(logging_config=_quiet())
     return deployment.options(
         **_scale(config),
         max_ongoing_requests=2 * (config.max_queued_requests + config.max_batch_size),
