@@ -284,7 +284,9 @@ def _collect(config: SweepConfig, grid: Any) -> tuple[Trial, ...]:
         frame = result.metrics_dataframe
         columns = ["global_step", "loss", "eval_loss", "learning_rate", "tokens"]
         rows = [] if frame is None else frame[[c for c in columns if c in frame]].to_dict("records")
-        curve = [{key: float(value) for key, value in row.items() if math.isfinite(value)} for row in rows]
+        told = [{key: float(value) for key, value in row.items() if math.isfinite(value)} for row in rows]
+        # A trial whose process was lost before Tune kept its state reports its last evaluation again.
+        curve = [row for _, row in sorted({row["global_step"]: row for row in told}.items())]
         last = result.metrics or {}
         shared = config.training.model_dump(mode="json")
         settings = settings_at(result.config, shared)

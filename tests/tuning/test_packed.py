@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -192,11 +193,12 @@ def test_a_killed_proxy_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model,
         end = time.monotonic() + 120
         while time.monotonic() < end and not list((tmp_path / "sweep").glob("snapshots/*/*/manifest.json")):
             time.sleep(0.01)
-        for process in psutil.Process().children(recursive=True):
-            if "Proxy" in " ".join(process.cmdline())[:60]:
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-                return
+        while time.monotonic() < end and not killed:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "ray::" in (words := " ".join(process.cmdline())) and "Proxy" in words and not killed:
+                        process.kill()
+                        killed.append(process.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
