@@ -19,7 +19,7 @@ from raytune_ft.compression.agreement import Agreement, compare, next_token_logi
 from raytune_ft.compression.calibration import calibration_rows
 from raytune_ft.compression.config import PruningConfig, PruningMethod, PruningScope
 from raytune_ft.compression.source import full_precision
-from raytune_ft.compression.wanda import prune_by_inputs
+from raytune_ft.compression.wanda import prune_by_inputs, zero_least
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.loading import load_tokenizer
@@ -201,10 +201,8 @@ def _reached(histogram: torch.Tensor, count: int) -> tuple[int, int]:
 @torch.no_grad()
 def zero_in_groups(weight: torch.Tensor, kept: int, group: int, input_dim: int) -> None:
     """Sets all but the `kept` largest of every `group` neighbours along `input_dim` to zero, in place."""
-    rows = weight.movedim(input_dim, -1)
-    groups = rows.reshape(-1, group)
-    smallest = groups.float().abs().argsort(dim=-1, stable=True)[:, : group - kept]
-    rows.copy_(groups.scatter(-1, smallest, 0).view(rows.shape))
+    alike = torch.ones(weight.shape[input_dim], device=weight.device)
+    zero_least(weight, alike, input_dim, sparsity=1 - kept / group, pattern=(kept, group))
 
 
 def _counts(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:

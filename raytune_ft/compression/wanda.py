@@ -102,15 +102,11 @@ def zero_least(
     """
     rows = weight.movedim(input_dim, -1)
     scores = rows.float().abs() * norms
-    if pattern is not None:
-        kept, group = pattern
-        scores = scores.reshape(len(rows), -1, group)
-        least = scores.argsort(dim=-1, stable=True)[..., : group - kept]
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, least, True).view(rows.shape)
-    else:
-        least = scores.argsort(dim=-1, stable=True)[:, : round(sparsity * rows.shape[1])]
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, least, True)
-    rows.masked_fill_(mask, 0)
+    width = rows.shape[1]
+    kept, group = pattern or (width - round(sparsity * width), width)  # without a pattern an output is one group
+    groups = scores.reshape(len(rows), -1, group)
+    least = groups.argsort(dim=-1, stable=True)[..., : group - kept]
+    rows.masked_fill_(torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, least, True).view(rows.shape), 0)
 
 
 def _enter(model: Any, blocks: Sequence[nn.Module], ids: Sequence[int]) -> _Row:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raytune_ft.core.artifacts import Artifact, open_artifact
+from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import ConfigError, RunError
 from raytune_ft.core.figures import COLOURS, Plot
@@ -76,16 +76,16 @@ def ladder(config: LadderConfig) -> Artifact:
     )
     if draft.finished is not None:
         logger.info("Ladder: found finished in %s", draft.location)
-        _refuse_broken(config.limits, json.loads((target / "ladder.json").read()), target)
+        kept = json.loads((target / "ladder.json").read())
+        _refuse_broken(config.limits, [Rung(**rung) for rung in kept["rungs"]], target)
         return draft.finished
     with draft:
         rungs = _climb(config, result, target)
         _write(draft, config, result, rungs)
-    content = json.loads((target / "ladder.json").read())
     for line in lines(rungs, leading_metric(result)):
         logger.info("%s", line)
-    _refuse_broken(config.limits, content, target)
-    return open_artifact(target, ArtifactKind.REPORT, verify="size")
+    _refuse_broken(config.limits, rungs, target)
+    return draft.artifact
 
 
 def _check(config: LadderConfig) -> None:
@@ -190,8 +190,8 @@ def lines(rungs: Sequence[Rung], metric: EvaluationMetric) -> list[str]:
     return found
 
 
-def _refuse_broken(limits: LadderLimits, content: Mapping[str, Any], target: Location) -> None:
-    broken = broken_limits(limits, [Rung(**rung) for rung in content["rungs"]])
+def _refuse_broken(limits: LadderLimits, rungs: Sequence[Rung], target: Location) -> None:
+    broken = broken_limits(limits, rungs)
     if broken:
         raise RunError(f"{target}: {len(broken)} limit(s) are broken: {'; '.join(broken)}")
 

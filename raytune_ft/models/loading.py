@@ -89,12 +89,17 @@ def resolve_model(reference: str) -> ModelReference:
     if (folder / "adapter_config.json").exists():
         base = resolve_model(_adapter_base(folder))
         return ModelReference(reference, base.base, folder, artifact, digest)
-    if (folder / COMPACT).exists():
+    if is_compact(folder):
         return ModelReference(reference, str(_expanded(folder, digest)), None, artifact, digest)
     if not (folder / "config.json").exists():
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ModelError(f"{location}: is not a model: neither config.json nor adapter_config.json is in it ({found})")
     return ModelReference(reference, str(folder), None, artifact, digest)
+
+
+def is_compact(folder: Path) -> bool:
+    """Whether a folder holds its weights in the compact form."""
+    return (folder / COMPACT).exists()
 
 
 def _expanded(folder: Path, digest: str) -> Path:

@@ -102,11 +102,6 @@ def write_compact(folder: Path) -> int:
     return (folder / COMPACT).stat().st_size
 
 
-def is_compact(folder: Path) -> bool:
-    """Whether a folder holds its weights in the compact form."""
-    return (folder / COMPACT).exists()
-
-
 def expand(folder: Path, target: Path) -> None:
     """Writes the Hugging Face folder that a compact one stands for.
 

@@ -158,20 +158,24 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
     assert ray.available_resources()["CPU"] == 2.0
 
 
+def kill_first(word: str, folder: Path, killed: list[int]) -> None:
+    """Kills a worker with this word in its title, with SIGKILL, as soon as a trial's state lies on disk."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list(folder.glob("snapshots/*/*/manifest.json")):
+        time.sleep(0.01)
+    while time.monotonic() < end and not killed:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if "ray::" in title and word in title and not killed:
+                    process.kill()
+                    killed.append(process.pid)
+
+
 @pytest.mark.ray
 def test_a_killed_bank_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, orders, tmp_path) -> None:
     killed: list[int] = []
-
-    def kill() -> None:
-        end = time.monotonic() + 120
-        while time.monotonic() < end and not list((tmp_path / "sweep").glob("snapshots/*/*/manifest.json")):
-            time.sleep(0.01)
-        for process in psutil.Process().children(recursive=True):
-            if "BankHost" in " ".join(process.cmdline()):
-                os.kill(process.pid, signal.SIGKILL)
-                killed.append(process.pid)
-
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill_first, args=("BankHost", tmp_path / "sweep", killed))
     killer.start()
     config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", training={"max_steps": 60})
     artifact = HyperparameterSweep(config).run()
@@ -188,19 +192,7 @@ def test_a_killed_bank_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, 
 @pytest.mark.ray
 def test_a_killed_proxy_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, orders, tmp_path) -> None:
     killed: list[int] = []
-
-    def kill() -> None:
-        end = time.monotonic() + 120
-        while time.monotonic() < end and not list((tmp_path / "sweep").glob("snapshots/*/*/manifest.json")):
-            time.sleep(0.01)
-        while time.monotonic() < end and not killed:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    if "ray::" in (words := " ".join(process.cmdline())) and "Proxy" in words and not killed:
-                        process.kill()
-                        killed.append(process.pid)
-
-    killer = threading.Thread(target=kill)
+    killer = threading.Thread(target=kill_first, args=("Proxy", tmp_path / "sweep", killed))
     killer.start()
     config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", training={"max_steps": 60})
     artifact = HyperparameterSweep(config).run()
