@@ -9,29 +9,26 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.models.collate import group_by_budget
-from raytune_ft.models.scoring import CausalParts, target_states
 from raytune_ft.training import matrix
 from raytune_ft.training.bank.base import FrozenBase
-from raytune_ft.training.bank.layout import Share, lay_out
-from raytune_ft.training.bank.losses import losses_and_gradient, sums_by_trial
+from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.bank.packed_linear import PassSeat
+from raytune_ft.training.bank.passes import Passes
 from raytune_ft.training.bank.ragged import RaggedSlots
 from raytune_ft.training.bank.slot import SlotSettings, SlotState
 from raytune_ft.training.bank.snapshot import slot_state, snapshot_of
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.template import AdapterTemplate
 from raytune_ft.training.bank.trial import Progress, Rows, Status, Trial
-from raytune_ft.training.bank.turns import next_group, row_chunks
+from raytune_ft.training.bank.turns import next_group
 from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.schedule import Timetable
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
-"""Tokens of a step, by device: on CPUs larger batches only leave the caches, on GPUs smaller ones leave it idle."""
+"""Tokens of a step, by device: on GPUs smaller ones leave it idle."""
 
 Arithmetic = Literal["ragged", "stacked"]
 
@@ -65,9 +62,9 @@ class AdapterBank:
         self._budget = token_budget or TOKEN_BUDGET["cuda" if base.device.type == "cuda" else "cpu"]
         self._template = AdapterTemplate(base.model, base.name)
         self._seat = PassSeat(base.model)
-        self._parts = CausalParts.of(base.model)
         arithmetic = arithmetic or ("stacked" if base.device.type == "cuda" else "ragged")
         self._slots = (StackedSlots if arithmetic == "stacked" else RaggedSlots)(base.device)
+        self._passes = Passes(base, self._slots, self._seat)
         self._trials: dict[str, Trial] = {}
         self._paused: dict[str, Checkpoint] = {}
         self._lock = threading.RLock()
@@ -239,9 +236,7 @@ class AdapterBank:
         supervised = [sum(sum(row.supervised[1:]) for row in share.rows) for share in shares]
         rates = {trial.name: trial.rate() for trial in trials}
         self._slots.zero_gradients([trial.name for trial in trials])
-        sums = torch.zeros(len(trials), dtype=torch.float64, device=self._base.device)
-        for some in self._chunks(shares):
-            sums += self._train_pass(some, supervised)
+        sums = self._passes.train(shares, supervised, self._budget)
         norms = self._slots.step(rates)
         counts = torch.tensor(supervised, dtype=torch.float64).clamp_(min=1)
         # The only place in a step where the host waits for the device.
@@ -252,29 +247,6 @@ class AdapterBank:
             numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rates[trial.name]}
             trial.advance({**numbers, "tokens": share.tokens, "supervised": count})
 
-    def _chunks(self, shares: list[Share]) -> list[list[Share]]:
-        """One pass; or, where a single trial's step is larger than the budget, some of its rows at a time."""
-        if len(shares) > 1:
-            return [shares]
-        (share,) = shares
-        runs = row_chunks([len(row.input_ids) for row in share.rows], self._budget)
-        return [
-            [Share(share.name, [share.rows[i] for i in run], share.seed, share.step, [share.places[i] for i in run])]
-            for run in runs
-        ]
-
-    def _train_pass(self, shares: list[Share], supervised: list[int]) -> Tensor:
-        dropout = any(self._slots.settings(share.name).dropout for share in shares)
-        batch, layout = lay_out(shares, self._base.device, dropout=dropout)
-        weights = torch.tensor([1 / max(1, count) for count in supervised])
-        counts = torch.tensor(layout.targets)
-        with self._seat.runs(self._slots.run(layout)):
-            states = target_states(self._parts, batch)
-            each = torch.repeat_interleave(weights, counts).to(states.device, non_blocking=True)
-            losses, gradient = losses_and_gradient(self._parts.head, states.detach(), batch.targets, each)
-            torch.autograd.backward(states, gradient)
-        return sums_by_trial(losses, counts.to(states.device, non_blocking=True))
-
     def _evaluate_due(self, trials: list[Trial]) -> None:
         if not trials or self._validation is None:
             return
@@ -283,29 +255,9 @@ class AdapterBank:
             if trial.evaluated(losses[trial.name]):
                 trial.best = self._slots.read(trial.name).weights
 
-    @torch.no_grad()
     def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, float]:
-        names = self._slots.order([trial.name for trial in trials])
-        lengths = [len(rows[number].input_ids) for number in range(len(rows))]
-        sums = dict.fromkeys(names, 0.0)
-        count = 0
         self._base.model.eval()
         try:
-            for group in group_by_budget(lengths, max(1, self._budget // len(names))):
-                some = [rows[number] for number in group]
-                count += sum(sum(row.supervised[1:]) for row in some)
-                together = max(1, self._budget // sum(lengths[number] for number in group))
-                for start in range(0, len(names), together):
-                    shares = [Share(name, some) for name in names[start : start + together]]
-                    for share, total in zip(shares, self._score(shares), strict=True):
-                        sums[share.name] += total
+            return self._passes.score(self._slots.order([trial.name for trial in trials]), rows, self._budget)
         finally:
             self._base.model.train()
-        return {name: total / max(1, count) for name, total in sums.items()}
-
-    def _score(self, shares: list[Share]) -> list[float]:
-        batch, layout = lay_out(shares, self._base.device, dropout=False)
-        with self._seat.runs(self._slots.run(layout)):
-            states = target_states(self._parts, batch)
-        losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
-        return sums_by_trial(losses, torch.tensor(layout.targets).to(states.device)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -40,11 +41,16 @@ class PackedLinear(nn.Module):
 
 
 class PassSeat:
-    """Where the layers of one base find the pass that runs; also wraps the layers that some trial adapts."""
+    """Where the layers of one base find the pass that runs in their thread; wraps the layers that some trial adapts."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.running: Pass | None = None
+        self._here = threading.local()
+
+    @property
+    def running(self) -> Pass | None:
+        """The pass that runs in this thread."""
+        return getattr(self._here, "running", None)
 
     def wrap(self, targets: Iterable[Target]) -> None:
         """Makes the layers of `targets` packed; those that are already stay as they are."""
@@ -58,8 +64,8 @@ class PassSeat:
     @contextmanager
     def runs(self, running: Pass) -> Iterator[None]:
         """Within the block the layers compute `running`."""
-        self.running = running
+        self._here.running = running
         try:
             yield
         finally:
-            self.running = None
+            self._here.running = None

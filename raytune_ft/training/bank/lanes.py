@@ -1,0 +1,70 @@
+"""Work side by side on the cores of a CPU: lanes of trials, each computed by its own thread.
+
+An operation on the few tokens that fit a core's cache is too small to be split over cores; whole trials are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import torch
+
+from raytune_ft.training.bank.packed_linear import PackedLinear
+
+MOST_LANES = 16
+"""More threads than this mostly wait for Python's lock."""
+
+
+def share_out(tokens: Mapping[str, int], lanes: int) -> list[list[str]]:
+    """Trials in at most `lanes` lists whose tokens come to about the same; the largest go first, to the lightest list.
+
+    Args:
+        tokens: of each trial.
+        lanes: lists to fill; none is left empty.
+    """
+    found: list[list[str]] = [[] for _ in range(max(1, min(lanes, len(tokens))))]
+    loads = [0] * len(found)
+    for name in sorted(tokens, key=lambda name: -tokens[name]):
+        lightest = loads.index(min(loads))
+        found[lightest].append(name)
+        loads[lightest] += tokens[name]
+    return found
+
+
+def may_share_cores(model: Any) -> bool:
+    """Whether several threads may go through `model` at once: layers that keep a state between calls forbid it."""
+    if next(model.parameters()).device.type != "cpu":
+        return False
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if str(rope.get("rope_type", "default")) in {"dynamic", "longrope"}:
+        return False
+    layers = (module.base if isinstance(module, PackedLinear) else module for module in model.modules())
+    return not any(hasattr(layer, "state") and hasattr(layer.state, "threshold") for layer in layers)
+
+
+class Lanes:
+    """Threads that share the cores of this process."""
+
+    def __init__(self, threads: int) -> None:
+        self.most = max(1, min(threads, MOST_LANES))
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(self.most, thread_name_prefix="lane") if self.most > 1 else None
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Calls all of `jobs` and waits for them; what the first one to fail raised is raised when all have ended."""
+        if self._pool is None or len(jobs) < 2:
+            for job in jobs:
+                job()
+            return
+        each = max(1, self._threads // min(len(jobs), self.most))
+        futures = [self._pool.submit(_with_threads, each, job) for job in jobs]
+        wait(futures)
+        for future in futures:
+            future.result()
+
+
+def _with_threads(count: int, job: Callable[[], None]) -> None:
+    torch.set_num_threads(count)
+    job()

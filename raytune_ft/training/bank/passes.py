@@ -1,0 +1,129 @@
+"""Ways of trials' rows through the base and back: cut to what fits the caches, side by side where there are cores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from raytune_ft.models.collate import group_by_budget
+from raytune_ft.models.scoring import CausalParts, target_states
+from raytune_ft.training.bank.base import FrozenBase
+from raytune_ft.training.bank.lanes import Lanes, may_share_cores, share_out
+from raytune_ft.training.bank.layout import Share, lay_out
+from raytune_ft.training.bank.losses import losses_and_gradient, sums_by_trial
+from raytune_ft.training.bank.packed_linear import PassSeat
+from raytune_ft.training.bank.ragged import RaggedSlots
+from raytune_ft.training.bank.stacked import StackedSlots
+from raytune_ft.training.bank.trial import Rows
+from raytune_ft.training.bank.turns import next_group, row_chunks
+
+PASS_TOKENS = 1024
+"""Tokens of a pass of ragged slots: on a CPU, larger batches only leave the caches."""
+
+
+class Passes:
+    """What the trials of a bank compute on its base.
+
+    Ragged slots go in small passes, in lanes if the base allows it; stacked ones all at once, so that the number of
+    launches stays what it is.
+    """
+
+    def __init__(self, base: FrozenBase, slots: RaggedSlots | StackedSlots, seat: PassSeat) -> None:
+        self._base, self._slots, self._seat = base, slots, seat
+        self._parts = CausalParts.of(base.model)
+        self._small = isinstance(slots, RaggedSlots)
+        lanes = torch.get_num_threads() if self._small and may_share_cores(base.model) else 1
+        self._lanes = Lanes(lanes)
+
+    def train(self, shares: Sequence[Share], supervised: Sequence[int], budget: int) -> Tensor:
+        """Adds the gradients of a step to the trials' slots.
+
+        Args:
+            shares: what each trial trains on in this step.
+            supervised: supervised tokens of each share; its loss is their mean.
+            budget: most tokens of a pass.
+
+        Returns:
+            [trials] float64, the sum of each trial's losses, on the base's device.
+        """
+        sums: dict[str, Tensor] = {}
+        weights = {share.name: 1 / max(1, count) for share, count in zip(shares, supervised, strict=True)}
+
+        def lane(names: Collection[str]) -> None:
+            mine = [share for share in shares if share.name in names]
+            for some in self._passes(mine, budget):
+                for share, total in zip(some, self._there_and_back(some, weights).unbind(), strict=True):
+                    sums[share.name] = sums[share.name] + total if share.name in sums else total
+
+        self._in_lanes(lane, shares)
+        return torch.stack([sums[share.name] for share in shares])
+
+    @torch.no_grad()
+    def score(self, names: Sequence[str], rows: Rows, budget: int) -> dict[str, float]:
+        """Mean loss of each trial over the supervised tokens of `rows`."""
+        lengths = [len(rows[number].input_ids) for number in range(len(rows))]
+        sums = dict.fromkeys(names, 0.0)
+        count = 0
+        for group in group_by_budget(lengths, self._pass_tokens(budget) if self._small else budget // len(names) or 1):
+            some = [rows[number] for number in group]
+            count += sum(sum(row.supervised[1:]) for row in some)
+            shares = [Share(name, some) for name in names]
+            together = max(1, budget // shares[0].tokens)
+
+            def lane(mine: Collection[str], shares: list[Share] = shares, together: int = together) -> None:
+                here = [share for share in shares if share.name in mine]
+                for start in range(0, len(here), together):
+                    for share, total in zip(here[start:], self._there(here[start : start + together]), strict=False):
+                        sums[share.name] += total
+
+            self._in_lanes(lane, shares)
+        return {name: total / max(1, count) for name, total in sums.items()}
+
+    def _in_lanes(self, lane: Callable[[Collection[str]], None], shares: Sequence[Share]) -> None:
+        names = share_out({share.name: share.tokens for share in shares}, self._lanes.most)
+        self._lanes.run([partial(lane, frozenset(some)) for some in names])
+
+    def _pass_tokens(self, budget: int) -> int:
+        return min(budget, PASS_TOKENS) if self._small else budget
+
+    def _passes(self, shares: list[Share], budget: int) -> list[list[Share]]:
+        """Whole trials as far as they fit; the step of a larger one in several passes of some of its rows."""
+        most = self._pass_tokens(budget)
+        waiting = {share.name: share for share in shares}
+        found: list[list[Share]] = []
+        while waiting:
+            group = next_group({name: share.tokens for name, share in waiting.items()}, most)
+            some = [waiting.pop(name) for name in group]
+            found += [some] if len(some) > 1 else _in_rows(some[0], most)
+        return found
+
+    def _there_and_back(self, shares: list[Share], weights: dict[str, float]) -> Tensor:
+        dropout = any(self._slots.settings(share.name).dropout for share in shares)
+        batch, layout = lay_out(shares, self._base.device, dropout=dropout)
+        counts = torch.tensor(layout.targets)
+        with self._seat.runs(self._slots.run(layout)):
+            states = target_states(self._parts, batch)
+            each = torch.repeat_interleave(torch.tensor([weights[share.name] for share in shares]), counts)
+            each = each.to(states.device, non_blocking=True)
+            losses, gradient = losses_and_gradient(self._parts.head, states.detach(), batch.targets, each)
+            torch.autograd.backward(states, gradient)
+        return sums_by_trial(losses, counts.to(states.device, non_blocking=True))
+
+    @torch.no_grad()
+    def _there(self, shares: list[Share]) -> list[float]:
+        batch, layout = lay_out(shares, self._base.device, dropout=False)
+        with self._seat.runs(self._slots.run(layout)):
+            states = target_states(self._parts, batch)
+        losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
+        return sums_by_trial(losses, torch.tensor(layout.targets).to(states.device)).tolist()
+
+
+def _in_rows(share: Share, most: int) -> list[list[Share]]:
+    runs = row_chunks([len(row.input_ids) for row in share.rows], most)
+    return [
+        [Share(share.name, [share.rows[i] for i in run], share.seed, share.step, [share.places[i] for i in run])]
+        for run in runs
+    ]
