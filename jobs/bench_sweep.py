@@ -1,9 +1,9 @@
 """Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
 
-python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--arms peer-one,peer-shared,alone,packed]
+python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--short-steps 15] [--arms peer-one,alone,packed]
 
 Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
-and a quarter of it) tell start-up from steady work: what a trial-token costs is the slope between them.
+and ``--short-steps``) tell start-up from steady work: what a trial-token costs is the slope between them.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     from raytune_ft.core.cluster import connect
 
     arms = options.arms.split(",")
-    lengths = [max(1, options.steps // 4), options.steps]
+    lengths = [options.short_steps or max(1, options.steps // 4), options.steps]
     watched: dict[str, dict[int, list[Watch]]] = {arm: {steps: [] for steps in lengths} for arm in arms}
     losses: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-sweep-") as scratch:
@@ -271,6 +271,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
