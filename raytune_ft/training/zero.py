@@ -49,11 +49,29 @@ def sharded_loading(config: FineTuningConfig, device: str) -> Iterator[None]:
 def deepspeed_engine(model: Any, optimizer: torch.optim.Optimizer, config: FineTuningConfig, device: str) -> Any:
     """The engine that trains `model` as the settings want it; all ranks make theirs together."""
     deepspeed = deepspeed_on(device)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=_settings(config, device), dist_init_required=False
-    )
+    with _frozen_stays_as_loaded(model):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=_settings(config, device), dist_init_required=False
+        )
     _undo_first_step(engine.optimizer)
     return engine
+
+
+@contextmanager
+def _frozen_stays_as_loaded(model: Any) -> Iterator[None]:
+    """Within it DeepSpeed sends rank 0's trainable weights to the others, and not the frozen ones.
+
+    All ranks read those from the same files. Sent, they would be written, and the ranks of a machine could share the
+    files' pages no longer: each would hold a base of its own.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.ds_optim_param = True  # DeepSpeed's mark of weights that are each rank's own affair
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.__dict__.pop("ds_optim_param", None)
 
 
 def _settings(config: FineTuningConfig, device: str) -> dict[str, Any]:
