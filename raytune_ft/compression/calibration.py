@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from raytune_ft.compression.config import CalibrationConfig
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import ArtifactKind
@@ -16,30 +17,30 @@ from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Chat, encode_record
 
 
-def calibration_rows(dataset_path: str, chat: Chat, *, rows: int, max_tokens: int) -> list[list[int]]:
-    """Token ids of the first `rows` training rows, each cut behind `max_tokens`.
+def calibration_rows(config: CalibrationConfig, chat: Chat, *, context_tokens: int | None) -> list[list[int]]:
+    """Token ids of the first training rows, each cut where the settings, or the model's context, end.
 
     Args:
-        dataset_path: a dataset artifact, or a JSONL or Parquet file whose rows have ``messages`` or ``text``.
+        config: which dataset, how many of its rows, and how much of each; rows have ``messages`` or ``text``.
         chat: of the model that is calibrated; rows are rendered as in training.
-        rows: at most so many.
-        max_tokens: of a row.
+        context_tokens: the model's limit, if it has one.
 
     Raises:
         DataError: if there is no such dataset, a row is no record, or there is none.
     """
+    longest = min(config.calibration_tokens, context_tokens or config.calibration_tokens)
     found: list[list[int]] = []
-    for record, where in _records(Location.at(dataset_path)):
+    for record, where in _records(Location.at(str(config.calibration_path))):
         try:
-            ids = encode_record(chat, record).input_ids[:max_tokens]
+            ids = encode_record(chat, record).input_ids[:longest]
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         if len(ids) > 1:
             found.append(ids)
-        if len(found) == rows:
+        if len(found) == config.calibration_rows:
             break
     if not found:
-        raise DataError(f"{dataset_path}: holds no rows to calibrate with")
+        raise DataError(f"{config.calibration_path}: holds no rows to calibrate with")
     return found
 
 

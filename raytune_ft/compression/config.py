@@ -36,7 +36,19 @@ class PruningScope(StrEnum):
     GLOBAL = "global"
 
 
-class QuantizationConfig(Config):
+class CalibrationConfig(Config):
+    """Which rows show a method what the model's layers usually see, where it looks at more than the weights."""
+
+    calibration_path: str | None = None
+    """``compressed_tensors`` and ``wanda``: a dataset artifact, or a JSONL or Parquet file of records, whose rows go
+    through the model."""
+    calibration_rows: int = Field(256, ge=1)
+    """The first so many training rows."""
+    calibration_tokens: int = Field(512, ge=2)
+    """A row is cut behind so many tokens."""
+
+
+class QuantizationConfig(CalibrationConfig):
     """How the linear layers of a model are quantized; embeddings, norms and ``lm_head`` keep the source's precision."""
 
     method: QuantizationMethod = QuantizationMethod.BITSANDBYTES
@@ -46,13 +58,6 @@ class QuantizationConfig(Config):
     bits: Literal[4, 8] = 4
     """Bits a weight: 4 (bitsandbytes: nf4 or fp4, in blocks of 64 weights; compressed tensors: W4A16, groups of up to
     128) or 8 (int8, one scale a row; compressed tensors: W8A8, inputs in 8 bits, too)."""
-    calibration_path: str | None = None
-    """``compressed_tensors``: a dataset artifact, or a JSONL or Parquet file of records, whose rows go through the
-    model."""
-    calibration_rows: int = Field(256, ge=1)
-    """``compressed_tensors``: the first so many training rows."""
-    calibration_tokens: int = Field(512, ge=2)
-    """``compressed_tensors``: a row is cut behind so many tokens."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     """The sixteen values of a 4-bit weight: ``nf4`` (quantiles of a normal distribution) or ``fp4`` (a tiny float)."""
     bnb_4bit_use_double_quant: bool = True
@@ -85,7 +90,7 @@ class QuantizationJob(QuantizationConfig):
     """New folder of the quantized model; a local path or a URI."""
 
 
-class PruningConfig(Config):
+class PruningConfig(CalibrationConfig):
     """Which weights of a model's linear layers become zero; embeddings, norms and ``lm_head`` are left alone."""
 
     method: PruningMethod = PruningMethod.MAGNITUDE
@@ -98,12 +103,8 @@ class PruningConfig(Config):
     pattern: str | None = None
     """N:M, of every M neighbouring weights along the input the N that matter most stay; ``structured`` takes 2:4 where
     nothing else is said, ``wanda`` can have one."""
-    calibration_path: str | None = None
-    """``wanda``: a dataset artifact, or a JSONL or Parquet file of records, whose rows go through the model."""
     calibration_rows: int = Field(128, ge=1)
-    """``wanda``: the first so many training rows."""
-    calibration_tokens: int = Field(512, ge=2)
-    """``wanda``: a row is cut behind so many tokens."""
+    """As many as Wanda's authors take."""
     storage: Literal["dense", "compact"] = "dense"
     """``dense`` is an ordinary Hugging Face folder, zeros and all; ``compact`` leaves the zeros out, and is expanded
     when it is loaded (by this package alone)."""

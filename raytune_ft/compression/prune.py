@@ -112,9 +112,7 @@ def prunable(model: Any) -> list[Layer]:
 
 def _prune_by_inputs(model: Any, chat: Chat, layers: Sequence[Layer], config: PruningConfig) -> int:
     """Prunes by what calibration rows show; their number of tokens."""
-    context = context_tokens(model)
-    longest = min(config.calibration_tokens, context or config.calibration_tokens)
-    rows = calibration_rows(str(config.calibration_path), chat, rows=config.calibration_rows, max_tokens=longest)
+    rows = calibration_rows(config, chat, context_tokens=context_tokens(model))
     _refuse_misfits(layers, config)
     prune_by_inputs(
         model.eval(),

@@ -71,13 +71,7 @@ def _by_one_shot(reference: str, folder: Path, config: QuantizationConfig, devic
         ids = text_ids(tokenizer, getattr(model.config, "max_position_embeddings", None))
         expected = next_token_logits(model, ids)
         bytes_before, weights = weight_bytes(model), sum(parameter.numel() for parameter in model.parameters())
-        context = context_tokens(model) or config.calibration_tokens
-        rows = calibration_rows(
-            str(config.calibration_path),
-            Chat(tokenizer),
-            rows=config.calibration_rows,
-            max_tokens=min(config.calibration_tokens, context),
-        )
+        rows = calibration_rows(config, Chat(tokenizer), context_tokens=context_tokens(model))
         del model
         (place / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         arguments = {

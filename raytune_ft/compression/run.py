@@ -108,10 +108,9 @@ def _compressed(run: str, job: QuantizationJob | PruningJob, work: Work, config:
 
 
 def _calibration_parents(job: QuantizationJob | PruningJob) -> list[Parent]:
-    where = getattr(job, "calibration_path", None)
-    if where is None:
+    if job.calibration_path is None:
         return []
-    location = Location.at(where)
+    location = Location.at(job.calibration_path)
     if has_manifest(location):
         return [open_artifact(location, ArtifactKind.DATASET, verify="size").as_parent("calibration")]
     if not location.is_file():

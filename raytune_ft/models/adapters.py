@@ -202,6 +202,22 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, *, state: dict[str, t
     tokenizer.save_pretrained(folder)
 
 
+def _zeros_under(adapted: Any) -> dict[str, torch.Tensor]:
+    """As `zeros_of` the base below an adapter, by the names that its weights have without one."""
+    base = adapted.get_base_model()
+    head = next((name for name, module in base.named_modules() if module is base.get_output_embeddings()), None)
+    found = {}
+    for name, where in zeros_of(base).items():
+        own, _, part = name.rpartition(".")
+        owner, _, below = own.rpartition(".")
+        if below in {"base_layer", "original_module"}:
+            found[f"{owner}.{part}"] = where
+        elif not any(piece.startswith(("lora_", "modules_to_save")) for piece in own.split(".")):
+            found[name] = where
+    found.pop(f"{head}.weight", None)
+    return found
+
+
 def merge_adapter(reference: str, folder: Path) -> None:
     """Writes the model of an adapter folder with the adapter merged into its weights, in fp32.
 
@@ -222,7 +238,7 @@ def merge_adapter(reference: str, folder: Path) -> None:
     loaded = load_model(reference, precision=Precision.FP32, device="cpu")
     model = loaded.model
     if resolved.adapter is not None:
-        zeros = zeros_of(load_model(resolved.base, device="cpu").model) if is_pruned(resolved.base) else {}
+        zeros = _zeros_under(model) if is_pruned(resolved.base) else {}
         probe = torch.arange(1, 9).unsqueeze(0) % model.config.vocab_size
         with torch.no_grad():
             before = model(probe).logits

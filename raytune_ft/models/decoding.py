@@ -151,6 +151,7 @@ class Decoder:
         self._keep([row for row in rows if row.finish_reason is None])
         return rows
 
+    @torch.inference_mode()
     def leave(self, rows: Iterable[Row]) -> None:
         """Takes rows out, finished or not."""
         gone = {id(row) for row in rows}
@@ -164,11 +165,14 @@ class Decoder:
         staying = [place for place, row in enumerate(rows) if row.finish_reason is None]
         if not staying:
             return
-        kept = [rows[place] for place in staying]
         if len(staying) < len(rows):
-            cache = cache.kept(staying, max(row.tokens for row in kept))
-        self._cache = self._cache.joined(cache) if self._cache is not None and self.rows else cache
-        self.rows = [*self.rows, *kept]
+            order = cache.keep(staying, max(rows[place].tokens for place in staying))
+            rows = [rows[place] for place in order]
+        if self._cache is not None and self.rows:
+            self._cache.join(cache)
+        else:
+            self._cache = cache
+        self.rows = [*self.rows, *rows]
 
     @staticmethod
     def _before(rows: list[Row]) -> RowCache:
@@ -204,7 +208,10 @@ class Decoder:
             alone = self._before([row])
             with self._adapters([row]):
                 logits.append(self._prompts([row], alone))
-            joined = alone if joined is None else joined.joined(alone)
+            if joined is None:
+                joined = alone
+            else:
+                joined.join(alone)
         assert joined is not None
         cache.layers = joined.layers
         return torch.cat(logits)
@@ -258,9 +265,12 @@ class Decoder:
             return
         places = {id(row): place for place, row in enumerate(self.rows)}
         kept = [places[id(row)] for row in rows]
-        if self._cache is not None:
-            self._cache = self._cache.kept(kept, max(row.tokens for row in rows)) if rows else None
-        self.rows = rows
+        if not rows:
+            self.rows, self._cache = [], None
+            return
+        assert self._cache is not None
+        order = self._cache.keep(kept, max(row.tokens for row in rows))
+        self.rows = [self.rows[place] for place in order]
 
     def _adapters(self, rows: list[Row]) -> Any:
         from contextlib import nullcontext

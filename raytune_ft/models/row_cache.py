@@ -1,6 +1,7 @@
 """Keys and values of a batch whose rows come and go: rows end at the same column, padding stands before them.
 
-The buffers have room to the right, so that a decoding step writes one column instead of copying all of them.
+The buffers have room to the right, so that a decoding step writes one column, and below, so that a row that joins
+writes itself; a row that leaves gives its place to another. Whatever needs more room copies everything, once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from transformers.cache_utils import Cache, DynamicLayer
 
 _ROOM = 64
@@ -23,33 +23,72 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._buffers: tuple[Tensor, Tensor] | None = None
+        self._first = 0
+        """Column of the buffers that the views begin at."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **others: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        had, wanted = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if self._buffers is None or self._buffers[0].shape[-2] < wanted:
-            self._grow(key_states, value_states, had, wanted + _ROOM)
-        assert self._buffers is not None
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, had:wanted] = states
-        self.keys, self.values = (buffer[:, :, :wanted] for buffer in self._buffers)
+        rows, had = key_states.shape[0], self.get_seq_length()
+        wanted = had + key_states.shape[-2]
+        if self._buffers is None or self._buffers[0].shape[-2] < self._first + wanted:
+            old = (self.keys, self.values) if had else None
+            # As many rows as there were room for, unless most of them left.
+            room = self._buffers[0].shape[0] if self._buffers is not None else rows
+            self._allocate(key_states, value_states, rows if 2 * rows < room else room, wanted)
+            if old is not None:
+                self._write(old, 0, had)
+        self._show(rows, wanted)
+        for shown, states in ((self.keys, key_states), (self.values, value_states)):
+            shown[:, :, had:] = states
         return self.keys, self.values
 
     def put(self, keys: Tensor, values: Tensor) -> None:
-        """Takes these as all that the layer holds."""
+        """Takes these as all that the layer holds; they are never written to."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._buffers, self.keys, self.values = None, keys, values
+        self._buffers, self._first, self.keys, self.values = None, 0, keys, values
 
-    def _grow(self, keys: Tensor, values: Tensor, had: int, columns: int) -> None:
-        grown = []
-        for states, old in ((keys, self.keys), (values, self.values)):
-            buffer = states.new_empty(*states.shape[:2], columns, states.shape[3])
-            if had:
-                buffer[:, :, :had] = old
-            grown.append(buffer)
-        self._buffers = (grown[0], grown[1])
+    def join(self, other: _Layer) -> None:
+        """Takes the other's rows behind its own."""
+        own, theirs = (self.keys, self.values), (other.keys, other.values)
+        (rows, _, columns, _), (more, _, other_columns, _) = own[0].shape, theirs[0].shape
+        widest = max(columns, other_columns)
+        if self._buffers is None or self._buffers[0].shape[0] < rows + more or widest > columns:
+            self._allocate(*own, rows + more + (rows + more) // 4, widest)
+            self._write(own, 0, widest)
+        self._write(theirs, rows, widest)
+        self._show(rows + more, widest)
+
+    def keep(self, moves: Sequence[tuple[int, int]], rows: Sequence[int], columns: int) -> None:
+        """Leaves the first rows, after `moves` (from, to), which makes them `rows`; with their last columns."""
+        dropped = self.get_seq_length() - columns
+        if self._buffers is None:
+            places = torch.tensor(rows, device=self.keys.device)
+            kept = (states[:, :, dropped:].index_select(0, places) for states in (self.keys, self.values))
+            return self.put(*kept)
+        for buffer in self._buffers:
+            for origin, target in moves:
+                buffer[target] = buffer[origin]
+        self._first += dropped
+        return self._show(len(rows), columns)
+
+    def _allocate(self, keys: Tensor, values: Tensor, rows: int, columns: int) -> None:
+        made = (t.new_empty(rows, t.shape[1], columns + _ROOM, t.shape[3]) for t in (keys, values))
+        self._buffers, self._first = tuple(made), 0  # type: ignore[assignment]
+
+    def _write(self, states: tuple[Tensor, Tensor], row: int, end: int) -> None:
+        """Puts keys and values of whole rows from `row` on, so that they end at column `end`, behind zeros."""
+        assert self._buffers is not None
+        for buffer, given in zip(self._buffers, states, strict=True):
+            shown = buffer[row : row + given.shape[0], :, self._first : self._first + end]
+            shown[:, :, : end - given.shape[2]] = 0
+            shown[:, :, end - given.shape[2] :] = given
+
+    def _show(self, rows: int, columns: int) -> None:
+        assert self._buffers is not None
+        shown = slice(self._first, self._first + columns)
+        self.keys, self.values = (buffer[:rows, :, shown] for buffer in self._buffers)
 
 
 class RowCache(Cache):  # type: ignore[misc]
@@ -76,27 +115,19 @@ class RowCache(Cache):  # type: ignore[misc]
         """Tokens of the longest row."""
         return int(self.get_seq_length())
 
-    def joined(self, other: RowCache) -> RowCache:
-        """The rows of both, the shorter ones padded before their first token."""
-        columns = max(self.columns, other.columns)
-        return RowCache.of(
-            [
-                (_stacked(mine.keys, theirs.keys, columns), _stacked(mine.values, theirs.values, columns))
-                for mine, theirs in zip(self.layers, other.layers, strict=True)
-            ]
-        )
+    def join(self, other: RowCache) -> None:
+        """Takes the other's rows behind its own; the shorter ones are padded before their first token."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.join(theirs)
 
-    def kept(self, rows: Sequence[int], columns: int) -> RowCache:
-        """These rows, with their last `columns` tokens."""
-        places = torch.tensor(rows, device=self.layers[0].keys.device)
-        first = self.columns - columns
-        return RowCache.of(
-            [
-                (layer.keys[:, :, first:].index_select(0, places), layer.values[:, :, first:].index_select(0, places))
-                for layer in self.layers
-            ]
-        )
-
-
-def _stacked(one: Tensor, other: Tensor, columns: int) -> Tensor:
-    return torch.cat([F.pad(part, (0, 0, columns - part.shape[2], 0)) for part in (one, other)])
+    def keep(self, rows: Sequence[int], columns: int) -> list[int]:
+        """Leaves these rows, with their last `columns` tokens; returns them in the order in which they lie then."""
+        wanted = set(rows)
+        holes = [place for place in range(len(wanted)) if place not in wanted]
+        moves = list(zip(sorted(place for place in wanted if place >= len(wanted)), holes, strict=True))
+        order = list(range(len(wanted)))
+        for origin, target in moves:
+            order[target] = origin
+        for layer in self.layers:
+            layer.keep(moves, order, columns)
+        return order
