@@ -47,8 +47,8 @@ def may_share_cores(model: Any) -> bool:
 class Lanes:
     """Threads that share the cores of this process."""
 
-    def __init__(self, threads: int) -> None:
-        self.most = max(1, min(threads, MOST_LANES))
+    def __init__(self, threads: int, most: int = MOST_LANES) -> None:
+        self.most = max(1, min(threads, most))
         self._threads = threads
         self._pool = ThreadPoolExecutor(self.most, thread_name_prefix="lane") if self.most > 1 else None
 
@@ -56,7 +56,7 @@ class Lanes:
         """Calls all of `jobs` and waits for them; what the first one to fail raised is raised when all have ended."""
         if self._pool is None or len(jobs) < 2:
             for job in jobs:
-                job()
+                _with_threads(self._threads, job)
             return
         each = max(1, self._threads // min(len(jobs), self.most))
         futures = [self._pool.submit(_with_threads, each, job) for job in jobs]
@@ -66,5 +66,5 @@ class Lanes:
 
 
 def _with_threads(count: int, job: Callable[[], None]) -> None:
-    torch.set_num_threads(count)
+    torch.set_num_threads(count)  # of this thread; one that never said so takes what any other said last
     job()

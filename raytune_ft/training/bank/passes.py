@@ -11,7 +11,7 @@ from torch import Tensor
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.scoring import CausalParts, target_states
 from raytune_ft.training.bank.base import FrozenBase
-from raytune_ft.training.bank.lanes import Lanes, may_share_cores, share_out
+from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, may_share_cores, share_out
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.losses import losses_and_gradient, sums_by_trial
 from raytune_ft.training.bank.packed_linear import PassSeat
@@ -35,8 +35,8 @@ class Passes:
         self._base, self._slots, self._seat = base, slots, seat
         self._parts = CausalParts.of(base.model)
         self._small = isinstance(slots, RaggedSlots)
-        lanes = torch.get_num_threads() if self._small and may_share_cores(base.model) else 1
-        self._lanes = Lanes(lanes)
+        several = self._small and may_share_cores(base.model)
+        self._lanes = Lanes(torch.get_num_threads(), most=MOST_LANES if several else 1)
 
     def train(self, shares: Sequence[Share], supervised: Sequence[int], budget: int) -> Tensor:
         """Adds the gradients of a step to the trials' slots.
