@@ -92,6 +92,20 @@ class Row:
         self.finish_reason = "stop" if self.stream.stopped else reason
 
 
+@dataclass
+class _Reading:
+    """A prompt that is read alone, in pieces: what is read of it so far."""
+
+    row: Row
+    cache: RowCache
+    place: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it is read."""
+        return self.place >= len(self.row.prompt_ids)
+
+
 class Decoder:
     """Rows in the midst of being answered by one model."""
 
@@ -117,6 +131,7 @@ class Decoder:
         self._stop_ids = frozenset(loaded.chat.stop_ids if stop_ids is None else stop_ids)
         self._prefill_tokens = prefill_tokens
         self._cache: RowCache | None = None
+        self._reading: dict[int, _Reading] = {}
         self.rows: list[Row] = []
 
     def new_row(self, loaded: LoadedModel, prompt_ids: Sequence[int], decoding: DecodingConfig, **asked: Any) -> Row:
@@ -137,6 +152,21 @@ class Decoder:
                 self._read([rows[places[number]] for number in group])
 
     @torch.inference_mode()
+    def read(self, row: Row, tokens: int) -> bool:
+        """Reads at most `tokens` more of a row's prompt; with the last of them it joins, which is what is returned.
+
+        Between two calls the others can step: a long prompt need not hold them up as long as all of it takes.
+        """
+        with self._adapters([row]):
+            reading = self._reading.pop(id(row), None) or self._begun(row)
+            logits = self._piece(reading, tokens)
+        if reading.done:
+            self._enter([row], reading.cache, logits)
+        else:
+            self._reading[id(row)] = reading
+        return reading.done
+
+    @torch.inference_mode()
     def step(self) -> list[Row]:
         """Decodes one token of every row; returns the rows, the ended ones among them having left."""
         rows, cache = self.rows, self._cache
@@ -155,12 +185,23 @@ class Decoder:
     def leave(self, rows: Iterable[Row]) -> None:
         """Takes rows out, finished or not."""
         gone = {id(row) for row in rows}
+        self._reading = {number: reading for number, reading in self._reading.items() if number not in gone}
         self._keep([row for row in self.rows if id(row) not in gone])
 
     def _read(self, rows: list[Row]) -> None:
-        cache = self._before(rows)
         with self._adapters(rows):
-            logits = self._echoed(rows[0], cache) if rows[0].echo else self._prompts(rows, cache)
+            if rows[0].echo:  # reads alone
+                reading = self._begun(rows[0])
+                while not reading.done:
+                    logits = self._piece(reading, _CHUNK)
+                cache = reading.cache
+            else:
+                cache = self._before(rows)
+                logits = self._prompts(rows, cache)
+        self._enter(rows, cache, logits)
+
+    def _enter(self, rows: list[Row], cache: RowCache, logits: Tensor) -> None:
+        """Chooses the first tokens of rows that are read; those that do not end with it join the others."""
         self._choose(rows, logits)
         staying = [place for place, row in enumerate(rows) if row.finish_reason is None]
         if not staying:
@@ -216,20 +257,25 @@ class Decoder:
         cache.layers = joined.layers
         return torch.cat(logits)
 
-    def _echoed(self, row: Row, cache: RowCache) -> Tensor:
-        """Reads one prompt in chunks and keeps its tokens' log-probabilities, from the second token on."""
-        ids = list(row.prompt_ids)
+    def _begun(self, row: Row) -> _Reading:
+        """A row of whose prompt nothing is read, behind what it has learned."""
+        reading = _Reading(row, self._before([row]))
         learned = row.prefix.embeddings if row.prefix else None
         if learned is not None:
             like = self._model.get_input_embeddings().weight
-            self._forward([row], cache, len(learned), inputs_embeds=learned[None].to(like.dtype))
-        logits = None
-        for start in range(0, len(ids), _CHUNK):
-            chunk = torch.tensor([ids[start : start + _CHUNK]], device=self._device)
-            logits = self._forward([row], cache, chunk.shape[1], keep=0, input_ids=chunk)[0]
-            following = torch.tensor(ids[start + 1 : start + _CHUNK + 1], device=self._device)
+            self._forward([row], reading.cache, len(learned), inputs_embeds=learned[None].to(like.dtype))
+        return reading
+
+    def _piece(self, reading: _Reading, tokens: int) -> Tensor:
+        """Reads on; [1, vocabulary] logits behind the last token. For an echo keeps the log-probabilities of what
+        follows each."""
+        row, start = reading.row, reading.place
+        ids = torch.tensor([list(row.prompt_ids[start : start + tokens])], device=self._device)
+        reading.place += ids.shape[1]
+        logits = self._forward([row], reading.cache, ids.shape[1], keep=0 if row.echo else 1, input_ids=ids)[0]
+        if row.echo:
+            following = torch.tensor(row.prompt_ids[start + 1 : reading.place + 1], device=self._device)
             row.prompt_logprobs += logprobs_of(logits[: len(following)], following, row.top_logprobs or 0)
-        assert logits is not None
         return logits[-1:]
 
     def _forward(self, rows: list[Row], cache: RowCache, width: int, *, keep: int = 1, **inputs: Tensor) -> Tensor:

@@ -66,6 +66,9 @@ class ServingConfig(Config):
     """Number format of the weights; ``auto`` is fp32 on CPU and bf16 on GPU."""
     max_batch_size: int = Field(8, ge=1)
     """Most answers that a replica decodes together; requests join and leave between two tokens."""
+    prefill_tokens: int = Field(512, ge=16)
+    """A longer prompt is read in pieces of so many tokens, between which the running answers go on: the most that
+    one may hold them up. Smaller pieces take a little more time in all."""
     max_new_tokens: int = Field(1024, ge=1)
     """Most tokens of an answer that a request may ask for, and what a chat gets if it names no limit."""
     max_request_mb: float = Field(8.0, gt=0)

@@ -28,7 +28,7 @@ from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Tick
 logger = logging.getLogger("raytune_ft")
 
 _READ_AT_ONCE = 2048
-"""Prompt tokens that are read between two steps; a single longer prompt is read whole."""
+"""Prompt tokens of those who join together that are read between two steps."""
 
 
 class TransformersEngine:
@@ -45,6 +45,7 @@ class TransformersEngine:
         max_batch_size: int = 8,
         max_adapters: int = 8,
         max_lora_rank: int = 64,
+        prefill_tokens: int = 512,
     ) -> None:
         import torch
 
@@ -55,9 +56,12 @@ class TransformersEngine:
         self.adapters = AdapterSet(loaded, most=max_adapters, max_rank=max_lora_rank)
         self._decoder = Decoder(loaded, self.adapters.slots)
         self._num_threads, self._max_batch_size = num_threads, max_batch_size
+        self._prefill_tokens = prefill_tokens
         self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}
+        self._reading: deque[Ticket] = deque()
+        """Of the running ones, those whose long prompts are read in pieces, one between two steps."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -182,7 +186,7 @@ class TransformersEngine:
         while not self._closed:
             self._receive(block=not self._running and not self._waiting)
             self._forget_cancelled()
-            told = self._admitted() + self._stepped()
+            told = self._admitted() + self._read_on() + self._stepped()
             self._tell(told)
         for ticket in [*self._running.values(), *self._waiting]:
             self._tell([(ticket, Progress("", 0, error=ModelError("the engine was closed")))])
@@ -205,6 +209,7 @@ class TransformersEngine:
             self._decoder.leave([ticket.row for ticket in gone if ticket.row is not None])
             for ticket in gone:
                 self._forget(ticket)
+            self._reading = deque(ticket for ticket in self._reading if not ticket.cancelled)
         if any(ticket.cancelled for ticket in self._waiting):
             for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
                 self._release(ticket)
@@ -215,13 +220,15 @@ class TransformersEngine:
         joining: list[Ticket] = []
         tokens = 0
         while self._waiting and len(self._running) < self._max_batch_size:
-            tokens += len(self._waiting[0].request.prompt_ids)
+            length = len(self._waiting[0].request.prompt_ids)
+            in_pieces = length > self._prefill_tokens
+            tokens += 0 if in_pieces else length
             if joining and tokens > _READ_AT_ONCE:
                 break
             ticket = self._waiting.popleft()
             ticket.row = self._row(ticket.request, ticket.adapter)
             self._running[id(ticket.row)] = ticket
-            joining.append(ticket)
+            (self._reading if in_pieces else joining).append(ticket)
         if not joining:
             return []
         rows = [ticket.row for ticket in joining if ticket.row is not None]
@@ -233,6 +240,23 @@ class TransformersEngine:
             return [self._failed(ticket, error) for ticket in joining]
         return self._progress(joining)
 
+    def _read_on(self) -> list[tuple[Ticket, Progress]]:
+        """Reads a piece of the first long prompt; behind its last one the request joins."""
+        if not self._reading:
+            return []
+        ticket = self._reading[0]
+        assert ticket.row is not None
+        try:
+            if not self._decoder.read(ticket.row, self._prefill_tokens):
+                return []
+        except Exception as error:
+            logger.exception("a request could not be read")
+            self._reading.popleft()
+            self._decoder.leave([ticket.row])
+            return [self._failed(ticket, error)]
+        self._reading.popleft()
+        return self._progress([ticket])
+
     def _stepped(self) -> list[tuple[Ticket, Progress]]:
         if not self._decoder.rows:
             return []
@@ -240,9 +264,9 @@ class TransformersEngine:
             rows = self._decoder.step()
         except Exception as error:
             logger.exception("a step failed")
-            running = list(self._running.values())
+            failed = [self._running[id(row)] for row in self._decoder.rows]
             self._decoder.leave(list(self._decoder.rows))
-            return [self._failed(ticket, error) for ticket in running]
+            return [self._failed(ticket, error) for ticket in failed]
         return self._progress([self._running[id(row)] for row in rows])
 
     def _row(self, request: GenerationRequest, adapter: Adapter | None) -> Row:

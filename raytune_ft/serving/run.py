@@ -15,6 +15,7 @@ from typing import Any, Self
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect
 from raytune_ft.core.errors import RaytuneError, ServingError
 from raytune_ft.core.storage import Location
+from raytune_ft.models.loading import resolve_model
 from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
 from raytune_ft.serving.choice import check_config, choose_engine
 from raytune_ft.serving.config import Engine, ServingConfig
@@ -194,7 +195,7 @@ def _vllm_application(config: ServingConfig, cluster: Cluster) -> Any:
     if not cluster.gpus:
         engine_kwargs |= {"enforce_eager": True, "dtype": "float32" if precision == "auto" else precision}
     llm = LLMConfig(
-        model_loading_config={"model_id": config.served_name, "model_source": _placed(config).model_path},
+        model_loading_config={"model_id": config.served_name, "model_source": _vllm_source(config)},
         engine_kwargs=engine_kwargs,
         placement_group_config={"bundles": [bundle]},
         deployment_config={
@@ -206,6 +207,12 @@ def _vllm_application(config: ServingConfig, cluster: Cluster) -> Any:
     )
     light = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}  # it only passes on
     return build_openai_app({"llm_configs": [llm], "ingress_deployment_config": light})
+
+
+def _vllm_source(config: ServingConfig) -> str:
+    """What vLLM can load itself: a folder in Hugging Face layout, a hub id, or a URI that Ray's nodes copy."""
+    given = _placed(config).model_path
+    return given if "://" in given else resolve_model(given).base
 
 
 def _placed(config: ServingConfig) -> ServingConfig:

@@ -33,6 +33,7 @@ def start_service(config: ServingConfig, reference: str, device: str, *, replica
         max_batch_size=config.max_batch_size,
         max_adapters=config.max_adapters,
         max_lora_rank=config.max_lora_rank,
+        prefill_tokens=config.prefill_tokens,
     )
     try:
         folder = golden_folder(engine.loaded.reference)

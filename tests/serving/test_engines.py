@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message
 from raytune_ft.models.adapters import add_virtual_tokens, save_adapter
 from raytune_ft.models.config import DecodingConfig
+from raytune_ft.models.decoding import Decoder
 from raytune_ft.models.generation import Completion, generate
 from raytune_ft.models.loading import load_model
 from raytune_ft.serving.engines import TransformersEngine
@@ -68,6 +70,68 @@ def test_requests_that_join_and_leave_get_the_answers_of_generate_alone(engine: 
     wanted = [said(generate(engine.loaded, [r.prompt_ids], r.decoding)[0]) for r in requests]
     assert [told(progress) for progress in answers(engine, requests, apart_s=0.004)] == wanted
     assert [told(progress) for progress in answers(engine, requests)] == wanted
+
+
+@pytest.fixture(scope="module")
+def in_pieces(tiny_model: Path, adapters: Path) -> Iterator[TransformersEngine]:
+    """As `engine`, but no more than 16 prompt tokens are read at once."""
+    loaded = TransformersEngine.load(
+        str(tiny_model), device="cpu", max_batch_size=3, prefill_tokens=16,
+        adapters={name: str(adapters / name) for name in ("a", "prefix", "prompt")},
+    )  # fmt: skip
+    yield loaded
+    loaded.close()
+
+
+def test_prompts_read_in_pieces_get_the_answers_of_whole_ones(
+    engine: TransformersEngine, in_pieces: TransformersEngine
+):
+    requests = [
+        ask(engine, text, adapter=adapter, max_new_tokens=10, top=0)
+        for text in (TEXTS[2], TEXTS[2] * 2, "yes")
+        for adapter in (None, "a", "prefix", "prompt")
+    ]
+    assert max(len(request.prompt_ids) for request in requests) > 100
+    whole, pieces = answers(engine, requests), answers(in_pieces, requests, apart_s=0.002)
+    assert [told(progress) for progress in pieces] == [told(progress) for progress in whole]
+    for one, other in zip(pieces, whole, strict=True):
+        logprobs = [[entry.logprob for part in progress for entry in part.logprobs] for progress in (one, other)]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+
+
+def test_an_echo_in_pieces_has_every_tokens_probability(engine: TransformersEngine, in_pieces: TransformersEngine):
+    asked = dataclasses.replace(ask(engine, TEXTS[2], max_new_tokens=2, top=0), echo=True)
+    (whole,), (pieces,) = answers(engine, [asked]), answers(in_pieces, [asked])
+    assert len(pieces[0].prompt_logprobs) == len(asked.prompt_ids) - 1 > 64
+    found = [[entry.logprob for entry in progress[0].prompt_logprobs] for progress in (pieces, whole)]
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_a_long_prompt_lets_the_running_answers_go_on_between_its_pieces(tiny_model: Path):
+    """100 tokens in pieces of 16 are seven pieces: the other answer has six tokens more before the long one begins."""
+    loaded = load_model(str(tiny_model), device="cpu")
+    decoder = Decoder(loaded)
+    short, long = ([1] * 4, [2] * 100)
+    running = decoder.new_row(loaded, short, DecodingConfig(max_new_tokens=50))
+    decoder.join([running])
+    joining = decoder.new_row(loaded, long, DecodingConfig(max_new_tokens=50))
+    before = len(running.token_ids)
+    while not decoder.read(joining, 16):
+        decoder.step()
+    assert (len(running.token_ids) - before, len(joining.token_ids)) == (6, 1)
+    assert decoder.rows == [running, joining]
+
+
+def test_a_request_that_is_cancelled_while_it_is_read_leaves_nothing_behind(in_pieces: TransformersEngine):
+    async def cancel_it() -> None:
+        ticket = in_pieces.submit(ask(in_pieces, TEXTS[2] * 4, adapter="a", max_new_tokens=5))
+        await asyncio.sleep(0.003)
+        in_pieces.cancel(ticket)
+        while in_pieces.load_now != (0, 0):
+            await asyncio.sleep(0.005)
+
+    asyncio.run(cancel_it())
+    assert told(answers(in_pieces, [ask(in_pieces, "yes", max_new_tokens=3)])[0])[1] > 0
 
 
 def test_a_stream_brings_its_tokens_one_by_one(engine: TransformersEngine):

@@ -1,0 +1,85 @@
+"""vLLM behind Ray Serve, in the environment that `.ci/vllm-env` makes, and the `openai` client in this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+from raytune_ft.compression.config import QuantizationConfig
+from raytune_ft.compression.quantize import write_quantized
+from raytune_ft.serving.address import free_port
+
+PYTHON = os.environ.get("RAYTUNE_FT_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(not PYTHON, reason="RAYTUNE_FT_VLLM_PYTHON names no interpreter (.ci/vllm-env DIR makes one)"),
+]
+STARTER = "starter:smollm2-135m"
+
+
+@contextmanager
+def served(model: str, log: Path, *settings: str) -> Iterator[openai.OpenAI]:
+    """A client of ``raytune-ft serve`` in vLLM's environment."""
+    port = free_port("127.0.0.1", 0)
+    log.with_suffix(".yaml").write_text(f"model_path: {model}\nname: served\nport: {port}\nmax_batch_size: 4\n")
+    program = "from raytune_ft.cli import main; main()"
+    arguments = ["serve", str(log.with_suffix(".yaml")), *settings]
+    # What a virtual environment's activation does: Ray's workers find the compiler's helpers by it.
+    environment = {**os.environ, "PATH": f"{Path(PYTHON).parent}{os.pathsep}{os.environ['PATH']}"}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [PYTHON, "-c", program, *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        deadline = time.monotonic() + 400
+        while "Ctrl-C stops it" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 0, log.read_text()[-4000:]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def answers_as_it_should(client: openai.OpenAI) -> None:
+    """The same questions that the other engine's tests ask: whole, streamed, and of a model that is not there."""
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = {"messages": question, "temperature": 0, "max_tokens": 12}
+    assert [model.id for model in client.models.list()] == ["served"]
+    whole = client.chat.completions.create(model="served", **asked)  # type: ignore[call-overload]
+    assert "Paris" in whole.choices[0].message.content
+    assert whole.usage.completion_tokens > 0
+    chunks = client.chat.completions.create(model="served", stream=True, **asked)  # type: ignore[call-overload]
+    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt", **asked)  # type: ignore[call-overload]
+
+
+def test_vllm_answers_the_openai_client(tmp_path: Path):
+    with served(STARTER, tmp_path / "serve.log", "engine=vllm") as client:
+        answers_as_it_should(client)
+
+
+def test_a_w8a8_model_of_ours_is_served_by_vllm_without_asking_for_it(tmp_path: Path):
+    rows = [f'{{"text": "row {number}: the price of {number} crates is {7 * number}"}}\n' for number in range(1, 33)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    config = QuantizationConfig(
+        method="compressed_tensors", bits=8, calibration_path=str(tmp_path / "rows.jsonl"), calibration_rows=16
+    )
+    made = write_quantized(STARTER, tmp_path / "small", config)
+    assert made.agreement.top1 > 0.9
+    with served(str(tmp_path / "small"), tmp_path / "serve.log") as client:
+        answers_as_it_should(client)
+    assert "Engine vllm: it serves this format" in (tmp_path / "serve.log").read_text()
