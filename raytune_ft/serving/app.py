@@ -52,7 +52,7 @@ class Endpoint:
     def __init__(self, config: ServingConfig, reference: str, device: str, board: Any) -> None:
         from raytune_ft.serving.start import start_service
 
-        self.service = None
+        self.service, self._config = None, config
         self.failure: RaytuneError | None = None
         replica = serve.get_replica_context().replica_id.unique_id
         try:
@@ -69,6 +69,10 @@ class Endpoint:
     def why_not_loaded(self) -> RaytuneError | None:
         """The error that loading the model ended with; None when it is loaded."""
         return self.failure
+
+    def settings(self) -> ServingConfig:
+        """What it was started with, paths made absolute."""
+        return self._config
 
     def check_health(self) -> None:
         """Serve replaces a replica whose loop has ended.

@@ -17,6 +17,7 @@ from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.metrics import Metrics, Series, exposition
 from raytune_ft.serving.parity import check_parity, golden_folder
+from raytune_ft.serving.rates import Rates
 
 logger = logging.getLogger("raytune_ft")
 
@@ -24,8 +25,11 @@ logger = logging.getLogger("raytune_ft")
 class Catalogue:
     """What a replica serves, kept in step with the others through the board."""
 
-    def __init__(self, config: ServingConfig, engine: TransformersEngine, metrics: Metrics, board: Bulletin) -> None:
+    def __init__(
+        self, config: ServingConfig, engine: TransformersEngine, metrics: Metrics, board: Bulletin, rates: Rates
+    ) -> None:
         self._config, self._engine, self._metrics, self._board = config, engine, metrics, board
+        self._rates = rates
         self._loaded = dict(config.adapters)
         self._epoch: str | None = None
         self._others: list[Series] = []
@@ -64,6 +68,7 @@ class Catalogue:
             added = {name: where for name, where in self._loaded.items() if name not in self._config.adapters}
             posted: Posted = await self._board.report(self._metrics.replica, self._epoch, added, self._metrics.series())
             self._epoch, self._others = posted.epoch, posted.others
+            self._rates.replicas = 1 + len(posted.others)
             for name in [name for name in self._loaded if name not in posted.adapters]:
                 await self._drop(name)
             for name, reference in posted.adapters.items():

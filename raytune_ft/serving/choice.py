@@ -13,7 +13,15 @@ from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
 
-_OURS_ALONE = ("adapters", "adapters_path", "api_keys", "admin_keys", "feedback_path", "request_log_path")
+_OURS_ALONE = (
+    "adapters",
+    "adapters_path",
+    "api_keys",
+    "admin_keys",
+    "requests_per_minute",
+    "feedback_path",
+    "request_log_path",
+)
 """Settings that only the transformers engine's endpoint knows."""
 _NEEDS_FOR_TRANSFORMERS = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
 """Formats that vLLM serves as it is, and the package that transformers loads them with."""

@@ -52,6 +52,9 @@ class ServingConfig(Config):
     ``raytune-ft key`` makes a key and its sha256."""
     admin_keys: tuple[str, ...] = ()
     """The sha256 of each key that may load and drop adapters; empty lets nobody."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """How often each of `api_keys` may ask for answers; more gets 429 with Retry-After. Every replica lets through its
+    even share, so that one that is asked more than the others may refuse a little early."""
     allow_anyone: bool = False
     """Listens on an address that other machines reach without asking who they are."""
     num_replicas: int = Field(1, ge=1)
@@ -134,6 +137,12 @@ class ServingConfig(Config):
                 f"host: {self.host} lets other machines in, and nothing asks who they are; set api_keys "
                 "(`raytune-ft key` makes one), or allow_anyone: true behind a gateway that asks"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _limited_by_key(self) -> Self:
+        if self.requests_per_minute is not None and not self.api_keys:
+            raise ValueError("requests_per_minute: counts by key; set api_keys (`raytune-ft key` makes one)")
         return self
 
     @model_validator(mode="after")

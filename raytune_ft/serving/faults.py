@@ -17,9 +17,10 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after_s: int = 1,
     ) -> None:
         super().__init__(_encodable(message))
-        self.status, self.kind, self.code = status, kind, code
+        self.status, self.kind, self.code, self._retry_after_s = status, kind, code, retry_after_s
         self.param = _encodable(param) if param is not None else None
 
     @property
@@ -31,7 +32,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers of the answer: when to try again, or how to say who one is."""
         if self.status in {429, 503}:
-            return {"Retry-After": "1"}
+            return {"Retry-After": str(self._retry_after_s)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
 

@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse
 
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.faults import ApiError
-from raytune_ft.serving.keys import admits
+from raytune_ft.serving.keys import admits, known_by
 from raytune_ft.serving.metrics import Metrics
+from raytune_ft.serving.rates import Rates
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -20,12 +21,16 @@ _OPEN = {"/health", "/ready", "/playground"}
 """Paths that need no key: they tell nothing of what is served, and ask for nothing."""
 
 
+_COUNTED = {"/v1/chat/completions", "/v1/completions"}
+"""Paths whose requests are limited by key."""
+
+
 class Gate:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], *, config: ServingConfig,
-                 metrics: Metrics) -> None:  # fmt: skip
-        self._app, self._config, self._metrics = app, config, metrics
+                 metrics: Metrics, rates: Rates) -> None:  # fmt: skip
+        self._app, self._config, self._metrics, self._rates = app, config, metrics, rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it with what is wrong."""
@@ -59,9 +64,13 @@ class Gate:
             if not admits(header, self._config.admin_keys):
                 raise _unauthorized("an admin key")
             return
-        known = (*self._config.api_keys, *self._config.admin_keys)
-        if self._config.api_keys and path not in _OPEN and not admits(header, known):
+        if not self._config.api_keys or path in _OPEN or admits(header, self._config.admin_keys):
+            return
+        key = known_by(header, self._config.api_keys)
+        if key is None:
             raise _unauthorized("an API key")
+        if path in _COUNTED:
+            self._rates.admit(key)
 
     async def _body(self, scope: Scope, receive: Receive) -> Receive:
         """A `receive` that gives the whole body in one piece, which is read here up to the limit."""

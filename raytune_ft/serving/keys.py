@@ -19,8 +19,13 @@ def hashed(key: str) -> str:
 
 
 def admits(authorization: str | None, hashes: Sequence[str]) -> bool:
-    """Whether an ``Authorization: Bearer KEY`` header carries one of the keys; every hash is compared, in full."""
+    """Whether an ``Authorization: Bearer KEY`` header carries one of the keys."""
+    return known_by(authorization, hashes) is not None
+
+
+def known_by(authorization: str | None, hashes: Sequence[str]) -> str | None:
+    """The hash of the key that the header carries, if it is one of these; every hash is compared, in full."""
     scheme, _, key = (authorization or "").partition(" ")
     given = hashed(key.strip()) if scheme.lower() == "bearer" else ""
     found = [hmac.compare_digest(given.encode(), known.lower().encode()) for known in hashes]
-    return any(found)
+    return next((known for known, same in zip(hashes, found, strict=True) if same), None)

@@ -41,7 +41,7 @@ def build_api(service: Service) -> FastAPI:
         task.cancel()
 
     api = FastAPI(title="raytune_ft", docs_url=None, redoc_url=None, lifespan=in_step)
-    api.add_middleware(Gate, config=service.config, metrics=service.metrics)
+    api.add_middleware(Gate, config=service.config, metrics=service.metrics, rates=service.rates)
     _add_errors(api)
     _add_answers(api, service)
     _add_catalogue(api, service)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import signal
 import threading
 import time
@@ -83,16 +84,7 @@ class ModelServer:
         """
         if not self.url:
             raise ServingError("the endpoint is not up: call start first")
-        if (config.host, config.port) != (self.config.host, self.config.port):
-            raise ServingError("host and port: stay as they are while the endpoint is up; stop it to change them")
-        check_config(config)
-        cluster = connect()
-        cluster.admit(_plan(config, cluster))
-        try:
-            _deploy(config, cluster)
-        except RaytuneError:
-            _deploy(self.config, cluster)
-            raise
+        _replace(self.config, config)
         self.config = config
         logger.info("Serving %s as %r at %s", config.model_path, config.served_name, self.url)
 
@@ -128,8 +120,46 @@ class ModelServer:
 
 
 def serve(config: ServingConfig) -> None:
-    """Serves a model until Ctrl-C or SIGTERM; see `ModelServer`."""
-    ModelServer(config).serve_forever()
+    """Serves a model until Ctrl-C or SIGTERM; see `ModelServer`.
+
+    On a cluster that is joined, and serves a model of this name already, it gives that endpoint these settings and
+    returns; the program that started it goes on.
+
+    Raises:
+        ServingError: as `ModelServer.start` and `ModelServer.update`.
+    """
+    running = _running() if os.environ.get("RAY_ADDRESS") else None
+    if running is None or running.served_name != config.served_name:
+        ModelServer(config).serve_forever()
+        return
+    _replace(running, config)
+    logger.info("%r is served with these settings, by the program that started it", config.served_name)
+
+
+def _running() -> ServingConfig | None:
+    """The settings of the endpoint that the cluster has; None if it has none, or one of vLLM's or another program's."""
+    from ray import serve
+
+    connect()
+    application = serve.status().applications.get(_APPLICATION)
+    if application is None or application.status != "RUNNING" or "Endpoint" not in application.deployments:
+        return None
+    found: ServingConfig = serve.get_app_handle(_APPLICATION).settings.remote().result(timeout_s=60)
+    return found
+
+
+def _replace(running: ServingConfig, config: ServingConfig) -> None:
+    """Puts replicas with `config` in the place of the running ones, or leaves these if that cannot be."""
+    if (config.host, config.port) != (running.host, running.port):
+        raise ServingError("host and port: stay as they are while the endpoint is up; stop it to change them")
+    check_config(config)
+    cluster = connect()
+    cluster.admit(_plan(config, cluster))
+    try:
+        _deploy(config, cluster)
+    except RaytuneError:
+        _deploy(running, cluster)
+        raise
 
 
 def _plan(config: ServingConfig, cluster: Cluster) -> ResourcePlan:
@@ -149,7 +179,7 @@ def _refuse_second() -> None:
         names = ", ".join(repr(name) for name in status.applications) or "none yet"
         raise ServingError(
             f"this cluster has a Ray Serve endpoint already (applications: {names}), and a cluster has one HTTP "
-            "address; stop that one first"
+            "address; stop that one first (raytune-ft serve with the same name would give it other settings)"
         )
 
 

@@ -20,6 +20,7 @@ from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
 from raytune_ft.serving.prompts import Prompts
 from raytune_ft.serving.protocol import ChatRequest, CompletionRequest
+from raytune_ft.serving.rates import Rates
 from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
 
 
@@ -48,8 +49,9 @@ class Service:
         self.config, self.engine, self.replica = config, engine, replica
         self.created = int(time.time())
         self.metrics = Metrics(replica)
+        self.rates = Rates(config.requests_per_minute)
         self.prompts = Prompts(engine)
-        self.catalogue = Catalogue(config, engine, self.metrics, board)
+        self.catalogue = Catalogue(config, engine, self.metrics, board, self.rates)
         self.feedback = Journal(config.feedback_path, f"feedback-{replica}") if config.feedback_path else None
         self.log = Journal(config.request_log_path, f"requests-{replica}") if config.request_log_path else None
 

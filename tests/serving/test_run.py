@@ -235,6 +235,39 @@ def test_a_redeploy_under_load_fails_no_request(server: ModelServer, expected: d
     )[1]  # fmt: skip
 
 
+def served_again(server: ModelServer, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """What becomes of ``raytune-ft serve`` with a running endpoint's settings, changed, in another program."""
+    import ray
+
+    config = server.config.with_overrides(**changes)
+    program = (
+        "import logging; logging.basicConfig(level=logging.INFO)\n"
+        "from raytune_ft.serving.config import ServingConfig\n"
+        "from raytune_ft.serving.run import serve\n"
+        f"serve(ServingConfig.model_validate_json({config.model_dump_json()!r}))\n"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return subprocess.run([sys.executable, "-c", program], env=environment, check=False, capture_output=True, text=True)
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_serving_again_from_another_program_gives_the_endpoint_other_settings_and_fails_no_request(
+    server: ModelServer, expected: dict[tuple[str, int], str]
+):
+    done = []
+    act = lambda: done.append(served_again(server, max_new_tokens=62))  # noqa: E731 - one act of many
+    answers, failed = under_load(server, expected, act, retries=0, clients=3)
+    assert (done[0].returncode, failed) == (0, []), done[0].stderr
+    assert "'tiny' is served with these settings" in done[0].stderr
+    assert answers > 0
+    asked = b'{"model": "tiny", "prompt": "a", "max_tokens": 63}'
+    assert "at most 62 here" in told(server, "/v1/completions", "POST", asked)[1]
+    refused = served_again(server, port=server.config.port + 1)
+    assert "host and port: stay as they are" in refused.stderr
+    assert told(server, "/ready")[0] == 200
+
+
 @pytest.mark.soak
 def test_kills_and_redeploys_for_minutes_lose_nothing(
     ray_cluster: object, server: ModelServer, expected: dict[tuple[str, int], str]
