@@ -1,9 +1,14 @@
 """Measures an endpoint against the bare engine, an empty Serve endpoint and `transformers serve`, in one run.
 
-python jobs/bench_serve.py [--model starter:smollm2-135m] [--clients 1,8,32] [--tokens 32] [--requests 2] [--repeats 3]
-    [--no-peer] [--allow-busy]
+python jobs/bench_serve.py [--part all|overhead|vllm] [--model starter:smollm2-135m] [--clients 1,8,32] [--tokens 32]
+    [--requests 2] [--repeats 3] [--no-peer] [--allow-busy]
 
 Every contestant has one thread for the model. Turns are interleaved; a figure is the median over the repeats.
+
+Part `overhead` asks for one token: of the engine in this process (chat template and tokenizer included), of the
+endpoint, and nothing of an empty FastAPI deployment on the same Ray Serve. What the endpoint takes beyond the sum of
+the other two is its own: checks, JSON, the queue, the events. Part `vllm` sets vLLM behind Ray Serve against
+`vllm serve`, in an environment that has it (.ci/vllm-env).
 """
 
 from __future__ import annotations
@@ -46,7 +51,9 @@ def messages(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{number}. {QUESTIONS[number % len(QUESTIONS)]}"}]
 
 
-def bench(model: str, clients: list[int], tokens: int, requests: int, repeats: int, *, peer: bool) -> dict[str, Any]:
+def bench(
+    model: str, clients: list[int], tokens: int, requests: int, repeats: int, *, with_peer: bool
+) -> dict[str, Any]:
     """Throughput of every contestant at each number of clients, and what an endpoint adds to one short request."""
     from raytune_ft.models.loading import resolve_model
     from raytune_ft.serving.config import ServingConfig
@@ -64,13 +71,51 @@ def bench(model: str, clients: list[int], tokens: int, requests: int, repeats: i
             "endpoint": lambda count: over_http(server.url, body, count, requests),
             "endpoint, streamed": lambda count: over_http(server.url, {**body, "stream": True}, count, requests),
         }
-        if peer:
-            other = stack.enter_context(transformers_serve())
+        if with_peer:
+            other = stack.enter_context(peer(["transformers", "serve", "--device", "cpu"]))
             turns["transformers serve"] = lambda count: over_http(other, {**body, "model": folder}, count, requests)
         found = interleaved(turns, clients, repeats)
         added = overhead(engine, server.url, empty, repeats)
-    show(found, clients, added)
+    show(found, clients)
+    show_overhead(added)
     return {"model": model, "tokens": tokens, "requests": requests, "tokens_per_s": found, "short_request_ms": added}
+
+
+def bench_overhead(model: str, repeats: int) -> dict[str, Any]:
+    """What an endpoint adds to one short request, alone."""
+    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.serving.config import ServingConfig
+    from raytune_ft.serving.run import ModelServer
+
+    folder = resolve_model(model).base
+    with (
+        bare_engine(folder, 8) as engine,
+        ModelServer(ServingConfig(model_path=folder, name="bench", port=0)) as server,
+    ):
+        added = overhead(engine, server.url, start_empty(server.url), repeats)
+    show_overhead(added)
+    return {"model": model, "short_request_ms": added}
+
+
+def bench_vllm(model: str, clients: list[int], tokens: int, requests: int, repeats: int) -> dict[str, Any]:
+    """Throughput of vLLM behind Ray Serve and of `vllm serve`, at each number of clients."""
+    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.serving.config import ServingConfig
+    from raytune_ft.serving.run import ModelServer
+
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}  # for both, and for Ray's workers
+    folder = resolve_model(model).base
+    body = {"model": "bench", "temperature": 0, "max_tokens": tokens}
+    config = ServingConfig(model_path=folder, name="bench", port=0, engine="vllm", max_batch_size=max(clients))
+    served = ["vllm", "serve", folder, "--served-model-name", "bench", "--dtype", "float32", "--enforce-eager"]
+    with peer([*served, "--max-num-seqs", str(max(clients))]) as other, ModelServer(config) as server:
+        turns: dict[str, Turn] = {
+            "vllm serve": lambda count: over_http(other, body, count, requests),
+            "vLLM behind Ray Serve": lambda count: over_http(server.url, body, count, requests),
+        }
+        found = interleaved(turns, clients, repeats)
+    show(found, clients)
+    return {"model": model, "tokens": tokens, "requests": requests, "tokens_per_s": found}
 
 
 def interleaved(turns: dict[str, Turn], clients: list[int], repeats: int) -> dict[str, dict[int, list[float]]]:
@@ -195,24 +240,25 @@ def overhead(engine: Any, url: str, empty: str, repeats: int) -> dict[str, float
 
 
 @contextmanager
-def transformers_serve() -> Iterator[str]:
-    """`transformers serve` on a free port; its URL."""
+def peer(command: list[str]) -> Iterator[str]:
+    """Another server, a program beside this interpreter, on a free port; its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", "--port", str(port), "--device", "cpu"]
+    name, *settings = command
+    program = [str(Path(sys.executable).with_name(name)), *settings, "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **quiet)  # type: ignore[call-overload]
+    process = subprocess.Popen(program, env=environment, **quiet)  # type: ignore[call-overload]
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), timeout=5).close()
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("transformers serve did not start; install transformers[serving]") from None
+                    raise SystemExit(f"{' '.join(command)} did not start; is it installed here?") from None
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -220,10 +266,11 @@ def transformers_serve() -> Iterator[str]:
         process.wait(30)
 
 
-def show(found: dict[str, dict[int, list[float]]], clients: list[int], added: dict[str, float]) -> None:
-    """Prints the table."""
-    print(f"\n{'tokens/s (of the bare engine)':32}" + "".join(f"{f'{count} clients':>18}" for count in clients))
-    bare = found["bare engine in process"]
+def show(found: dict[str, dict[int, list[float]]], clients: list[int]) -> None:
+    """Prints the table; shares are of the first contestant."""
+    first = next(iter(found))
+    print(f"\n{f'tokens/s (of {first})':32}" + "".join(f"{f'{count} clients':>18}" for count in clients))
+    bare = found[first]
     for name, by_count in found.items():
         cells = []
         for count in clients:
@@ -231,6 +278,10 @@ def show(found: dict[str, dict[int, list[float]]], clients: list[int], added: di
             ratio = statistics.median(a / b for a, b in zip(by_count[count], bare[count], strict=True))
             cells.append(f"{statistics.median(by_count[count]):9.1f} ({ratio:5.0%})")
         print(f"{name:32}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+def show_overhead(added: dict[str, float]) -> None:
+    """Prints what a request for one token takes."""
     beyond = added["endpoint"] - added["engine"] - added["empty endpoint"]
     print("\nA request for one token, median ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in added.items()))
     print(f"The endpoint adds {beyond:+.1f} ms to the engine and an empty endpoint")
@@ -239,6 +290,7 @@ def show(found: dict[str, dict[int, list[float]]], clients: list[int], added: di
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["all", "overhead", "vllm"], default="all")
     parser.add_argument("--model", default="starter:smollm2-135m")
     parser.add_argument("--clients", default="1,8,32", help="numbers of clients at a time")
     parser.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")
@@ -248,11 +300,14 @@ def main() -> int:
     parser.add_argument("--allow-busy", action="store_true", help="measure although other programs run")
     given = parser.parse_args()
     clients = [int(count) for count in given.clients.split(",")]
-    return measured(
-        "serve",
-        lambda: bench(given.model, clients, given.tokens, given.requests, given.repeats, peer=not given.no_peer),
-        allow_busy=given.allow_busy,
-    )
+    sizes = (given.tokens, given.requests, given.repeats)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "all": lambda: bench(given.model, clients, *sizes, with_peer=not given.no_peer),
+        "overhead": lambda: bench_overhead(given.model, given.repeats),
+        "vllm": lambda: bench_vllm(given.model, clients, *sizes),
+    }
+    name = "serve" if given.part == "all" else f"serve_{given.part}"
+    return measured(name, parts[given.part], allow_busy=given.allow_busy)
 
 
 if __name__ == "__main__":
