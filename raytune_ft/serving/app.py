@@ -1,4 +1,4 @@
-"""The Ray Serve deployments: replicas of the service, and the board that they agree by."""
+"""The Ray Serve applications: replicas of the service with the board that they agree by, or of vLLM."""
 
 # No `from __future__ import annotations` here: Serve sends the classes by value, without the names that only quoted
 # annotations use.
@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse
 from ray import serve
 
 from raytune_ft.core.errors import RaytuneError, ServingError
+from raytune_ft.core.storage import Location
+from raytune_ft.models.loading import resolve_model
 from raytune_ft.serving.board import Board, Posted
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.metrics import Series
@@ -82,6 +84,87 @@ class Endpoint:
         """
         if self.service is not None and not self.service.engine.alive:
             raise ServingError("the engine's loop has ended")
+
+
+def own_application(config: ServingConfig, *, gpus: int) -> Any:
+    """Replicas of our own engine, each with `gpus`, and the board that they agree by."""
+    here = _placed(config)
+    deployment: Any = Endpoint
+    board: Any = BoardDeployment
+    board = board.options(logging_config=quiet())
+    return deployment.options(
+        **_scale(config),
+        max_ongoing_requests=2 * (config.max_queued_requests + config.max_batch_size),
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": gpus},
+        logging_config=quiet(),
+    ).bind(here, here.model_path, "cuda" if gpus else "cpu", board.bind(here.adapters))
+
+
+def vllm_application(config: ServingConfig, *, gpus: int) -> Any:
+    """vLLM replicas, each with `gpus`, behind Ray Serve's own OpenAI-compatible ingress."""
+    from ray.serve.llm import LLMConfig, build_openai_app
+
+    precision = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "auto")
+    engine_kwargs: dict[str, Any] = {"dtype": precision, "max_num_seqs": config.max_batch_size}
+    bundle = {"CPU": config.num_cpus, "GPU": gpus} if gpus else {"CPU": config.num_cpus}
+    if not gpus:
+        engine_kwargs |= {"enforce_eager": True, "dtype": "float32" if precision == "auto" else precision}
+    llm = LLMConfig(
+        model_loading_config={"model_id": config.served_name, "model_source": _vllm_source(config)},
+        engine_kwargs=engine_kwargs,
+        placement_group_config={"bundles": [bundle]},
+        deployment_config={
+            **_scale(config),
+            "graceful_shutdown_timeout_s": config.drain_timeout_s,
+            "ray_actor_options": {"num_cpus": 0},  # the bundle holds what the engine takes
+        },
+        runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}},
+    )
+    light = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}  # it only passes on
+    return build_openai_app({"llm_configs": [llm], "ingress_deployment_config": light})
+
+
+def _vllm_source(config: ServingConfig) -> str:
+    """What vLLM can load itself: a folder in Hugging Face layout, a hub id, or a URI that Ray's nodes copy."""
+    given = _placed(config).model_path
+    return given if "://" in given else resolve_model(given).base
+
+
+def _placed(config: ServingConfig) -> ServingConfig:
+    """The settings with absolute paths: a replica has another working folder."""
+
+    def absolute(where: str) -> str:
+        given = Location.at(where)
+        return given.uri if given.exists() else where
+
+    folders = {
+        name: Location.at(where).uri
+        for name in ("adapters_path", "feedback_path", "request_log_path")
+        if (where := getattr(config, name)) is not None
+    }
+    adapters = {name: absolute(where) for name, where in config.adapters.items()}
+    changes = {"model_path": absolute(config.model_path), "name": config.served_name, "adapters": adapters}
+    return config.with_overrides(**changes, **folders)
+
+
+def _scale(config: ServingConfig) -> dict[str, Any]:
+    if config.max_replicas is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+        }
+    }
+
+
+def quiet() -> Any:
+    """What keeps a line per request out of the logs."""
+    from ray.serve.schema import LoggingConfig
+
+    return LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 def _refusing(failure: RaytuneError | None) -> FastAPI:

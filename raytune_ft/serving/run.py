@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect
 from raytune_ft.core.errors import RaytuneError, ServingError
-from raytune_ft.core.storage import Location
-from raytune_ft.models.loading import resolve_model
 from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
 from raytune_ft.serving.choice import check_config, choose_engine
 from raytune_ft.serving.config import Engine, ServingConfig
@@ -186,10 +184,12 @@ def _refuse_second() -> None:
 def _deploy(config: ServingConfig, cluster: Cluster) -> None:
     from ray import serve
 
+    from raytune_ft.serving.app import own_application, vllm_application
+
     engine, reason = choose_engine(config, gpus=cluster.gpus > 0)
     logger.info("Engine %s: %s", engine, reason)
     own = engine is Engine.TRANSFORMERS
-    application = _application(config, cluster) if own else _vllm_application(config, cluster)
+    application = (own_application if own else vllm_application)(config, gpus=_gpus(cluster))
     target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait_running(config.startup_timeout_s)
@@ -198,94 +198,14 @@ def _deploy(config: ServingConfig, cluster: Cluster) -> None:
         raise failure
 
 
-def _application(config: ServingConfig, cluster: Cluster) -> Any:
-    """Replicas of our own engine, and the board that they agree by."""
-    from raytune_ft.serving.app import BoardDeployment, Endpoint
-
-    here = _placed(config)
-    deployment: Any = Endpoint
-    board: Any = BoardDeployment
-    board = board.options(logging_config=_quiet())
-    return deployment.options(
-        **_scale(config),
-        max_ongoing_requests=2 * (config.max_queued_requests + config.max_batch_size),
-        graceful_shutdown_timeout_s=config.drain_timeout_s,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": _gpus(cluster)},
-        logging_config=_quiet(),
-    ).bind(here, here.model_path, "cuda" if cluster.gpus else "cpu", board.bind(here.adapters))
-
-
-def _vllm_application(config: ServingConfig, cluster: Cluster) -> Any:
-    """vLLM replicas behind Ray Serve's own OpenAI-compatible ingress."""
-    from ray.serve.llm import LLMConfig, build_openai_app
-
-    precision = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(config.precision, "auto")
-    engine_kwargs: dict[str, Any] = {"dtype": precision, "max_num_seqs": config.max_batch_size}
-    bundle = {"CPU": config.num_cpus, "GPU": 1} if cluster.gpus else {"CPU": config.num_cpus}
-    if not cluster.gpus:
-        engine_kwargs |= {"enforce_eager": True, "dtype": "float32" if precision == "auto" else precision}
-    llm = LLMConfig(
-        model_loading_config={"model_id": config.served_name, "model_source": _vllm_source(config)},
-        engine_kwargs=engine_kwargs,
-        placement_group_config={"bundles": [bundle]},
-        deployment_config={
-            **_scale(config),
-            "graceful_shutdown_timeout_s": config.drain_timeout_s,
-            "ray_actor_options": {"num_cpus": 0},  # the bundle holds what the engine takes
-        },
-        runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}},
-    )
-    light = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1}  # it only passes on
-    return build_openai_app({"llm_configs": [llm], "ingress_deployment_config": light})
-
-
-def _vllm_source(config: ServingConfig) -> str:
-    """What vLLM can load itself: a folder in Hugging Face layout, a hub id, or a URI that Ray's nodes copy."""
-    given = _placed(config).model_path
-    return given if "://" in given else resolve_model(given).base
-
-
-def _placed(config: ServingConfig) -> ServingConfig:
-    """The settings with absolute paths: a replica has another working folder."""
-
-    def absolute(where: str) -> str:
-        given = Location.at(where)
-        return given.uri if given.exists() else where
-
-    folders = {
-        name: Location.at(where).uri
-        for name in ("adapters_path", "feedback_path", "request_log_path")
-        if (where := getattr(config, name)) is not None
-    }
-    adapters = {name: absolute(where) for name, where in config.adapters.items()}
-    changes = {"model_path": absolute(config.model_path), "name": config.served_name, "adapters": adapters}
-    return config.with_overrides(**changes, **folders)
-
-
-def _scale(config: ServingConfig) -> dict[str, Any]:
-    if config.max_replicas is None:
-        return {"num_replicas": config.num_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": config.num_replicas,
-            "max_replicas": config.max_replicas,
-            "target_ongoing_requests": config.target_ongoing_requests,
-        }
-    }
-
-
-def _quiet() -> Any:
-    from ray.serve.schema import LoggingConfig
-
-    return LoggingConfig(log_level="WARNING", enable_access_log=False)
-
-
 def _start_serve(host: str, port: int) -> None:
     from ray import exceptions, serve
     from ray.serve.config import HTTPOptions
 
+    from raytune_ft.serving.app import quiet
+
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    options, logging_config = HTTPOptions(host=host, port=port), _quiet()
+    options, logging_config = HTTPOptions(host=host, port=port), quiet()
     try:
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=logging_config)
     except (exceptions.RayActorError, TimeoutError):

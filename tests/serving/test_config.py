@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.serving.app import _scale
 from raytune_ft.serving.config import ServingConfig
-from raytune_ft.serving.run import _scale
 
 
 @pytest.mark.parametrize(
