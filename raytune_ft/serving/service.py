@@ -21,7 +21,7 @@ from raytune_ft.serving.metrics import Metrics
 from raytune_ft.serving.prompts import Prompts
 from raytune_ft.serving.protocol import ChatRequest, CompletionRequest
 from raytune_ft.serving.rates import Rates
-from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
+from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket, merged
 
 
 @dataclass
@@ -183,15 +183,20 @@ class Service:
         try:
             while open_ones:
                 async with asyncio.timeout_at(deadline):
-                    ticket, progress = await events.get()
-                if progress.error is not None:
-                    raise ApiError(500, "the engine failed on this request", kind="server_error") from progress.error
-                choice = job.choice_of(ticket)
-                choice.take(progress)
-                if progress.finish_reason is not None:
-                    open_ones -= 1
-                    self._measure(ticket, choice)
-                yield choice, progress
+                    found = [await events.get()]
+                while not events.empty():
+                    found.append(events.get_nowait())
+                for ticket, progress in merged(found):
+                    if progress.error is not None:
+                        raise ApiError(
+                            500, "the engine failed on this request", kind="server_error"
+                        ) from progress.error
+                    choice = job.choice_of(ticket)
+                    choice.take(progress)
+                    if progress.finish_reason is not None:
+                        open_ones -= 1
+                        self._measure(ticket, choice)
+                    yield choice, progress
         except TimeoutError:
             limit = self.config.request_timeout_s
             raise ApiError(504, f"no answer within {limit:g} seconds", kind="timeout_error") from None

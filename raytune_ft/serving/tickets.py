@@ -60,3 +60,23 @@ class Ticket:
 
 
 Events = asyncio.Queue[tuple[Ticket, Progress]]
+
+
+def merged(found: Sequence[tuple[Ticket, Progress]]) -> list[tuple[Ticket, Progress]]:
+    """As one progress a ticket, in the order of their first: what a listener that fell behind has to tell."""
+    together: dict[int, tuple[Ticket, Progress]] = {}
+    for ticket, after in found:
+        before = together[id(ticket)][1] if id(ticket) in together else None
+        together[id(ticket)] = (ticket, after if before is None else _joined(before, after))
+    return list(together.values())
+
+
+def _joined(before: Progress, after: Progress) -> Progress:
+    return Progress(
+        before.text + after.text,
+        after.tokens,
+        [*before.logprobs, *after.logprobs],
+        [*before.prompt_logprobs, *after.prompt_logprobs],
+        after.finish_reason,
+        after.error,
+    )
