@@ -1,9 +1,12 @@
-"""Small real things that all tests share: a two-layer model with a tokenizer, and a local Ray cluster."""
+"""Small real things that all tests share: a two-layer model with a tokenizer, a local Ray cluster, Google's storage."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,6 +79,32 @@ def ray_cluster() -> Iterator[object]:
     connected = cluster.connect(num_cpus=2)
     yield connected
     cluster.disconnect()
+
+
+GOOGLE_STORAGE = """
+from gcp_storage_emulator.server import create_server
+server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+server.start()
+print(server._api._httpd.server_port, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def google_storage() -> Iterator[str]:
+    """A server on this machine that speaks as Google's storage does; pyarrow waits for it with Python's lock held."""
+    process = subprocess.Popen([sys.executable, "-c", GOOGLE_STORAGE], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def gs_bucket(google_storage: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket of Google's storage, reached as plain ``gs://``."""
+    urllib.request.urlopen(f"{google_storage}/wipe?keep-buckets=true").close()
+    monkeypatch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", google_storage)
+    return "gs://anonymous@bucket"
 
 
 def order(number: int) -> dict[str, object]:

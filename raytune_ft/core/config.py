@@ -19,7 +19,7 @@ from raytune_ft.core.errors import ConfigError
 
 C = TypeVar("C", bound="Config")
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(?<=://)(?!anonymous@)[^/@\s]+@")
 _QUERY_SECRETS = re.compile(
     r"([?&][\w.-]*(?:token|secret|signature|password|credential|key|sig)[\w.-]*=)[^&\s]+", re.IGNORECASE
 )
@@ -74,7 +74,10 @@ class Config(BaseModel):
 
 
 def masked(value: Any) -> Any:
-    """`value` with credentials in URIs (``scheme://user:secret@host``, ``?token=secret``) replaced by ``***``."""
+    """`value` with credentials in URIs (``scheme://user:secret@host``, ``?token=secret``) replaced by ``***``.
+
+    The name that asks Google's storage for no credentials (``gs://anonymous@bucket``) is none, and stays.
+    """
     if isinstance(value, str):
         hidden = _CREDENTIALS.sub("***@", value)
         return _QUERY_SECRETS.sub(r"\1***", hidden) if "://" in hidden else hidden

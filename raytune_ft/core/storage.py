@@ -11,12 +11,14 @@ import posixpath
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 from pyarrow import fs
@@ -33,7 +35,10 @@ _GCS_RETRY_S = 30
 
 @dataclass(frozen=True)
 class Location:
-    """A folder or file on any storage that pyarrow knows: a local path or a URI."""
+    """A folder or file on any storage that pyarrow knows: a local path or a URI.
+
+    Bytes are moved as they are: pyarrow, unasked, packs and unpacks files named ``.gz``.
+    """
 
     uri: str
 
@@ -101,6 +106,11 @@ class Location:
         """The path inside `filesystem`."""
         return self._opened[1]
 
+    @property
+    def _has_no_folders(self) -> bool:
+        """On Google's storage pyarrow lists and deletes only folders that somebody put an object for, as we do not."""
+        return bool(self.filesystem.type_name == "gcs")
+
     def exists(self) -> bool:
         """Whether a file or folder is here."""
         return bool(self._info().type != fs.FileType.NotFound)
@@ -123,6 +133,8 @@ class Location:
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""
+        if self._has_no_folders:
+            return sorted({name.partition("/")[0] for name in self.files() if "/" in name})
         selector = fs.FileSelector(self.path, allow_not_found=True)
         found = self._reach(lambda: self.filesystem.get_file_info(selector))
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
@@ -135,24 +147,22 @@ class Location:
         """
 
         def read() -> bytes:
-            with self.filesystem.open_input_stream(self.path) as stream:
+            with self.filesystem.open_input_stream(self.path, compression=None) as stream:
                 return bytes(stream.read())
 
         return bytes(self._reach(read))
 
     def write(self, content: bytes) -> None:
-        """Puts a file here in one piece, synced to the disk where it is a local one."""
+        """Puts a file here in one piece, also for those who read meanwhile; synced to the disk where it is local."""
         if self.is_local:
-            path = Path(self.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
+            with _whole(Path(self.path)) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             return
 
         def put() -> None:
-            with self.filesystem.open_output_stream(self.path) as stream:
+            with self.filesystem.open_output_stream(self.path, compression=None) as stream:
                 stream.write(content)
 
         self._reach(put)
@@ -162,6 +172,8 @@ class Location:
         info = self._info()
         if info.type == fs.FileType.File:
             self._reach(lambda: self.filesystem.delete_file(self.path))
+        elif info.type == fs.FileType.Directory and self._has_no_folders:
+            self._reach(lambda: self.filesystem.delete_dir_contents(self.path, missing_dir_ok=True))
         elif info.type == fs.FileType.Directory:
             self._reach(lambda: self.filesystem.delete_dir(self.path))
 
@@ -170,7 +182,7 @@ class Location:
 
         def digest() -> str:
             hasher = hashlib.sha256()
-            with self.filesystem.open_input_stream(self.path) as stream:
+            with self.filesystem.open_input_stream(self.path, compression=None) as stream:
                 while chunk := stream.read(_CHUNK):
                     hasher.update(chunk)
             return hasher.hexdigest()
@@ -187,7 +199,7 @@ class Location:
 
     def _receive(self, file: Path) -> None:
         def copy() -> None:
-            with file.open("rb") as source, self.filesystem.open_output_stream(self.path) as stream:
+            with file.open("rb") as source, self.filesystem.open_output_stream(self.path, compression=None) as stream:
                 while chunk := source.read(_CHUNK):
                     stream.write(chunk)
 
@@ -196,12 +208,11 @@ class Location:
     def download(self, folder: Path) -> None:
         """Copies every file below this folder to the local `folder`, keeping relative paths."""
         for name in self.files():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-            with partial.open("wb") as file, self.filesystem.open_input_stream((self / name).path) as stream:
+            with (
+                _whole(folder / name) as file,
+                self.filesystem.open_input_stream((self / name).path, compression=None) as stream,
+            ):
                 shutil.copyfileobj(stream, file, _CHUNK)
-            partial.replace(target)
 
     def _info(self) -> Any:
         return self._reach(lambda: self.filesystem.get_file_info(self.path))
@@ -213,6 +224,20 @@ class Location:
             raise ArtifactError(f"{self}: there is no such file or folder") from None
         except storage_errors() as error:
             raise ArtifactError(f"{self}: {storage_reason(error)}") from None
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A local file to write, which nobody finds by its name before all of it is there, as on an object store."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class _Http(fs.FSSpecHandler):  # type: ignore[misc]

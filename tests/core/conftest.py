@@ -1,4 +1,4 @@
-"""An S3 server that speaks HTTP on this machine (moto), for everything that lies on storage."""
+"""Storage of all kinds: the local disk, an S3 server that speaks HTTP on this machine (moto), Google's."""
 
 import logging
 
@@ -30,7 +30,10 @@ def s3_bucket(s3_server, monkeypatch, request, tmp_path):
     return f"s3://{name}"
 
 
-@pytest.fixture(params=["local", "s3"])
-def storage(request, tmp_path):
-    """A folder to put artifacts in: on the local disk, and on S3."""
-    return str(tmp_path / "storage") if request.param == "local" else request.getfixturevalue("s3_bucket") + "/runs"
+@pytest.fixture(params=["local", "s3", "gs"])
+def storage(request, tmp_path, monkeypatch):
+    """A folder to put artifacts in: on the local disk, on S3, and on Google's storage."""
+    if request.param == "local":
+        return str(tmp_path / "storage")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return request.getfixturevalue(f"{request.param}_bucket") + "/runs"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,32 @@ def test_what_was_written_is_read_back(storage):
     assert (entry.size, entry.sha256[:16]) == (5, "5994471abb01112a")
     assert sorted(found.manifest.files) == ["account.json", "deep/weights.bin"]
     assert (found.local() / "deep" / "weights.bin").read_bytes() == b"12345"
+
+
+def test_a_file_is_found_whole_or_not_at_all(storage):
+    file = Location.at(storage) / "note.json"
+    content = b"1" * 1_000_000
+    writer = threading.Thread(target=lambda: [file.write(content) for _ in range(20)])
+    writer.start()
+    sizes = set()
+    while writer.is_alive():
+        if file.exists():
+            sizes.add(len(file.read()))
+    writer.join()
+    assert sizes == {1_000_000}
+    assert list(Location.at(storage).files()) == ["note.json"]
+
+
+def test_packed_files_go_to_storage_and_back_as_they_are(storage, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "rows.jsonl.gz").write_bytes(b"12345")
+    Location.at(storage).upload(tmp_path / "there")
+    file = Location.at(storage) / "rows.jsonl.gz"
+    assert (file.size(), file.read()) == (5, b"12345")
+    # printf 12345 | sha256sum
+    assert file.sha256()[:16] == "5994471abb01112a"
+    Location.at(storage).download(tmp_path / "back")
+    assert (tmp_path / "back" / "rows.jsonl.gz").read_bytes() == b"12345"
 
 
 def test_the_same_run_finds_its_finished_work(storage):

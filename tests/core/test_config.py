@@ -174,6 +174,7 @@ def test_resolved_settings_show_no_secret():
 def test_masking_reaches_into_lists_and_mappings():
     assert masked({"a": ["https://u:p@host/x", 3], "b": SecretStr("s")}) == {"a": ["https://***@host/x", 3], "b": "***"}
     assert masked({"s3://u:p@bucket": 0.5}) == {"s3://***@bucket": 0.5}
+    assert masked("gs://anonymous@bucket/a") == "gs://anonymous@bucket/a"
     assert masked("https://h/a.jsonl?v=1&X-Amz-Signature=abc&region=r") == (
         "https://h/a.jsonl?v=1&X-Amz-Signature=***&region=r"
     )

@@ -1,4 +1,4 @@
-"""Sources on other machines: an S3 server and a web server, both real and on this one."""
+"""Sources on other machines: servers of S3, of Google's storage and of the web, all real and on this one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import requests
 from moto.server import ThreadedMotoServer
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.storage import Location
 from raytune_ft.data.readers import read_rows
 from raytune_ft.data.sources import find_files, source_parents
 
@@ -152,12 +153,29 @@ def bucket(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     return "s3://data"
 
 
-def test_objects_folders_and_globs_of_an_object_store_are_sources(bucket: str) -> None:
-    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.parquet", "a.parquet?region=us-east-1"):
+def objects_folders_and_globs_are_sources(bucket: str) -> None:
+    for name in (
+        "a.jsonl",
+        "a.jsonl.gz",
+        "a.json",
+        "a.parquet",
+    ):
         assert rows_of(f"{bucket}/d/{name}") == ROWS
     assert [f.kind for f in find_files([f"{bucket}/d"])] == ["json", "jsonl", "jsonl", "parquet"]
     assert [f.kind for f in find_files([f"{bucket}/d/*.jsonl*"])] == ["jsonl", "jsonl"]
+    assert [f.kind for f in find_files([f"{bucket}/**.parquet"])] == ["parquet"]
+
+
+def test_objects_folders_and_globs_of_s3_are_sources(bucket: str) -> None:
+    objects_folders_and_globs_are_sources(bucket)
+    assert rows_of(f"{bucket}/d/a.parquet?region=us-east-1") == ROWS
     assert [f.kind for f in find_files([f"{bucket}/**.parquet?region=us-east-1"])] == ["parquet"]
+
+
+def test_objects_folders_and_globs_of_googles_storage_are_sources(gs_bucket: str, tmp_path: Path) -> None:
+    fill(tmp_path)
+    (Location.at(gs_bucket) / "d").upload(tmp_path / "d")
+    objects_folders_and_globs_are_sources(gs_bucket)
 
 
 def test_an_object_store_without_rights_is_said_so(bucket: str, s3_server: str) -> None:
@@ -171,5 +189,5 @@ def test_an_object_store_without_rights_is_said_so(bucket: str, s3_server: str) 
 
 def test_google_storage_without_a_reply_ends_with_its_name() -> None:
     options = "endpoint_override=127.0.0.1:9&scheme=http&retry_limit_seconds=1"
-    with pytest.raises(DataError, match=r"^gs://\*\*\*@bucket/a\.jsonl: the storage refused: .*[Cc]onnect"):
+    with pytest.raises(DataError, match=r"^gs://anonymous@bucket/a\.jsonl: the storage refused: .*[Cc]onnect"):
         find_files([f"gs://anonymous@bucket/a.jsonl?{options}"])

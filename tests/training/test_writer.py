@@ -34,10 +34,12 @@ def s3_server() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "gs"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
     if request.param == "local":
         return Location.at(tmp_path / "run")
+    if request.param == "gs":
+        return Location.at(request.getfixturevalue("gs_bucket")) / "run"
     address = request.getfixturevalue("s3_server")
     for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
