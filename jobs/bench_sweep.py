@@ -1,9 +1,13 @@
 """Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
 
 python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--short-steps 15] [--arms peer-one,alone,packed]
+                           [--asha]
 
 Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
 and ``--short-steps``) tell start-up from steady work: what a trial-token costs is the slope between them.
+
+With ``--asha`` it is the time to the best settings instead: trials are evaluated at each quarter of their steps, half
+of them go on from the first quarter and half of those from the second, and what each arm found best is named.
 """
 
 from __future__ import annotations
@@ -92,16 +96,23 @@ def prepare_rows(base: str, folder: Path) -> Path:
     return folder / "dataset"
 
 
-def peer_trial(space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, threads: int) -> None:
+def peer_trial(
+    space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, threads: int, asha: bool
+) -> None:
     """A trial of the peer: TRL's trainer on a PEFT model, on rows with the labels that ours have."""
     import datasets
     import torch
     from peft import LoraConfig
     from ray import tune
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(threads)
+
+    class Teller(TrainerCallback):  # type: ignore[misc]  # transformers' classes count as Any
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
+            tune.report({"eval_loss": metrics["eval_loss"], "global_step": state.global_step})
+
     datasets.disable_progress_bars()
 
     def split(name: str) -> Any:
@@ -120,6 +131,7 @@ def peer_trial(space: dict[str, Any], *, base: str, dataset: str, out: str, step
             output_dir=str(where), max_steps=steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=8,
             learning_rate=space["learning_rate"], lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
             weight_decay=0.01, seed=0, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
+            eval_strategy="steps" if asha else "no", eval_steps=steps // 4,
             use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         ),
@@ -129,26 +141,32 @@ def peer_trial(space: dict[str, Any], *, base: str, dataset: str, out: str, step
         ),
         train_dataset=split("train"),
         eval_dataset=split("validation"),
+        callbacks=[Teller()],
     )  # fmt: skip
     trainer.train()
-    loss = trainer.evaluate()["eval_loss"]
+    if not asha:
+        trainer.evaluate()
     trainer.save_model(str(where))
-    tune.report({"eval_loss": loss})
 
 
 def peers(cpus: float, threads: int) -> Callable[..., dict[str, float]]:
     """An arm of the peer's trials, each with so many logical CPUs and threads (or all of a GPU, shared by `cpus`)."""
 
-    def run(base: str, dataset: Path, out: Path, steps: int, device: str) -> dict[str, float]:
+    def run(base: str, dataset: Path, out: Path, steps: int, *, device: str, asha: bool) -> dict[str, float]:
         from ray import tune
+        from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         resources = {"CPU": cpus} if device == "cpu" else {"CPU": 1, "GPU": 1 / threads}
         trial = tune.with_parameters(
-            peer_trial, base=base, dataset=str(dataset), out=str(out), steps=steps, threads=threads
+            peer_trial, base=base, dataset=str(dataset), out=str(out), steps=steps, threads=threads, asha=asha
         )
+        rungs = {"time_attr": "global_step", "grace_period": steps // 4, "reduction_factor": 2, "max_t": steps}
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
             param_space={"lora_r": tune.grid_search(RANKS), "learning_rate": tune.grid_search(RATES)},
+            tune_config=tune.TuneConfig(
+                metric="eval_loss", mode="min", scheduler=ASHAScheduler(**rungs) if asha else FIFOScheduler()
+            ),
             run_config=tune.RunConfig(storage_path=str(out), name="ray", verbose=0),
         )
         return {
@@ -162,22 +180,24 @@ def peers(cpus: float, threads: int) -> Callable[..., dict[str, float]]:
 def ours(packed: str) -> Callable[..., dict[str, float]]:
     """An arm of ours: the bank, or our trainer one trial after the other."""
 
-    def run(base: str, dataset: Path, out: Path, steps: int, device: str) -> dict[str, float]:
+    def run(base: str, dataset: Path, out: Path, steps: int, *, device: str, asha: bool) -> dict[str, float]:
         from raytune_ft.tuning.config import SweepConfig
         from raytune_ft.tuning.result import SweepResult
         from raytune_ft.tuning.run import tune
 
         training = {
             "model_path": base, "dataset_path": str(dataset), "max_steps": steps, "per_device_train_batch_size": BATCH,
-            "per_device_eval_batch_size": 8, "eval_strategy": "steps", "eval_steps": steps, "lora_dropout": 0.0,
+            "per_device_eval_batch_size": 8, "eval_strategy": "steps", "lora_dropout": 0.0,
+            "eval_steps": steps // 4 if asha else steps,
             "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10), "save_strategy": "no",
         }  # fmt: skip
         space = {"lora_r": RANKS, "learning_rate": RATES, "lora_alpha": {"times_rank": [2]}}
         found = tune(
             SweepConfig(
-                output_dir=str(out), space=space, scheduler="none", packed=packed, training=training, cpus_per_trial=2
+                output_dir=str(out), space=space, scheduler="asha" if asha else "none", packed=packed,
+                training=training, cpus_per_trial=2, grace_steps=max(1, steps // 4), reduction_factor=2,
             )
-        )
+        )  # fmt: skip
         trials = SweepResult.from_json(found.read_json("result.json")).trials
         return {f"{t.settings['lora_r']}/{t.settings['learning_rate']:g}": t.curve[-1]["eval_loss"] for t in trials}
 
@@ -197,7 +217,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     from raytune_ft.core.cluster import connect
 
     arms = options.arms.split(",")
-    lengths = [options.short_steps or max(1, options.steps // 4), options.steps]
+    lengths = [options.steps] if options.asha else [options.short_steps or max(1, options.steps // 4), options.steps]
     watched: dict[str, dict[int, list[Watch]]] = {arm: {steps: [] for steps in lengths} for arm in arms}
     losses: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="bench-sweep-") as scratch:
@@ -210,12 +230,34 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 for arm in arms:
                     out = folder / f"{arm}-{steps}-{turn}"
                     with Watch() as watch:
-                        losses[arm] = ARMS[arm](base, dataset, out, steps, options.device)
+                        losses[arm] = ARMS[arm](base, dataset, out, steps, device=options.device, asha=options.asha)
                     watched[arm][steps].append(watch)
                     shutil.rmtree(out, ignore_errors=True)
                     print(f"{arm}, {steps} steps: {watch.seconds:.1f} s", flush=True)
                     time.sleep(2)
-    return table(watched, losses, lengths, options)
+    return best_table(watched, losses, options) if options.asha else table(watched, losses, lengths, options)
+
+
+def best_table(
+    watched: dict[str, dict[int, list[Watch]]], losses: dict[str, dict[str, float]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Prints and returns what each arm found under ASHA, and how long that took."""
+    figures = {}
+    print(f"\n{len(RANKS) * len(RATES)} trials under ASHA, {options.steps} steps, base {options.base}; medians")
+    print(f"{'arm':12}{'makespan s':>12}{'cpu s':>9}{'MB':>9}   best rank/rate, its validation loss")
+    for arm, runs in watched.items():
+        best = min(losses[arm], key=losses[arm].__getitem__)
+        figures[arm] = {
+            "makespan_s": statistics.median(w.seconds for w in runs[options.steps]),
+            "cpu_seconds": statistics.median(w.cpu_seconds for w in runs[options.steps]),
+            "peak_mb": max(w.peak_mb for w in runs[options.steps]),
+            "best": best,
+            "best_eval_loss": losses[arm][best],
+        }
+        f = figures[arm]
+        spent = f"{f['makespan_s']:12.1f}{f['cpu_seconds']:9.0f}{f['peak_mb']:9.0f}"
+        print(f"{arm:12}{spent}   {best}, {losses[arm][best]:.4f}")
+    return {"base": options.base, "device": options.device, "steps": options.steps, "arms": figures}
 
 
 def table(
@@ -274,9 +316,10 @@ def main() -> int:
     parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--asha", action="store_true", help="time to the best settings under ASHA")
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
-    name = f"bench_sweep_{options.base}_{options.steps}_{options.device}"
+    name = f"bench_sweep_{options.base}_{options.steps}{'_asha' * options.asha}_{options.device}"
     return measured(name, lambda: compare(options), allow_busy=options.allow_busy)
 
 

@@ -32,14 +32,14 @@ from raytune_ft.training.distill import refuse_other_tokens, write_student
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.interruption import is_noted, note_sigterm
 from raytune_ft.training.keeper import named_checkpoint, read_report
-from raytune_ft.training.loop import Metrics, NotFiniteError
+from raytune_ft.training.loop import Decision, Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import OutOfMemoryError
-from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
+from raytune_ft.training.session import CHECKPOINTS, Report, Seat, train_in_process
 from raytune_ft.training.trackers import refuse_missing
 
 logger = logging.getLogger("raytune_ft")
 
-_RAY_STATE = "ray"
+RAY_STATE = "ray"
 _STUDENT = "student"
 _ENDED = "ended.json"
 
@@ -118,12 +118,12 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         logger.warning("train: %s", departure)
     with draft:
         use_gpu = config.use_gpu if config.use_gpu is not None else connected.gpus > 0
-        connected.admit(resource_plan(config, use_gpu=use_gpu))
+        connected.admit(cluster.ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = _with_starting_model(config, output)
         splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)
-        _run_workers(ready, splits, output, use_gpu=use_gpu)
+        run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)
-        for leftover in (_RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):
+        for leftover in (RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):
             (output / leftover).delete()
     return draft.artifact
 
@@ -164,14 +164,27 @@ def data_parent(dataset_path: str) -> Parent:
     return Parent(role="dataset", where=str(location), digest=source_digest(location))
 
 
-def resource_plan(config: FineTuningConfig, *, use_gpu: bool) -> cluster.ResourcePlan:
+def worker_demand(config: FineTuningConfig, *, use_gpu: bool) -> cluster.Demand:
     """What the run's workers hold."""
     threads = max(1, int(config.cpus_per_worker))
-    worker = cluster.Demand("train worker", config.num_workers, config.cpus_per_worker, int(use_gpu), threads)
-    return cluster.ResourcePlan("train", (worker,))
+    return cluster.Demand("train worker", config.num_workers, config.cpus_per_worker, int(use_gpu), threads)
 
 
-def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output: Location, *, use_gpu: bool) -> None:
+@dataclass(frozen=True)
+class Reported:
+    """A run whose evaluations are reported to Ray Train, and by `callbacks` to others: a trial of a sweep."""
+
+    callbacks: tuple[Any, ...]
+
+
+def run_workers(
+    config: FineTuningConfig,
+    splits: dict[str, list[str]],
+    output: Location,
+    *,
+    use_gpu: bool,
+    reported: Reported | None = None,
+) -> None:
     """Trains on Ray Train workers until the model is written; each time memory runs out, with smaller micro-batches.
 
     Raises:
@@ -182,13 +195,13 @@ def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output:
     with _stop_on_sigterm() as board:
         while True:
             try:
-                _fit(config, splits, output, board, use_gpu=use_gpu)
+                _fit(config, splits, output, board, use_gpu=use_gpu, reported=reported)
                 break
             except OutOfMemoryError as error:
                 if "the next attempt" not in str(error):
                     raise
                 logger.warning("%s", error)
-                (output / _RAY_STATE).delete()
+                (output / RAY_STATE).delete()
     if (output / _ENDED).exists():
         ended = json.loads((output / _ENDED).read())
         if ended["kind"] == "stopped":
@@ -197,19 +210,27 @@ def _run_workers(config: FineTuningConfig, splits: dict[str, list[str]], output:
 
 
 def _fit(
-    config: FineTuningConfig, splits: dict[str, list[str]], output: Location, board: Any, *, use_gpu: bool
+    config: FineTuningConfig,
+    splits: dict[str, list[str]],
+    output: Location,
+    board: Any,
+    *,
+    use_gpu: bool,
+    reported: Reported | None,
 ) -> None:
+    told = {"config": config, "splits": splits, "output": output.uri, "board": board}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "splits": splits, "output": output.uri, "board": board},
+        train_loop_config={**told, "reports": reported is not None},
         torch_config=_StoppableTorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker}
         ),
         run_config=RunConfig(
-            name=_RAY_STATE,
+            name=RAY_STATE,
             storage_path=output.uri,
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=list(reported.callbacks) if reported is not None else None,
             worker_runtime_env={"env_vars": cluster.worker_environment()},
         ),
     )
@@ -231,12 +252,27 @@ def _worker(settings: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
     seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
     asked = _asked(settings["board"]) if seat.rank == 0 else is_noted
+    given: dict[str, Any] = {"report": _reporter(config), "golden": False} if settings["reports"] else {}
     try:
-        train_in_process(config, settings["splits"], seat, output=output, stop_wanted=asked)
+        train_in_process(config, settings["splits"], seat, output=output, stop_wanted=asked, **given)
     except (StoppedError, NotFiniteError) as error:
         if seat.rank == 0:
             kind = "stopped" if isinstance(error, StoppedError) else "failed"
             (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error)}).encode())
+
+
+def _reporter(config: FineTuningConfig) -> Report:
+    """Tells Ray Train of every evaluation, on all ranks, with the step and the tokens so far."""
+    tokens = 0.0
+
+    def report(step: int, metrics: Metrics) -> Decision:
+        nonlocal tokens
+        tokens += metrics["tokens"]
+        if "eval_loss" in metrics or config.eval_strategy == "no":
+            ray.train.report({"global_step": step, **metrics, "tokens": tokens})
+        return Decision.CONTINUE
+
+    return report
 
 
 @dataclass

@@ -69,6 +69,7 @@ def train_in_process(
     output: Location | None,
     report: Report = lambda step, metrics: Decision.CONTINUE,
     stop_wanted: Callable[[], bool] = is_noted,
+    golden: bool = True,
 ) -> TrainingSummary:
     """Trains, and leaves the best weights under `output` (rank 0).
 
@@ -79,6 +80,7 @@ def train_in_process(
         output: where checkpoints, curves and the model go; None writes nothing.
         report: told every step's metrics.
         stop_wanted: asked after every step; any rank's yes saves a checkpoint and ends the run.
+        golden: whether the model brings golden answers, which take some time to make.
 
     Raises:
         StoppedError: if the run was asked to stop; on all ranks.
@@ -144,7 +146,7 @@ def train_in_process(
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
         whole = partial(golden_of, trainee.model, trainee.tokenizer, config, validation, seat.device)
-        keeper.finish(summary, monitor, events, None if config.zero_stage == 3 else whole)
+        keeper.finish(summary, monitor, events, whole if golden and config.zero_stage != 3 else None)
     return summary
 
 

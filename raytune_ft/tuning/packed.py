@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +20,51 @@ from ray.tune import Trainable
 from raytune_ft.core import cluster
 from raytune_ft.core.errors import RunError
 from raytune_ft.core.storage import Location
-from raytune_ft.training import matrix
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.packs import Packs, name_of
 from raytune_ft.tuning.space import settings_at
 
 logger = logging.getLogger("raytune_ft")
 
 PROXY_CPUS = 0.01
+_MOST_TOGETHER = 64
+_TOGETHER_PER_CPU = 4
+"""A core that computes whole trials is as fast with four as with more, and each has a process of 200 MB."""
+_PAUSING = frozenset({"hyperband", "pbt"})
 _POINTER = "bank.json"
 _RESTARTS = 3
 _PATIENCE_S = 20
-_UNPACKED = (
-    *("method", "use_dora", "adapter_path", "gradient_checkpointing"),
-    *("precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
-)
 
 
 @dataclass(frozen=True)
 class Banks:
-    """Actors that hold a bank each."""
+    """Actors that hold a bank each, by the pack whose trials they train; `keys` tell a trial's pack."""
 
-    actors: tuple[Any, ...]
+    keys: tuple[str, ...]
+    actors: Mapping[str, tuple[Any, ...]]
+
+    def of(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The banks for a trial of these settings."""
+        return self.actors[name_of(self.keys, settings)]
 
     def save(self, settings: Mapping[str, Any], snapshot: str, folder: Location) -> None:
         """Writes the best adapter of a snapshot as a PEFT folder."""
-        ray.get(self.actors[0].save.remote(settings, snapshot, folder.uri))
+        ray.get(self.of(settings)[0].save.remote(settings, snapshot, folder.uri))
+
+    def fault(self) -> str | None:
+        """Why trials of some pack cannot share their base; None if all can."""
+        for name, actors in self.actors.items():
+            fault: str | None = ray.get(actors[0].fault.remote())
+            if fault is not None:
+                return f"{name}: {fault}" if self.keys else fault
+        return None
 
     def close(self) -> None:
         """Ends the actors, and with them frees what they hold."""
-        for actor in self.actors:
-            ray.kill(actor)
+        for actors in self.actors.values():
+            for actor in actors:
+                ray.kill(actor)
 
 
 class BankHostActor:
@@ -90,54 +104,81 @@ class BankHostActor:
         self._host.save(settings, snapshot, folder)
 
 
-def why_alone(config: SweepConfig) -> str | None:
-    """Why the trials of a sweep cannot share a base, as far as its settings tell; None if they can."""
+def why_alone(config: SweepConfig, packs: Packs) -> str | None:
+    """Why the trials of a sweep share no bases, as far as its settings tell; None if they do."""
     if config.packed == "never":
         return "packed: never"
-    refused = matrix.refusal(replace(config.training.cell, packed=True))
-    if refused is not None:
-        return refused
-    if config.training.adapter_path is not None:
-        return "adapter_path: the trials of a pack start from fresh adapters"
     if config.training.num_workers > 1:
         return f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
-    searched = [key for key in _UNPACKED if key in config.space]
-    return f"the space searches {', '.join(searched)}, which a pack shares" if searched else None
+    return packs.why_alone()
+
+
+def together(config: SweepConfig, nodes: Sequence[cluster.Node], trials: int) -> int:
+    """Trials that share banks at the same time: all up to 64; on CPUs, no more than keep the cores busy.
+
+    Schedulers that pause trials get all of them: they compare what is there.
+    """
+    if config.max_concurrent_trials is not None:
+        return min(trials, config.max_concurrent_trials)
+    most = _MOST_TOGETHER
+    if config.scheduler not in _PAUSING and not uses_gpu(config.training, nodes):
+        largest = max(node.cpus for node in nodes)
+        banks = sum(node.count for node in nodes if node.cpus == largest)
+        most = min(most, _TOGETHER_PER_CPU * banks * math.ceil(largest))
+    return min(trials, most)
+
+
+def uses_gpu(training: FineTuningConfig, nodes: Sequence[cluster.Node]) -> bool:
+    """Whether banks go to GPUs: as the settings say, else if there is one."""
+    return training.use_gpu if training.use_gpu is not None else any(node.gpus for node in nodes)
 
 
 def start_banks(
-    connected: cluster.Cluster, training: FineTuningConfig, splits: dict[str, list[str]], snapshots: str, trials: int
+    connected: cluster.Cluster,
+    packs: Packs,
+    splits: Mapping[int, Mapping[str, list[str]]],
+    snapshots: str,
+    trials: int,
 ) -> Banks | str:
-    """Starts the banks of a sweep, one per GPU (without any, one per node); or says why trials cannot share this base.
+    """Starts the banks of a sweep, one per GPU (without any, one per node) and pack; or says why a base is not shared.
+
+    More packs than GPUs share these evenly, as those on CPUs share a node.
 
     Args:
         connected: where to.
-        training: what all trials have in common.
-        splits: Parquet files of the tokenized splits.
+        packs: what the trials of each have in common.
+        splits: Parquet files of the tokenized splits, by the longest row.
         snapshots: folder or URI that every node reaches.
         trials: trials at the same time.
     """
-    use_gpu = training.use_gpu if training.use_gpu is not None else connected.gpus > 0
-    count = bank_count(connected.nodes, trials, use_gpu=use_gpu)
-    cpus, threads = bank_cpus(connected.nodes, trials, count if use_gpu else 0)
-    demand = cluster.Demand("bank of adapters", count, cpus, int(use_gpu), threads)
+    use_gpu = uses_gpu(next(iter(packs.settings.values())), connected.nodes)
+    homes = bank_count(connected.nodes, trials, use_gpu=use_gpu)
+    number = len(packs.settings)
+    each, share = (max(1, homes // number), -(-number // homes)) if use_gpu else (homes, number)
+    cpus, threads = bank_cpus(connected.nodes, trials, homes if use_gpu else 0, share)
+    gpus = (1.0 if share == 1 else math.floor(100 / share) / 100) if use_gpu else 0.0
+    demand = cluster.Demand("bank of adapters", each * number, cpus, gpus, threads)
     proxies = cluster.Demand("light trial", trials, PROXY_CPUS)
     connected.admit(cluster.ResourcePlan("tune", (demand, proxies)))
     make = ray.remote(BankHostActor).options(
         num_cpus=cpus,
-        num_gpus=int(use_gpu),
+        num_gpus=gpus,
         max_restarts=_RESTARTS,
         max_concurrency=2 * trials + 4,
         runtime_env={"env_vars": cluster.worker_environment()},
     )
-    settings, device = training.model_dump(mode="json"), "cuda" if use_gpu else "cpu"
-    banks = Banks(
-        tuple(
-            make.remote(settings, splits, snapshots, device=device, threads=threads, own_process=True)
-            for _ in range(count)
+    device = "cuda" if use_gpu else "cpu"
+    actors = {}
+    for name, training in packs.settings.items():
+        if packs.keys:
+            logger.info("tune: the trials with %s have a base of their own", name)
+        settings, rows = training.model_dump(mode="json"), splits[training.max_length]
+        actors[name] = tuple(
+            make.remote(settings, rows, snapshots, device=device, threads=threads, own_process=True)
+            for _ in range(each)
         )
-    )
-    fault: str | None = ray.get(banks.actors[0].fault.remote())
+    banks = Banks(packs.keys, actors)
+    fault = banks.fault()
     if fault is not None:
         banks.close()
         return fault
@@ -145,22 +186,28 @@ def start_banks(
 
 
 def bank_count(nodes: Sequence[cluster.Node], trials: int, *, use_gpu: bool) -> int:
-    """One bank per GPU; or, where none is used, one per node as large as the largest; no more than trials."""
+    """Homes of banks: every GPU; or, where none is used, every node as large as the largest; at most `trials`."""
     if use_gpu:
         return max(1, min(int(sum(node.gpus * node.count for node in nodes)), trials))
     largest = max(node.cpus for node in nodes)
     return min(sum(node.count for node in nodes if node.cpus == largest), trials)
 
 
-def bank_cpus(nodes: Sequence[cluster.Node], trials: int, gpus: int) -> tuple[float, int]:
-    """Logical CPUs and threads of a bank: all of the largest node but what proxies need, shared by its GPUs' banks.
+def bank_cpus(nodes: Sequence[cluster.Node], trials: int, gpus: int, share: int = 1) -> tuple[float, int]:
+    """Logical CPUs and threads of a bank: all of the largest node but what proxies need, shared by its banks.
 
     Ray takes whole CPUs, or a fraction below one.
+
+    Args:
+        nodes: of the cluster.
+        trials: proxies.
+        gpus: GPUs that banks are on; 0 if none.
+        share: banks on each of them, or on each node.
     """
     node = max(nodes, key=lambda node: (node.gpus, node.cpus))
-    banks = max(1, min(gpus, int(node.gpus)))
+    banks = max(1, min(gpus, int(node.gpus))) * share
     room = (node.cpus - PROXY_CPUS * trials) / banks
-    cpus = math.floor(room) if room >= 1 else round(max(0.01, room), 2)
+    cpus = math.floor(room) if room >= 1 else max(1, math.floor(round(100 * room, 6))) / 100
     return float(cpus), max(1, int(node.cpus // banks))
 
 
@@ -169,7 +216,7 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
 
     _snapshot: str | None
 
-    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: tuple[Any, ...]) -> None:
+    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: Banks) -> None:
         """Ray Tune's hook: the trial's part of the space, what all trials share, and the banks there are."""
         self._shared, self._banks = settings, banks
         self._start_over(config)
@@ -236,12 +283,14 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
                 self._bank = None
 
     def _enter(self) -> None:
-        """Takes a seat in the bank with the fewest trials, from the last state on storage.
+        """Takes a seat in the bank with the fewest trials, of those with its base, from the last state on storage.
 
         Raises:
             RayActorError: if no bank answers.
         """
-        asked = {bank.load.remote(): bank for bank in self._banks}
+        settings = {**self._shared, **settings_at(self._space, self._shared)}
+        banks = self._banks.of(settings)
+        asked = {bank.load.remote(): bank for bank in banks}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
         loads: list[tuple[int, int]] = []
         gone: ray.exceptions.RayActorError | None = None
@@ -253,11 +302,9 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
                     gone = error
         if not loads:
             raise gone or ray.exceptions.RayActorError(error_msg="no bank answers")
-        bank = self._banks[min(loads)[1]]
+        bank = banks[min(loads)[1]]
         self._name = self.trial_id
-        ray.get(
-            bank.admit.remote(self._name, {**self._shared, **settings_at(self._space, self._shared)}, self._snapshot)
-        )
+        ray.get(bank.admit.remote(self._name, settings, self._snapshot))
         self._bank, self._seen = bank, 0
 
     def _leave(self) -> None:

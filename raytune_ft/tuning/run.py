@@ -1,4 +1,4 @@
-"""Where the search meets Ray: Tune's scheduler over trials, each a training run in a process of its own."""
+"""Where the search meets Ray: Tune's scheduler over trials, which share bases or are training runs of their own."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
-from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.loop import Decision, Metrics
 from raytune_ft.training.run import data_parent
-from raytune_ft.training.session import Seat, train_in_process
-from raytune_ft.tuning import packed
+from raytune_ft.tuning import alone, packed
 from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
@@ -39,8 +37,9 @@ logger = logging.getLogger("raytune_ft")
 _RAY_STATE = "ray"
 _RAY_REPEATS = "ray-repeats"
 _SNAPSHOTS = "snapshots"
-_KEPT = (_RAY_STATE, _RAY_REPEATS, _SNAPSHOTS)
-_MOST_TOGETHER = 64
+_TRIALS = "trials"
+_BEST = "best"
+_KEPT = (_RAY_STATE, _RAY_REPEATS, _SNAPSHOTS, _TRIALS)
 _FAILURES = 2
 _ENDINGS: dict[str, Ending] = {"stopped_early": "stopped early", "failed": "failed", "infeasible": "infeasible"}
 
@@ -80,10 +79,16 @@ def tune(config: SweepConfig) -> Artifact:
         logger.info("tune: found finished at %s", output)
         return draft.finished
     with draft:
-        training = config.training.with_overrides(model_path=model_path)
-        splits = tokenized_splits(training.dataset_path, model_path, output / "tokens", max_length=training.max_length)
+        config = config.model_copy(update={"training": config.training.with_overrides(model_path=model_path)})
+        packs = Packs.of(config.space, config.training)
+        splits = {
+            most: tokenized_splits(
+                config.training.dataset_path, model_path, output / "tokens" / str(most), max_length=most
+            )
+            for most in packs.lengths()
+        }
         started = time.perf_counter()
-        with _arranged(config, training, splits, output, connected) as arrangement:
+        with _arranged(config, packs, splits, output, connected) as arrangement:
             result = _search(config, arrangement, output)
         seconds = round(time.perf_counter() - started, 1)
         draft.write_json("result.json", result.to_json())
@@ -117,22 +122,19 @@ class _Arrangement:
 
 @contextmanager
 def _arranged(
-    config: SweepConfig,
-    training: FineTuningConfig,
-    splits: dict[str, list[str]],
-    output: Location,
-    connected: cluster.Cluster,
+    config: SweepConfig, packs: Packs, splits: alone.Splits, output: Location, connected: cluster.Cluster
 ) -> Iterator[_Arrangement]:
-    """Trials on shared bases where they can share one, else each in a process of its own; says which, and why."""
+    """Trials on shared bases where all can share one, else each a training run of its own; says which, and why."""
     trials = config.num_trials or grid_size(config.space)
-    settings = training.model_dump(mode="json")
-    why = packed.why_alone(config)
+    why = packed.why_alone(config, packs)
     if why is None:
-        together = min(trials, config.max_concurrent_trials or _MOST_TOGETHER)
-        banks = packed.start_banks(connected, training, splits, (output / _SNAPSHOTS).uri, together)
+        together = packed.together(config, connected.nodes, trials)
+        banks = packed.start_banks(connected, packs, splits, (output / _SNAPSHOTS).uri, together)
         if isinstance(banks, packed.Banks):
-            logger.info("tune: %d trials, %d at a time on one frozen base, %s", trials, together, config.scheduler)
-            proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks.actors)
+            bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"
+            logger.info("tune: %d trials, %d at a time on %s, %s", trials, together, bases, config.scheduler)
+            settings = config.training.model_dump(mode="json")
+            proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks)
             trainable = ray_tune.with_resources(proxy, {"CPU": packed.PROXY_CPUS})
             try:
                 yield _Arrangement(trainable, together, banks)
@@ -140,14 +142,10 @@ def _arranged(
                 banks.close()
             return
         why = banks
-    together = concurrency(config, connected, trials)
-    threads = max(1, math.floor(config.cpus_per_trial))
-    connected.admit(
-        cluster.ResourcePlan("tune", (cluster.Demand("trial", together, config.cpus_per_trial, 0, threads),))
-    )
-    logger.info("tune: %d trials, %d at a time, each on a base of its own (%s)", trials, together, why)
-    trial = ray_tune.with_parameters(_trial, settings=settings, splits=splits, cpus=config.cpus_per_trial)
-    yield _Arrangement(ray_tune.with_resources(trial, {"CPU": config.cpus_per_trial}), together)
+    trainable, together = alone.start_alone(config, splits, output / _TRIALS, connected, trials)
+    where = "in a process" if config.training.num_workers == 1 else f"on {config.training.num_workers} workers"
+    logger.info("tune: %d trials, %d at a time, each %s and with a base of its own (%s)", trials, together, where, why)
+    yield _Arrangement(trainable, together)
 
 
 @dataclass(frozen=True)
@@ -167,9 +165,12 @@ def _search(config: SweepConfig, arrangement: _Arrangement, output: Location) ->
     if config.repeat_top:
         grid = _tuner(config, arrangement, output, _second_stage(config, result)).fit()
         result = replace(result, repeats=_collect(config, grid))
-    if arrangement.banks is not None and result.best.snapshot is not None:
-        best = {**config.training.model_dump(mode="json"), **result.best.settings}
-        arrangement.banks.save(best, result.best.snapshot, output / "best")
+    best = result.best
+    if arrangement.banks is not None and best.snapshot is not None:
+        settings = {**config.training.model_dump(mode="json"), **best.settings}
+        arrangement.banks.save(settings, best.snapshot, output / _BEST)
+    elif not alone.keep_best(output / _TRIALS, best.name, output / _BEST):
+        logger.warning("tune: the best trial was stopped early and left no model; train with its settings to get one")
     return result
 
 
@@ -194,12 +195,6 @@ def _second_stage(config: SweepConfig, result: SweepResult) -> _Stage:
     return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, TuneConfig(scheduler=FIFOScheduler()))
 
 
-def concurrency(config: SweepConfig, connected: cluster.Cluster, trials: int) -> int:
-    """Trials that run at the same time: as many as the nodes have room for, at least one."""
-    room = sum(math.floor(node.cpus / config.cpus_per_trial) * min(node.count, trials) for node in connected.nodes)
-    return max(1, min(trials, room, config.max_concurrent_trials or trials))
-
-
 def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage) -> Tuner:
     where = (output / stage.name).uri
     if Tuner.can_restore(where):
@@ -221,25 +216,6 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
             verbose=0,
         ),
     )
-
-
-def _trial(space: dict[str, Any], *, settings: dict[str, Any], splits: dict[str, list[str]], cpus: float) -> None:
-    """One trial, in its own process: a training run that reports its evaluations to Tune."""
-    import torch
-
-    torch.set_num_threads(max(1, math.floor(cpus)))
-    config = FineTuningConfig(**{**settings, **settings_at(space, settings), "num_workers": 1})
-
-    tokens = 0.0
-
-    def report(step: int, metrics: Metrics) -> Decision:
-        nonlocal tokens
-        tokens += metrics["tokens"]
-        if "eval_loss" in metrics or config.eval_strategy == "no":
-            ray_tune.report({"global_step": step, **metrics, "tokens": tokens})
-        return Decision.CONTINUE
-
-    train_in_process(config, splits, Seat(), output=None, report=report)
 
 
 class _Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any

@@ -129,6 +129,8 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
             raise ValueError(f"space.{key}: is no training setting" + (f"; did you mean {near[0]}?" if near else ""))
         if key in _FIXED:
             raise ValueError(f"space.{key}: cannot be searched; all trials of a sweep share it")
+        if key == "max_length" and not isinstance(choice, list | Choice):
+            raise ValueError("space.max_length: give a list, or {choice: [...]}: the data is tokenized for each value")
         if isinstance(choice, TimesRank) and key != "lora_alpha":
             raise ValueError(f"space.{key}: times_rank is for lora_alpha")
         values = extremes(choice)

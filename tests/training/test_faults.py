@@ -66,12 +66,12 @@ def resumed_after(text: str) -> list[int]:
 
 @pytest.fixture
 def run_workers(ray_cluster, splits, caplog):
-    from raytune_ft.training.run import _run_workers
+    from raytune_ft.training.run import run_workers
 
     def run(config, output: Path) -> str:
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="raytune_ft"):
-            _run_workers(config, splits, Location.at(output), use_gpu=False)
+            run_workers(config, splits, Location.at(output), use_gpu=False)
         return caplog.text
 
     return run

@@ -76,16 +76,16 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_with_the_same_losses(
     ray_cluster, settings, splits, tmp_path: Path
 ) -> None:
     from raytune_ft.core.storage import Location
-    from raytune_ft.training.run import _run_workers
+    from raytune_ft.training.run import run_workers
 
     common = {"max_steps": 40, "num_workers": 2, "per_device_train_batch_size": 2, "save_strategy": "steps"}
     config = settings(**common, save_steps=5, eval_strategy="no", lora_dropout=0.2, save_total_limit=20)
-    _run_workers(config, splits, Location.at(tmp_path / "unbroken"), use_gpu=False)
+    run_workers(config, splits, Location.at(tmp_path / "unbroken"), use_gpu=False)
     killed: list[int] = []
     first = tmp_path / "broken/checkpoints/step-00000010/manifest.json"
     killer = threading.Thread(target=kill_a_worker_when, args=(first, killed))
     killer.start()
-    _run_workers(config, splits, Location.at(tmp_path / "broken"), use_gpu=False)
+    run_workers(config, splits, Location.at(tmp_path / "broken"), use_gpu=False)
     killer.join()
     assert killed
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-6)

@@ -18,7 +18,8 @@ import pytest
 
 from raytune_ft.core.cluster import Node
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.packed import BankHostActor, bank_count, bank_cpus, why_alone
+from raytune_ft.tuning.packed import BankHostActor, bank_count, bank_cpus, together, why_alone
+from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
 from raytune_ft.tuning.schedulers import RememberedASHA
@@ -71,18 +72,41 @@ def test_there_is_a_bank_for_each_gpu_or_each_large_node(nodes, trials, use_gpu,
     assert bank_count(nodes, trials, use_gpu=use_gpu) == count
 
 
+def test_banks_share_the_node_that_they_are_on() -> None:
+    assert bank_cpus([Node(2)], 8, 0, 2) == (0.96, 1)  # (2 - 0.08) / 2
+    assert bank_cpus([Node(16, 2)], 32, 2, 3) == (2, 2)  # three on each of two GPUs: (16 - 0.32) / 6
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "trials", "at_a_time"),
+    [
+        ([Node(2)], {}, 16, 8),  # four a core keep it busy
+        ([Node(2)], {}, 3, 3),
+        ([Node(4, 0, 2), Node(1)], {}, 100, 32),  # banks are on the large nodes
+        ([Node(2)], {"scheduler": "pbt"}, 16, 16),  # a population compares all that it has
+        ([Node(16, 1)], {}, 100, 64),
+        ([Node(16, 1)], {"training": {"use_gpu": False}}, 100, 64),
+        ([Node(2)], {"max_concurrent_trials": 12}, 16, 12),
+    ],
+)
+def test_as_many_trials_run_at_a_time_as_keep_the_banks_busy(nodes, changes, trials, at_a_time, tmp_path) -> None:
+    assert together(sweep(tmp_path, tmp_path, tmp_path, **changes), nodes, trials) == at_a_time
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"packed": "never"}, "packed: never"),
-        ({"space": {"precision": ["fp32", "bf16"]}}, "the space searches precision"),
+        ({"space": {"precision": ["fp32", "bf16"]}}, None),
+        ({"space": {"use_dora": [False, True]}}, "use_dora True: a packed sweep adds low-rank products"),
         ({"training": {"method": "full"}}, "method full trains the base"),
         ({"training": {"num_workers": 2}}, "num_workers is 2"),
         ({}, None),
     ],
 )
 def test_what_keeps_trials_apart_is_named(changes, reason, tmp_path) -> None:
-    told = why_alone(sweep(tmp_path, tmp_path, tmp_path, **changes))
+    config = sweep(tmp_path, tmp_path, tmp_path, **changes)
+    told = why_alone(config, Packs.of(config.space, config.training))
     assert (told is None) if reason is None else (reason in told)
 
 
@@ -156,6 +180,46 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
     while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == 2.0
+
+
+@pytest.mark.ray
+def test_trials_of_other_row_lengths_have_a_base_and_rows_of_their_own(
+    ray_cluster, tiny_model, orders, tmp_path
+) -> None:
+    space = {"max_length": [64, 512], "learning_rate": [2e-2, 1e-3]}
+    settings = {"scheduler": "none", "space": space}
+    long_row = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "yes"}]}
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(orders.read_text() + "".join(json.dumps(long_row).replace("yes", str(n)) + "\n" for n in range(24)))
+    made = HyperparameterSweep(sweep(tiny_model, rows, tmp_path / "packed", **settings)).run()
+    lone = HyperparameterSweep(sweep(tiny_model, rows, tmp_path / "alone", packed="never", **settings)).run()
+    packed, alone = (SweepResult.from_json(a.read_json("result.json")) for a in (made, lone))
+    tokens = {trial.settings["max_length"]: trial.tokens for trial in packed.trials}
+    assert tokens[512] > 1.5 * tokens[64] > 0  # rows over 64 tokens are dropped there
+    assert [trial.tokens for trial in packed.trials] == [trial.tokens for trial in alone.trials]
+    for label, curve in curves(alone).items():
+        assert curves(packed)[label] == pytest.approx(curve, abs=1e-4), label
+    for folder in ("packed", "alone"):
+        assert (tmp_path / folder / "best/adapter_model.safetensors").exists()
+        assert not (tmp_path / folder / "trials").exists()
+
+
+@pytest.mark.ray
+def test_trials_of_two_workers_are_ray_train_runs_with_the_same_curves(
+    ray_cluster, tiny_model, orders, tmp_path
+) -> None:
+    space = {"learning_rate": [2e-2, 1e-3]}
+    one = {"training": {"per_device_train_batch_size": 4, "max_steps": 4}}
+    two = {"training": {"per_device_train_batch_size": 2, "max_steps": 4, "num_workers": 2, "cpus_per_worker": 0.5}}
+    shared = sweep(tiny_model, orders, tmp_path / "packed", scheduler="none", space=space, **one)
+    spread = sweep(tiny_model, orders, tmp_path / "spread", scheduler="none", space=space, **two)
+    packed, alone = (
+        SweepResult.from_json(HyperparameterSweep(config).run().read_json("result.json")) for config in (shared, spread)
+    )
+    assert [trial.ending for trial in alone.trials] == ["finished", "finished"]
+    for label, curve in curves(packed).items():
+        assert curves(alone)[label] == pytest.approx(curve, abs=1e-4), label
+    assert (tmp_path / "spread/best/adapter_model.safetensors").exists()
 
 
 def kill_first(word: str, folder: Path, killed: list[int]) -> None:

@@ -1,0 +1,65 @@
+"""Which trials of a sweep can share a base: one pack for each combination of what a base decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.training import matrix
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.space import Domain, extremes
+
+SHARED = (
+    *("method", "use_dora", "adapter_path", "gradient_checkpointing"),
+    *("precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+)
+"""Settings that all trials on one base have in common."""
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The packs of a sweep: the `keys` of `SHARED` that it searches, and the training settings of each by its name."""
+
+    keys: tuple[str, ...]
+    settings: Mapping[str, FineTuningConfig]
+
+    @classmethod
+    def of(cls, space: Mapping[str, Domain], training: FineTuningConfig) -> Packs:
+        """The packs of a space.
+
+        Raises:
+            ConfigError: if values of several keys do not go together.
+        """
+        keys = tuple(key for key in SHARED if key in space)
+        found = {}
+        for values in product(*(extremes(space[key]) for key in keys)):
+            chosen = dict(zip(keys, values, strict=True))
+            name = name_of(keys, chosen)
+            try:
+                found[name] = training.with_overrides(**chosen)
+            except ConfigError as error:
+                said = str(error).removeprefix("FineTuningConfig: ")
+                raise ConfigError(f"space: {name} do not go together: {said}") from None
+        return cls(keys, found)
+
+    def why_alone(self) -> str | None:
+        """Why trials of some pack cannot share a base; None if all can."""
+        for name, training in self.settings.items():
+            reason = matrix.refusal(replace(training.cell, packed=True))
+            if reason is None and training.adapter_path is not None:
+                reason = "adapter_path: the trials of a pack start from fresh adapters"
+            if reason is not None:
+                return f"{name}: {reason}" if self.keys else reason
+        return None
+
+    def lengths(self) -> list[int]:
+        """The row lengths for which data is needed."""
+        return sorted({training.max_length for training in self.settings.values()})
+
+
+def name_of(keys: tuple[str, ...], settings: Mapping[str, Any]) -> str:
+    """The name of the pack of a trial with these settings."""
+    return ", ".join(f"{key} {settings[key]}" for key in keys) or "all trials"

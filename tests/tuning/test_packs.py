@@ -1,0 +1,44 @@
+"""Packs: a base for each combination of what a base decides, and a name for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.packs import Packs, name_of
+
+TRAINING = FineTuningConfig(model_path="m", dataset_path="d", output_dir="o")
+
+
+def test_settings_that_adapters_may_differ_in_make_no_packs() -> None:
+    packs = Packs.of({"lora_r": [4, 8], "learning_rate": [1e-4, 1e-3]}, TRAINING)
+    assert (packs.keys, list(packs.settings)) == ((), ["all trials"])
+    assert packs.why_alone() is None
+    assert name_of(packs.keys, {"lora_r": 4}) == "all trials"
+
+
+def test_every_combination_of_what_a_base_decides_is_a_pack() -> None:
+    packs = Packs.of({"max_length": [64, 128], "lora_r": [4, 8], "precision": ["fp32", "bf16"]}, TRAINING)
+    assert list(packs.settings) == [
+        "precision fp32, max_length 64",
+        "precision fp32, max_length 128",
+        "precision bf16, max_length 64",
+        "precision bf16, max_length 128",
+    ]
+    assert packs.settings["precision bf16, max_length 64"].max_length == 64
+    assert packs.lengths() == [64, 128]
+    assert (
+        name_of(packs.keys, {"max_length": 128, "lora_r": 4, "precision": "fp32"}) == "precision fp32, max_length 128"
+    )
+
+
+def test_a_pack_that_cannot_share_a_base_is_named() -> None:
+    why = Packs.of({"method": ["lora", "full"]}, TRAINING).why_alone()
+    assert why is not None
+    assert why.startswith("method full: a packed sweep shares one frozen base")
+
+
+def test_values_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"space: method lora, bits 4 do not go together: .*qlora"):
+        Packs.of({"method": ["lora", "qlora"], "bits": [4, 8]}, TRAINING)
