@@ -72,10 +72,7 @@ def gate(
         ConfigError: if `max_drop` or `confidence` is out of range.
         DataError: if the two were not measured on the same rows, or not with this metric.
     """
-    if not (0 <= max_drop < math.inf):
-        raise ConfigError(f"max_drop: must be 0 or more (got {max_drop:g})")
-    if not (0.5 <= confidence < 1):
-        raise ConfigError(f"confidence: must be at least 0.5 and below 1 (got {confidence:g})")
+    _refuse_out_of_range(max_drop, confidence)
     other = same_rows(model, other)
     for scores in (model, other):
         if metric.facts.headline not in scores.values:
@@ -87,12 +84,8 @@ def gate(
     least = float(np.quantile(samples, 1 - confidence))
     value, other_value = (_checked(scores, measure, side) for scores, side in ((model, own), (other, their)))
     rows = len(model.answers)
-    reason = ""
-    if least <= -max_drop:
-        reason = f"that is not above {signed(-max_drop) if max_drop else '0'}"
-    elif least <= 0 and rows < (needed := rows_to_see(max_drop, metric.facts.best, confidence)):
-        reason = f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
-    elif max_drop == 0:
+    reason = _short_of(least, rows, metric, max_drop=max_drop, confidence=confidence)
+    if not reason and max_drop == 0:
         alternative = "less" if metric.facts.lower_is_better else "greater"
         p_value = permutation_p_value(measure.headline, own, their, alternative=alternative, seed=seed)  # type: ignore[arg-type]
         if p_value > 1 - confidence + 1e-12:
@@ -112,6 +105,22 @@ def gate(
         words="",
     )
     return replace(decision, words=_words(decision, reason))
+
+
+def _refuse_out_of_range(max_drop: float, confidence: float) -> None:
+    if not (0 <= max_drop < math.inf):
+        raise ConfigError(f"max_drop: must be 0 or more (got {max_drop:g})")
+    if not (0.5 <= confidence < 1):
+        raise ConfigError(f"confidence: must be at least 0.5 and below 1 (got {confidence:g})")
+
+
+def _short_of(least: float, rows: int, metric: EvaluationMetric, *, max_drop: float, confidence: float) -> str:
+    """Why a gain of at least `least` on so many rows does not pass; empty if it does."""
+    if least <= -max_drop:
+        return f"that is not above {signed(-max_drop) if max_drop else '0'}"
+    if least <= 0 and rows < (needed := rows_to_see(max_drop, metric.facts.best, confidence)):
+        return f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
+    return ""
 
 
 def gate_results(

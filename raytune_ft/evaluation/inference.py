@@ -246,6 +246,11 @@ def infer(
         num_cpus=1,
         num_gpus=gpus,
     )
+    return _accounted(outcome, what)
+
+
+def _accounted(outcome: Any, what: str) -> Account:
+    """Runs what was planned, and counts the rows as they come."""
     account = Account()
     fault: RaytuneError | None = None
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -115,39 +115,56 @@ def train_in_process(
             world_size=seat.world_size,
             micro_batches=fitting.gradient_accumulation_steps,
         )
-
-        def note(step: int, metrics: Metrics) -> Decision:
-            row = keeper.history.add(step, {**metrics, **(monitor.measures(metrics) if monitor else {})})
-            if monitor is not None:
-                monitor.see(row)
-            decision = report(step, metrics)
-            return Decision.LEAVE if agreed(stop_wanted, seat.device, seat.world_size) else decision
-
-        status = "failed"
-        try:
-            summary = fit(
-                watched,
-                batches,
-                timetable,
-                start=keeper.start,
-                stopping=keeper.patience,
-                on_best=keeper.keep_best,
-                on_save=keeper.save,
-                report=note,
-            )
-            keeper.settle()
-            status = "stopped" if summary.left else "finished"
-        except NotFiniteError as error:
-            keeper.settle()
-            raise _not_a_number(error, keeper, monitor) from None
-        finally:
-            keeper.abandon()
-            trackers.close(status)
+        summary = _Run(seat, timetable, keeper, monitor, report, stop_wanted).fit(watched, batches, trackers)
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
         whole = partial(golden_of, trainee.model, trainee.tokenizer, config, validation, seat.device)
         keeper.finish(summary, monitor, events, whole if golden and config.zero_stage != 3 else None)
     return summary
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run under way: who hears of its steps, and who remembers them."""
+
+    seat: Seat
+    timetable: Timetable
+    keeper: Keeper
+    monitor: Monitor | None
+    report: Report
+    stop_wanted: Callable[[], bool]
+
+    def fit(self, learner: Any, batches: Iterator[Any], trackers: Trackers) -> TrainingSummary:
+        """Makes the steps; whatever ends them, what is being saved is whole and the trackers know how it ended."""
+        keeper, status = self.keeper, "failed"
+        try:
+            summary = fit(
+                learner,
+                batches,
+                self.timetable,
+                start=keeper.start,
+                stopping=keeper.patience,
+                on_best=keeper.keep_best,
+                on_save=keeper.save,
+                report=self._note,
+            )
+            keeper.settle()
+            status = "stopped" if summary.left else "finished"
+        except NotFiniteError as error:
+            keeper.settle()
+            raise _not_a_number(error, keeper, self.monitor) from None
+        finally:
+            keeper.abandon()
+            trackers.close(status)
+        return summary
+
+    def _note(self, step: int, metrics: Metrics) -> Decision:
+        monitor = self.monitor
+        row = self.keeper.history.add(step, {**metrics, **(monitor.measures(metrics) if monitor else {})})
+        if monitor is not None:
+            monitor.see(row)
+        decision = self.report(step, metrics)
+        return Decision.LEAVE if agreed(self.stop_wanted, self.seat.device, self.seat.world_size) else decision
 
 
 def _not_a_number(error: NotFiniteError, keeper: Keeper, monitor: Monitor | None) -> RunError:

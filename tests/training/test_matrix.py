@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,10 @@ def test_the_printed_matrix_has_a_row_for_each_method_and_base() -> None:
     assert found["qlora", "4 bits"].stages == "0, 1, 2"
     assert found["full", "4 bits"].stages.startswith("no: method full trains")
     assert markdown().count("\n") == 29
+
+
+def test_the_readmes_table_is_the_codes() -> None:
+    assert markdown() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_doctor_prints_the_matrix_as_a_table_and_as_markdown() -> None:
