@@ -30,6 +30,7 @@ def segment_attention(
     attention_mask: Tensor | None,
     *,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -45,6 +46,7 @@ def segment_attention(
         value: as `query`.
         attention_mask: must be None: segments need none.
         cu_seq_lens_q: [segments + 1] int32, where each segment starts, and the number of tokens.
+        max_length_q: tokens of the longest segment; without it, it is asked of the device, which has to be waited for.
         scaling: factor of the scores; 1 / sqrt(head size) if None.
         dropout: of the attention weights; only 0 is taken.
         sliding_window: how many tokens back a token sees, itself included.
@@ -67,16 +69,23 @@ def segment_attention(
         layer: Any = module.layer_idx
         query, key, value = prefixes.before(layer, query, key, value)
         starts = prefixes.extended.cu_seq_lens
-        out = _attended(query, key, value, starts, scaling=scaling, window=sliding_window)
+        out = _attended(query, key, value, starts, None, scaling=scaling, window=sliding_window)
         return out.index_select(1, prefixes.extended.tokens), None
-    return _attended(query, key, value, cu_seq_lens_q, scaling=scaling, window=sliding_window), None
+    return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=sliding_window), None
 
 
 def _attended(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, scaling: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int | None,
+    *,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and window is None:
-        return _varlen(query, key, value, starts, scaling)
+        return _varlen(query, key, value, starts, longest or _longest(starts), scaling=scaling)
     return _per_segment(query, key, value, starts, scaling=scaling, window=window)
 
 
@@ -105,7 +114,13 @@ def _band(query: Tensor, window: int | None) -> Tensor | None:
     return (ago >= 0) & (ago < window)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float | None) -> Tensor:
+def _longest(starts: Tensor) -> int:
+    return int((starts[1:] - starts[:-1]).max())
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, *, scaling: float | None
+) -> Tensor:
     from torch.nn.attention import varlen
 
     attend: Any = varlen.varlen_attn  # its signature changes between torch 2.11 and 2.13
@@ -113,7 +128,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: 
     tokens = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head size]
     if groups > 1:
         tokens[1:] = [x.repeat_interleave(groups, dim=1) for x in tokens[1:]]
-    longest = int((starts[1:] - starts[:-1]).max())
     causal: dict[str, Any] = {"window_size": (-1, 0)} if _takes_window(attend) else {"is_causal": True}
     out: Tensor = attend(*tokens, starts, starts, longest, longest, scale=scaling, **causal)
     return out.unsqueeze(0)

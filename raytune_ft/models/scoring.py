@@ -138,7 +138,7 @@ def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
 
 def _hidden(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
     """[tokens, width] hidden states of rows that start at `starts`."""
-    longest = (starts[1:] - starts[:-1]).max()
+    longest = int((starts[1:] - starts[:-1]).max())  # a host that waits once a pass, not once a layer
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     found: Tensor = decoder(**inputs, **lengths, use_cache=False).last_hidden_state[0]
     return found

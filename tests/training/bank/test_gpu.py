@@ -1,0 +1,81 @@
+"""The bank on a GPU: the losses that it has on a CPU, and work on the host that does not grow with the trials."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from raytune_ft.models.chat import Encoded
+from raytune_ft.training.bank.bank import AdapterBank
+from raytune_ft.training.bank.base import FrozenBase, load_frozen_base
+
+from .conftest import MakeBank, Settings, losses_of
+from .test_equality import MIXED, difference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def base(trial: Settings) -> FrozenBase:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return load_frozen_base(trial(precision="fp32"), "cuda")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_losses_are_those_of_the_cpu(
+    base: FrozenBase, make_bank: MakeBank, trial: Settings, rows: list[Encoded], dropout: float
+) -> None:
+    configs = {name: trial(max_steps=20, lora_dropout=dropout, **changes) for name, changes in MIXED.items()}
+    here, there = make_bank(arithmetic="ragged"), AdapterBank(base, rows)
+    for name, config in configs.items():
+        here.admit(name, config)
+        there.admit(name, config)
+    expected, found = losses_of(here), losses_of(there)
+    for name in configs:
+        assert difference(found[name], expected[name]) <= 1e-4, name
+
+
+def launches(base: FrozenBase, trial: Settings, rows: list[Encoded], trials: int) -> int:
+    """Kernels that one step of so many trials launches, all of which have rows of the same lengths."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bank = AdapterBank(base, rows, token_budget=1 << 20)
+    for number in range(trials):
+        bank.admit(f"trial-{number}", trial(max_steps=8, lora_r=4 + number % 8, seed=number))
+    bank.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        assert len(bank.step()) == trials
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if "cudaLaunchKernel" in event.key)
+
+
+def test_launches_do_not_grow_with_the_trials(trial: Settings) -> None:
+    """bf16, as on GPUs: attention over all segments and products over all trials are single kernels there."""
+    base = load_frozen_base(trial(precision="bf16"), "cuda")
+    even = [Encoded(list(range(3, 27)), [place >= 8 for place in range(24)]) for _ in range(64)]
+    few, many = (launches(base, trial, even, trials) for trials in (2, 32))
+    assert few > 0
+    assert many <= 1.1 * few
+
+
+def test_the_adapter_of_a_gpu_loads_in_plain_peft(
+    base: FrozenBase, trial: Settings, rows: list[Encoded], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = trial(lora_r=8)
+    bank = AdapterBank(base, rows)
+    bank.admit("trial", config)
+    losses_of(bank)
+    bank.save("trial", tmp_path / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model_path), tmp_path / "adapter")
+    ids = torch.tensor([rows[0].input_ids])
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        with model.disable_adapter():
+            bare = model(input_ids=ids).logits
+    assert not torch.allclose(plain, bare)
