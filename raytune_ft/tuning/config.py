@@ -52,8 +52,9 @@ class SweepConfig(Config):
     metric: Literal["eval_loss", "loss"] = "eval_loss"
     """What is compared, lower is better: validation loss, or training loss where there is no validation split."""
     packed: Literal["auto", "never"] = "auto"
-    """``auto`` trains LoRA trials together on one frozen base where they can share it, and says why where they can't;
-    ``never`` gives each trial a process and a base of its own."""
+    """``auto`` trains LoRA trials together on one frozen base; those that differ in what a base decides (precision,
+    bits, row length) on a base for each of its values. Where some can't share any, it says why, and each is a training
+    run of its own; so with ``never``."""
     cpus_per_trial: float = Field(1, gt=0)
     """Logical CPUs, and at least as many threads, of a trial."""
     max_concurrent_trials: int | None = Field(None, ge=1)
