@@ -1,7 +1,7 @@
 """Answers of a served model: concurrent requests, retried with backoff; what fails is marked, never scored.
 
-Any endpoint that speaks OpenAI's chat completions is asked. A body that is no such answer counts as a failure like a
-timeout: it says something of the endpoint, not of the model.
+Any endpoint that speaks OpenAI's chat completions is asked; for likelihoods, one whose completions echo their prompt. A
+body that is no such answer counts as a failure like a timeout: it says something of the endpoint, not of the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raytune_ft.core.errors import ModelError
@@ -44,6 +45,8 @@ class Reply:
     answer_tokens: int | None = None
     error: str | None = None
     attempts: int = 1
+    logprobs: tuple[float, ...] = ()
+    """Of an echoed prompt's tokens but the first, which follows nothing."""
 
 
 class _AttemptError(Exception):
@@ -96,9 +99,16 @@ class EndpointClient:
         Raises:
             ModelError: if the endpoint refuses everybody (401, 403, 404).
         """
+        self._ask([partial(self._answer, request) for request in requests], on_reply)
+
+    def score(self, rows: Sequence[Sequence[int]], on_reply: Callable[[int, Reply], None]) -> None:
+        """Asks for the log-probabilities of token ids; as `ask`."""
+        self._ask([partial(self._echo, list(row)) for row in rows], on_reply)
+
+    def _ask(self, attempts: Sequence[Callable[[], Reply]], on_reply: Callable[[int, Reply], None]) -> None:
         _ = self.model  # once, before the threads
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self._reply, request): number for number, request in enumerate(requests)}
+            asked = {pool.submit(self._reply, attempt): number for number, attempt in enumerate(attempts)}
             try:
                 for done in as_completed(asked):
                     on_reply(asked[done], done.result())
@@ -106,14 +116,14 @@ class EndpointClient:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def _reply(self, request: Request) -> Reply:
+    def _reply(self, attempted: Callable[[], Reply]) -> Reply:
         if self._failed_in_a_row >= self.config.give_up_after:
             reason = f"not asked: the {self.config.give_up_after} rows before had no answer"
             return Reply(error=reason, attempts=0)
         wait = self.config.backoff_s
         for attempt in range(1, self.config.max_retries + 2):
             try:
-                reply = self._attempt(request)
+                reply = attempted()
             except _AttemptError as failure:
                 if not failure.again or attempt > self.config.max_retries:
                     self._failed_in_a_row += failure.again  # what only this row provokes says nothing of the others
@@ -127,12 +137,27 @@ class EndpointClient:
                 return Reply(**{**vars(reply), "attempts": attempt})
         raise AssertionError("the last attempt returns")
 
-    def _attempt(self, request: Request) -> Reply:
+    def _answer(self, request: Request) -> Reply:
+        body = self._body(request)
+        return _parsed(self._text_of(lambda: self._client.chat.completions.with_raw_response.create(**body)))
+
+    def _echo(self, ids: list[int]) -> Reply:
+        body: dict[str, Any] = {"prompt": ids, "echo": True, "logprobs": 0, "max_tokens": 0, "temperature": 0}
+        create = self._client.completions.with_raw_response.create
+        return _echoed(self._text_of(lambda: create(model=self.model, **body)), len(ids))
+
+    def _text_of(self, attempt: Callable[[], Any]) -> str:
+        """The body of a successful response.
+
+        Raises:
+            _AttemptError: if there was none.
+            ModelError: if the endpoint refuses everybody.
+        """
         from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
 
         try:
-            raw = self._client.chat.completions.with_raw_response.create(**self._body(request))
-            text = raw.text if isinstance(raw.text, str) else raw.text()
+            raw = attempt()
+            return str(raw.text if isinstance(raw.text, str) else raw.text())
         except APITimeoutError:
             raise _AttemptError(f"no answer within {self.config.timeout_s:g} s") from None
         except APIConnectionError as error:
@@ -141,7 +166,6 @@ class EndpointClient:
             raise self._refusal(error) from None
         except OpenAIError as error:
             raise _AttemptError(f"no usable answer ({_first_line(error)})") from None
-        return _parsed(text)
 
     def _refusal(self, error: Any) -> Exception:
         status, said = int(error.status_code), _first_line(error)
@@ -201,6 +225,26 @@ def _parsed(text: str) -> Reply:
     usage: Mapping[str, Any] = body.get("usage") or {}
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return Reply(content, reason, tokens if isinstance(tokens, int) else None)
+
+
+def _echoed(text: str, tokens: int) -> Reply:
+    """The log-probabilities in the body of an echoed prompt of so many tokens.
+
+    Raises:
+        _AttemptError: if it holds something else.
+    """
+    try:
+        found = json.loads(text)["choices"][0]["logprobs"]["token_logprobs"]
+        behind = tuple(float(value) for value in found[1:tokens])
+    except (ValueError, KeyError, IndexError, TypeError):
+        behind = ()
+    if len(behind) != tokens - 1:
+        raise _AttemptError(
+            f"gave no log-probabilities of a prompt that it was to echo: {text[:80]!r}; leave out the metrics that "
+            "need likelihoods, or measure them on the model's folder",
+            again=False,
+        )
+    return Reply(logprobs=behind)
 
 
 def _first_line(error: BaseException) -> str:

@@ -135,7 +135,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
     metrics = _fitting_metrics(config, rows)
     work = workload_of(config)
     targets = targets_of(models, Location.at(config.output_dir).parent)
-    refuse_likelihoods(targets, config.metrics)
+    refuse_likelihoods(targets, config.metrics, config.endpoint)
     if config.forgetting is not None and len(targets) < 2:
         raise ConfigError("forgetting: compares with the base, which is not known here; name it in base_model_path")
     if config.harness is not None:

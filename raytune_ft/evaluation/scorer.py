@@ -155,23 +155,77 @@ class _Part:
 
 
 class EndpointScorer:
-    """A served model: only its answers can be had."""
+    """A served model: its answers, and where its tokenizer is known, the likelihoods of given texts."""
 
     def __init__(self, target: Target, work: Workload, *, concurrency: int) -> None:
         self.work = work
         self.client = EndpointClient(target.path, work.endpoint, work.decoding, concurrency=concurrency)
+        self._chat: Chat | None = None
+        if work.endpoint.tokenizer is not None and (work.likelihoods or work.choices):
+            from raytune_ft.models.loading import load_tokenizer
+
+            self._chat = Chat(load_tokenizer(work.endpoint.tokenizer))
 
     def measure(self, label: str, records: Sequence[Record], on_rows: OnRows) -> None:
-        """Asks for every record's answer."""
+        """Asks for every record's likelihoods, then for its answer."""
+        for start in range(0, len(records), _RECORDS_AT_ONCE):
+            part = records[start : start + _RECORDS_AT_ONCE]
+            rows = {number: _blank(record) for number, record in enumerate(part)}
+            if self._chat is not None:
+                failed = self._likelihoods(self._chat, part, rows)
+                if failed:
+                    on_rows([rows.pop(number) for number in failed])
+            if self.work.answers:
+                self._answers({number: part[number] for number in rows}, rows, on_rows)
+            elif rows:
+                on_rows(list(rows.values()))
+
+    def _answers(self, records: dict[int, Record], rows: dict[int, Row], on_rows: OnRows) -> None:
         from raytune_ft.models.generation import row_seed
 
-        seed = self.work.decoding.seed
-        requests = [Request(record.prompt, record.tools, row_seed(seed, record.id)) for record in records]
+        seed, numbers = self.work.decoding.seed, list(records)
+        requests = [Request(r.prompt, r.tools, row_seed(seed, r.id)) for r in records.values()]
 
-        def told(number: int, reply: Reply) -> None:
-            on_rows([_answered(records[number], _blank(records[number]), reply, self.work)])
+        def told(place: int, reply: Reply) -> None:
+            number = numbers[place]
+            on_rows([_answered(records[number], rows[number], reply, self.work)])
 
         self.client.ask(requests, told)
+
+    def _likelihoods(self, chat: Chat, records: Sequence[Record], rows: dict[int, Row]) -> list[int]:
+        """Adds the likelihoods to the rows; the numbers of those that have none, with the reason in the row."""
+        texts: list[tuple[int, Encoded]] = []
+        faults: dict[int, tuple[str, str]] = {}
+        for number, record in enumerate(records):
+            try:
+                texts += [(number, text) for text in _rows_to_score(chat, record, self.work)]
+            except DataError as error:
+                faults[number] = str(error), type(error).__name__
+        replies: dict[int, Reply] = {}
+        self.client.score([text.input_ids for _, text in texts], replies.__setitem__)
+        scores: dict[int, list[tuple[float, int]]] = {}
+        for place, (number, text) in enumerate(texts):
+            reply = replies[place]
+            if reply.error is not None:
+                faults.setdefault(number, (reply.error, RaytuneError.__name__))
+                continue
+            pairs = zip(text.supervised[1:], reply.logprobs, strict=True)
+            counted = [-value for supervised, value in pairs if supervised]
+            scores.setdefault(number, []).append((sum(counted), len(counted)))
+        for number, row in rows.items():
+            if number in faults:
+                row |= {"error": faults[number][0], "fault": faults[number][1]}
+                continue
+            found = iter(scores[number])
+            if self.work.likelihoods:
+                nll, tokens = next(found)
+                row |= {"nll": nll, "tokens": tokens, "windows": 1, "bytes": supervised_bytes(records[number])}
+            if self.work.choices:
+                row["choices"] = [
+                    {"text": choice, "nll": next(found)[0], "bytes": len(choice.encode())}
+                    for choice in choices_of(records[number])
+                ]
+        return sorted(faults)
 
 
 def choices_of(record: Record) -> list[str]:

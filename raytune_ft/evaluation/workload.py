@@ -55,18 +55,21 @@ def workload_of(config: MeasureConfig) -> Workload:
     )
 
 
-def refuse_likelihoods(targets: Sequence[Target], metrics: Sequence[EvaluationMetric]) -> None:
-    """Refuses metrics of likelihoods for endpoints.
+def refuse_likelihoods(
+    targets: Sequence[Target], metrics: Sequence[EvaluationMetric], endpoint: EndpointConfig
+) -> None:
+    """Refuses metrics of likelihoods for endpoints whose tokenizer is not known.
 
     Raises:
         ConfigError: naming them.
     """
     served = next((target for target in targets if target.is_endpoint), None)
     wanting = [metric for metric in metrics if not metric.needs_answers]
-    if served is not None and wanting:
+    if served is not None and wanting and endpoint.tokenizer is None:
         raise ConfigError(
             f"metrics: {', '.join(wanting)} need likelihoods of given texts, and an endpoint ({served.path}) only "
-            "answers; leave them out, or measure them on the model's folder"
+            "answers; leave them out, measure them on the model's folder, or name the model's tokenizer in "
+            "endpoint.tokenizer"
         )
 
 

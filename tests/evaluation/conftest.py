@@ -88,7 +88,7 @@ def make_report(make_result: MakeResult, tmp_path: Path) -> MakeReport:
 
 
 class ChatServer:
-    """Answers chat completions as `behaviour` says, by the user's text and how often it was asked before."""
+    """Answers completions as `behaviour` says, by the user's text (or prompt) and how often it was asked before."""
 
     @staticmethod
     def completion(text: object, reason: str = "stop") -> dict[str, object]:
@@ -115,7 +115,7 @@ class ChatServer:
                 outer.most_at_once = max(outer.most_at_once, outer.at_once)
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 outer.bodies.append(body)
-                text = body["messages"][-1]["content"]
+                text = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
                 outer.asked[text] += 1
                 status, answer = outer.behaviour(text, outer.asked[text])
                 outer.at_once -= 1

@@ -63,6 +63,25 @@ def test_a_row_that_stays_without_an_answer_is_marked_with_the_reason(server: An
     assert fine == Reply("fine", "stop", 3)
 
 
+def test_likelihoods_are_those_of_an_echoed_prompt(server: Any) -> None:
+    def echo(text: str, times: int) -> tuple[int, object]:
+        values = {"[7, 8, 9]": [None, -0.5, -2.0], "[7]": [None], "[1, 2]": [None, -1.0, -3.0]}
+        if text == "[4, 5]":
+            return 200, server.completion("an answer, not an echo")
+        return 200, {"choices": [{"logprobs": {"token_logprobs": values[text]}}]}
+
+    server.behaviour = echo
+    client = EndpointClient(server.url, EndpointConfig(backoff_s=0.01), DecodingConfig(), concurrency=2)
+    replies: dict[int, Reply] = {}
+    client.score([[7, 8, 9], [7], [1, 2], [4, 5]], replies.__setitem__)
+    assert [replies[number].logprobs for number in range(3)] == [(-0.5, -2.0), (), (-1.0,)]  # a generated token is not
+    assert replies[3].error is not None
+    assert replies[3].error.startswith("gave no log-probabilities of a prompt that it was to echo")
+    assert {key: server.bodies[0][key] for key in ("echo", "max_tokens", "logprobs")} == {
+        "echo": True, "max_tokens": 0, "logprobs": 0,
+    }  # fmt: skip
+
+
 def test_a_slow_endpoint_is_a_timeout_not_an_answer(server: Any) -> None:
     def slow(text: str, times: int) -> tuple[int, object]:
         time.sleep(0.6)
