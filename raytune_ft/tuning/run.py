@@ -24,6 +24,7 @@ from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.run import data_parent
 from raytune_ft.tuning import alone, packed
+from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.report import render
@@ -87,6 +88,8 @@ def tune(config: SweepConfig) -> Artifact:
             )
             for most in packs.lengths()
         }
+        trials = config.num_trials or grid_size(config.space)
+        refuse_small_budget(config, trials, next(iter(splits.values()))["train"])
         started = time.perf_counter()
         with _arranged(config, packs, splits, output, connected) as arrangement:
             result = _search(config, arrangement, output)

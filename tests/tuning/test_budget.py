@@ -1,0 +1,46 @@
+"""A budget of tokens that does not take every trial to its first evaluation is refused before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.tuning.budget import refuse_small_budget, rows_and_tokens
+from raytune_ft.tuning.config import SweepConfig
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Ten rows of 20 tokens and ten of 40, in two files of two groups each."""
+    found = []
+    for length in (20, 40):
+        rows = [{"input_ids": [1] * length, "supervised": [True] * length} for _ in range(10)]
+        where = tmp_path / f"{length}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), where, row_group_size=5)
+        found.append(str(where))
+    return found
+
+
+def sweep(most: int | None, **changes: object) -> SweepConfig:
+    training = {"model_path": "m", "dataset_path": "d", "eval_strategy": "steps", "eval_steps": 3, "max_steps": 9}
+    training |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **changes}
+    return SweepConfig(output_dir="o", training=training, space={"lora_r": [4, 8]}, max_tokens=most)
+
+
+def test_tokens_are_counted_without_reading_them(files: list[str]) -> None:
+    assert rows_and_tokens(files) == (20, 600)
+
+
+def test_the_budget_has_to_cover_every_first_evaluation(files: list[str]) -> None:
+    # 3 steps of 4 rows of 30 tokens: 360 a trial
+    refuse_small_budget(sweep(720), 2, files)
+    refuse_small_budget(sweep(None), 2, files)
+    with pytest.raises(ConfigError, match=r"max_tokens: 719 do not take 2 trials to .* \(about 360 tokens each, 720"):
+        refuse_small_budget(sweep(719), 2, files)
+    # an epoch is 5 steps of 4 rows: 600 a trial
+    with pytest.raises(ConfigError, match="about 600 tokens each"):
+        refuse_small_budget(sweep(1199, eval_strategy="epoch"), 2, files)
