@@ -34,7 +34,7 @@ from raytune_ft.training.interruption import is_noted, note_sigterm
 from raytune_ft.training.keeper import named_checkpoint, read_report
 from raytune_ft.training.loop import Decision, Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import OutOfMemoryError
-from raytune_ft.training.session import CHECKPOINTS, Report, Seat, train_in_process
+from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
 from raytune_ft.training.trackers import refuse_missing
 
 logger = logging.getLogger("raytune_ft")
@@ -252,27 +252,44 @@ def _worker(settings: dict[str, Any]) -> None:
     device = str(ray.train.torch.get_device())
     seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
     asked = _asked(settings["board"]) if seat.rank == 0 else is_noted
-    given: dict[str, Any] = {"report": _reporter(config), "golden": False} if settings["reports"] else {}
+    report = EvaluationReport(config, ray.train.report) if settings["reports"] else None
+    given: dict[str, Any] = {"report": report, "golden": False} if report is not None else {}
     try:
         train_in_process(config, settings["splits"], seat, output=output, stop_wanted=asked, **given)
+        if report is not None:
+            report.model_is_written()
     except (StoppedError, NotFiniteError) as error:
         if seat.rank == 0:
             kind = "stopped" if isinstance(error, StoppedError) else "failed"
             (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error)}).encode())
 
 
-def _reporter(config: FineTuningConfig) -> Report:
-    """Tells Ray Train of every evaluation, on all ranks, with the step and the tokens so far."""
-    tokens = 0.0
+class EvaluationReport:
+    """Tells of every evaluation, with the step and the tokens so far.
 
-    def report(step: int, metrics: Metrics) -> Decision:
-        nonlocal tokens
-        tokens += metrics["tokens"]
-        if "eval_loss" in metrics or config.eval_strategy == "no":
-            ray.train.report({"global_step": step, **metrics, "tokens": tokens})
+    Of the last step it tells when the model is written: a search that hears of it may end this process at once.
+    """
+
+    def __init__(self, config: FineTuningConfig, tell: Callable[[dict[str, Any]], None]) -> None:
+        self._config, self._tell = config, tell
+        self._tokens = 0.0
+        self._last: dict[str, Any] | None = None
+
+    def __call__(self, step: int, metrics: Metrics) -> Decision:
+        """Hears of a step."""
+        self._tokens += metrics["tokens"]
+        if "eval_loss" in metrics or self._config.eval_strategy == "no":
+            row = {"global_step": step, **metrics, "tokens": self._tokens}
+            if step == self._config.max_steps:
+                self._last = row
+            else:
+                self._tell(row)
         return Decision.CONTINUE
 
-    return report
+    def model_is_written(self) -> None:
+        """Tells of the last step."""
+        if self._last is not None:
+            self._tell(self._last)
 
 
 @dataclass

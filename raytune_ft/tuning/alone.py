@@ -17,8 +17,7 @@ from ray import tune as ray_tune
 from raytune_ft.core import cluster
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.loop import Decision, Metrics
-from raytune_ft.training.run import RAY_STATE, Reported, run_workers, worker_demand
+from raytune_ft.training.run import RAY_STATE, EvaluationReport, Reported, run_workers, worker_demand
 from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import settings_at
@@ -77,16 +76,9 @@ def in_process(space: dict[str, Any], *, settings: dict[str, Any], splits: Split
 
     torch.set_num_threads(threads)
     config, where = _trial_settings(space, settings), _folder(output)
-    tokens = 0.0
-
-    def report(step: int, metrics: Metrics) -> Decision:
-        nonlocal tokens
-        tokens += metrics["tokens"]
-        if "eval_loss" in metrics or config.eval_strategy == "no":
-            ray_tune.report({"global_step": step, **metrics, "tokens": tokens})
-        return Decision.CONTINUE
-
+    report = EvaluationReport(config, ray_tune.report)
     train_in_process(config, splits[config.max_length], Seat(), output=where, report=report, golden=False)
+    report.model_is_written()
 
 
 def on_workers(space: dict[str, Any], *, settings: dict[str, Any], splits: Splits, output: str, use_gpu: bool) -> None:

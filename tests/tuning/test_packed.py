@@ -187,7 +187,7 @@ def test_trials_of_other_row_lengths_have_a_base_and_rows_of_their_own(
     ray_cluster, tiny_model, orders, tmp_path
 ) -> None:
     space = {"max_length": [64, 512], "learning_rate": [2e-2, 1e-3]}
-    settings = {"scheduler": "none", "space": space}
+    settings = {"scheduler": "asha", "grace_steps": 8, "space": space}  # ASHA ends a trial as it hears of its last step
     long_row = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "yes"}]}
     rows = tmp_path / "rows.jsonl"
     rows.write_text(orders.read_text() + "".join(json.dumps(long_row).replace("yes", str(n)) + "\n" for n in range(24)))
@@ -212,7 +212,7 @@ def test_trials_of_two_workers_are_ray_train_runs_with_the_same_curves(
     one = {"training": {"per_device_train_batch_size": 4, "max_steps": 4}}
     two = {"training": {"per_device_train_batch_size": 2, "max_steps": 4, "num_workers": 2, "cpus_per_worker": 0.5}}
     shared = sweep(tiny_model, orders, tmp_path / "packed", scheduler="none", space=space, **one)
-    spread = sweep(tiny_model, orders, tmp_path / "spread", scheduler="none", space=space, **two)
+    spread = sweep(tiny_model, orders, tmp_path / "spread", scheduler="asha", grace_steps=4, space=space, **two)
     packed, alone = (
         SweepResult.from_json(HyperparameterSweep(config).run().read_json("result.json")) for config in (shared, spread)
     )
