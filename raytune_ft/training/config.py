@@ -204,6 +204,10 @@ class FineTuningConfig(Config):
         """What decides the run's result; how a global batch is laid out over workers does not."""
         return {**super().identity(), "global_batch_size": self.global_batch_size}
 
+    def on_gpu(self, gpus: float) -> bool:
+        """Whether a cluster with so many GPUs trains on them: as `use_gpu` says, else if there is one."""
+        return self.use_gpu if self.use_gpu is not None else gpus > 0
+
     @property
     def cell(self) -> matrix.Cell:
         """Where these settings stand in the matrix of what goes with what."""

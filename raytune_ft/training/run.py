@@ -117,7 +117,7 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     for departure in departures_from_guide(config):
         logger.warning("train: %s", departure)
     with draft:
-        use_gpu = config.use_gpu if config.use_gpu is not None else connected.gpus > 0
+        use_gpu = config.on_gpu(connected.gpus)
         connected.admit(cluster.ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = _with_starting_model(config, output)
         splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)

@@ -27,7 +27,9 @@ Splits = Mapping[int, dict[str, list[str]]]
 _DRIVER_CPUS = 0.01
 
 
-def start_alone(config: SweepConfig, splits: Splits, output: Location, connected: cluster.Cluster, trials: int) -> Any:
+def start_alone(
+    config: SweepConfig, splits: Splits, output: Location, connected: cluster.Cluster, trials: int
+) -> tuple[Any, int]:
     """What Ray Tune starts for each trial, and how many at a time; prints the plan.
 
     Args:
@@ -49,7 +51,7 @@ def start_alone(config: SweepConfig, splits: Splits, output: Location, connected
         connected.admit(cluster.ResourcePlan("tune", (demand,)))
         trial = ray_tune.with_parameters(in_process, **given, threads=threads)
         return ray_tune.with_resources(trial, {"CPU": config.cpus_per_trial}), together
-    use_gpu = training.use_gpu if training.use_gpu is not None else connected.gpus > 0
+    use_gpu = training.on_gpu(connected.gpus)
     one = worker_demand(training, use_gpu=use_gpu)
     together = min(trials, config.max_concurrent_trials or trials)
     while together > 1 and cluster.misfit(_plan(one, together), connected.nodes) is not None:

@@ -20,7 +20,6 @@ from ray.tune import Trainable
 from raytune_ft.core import cluster
 from raytune_ft.core.errors import RunError
 from raytune_ft.core.storage import Location
-from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs, name_of
 from raytune_ft.tuning.space import settings_at
@@ -121,16 +120,11 @@ def together(config: SweepConfig, nodes: Sequence[cluster.Node], trials: int) ->
     if config.max_concurrent_trials is not None:
         return min(trials, config.max_concurrent_trials)
     most = _MOST_TOGETHER
-    if config.scheduler not in _PAUSING and not uses_gpu(config.training, nodes):
+    if config.scheduler not in _PAUSING and not config.training.on_gpu(sum(node.gpus for node in nodes)):
         largest = max(node.cpus for node in nodes)
         banks = sum(node.count for node in nodes if node.cpus == largest)
         most = min(most, _TOGETHER_PER_CPU * banks * math.ceil(largest))
     return min(trials, most)
-
-
-def uses_gpu(training: FineTuningConfig, nodes: Sequence[cluster.Node]) -> bool:
-    """Whether banks go to GPUs: as the settings say, else if there is one."""
-    return training.use_gpu if training.use_gpu is not None else any(node.gpus for node in nodes)
 
 
 def start_banks(
@@ -151,7 +145,7 @@ def start_banks(
         snapshots: folder or URI that every node reaches.
         trials: trials at the same time.
     """
-    use_gpu = uses_gpu(next(iter(packs.settings.values())), connected.nodes)
+    use_gpu = next(iter(packs.settings.values())).on_gpu(connected.gpus)
     homes = bank_count(connected.nodes, trials, use_gpu=use_gpu)
     number = len(packs.settings)
     each, share = (max(1, homes // number), -(-number // homes)) if use_gpu else (homes, number)

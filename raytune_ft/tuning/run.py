@@ -91,7 +91,7 @@ def tune(config: SweepConfig) -> Artifact:
         trials = config.num_trials or grid_size(config.space)
         refuse_small_budget(config, trials, next(iter(splits.values()))["train"])
         started = time.perf_counter()
-        with _arranged(config, packs, splits, output, connected) as arrangement:
+        with _arranged(config, packs, splits, output, connected, trials=trials) as arrangement:
             result = _search(config, arrangement, output)
         seconds = round(time.perf_counter() - started, 1)
         draft.write_json("result.json", result.to_json())
@@ -125,10 +125,15 @@ class _Arrangement:
 
 @contextmanager
 def _arranged(
-    config: SweepConfig, packs: Packs, splits: alone.Splits, output: Location, connected: cluster.Cluster
+    config: SweepConfig,
+    packs: Packs,
+    splits: alone.Splits,
+    output: Location,
+    connected: cluster.Cluster,
+    *,
+    trials: int,
 ) -> Iterator[_Arrangement]:
     """Trials on shared bases where all can share one, else each a training run of its own; says which, and why."""
-    trials = config.num_trials or grid_size(config.space)
     why = packed.why_alone(config, packs)
     if why is None:
         together = packed.together(config, connected.nodes, trials)
