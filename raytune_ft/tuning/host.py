@@ -9,8 +9,9 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,6 +81,8 @@ class BankHost:
         self._snapshots = Location.at(snapshots)
         self._lines: dict[str, _Line] = {}
         self._changed = threading.Condition()
+        self._turn = threading.Lock()
+        self._entering = 0
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._cache = TemporaryDirectory()
         self._fault: str | None = None
@@ -111,19 +114,32 @@ class BankHost:
         """
         config = FineTuningConfig(**settings)
         kept = checkpoint.read(Location.at(snapshot)) if snapshot else None
-        self.evict(name)
-        self._bank.admit(name, config, kept)
-        with self._changed:
+        with self._between_steps():
+            self._let_go(name)
+            self._bank.admit(name, config, kept)
             tokens = sum(row["tokens"] for row in kept.progress["history"]) if kept else 0.0
             self._lines[name] = _Line(tokens=tokens)
-            self._changed.notify_all()
 
     def evict(self, name: str) -> None:
         """Lets a trial go, if it is here; its snapshots stay."""
+        with self._between_steps():
+            self._let_go(name)
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """While the trials change, no step is under way and none is waiting to be noted; callers go before steps."""
         with self._changed:
-            here = self._lines.pop(name, None)
-            self._changed.notify_all()
-        if here is not None:
+            self._entering += 1
+        try:
+            with self._turn:
+                yield
+        finally:
+            with self._changed:
+                self._entering -= 1
+                self._changed.notify_all()
+
+    def _let_go(self, name: str) -> None:
+        if self._lines.pop(name, None) is not None:
             self._bank.evict(name)
 
     def report(self, name: str, after: int, timeout_s: float = 20.0) -> dict[str, Any] | None:
@@ -161,9 +177,10 @@ class BankHost:
             while True:
                 with self._changed:
                     self._changed.wait_for(self._some_may_step)
+                with self._turn:
                     held = self._held()
-                for progress in self._steps(held):
-                    self._take_note(progress)
+                    for progress in self._steps(held):
+                        self._take_note(progress)
         except Exception as error:  # noqa: BLE001 - whatever ends the thread is told to every caller
             self._break(f"{type(error).__name__}: {error}")
 
@@ -190,14 +207,14 @@ class BankHost:
         return {name for name, line in self._lines.items() if len(line.reports) + line.writing >= _AHEAD}
 
     def _some_may_step(self) -> bool:
+        if self._entering:
+            return False
         held = self._held()
-        return any(name not in held for name in self._bank.running() if name in self._lines)
+        return any(name not in held for name in self._bank.running())
 
     def _take_note(self, progress: Progress) -> None:
+        line = self._lines[progress.name]
         with self._changed:
-            line = self._lines.get(progress.name)
-            if line is None:
-                return  # stopped in the meantime
             line.tokens += progress.metrics.get("tokens", 0.0)
             due = "eval_loss" in progress.metrics or progress.status is not Status.RUNNING
             if not (due or self._bank.trial(progress.name).timetable.eval_every is None):
@@ -205,10 +222,12 @@ class BankHost:
             line.writing += 1
             metrics = {**progress.metrics, "tokens": line.tokens}
         kept = self._bank.snapshot(progress.name)
-        self._writer.submit(self._publish, progress, metrics, kept)
+        self._writer.submit(self._publish, line, progress, metrics, kept)
 
-    def _publish(self, progress: Progress, metrics: Mapping[str, float], kept: checkpoint.Checkpoint) -> None:
-        """The state lies on disk before anybody hears of the step."""
+    def _publish(
+        self, line: _Line, progress: Progress, metrics: Mapping[str, float], kept: checkpoint.Checkpoint
+    ) -> None:
+        """The state lies on disk before anybody hears of the step; of a trial let go meanwhile nobody does."""
         folder = self._snapshots / progress.name
         try:
             where = checkpoint.write(folder, kept, keep=_KEPT)
@@ -216,18 +235,16 @@ class BankHost:
             self._break(f"{folder}: the snapshot cannot be written: {error}")
             return
         with self._changed:
-            line = self._lines.get(progress.name)
-            if line is not None:
-                line.writing -= 1
-                line.published += 1
-                line.reports.append(
-                    {
-                        "number": line.published,
-                        "step": progress.step,
-                        "metrics": dict(metrics),
-                        "status": str(progress.status),
-                        "reason": progress.reason,
-                        "snapshot": where.uri,
-                    }
-                )
+            line.writing -= 1
+            line.published += 1
+            line.reports.append(
+                {
+                    "number": line.published,
+                    "step": progress.step,
+                    "metrics": dict(metrics),
+                    "status": str(progress.status),
+                    "reason": progress.reason,
+                    "snapshot": where.uri,
+                }
+            )
             self._changed.notify_all()

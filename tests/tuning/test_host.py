@@ -80,6 +80,18 @@ def test_a_trial_goes_on_from_its_snapshot_in_another_seat(host: BankHost, setti
     assert again["metrics"]["tokens"] > second["metrics"]["tokens"]
 
 
+def test_a_trial_admitted_again_under_way_tells_each_step_once(host: BankHost, settings: dict) -> None:
+    host.admit("t", settings)
+    snapshot, seen = None, 0
+    for _ in range(8):
+        report = host.report("t", 0)
+        assert (report["number"], report["step"]) == (1, seen + 2)
+        snapshot, seen = report["snapshot"], report["step"]
+        host.admit("t", settings, snapshot)  # while the bank makes, and notes, the steps behind it
+    history = checkpoint.read(Location.at(host.report("t", 0)["snapshot"])).progress["history"]
+    assert [row["step"] for row in history] == list(range(1, len(history) + 1))
+
+
 def test_a_trial_that_diverges_is_reported_infeasible(host: BankHost, settings: dict) -> None:
     host.admit("wild", {**settings, "learning_rate": 1e30, "warmup_steps": 0})
     number, report = 0, host.report("wild", 0)

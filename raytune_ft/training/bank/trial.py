@@ -134,7 +134,8 @@ class Trial:
     def remembered(self) -> dict[str, Any]:
         """What a snapshot keeps besides tensors; JSON-ready but for numbers that are not finite."""
         patience = {"best": self.patience.best, "best_step": self.patience.best_step, "waited": self.patience.waited}
-        return {"history": self.history, "patience": patience, "status": self.status, "reason": self.reason}
+        history = [dict(row) for row in self.history]  # the trial steps on while its snapshot is written
+        return {"history": history, "patience": patience, "status": self.status, "reason": self.reason}
 
     def recall(self, snapshot: Checkpoint) -> None:
         """Stands where a snapshot says; with settings of more steps, a finished trial goes on."""

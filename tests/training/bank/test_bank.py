@@ -57,6 +57,22 @@ def test_a_paused_trial_makes_no_step_and_goes_on_where_it_was(make_bank: MakeBa
     assert losses_of(bank)["t"] == pytest.approx(losses, abs=1e-5)
 
 
+def test_a_snapshot_stays_as_it_was_while_its_trial_steps_on(
+    make_bank: MakeBank, trial: Settings, validation_rows, tmp_path: Path
+) -> None:
+    bank = make_bank(validation_rows)
+    bank.admit("t", trial(eval_strategy="steps", eval_steps=2))
+    bank.step()
+    bank.step()
+    taken = bank.snapshot("t")
+    bank.step()
+    where = checkpoint.write(Location.at(tmp_path), taken, keep=1)  # late, as a writer in the background is
+    assert [row["step"] for row in taken.progress["history"]] == [1, 2]
+    again = make_bank(validation_rows)
+    again.admit("t", trial(eval_strategy="steps", eval_steps=2), checkpoint.read(where))
+    assert [again.step()[0].step for _ in range(2)] == [3, 4]
+
+
 def test_a_copy_of_a_donor_starts_from_its_state_with_settings_of_its_own(make_bank: MakeBank, trial: Settings) -> None:
     bank = make_bank()
     bank.admit("donor", trial(lr_scheduler_type="constant", warmup_steps=0))
