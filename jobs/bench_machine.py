@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -34,6 +35,14 @@ def calibration() -> float:
     return statistics.median(times)
 
 
+def processor() -> str:
+    """The processors' name and number."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{os.cpu_count()} x {name}"
+
+
 def measured(name: str, work: Callable[[], dict[str, Any]], *, allow_busy: bool) -> int:
     """Runs a benchmark on a quiet machine and writes what it gave to ``jobs/results/NAME.json``.
 
@@ -52,7 +61,8 @@ def measured(name: str, work: Callable[[], dict[str, Any]], *, allow_busy: bool)
     if reason:
         print(f"busy machine: {reason}")
     command = " ".join(["python", *map(str, sys.argv)])
-    about = {"command": command, "platform": platform.platform(), "python": platform.python_version(), "busy": reason}
+    about = {"command": command, "platform": platform.platform(), "python": platform.python_version()}
+    about |= {"processor": processor(), "busy": reason}
     RESULTS.mkdir(exist_ok=True)
     where = RESULTS / f"{name}.json"
     where.write_text(json.dumps({**about, **result}, indent=1) + "\n", encoding="utf-8")
