@@ -82,6 +82,14 @@ class PipelineConfig(Config):
         return Location.at(self.storage_path)
 
 
+def _on_one_worker(train: Mapping[str, Any]) -> dict[str, Any]:
+    """The training on one worker that accumulates what the others would have computed: the global batch is the same."""
+    workers, steps = train.get("num_workers", 1), train.get("gradient_accumulation_steps", 1)
+    if not (isinstance(workers, int) and isinstance(steps, int)):
+        return {**train}  # refused where its turn comes
+    return {**train, "num_workers": 1, "gradient_accumulation_steps": steps * workers}
+
+
 def _join(settings: dict[str, Any]) -> dict[str, Any]:
     """Fills in the paths that lead from step to step."""
     storage = Location.at(settings["storage_path"])
@@ -94,7 +102,8 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
     _fill(settings, "prepare", output_path=places["dataset"], model_path=model)
     if isinstance(settings.get("tune"), Mapping):
         own = settings["tune"].get("training") or {}
-        trials = {**(train if isinstance(train, Mapping) else {}), "num_workers": 1, **own, **training}
+        shared = dict(train) if isinstance(train, Mapping) else {}
+        trials = {**(shared if "num_workers" in own else _on_one_worker(shared)), **own, **training}
         trials["output_dir"] = (storage / "sweep" / "trials").uri
         _fill(settings, "tune", output_dir=places["sweep"], training=trials)
     _fill(

@@ -33,6 +33,19 @@ def test_what_one_step_makes_is_what_the_next_one_takes() -> None:
     assert config.serve is not None and config.serve.model_path == config.quantize.output_dir
 
 
+@pytest.mark.parametrize(
+    ("own", "shape"), [({}, (1, 6)), ({"gradient_accumulation_steps": 2}, (1, 2)), ({"num_workers": 2}, (2, 3))]
+)
+def test_trials_have_the_global_batch_of_the_training_unless_told_otherwise(
+    own: dict[str, int], shape: tuple[int, int]
+) -> None:
+    changed = {"train": {**SETTINGS["train"], "gradient_accumulation_steps": 3}}  # type: ignore[dict-item]
+    config = PipelineConfig(**{**SETTINGS, **changed, "tune": {"space": {"lora_r": [4, 8]}, "training": own}})
+    assert config.tune is not None
+    trial = config.tune.training
+    assert (trial.num_workers, trial.gradient_accumulation_steps) == shape
+
+
 def test_what_is_pruned_is_healed_quantized_measured_and_served() -> None:
     config = PipelineConfig(
         **{**SETTINGS, "prune": {}, "heal": {"max_steps": 4}, "ladder": {"metrics": ["perplexity"]}}
