@@ -364,25 +364,32 @@ def watched_prepare(folder: Path) -> dict[str, float]:
     with (folder / "log").open("w") as log:
         run = subprocess.Popen(command, stdout=log, stderr=log)
     peak = dict.fromkeys(("driver_mb", "worker_mb", "workers_mb", "store_mb"), 0.0)
+    shared_before = shared_mb()
     while run.poll() is None:
         now = dict.fromkeys(peak, 0.0)
         for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
             try:
-                memory, name = process.memory_full_info(), " ".join(process.cmdline())
+                memory, name = process.memory_info(), " ".join(process.cmdline())
             except psutil.Error:
                 continue
+            own = (memory.rss - memory.shared) / 1e6  # without the object store, which is mapped into all
             if process.pid == run.pid:
-                now["driver_mb"] = memory.uss / 1e6
+                now["driver_mb"] = own
             elif name.startswith("ray::"):
-                now["worker_mb"] = max(now["worker_mb"], memory.uss / 1e6)
-                now["workers_mb"] += memory.uss / 1e6
-            elif "raylet/raylet" in name:
-                now["store_mb"] = memory.shared / 1e6
+                now["worker_mb"] = max(now["worker_mb"], own)
+                now["workers_mb"] += own
+        now["store_mb"] = shared_mb() - shared_before
         peak = {key: max(peak[key], now[key]) for key in peak}
         time.sleep(0.3)
     if run.returncode:
         raise SystemExit((folder / "log").read_text()[-3000:])
     return {"seconds": time.perf_counter() - began, **peak}
+
+
+def shared_mb() -> float:
+    """Memory of this machine's shared segments, in which Ray's object store lies."""
+    found = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:"))
+    return int(found.split()[1]) * 1024 / 1e6
 
 
 PARTS: dict[str, Callable[[int, int], dict[str, Any]]] = {

@@ -64,7 +64,16 @@ logger = logging.getLogger("raytune_ft")
 _PARTITION_BYTES = 32 << 20
 _MOST_PARTITIONS = 512
 _FEW_ROWS = 3000
-_MANY_NEAR = 0.2
+_MANY = 0.1
+_REMEDIES = {
+    NEAR_REASON: (
+        "they are near-duplicates of others; where a template makes rows alike, set near_duplicates: group, or raise "
+        "near_duplicate_threshold"
+    ),
+    "too long": "raise max_length, or set over_length to split, truncate_left or truncate_right",
+    "tools": "give a chat template that writes tools (template)",
+    "tool calls": "give a chat template that writes calls (template)",
+}
 
 
 class DataCollector:
@@ -197,7 +206,8 @@ def _prepare(
     cuts = find_cuts(tally.ranks, test_split=config.test_split, validation_split=config.validation_split)
     layout = Layout.plan(tally, cuts, seed=config.seed, shuffle=config.shuffle)
     if not layout.rows["train"]:
-        raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}")
+        remedies = "".join(f"; {_REMEDIES[name]}" for name in tally.rejected if name in _REMEDIES)
+        raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}{remedies}")
     split = mapped(settled, assign_folders, layout=layout)
     assessment = _assessed(split, settled.num_blocks(), model, config, draft) if config.quality.report else None
     if assessment is not None and assessment.suspects:
@@ -326,12 +336,10 @@ def _report(config: DataCollectionConfig, account: Account) -> None:
             "leaves them out",
             account.conflicting,
         )
-    if account.rejected[NEAR_REASON] > _MANY_NEAR * account.rows_in:
-        logger.warning(
-            "prepare: %.0f%% of the rows were left out as near-duplicates of others; where a template makes rows "
-            "alike, set near_duplicates: group, or raise near_duplicate_threshold",
-            100 * account.rejected[NEAR_REASON] / account.rows_in,
-        )
+    for reason, remedy in _REMEDIES.items():
+        if account.rejected[reason] > _MANY * account.rows_in:
+            share = 100 * account.rejected[reason] / account.rows_in
+            logger.warning("prepare: %.0f%% of the rows were left out as %r: %s", share, reason, remedy)
 
 
 def _partitions(rows: Any, cluster: Cluster) -> int:

@@ -28,7 +28,7 @@ class Tally:
     """Counts that the split needs: usable rows of `sources` per stratum and rank, those of the test files, rejected.
 
     `extents` is the highest position plus one of each source file, `conflicting` the usable rows whose prompt has
-    another answer elsewhere.
+    another answer elsewhere, `examples` one whole reason of each name that `rejected` counts.
     """
 
     ranks: dict[int, Counter[int]] = field(default_factory=dict)
@@ -36,11 +36,13 @@ class Tally:
     rejected: Counter[str] = field(default_factory=Counter)
     extents: dict[int, int] = field(default_factory=dict)
     conflicting: int = 0
+    examples: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The counts as text, to travel in a table."""
         ranks = [[stratum, list(counts.items())] for stratum, counts in self.ranks.items()]
-        return json.dumps([ranks, self.given_test, self.rejected, list(self.extents.items()), self.conflicting])
+        extents = list(self.extents.items())
+        return json.dumps([ranks, self.given_test, self.rejected, extents, self.conflicting, self.examples])
 
     @property
     def usable(self) -> int:
@@ -49,16 +51,26 @@ class Tally:
 
     def __str__(self) -> str:
         rejected = ", ".join(f"{count} {reason}" for reason, count in self.rejected.most_common())
-        return f"{self.usable} usable for the splits, rejected: {rejected or 'none'}"
+        common = [self.examples[name] for name, _ in self.rejected.most_common(1)]
+        example = f" (such as {common[0]!r})" if common else ""
+        return f"{self.usable} usable for the splits, rejected: {rejected or 'none'}{example}"
+
+    def reject(self, reason: str) -> None:
+        """Counts a rejected row."""
+        name = reason_name(reason)
+        self.rejected[name] += 1
+        self.examples[name] = min(reason, self.examples.get(name, reason))
 
     def add(self, text: str) -> None:
         """Adds the counts of another tally, given as its `to_json`."""
-        ranks, given_test, rejected, extents, conflicting = json.loads(text)
+        ranks, given_test, rejected, extents, conflicting, examples = json.loads(text)
         for stratum, counts in ranks:
             self.ranks.setdefault(stratum, Counter()).update(dict(counts))
         self.given_test += given_test
         self.conflicting += conflicting
         self.rejected.update(rejected)
+        for name, reason in examples.items():
+            self.examples[name] = min(reason, self.examples.get(name, reason))
         for file, extent in extents:
             self.extents[file] = max(self.extents.get(file, 0), extent)
 
@@ -70,7 +82,7 @@ def tally_rows(rows: pa.Table, seed: int) -> pa.Table:
     for group, stratum, reason, is_test, file, position, conflicting in _columns(rows, *names):
         tally.extents[file] = max(tally.extents.get(file, 0), position + 1)
         if reason is not None:
-            tally.rejected[reason_name(reason)] += 1
+            tally.reject(reason)
             continue
         tally.conflicting += conflicting
         if is_test:

@@ -164,6 +164,42 @@ def test_input_without_a_usable_row_is_refused_and_mended_input_takes_its_place(
     assert len(mended.manifest.failures) == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "changes", "found"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "[{}]"},
+            {},
+            r"3 rows in, 0 usable .*rejected: 3 tools \(such as 'tools: the chat template ignores them.*'\); give a "
+            r"chat template that writes tools",
+        ),
+        (
+            {"question": "a", "answer": "b " * 300},
+            {"max_length": 64},
+            r"rejected: 3 too long \(such as 'too long: \d+ tokens, at most 64'\); raise max_length, or set",
+        ),
+    ],
+)
+def test_rows_that_are_all_rejected_say_why_and_what_to_do(
+    row: dict[str, Any], changes: dict[str, Any], found: str, tiny_model: Path, tmp_path: Path, ray_cluster: object
+) -> None:
+    source = write_jsonl(tmp_path / "source.jsonl", [row] * 3)
+    settings = {"sources": [source], "output_path": str(tmp_path / "out"), "model_path": str(tiny_model)}
+    with pytest.raises(DataError, match=found):
+        prepare(DataCollectionConfig(**settings, drop_duplicates=False, near_duplicates="keep", **changes))
+
+
+def test_many_rejected_rows_come_with_a_remedy(
+    tiny_model: Path, tmp_path: Path, ray_cluster: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [*questions(0, 12), {"question": "long", "answer": "b " * 300}, {"question": "longer", "answer": "c " * 300}]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    settings = {"sources": [source], "output_path": str(tmp_path / "out"), "model_path": str(tiny_model)}
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        prepare(DataCollectionConfig(**settings, max_length=256))
+    assert "14% of the rows were left out as 'too long': raise max_length, or set over_length to split" in caplog.text
+
+
 def talks(count: int) -> list[dict[str, Any]]:
     """Rows of 30 words, of which every fifth is nearly like the one before, and two make a conversation."""
     rows = []
