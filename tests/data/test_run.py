@@ -168,7 +168,10 @@ def test_input_without_a_usable_row_is_refused_and_mended_input_takes_its_place(
     ("row", "changes", "found"),
     [
         (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": "[{}]"},
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "tools": '[{"name": "f", "parameters": {"type": "object", "properties": {}}}]',
+            },
             {},
             r"3 rows in, 0 usable .*rejected: 3 tools \(such as 'tools: the chat template ignores them.*'\); give a "
             r"chat template that writes tools",
