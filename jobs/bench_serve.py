@@ -306,7 +306,7 @@ def main() -> int:
         "overhead": lambda: bench_overhead(given.model, given.repeats),
         "vllm": lambda: bench_vllm(given.model, clients, *sizes),
     }
-    name = "serve" if given.part == "all" else f"serve_{given.part}"
+    name = "bench_serve" if given.part == "all" else f"bench_serve_{given.part}"
     return measured(name, parts[given.part], allow_busy=given.allow_busy)
 
 
