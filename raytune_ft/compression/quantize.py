@@ -7,6 +7,7 @@ read once a token or decide every token's rank, and a head that is tied to the e
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.scoring import context_tokens
+
+logger = logging.getLogger("raytune_ft")
 
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
@@ -72,6 +75,7 @@ def _by_one_shot(reference: str, folder: Path, config: QuantizationConfig, devic
         expected = next_token_logits(model, ids)
         bytes_before, weights = weight_bytes(model), sum(parameter.numel() for parameter in model.parameters())
         rows = calibration_rows(config, Chat(tokenizer), context_tokens=context_tokens(model))
+        warn_of_few(sum(map(len, rows)), model)
         del model
         (place / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
         arguments = {
@@ -99,6 +103,20 @@ def _by_one_shot(reference: str, folder: Path, config: QuantizationConfig, devic
         agreement=compare(expected, got),
         calibration_tokens=sum(map(len, rows)),
     )
+
+
+def warn_of_few(tokens: int, model: Any) -> None:
+    """Says so where `model` has a layer with more inputs than there are `tokens`: GPTQ learns as many unknowns."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    widest = max((layer.in_features for layer in layers), default=0)
+    if tokens < widest:
+        logger.warning(
+            "quantize: %d tokens to calibrate with are fewer than the %d inputs of the widest layer, so much of it is "
+            "rounded blindly; raise calibration_rows or calibration_tokens, or give longer rows",
+            tokens,
+            widest,
+        )
 
 
 def _by_bitsandbytes(reference: str, folder: Path, config: QuantizationConfig, device: str) -> Quantized:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from raytune_ft.compression.config import QuantizationConfig
-from raytune_ft.compression.quantize import write_quantized
+from raytune_ft.compression.quantize import warn_of_few, write_quantized
 from raytune_ft.compression.source import refuse_quantized
 from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.models.config import Precision
@@ -136,6 +138,18 @@ def test_compressed_tensors_are_made_in_an_environment_of_their_own(
     assert made.calibration_tokens > 100
     assert made.agreement.top1 > top1
     assert 0 < made.agreement.kl < kl
+
+
+def test_fewer_tokens_to_calibrate_with_than_a_layer_has_inputs_are_told(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    widest = model.config.intermediate_size
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        warn_of_few(widest, model)
+        assert not caplog.text
+        warn_of_few(widest - 1, model)
+    assert f"{widest - 1} tokens to calibrate with are fewer than the {widest} inputs" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 import openai
 import pytest
 
+from raytune_ft import quickstart
 from raytune_ft.compression.config import QuantizationConfig
 from raytune_ft.compression.quantize import write_quantized
+from raytune_ft.evaluation.forgetting import general_passages
 from raytune_ft.serving.address import free_port
 
 PYTHON = os.environ.get("RAYTUNE_FT_VLLM_PYTHON", "")
@@ -73,10 +76,12 @@ def test_vllm_answers_the_openai_client(tmp_path: Path):
 
 
 def test_a_w8a8_model_of_ours_is_served_by_vllm_without_asking_for_it(tmp_path: Path):
-    rows = [f'{{"text": "row {number}: the price of {number} crates is {7 * number}"}}\n' for number in range(1, 33)]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    # Prose, and orders with their records: more tokens than a layer has inputs.
+    orders = Path(quickstart.__file__).with_name("data").joinpath("orders.jsonl").read_text().splitlines()[:48]
+    texts = [*(passage.text for passage in general_passages(None)), *orders]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = QuantizationConfig(
-        method="compressed_tensors", bits=8, calibration_path=str(tmp_path / "rows.jsonl"), calibration_rows=16
+        method="compressed_tensors", bits=8, calibration_path=str(tmp_path / "rows.jsonl"), calibration_rows=64
     )
     made = write_quantized(STARTER, tmp_path / "small", config)
     assert made.agreement.top1 > 0.9
