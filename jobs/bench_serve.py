@@ -107,8 +107,10 @@ def bench_vllm(model: str, clients: list[int], tokens: int, requests: int, repea
     folder = resolve_model(model).base
     body = {"model": "bench", "temperature": 0, "max_tokens": tokens}
     config = ServingConfig(model_path=folder, name="bench", port=0, engine="vllm", max_batch_size=max(clients))
-    served = ["vllm", "serve", folder, "--served-model-name", "bench", "--dtype", "float32", "--enforce-eager"]
-    with peer([*served, "--max-num-seqs", str(max(clients))]) as other, ModelServer(config) as server:
+    # What `vllm serve` runs; that command itself looks for a package named vllm, which the one for CPUs is not.
+    served = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "bench"]
+    served += ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", str(max(clients))]
+    with peer(served) as other, ModelServer(config) as server:
         turns: dict[str, Turn] = {
             "vllm serve": lambda count: over_http(other, body, count, requests),
             "vLLM behind Ray Serve": lambda count: over_http(server.url, body, count, requests),
