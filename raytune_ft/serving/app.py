@@ -118,11 +118,12 @@ def vllm_application(config: ServingConfig, *, gpus: int) -> Any:
             **_scale(config),
             "graceful_shutdown_timeout_s": config.drain_timeout_s,
             "ray_actor_options": {"num_cpus": 0},  # the bundle holds what the engine takes
-            "logging_config": quiet(),
+            "logging_config": quiet().model_dump(),
         },
         runtime_env={"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}},
     )
-    light = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1, "logging_config": quiet()}  # it only passes on
+    # The ingress only passes on.
+    light = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": 1, "logging_config": quiet().model_dump()}
     return build_openai_app({"llm_configs": [llm], "ingress_deployment_config": light})
 
 
