@@ -60,25 +60,23 @@ def served(model: str, log: Path, *settings: str) -> Iterator[openai.OpenAI]:
             process.wait()
 
 
-def answers_as_it_should(client: openai.OpenAI, wanted: str) -> None:
-    """The same questions that the other engine's tests ask: whole, streamed, and of a model that is not there."""
+def answers_as_it_should(client: openai.OpenAI) -> tuple[str, str]:
+    """The same questions that the other engine's tests ask, of a model that is not there, too; answers, one streamed."""
     question = [{"role": "user", "content": "What is the capital of France?"}]
     asked = {"messages": question, "temperature": 0, "max_tokens": 12}
     assert [model.id for model in client.models.list()] == ["served"]
     whole = client.chat.completions.create(model="served", **asked)  # type: ignore[call-overload]
-    assert wanted in whole.choices[0].message.content
     assert whole.usage.completion_tokens > 0
     chunks = client.chat.completions.create(model="served", stream=True, **asked)  # type: ignore[call-overload]
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert streamed
-    assert wanted in streamed
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt", **asked)  # type: ignore[call-overload]
+    return whole.choices[0].message.content, streamed
 
 
 def test_vllm_answers_the_openai_client(tmp_path: Path):
     with served(STARTER, tmp_path / "serve.log", "engine=vllm") as client:
-        answers_as_it_should(client, "Paris")
+        assert all("Paris" in answer for answer in answers_as_it_should(client))
 
 
 def test_a_w8a8_model_of_ours_is_served_by_vllm_without_asking_for_it(tmp_path: Path):
@@ -92,9 +90,9 @@ def test_a_w8a8_model_of_ours_is_served_by_vllm_without_asking_for_it(tmp_path: 
     made = write_quantized(STARTER, tmp_path / "small", config)
     # bitsandbytes' 8 bits come to 0.037 nats here; over so few positions the share of equal first tokens says less.
     assert made.agreement.kl < 0.05
-    assert made.agreement.top1 > 0.8
+    assert made.agreement.top1 > 0.85
     with served(str(tmp_path / "small"), tmp_path / "serve.log") as client:
-        answers_as_it_should(client, "")  # what it says is measured, not asked: 8 bits may well change a first word
+        assert all(answers_as_it_should(client))  # how well it says it is measured: 8 bits may change a first word
         echoed = client.completions.create(model="served", prompt=TEXT, max_tokens=1, logprobs=1, echo=True)
     likelihoods = [value for value in echoed.choices[0].logprobs.token_logprobs[:-1] if value is not None]
     loaded = load_model(STARTER, precision=Precision.FP32, device="cpu")
