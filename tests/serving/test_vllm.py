@@ -61,7 +61,7 @@ def served(model: str, log: Path, *settings: str) -> Iterator[openai.OpenAI]:
 
 
 def answers_as_it_should(client: openai.OpenAI) -> tuple[str, str]:
-    """The same questions that the other engine's tests ask, of a model that is not there, too; answers, one streamed."""
+    """What the other engine's tests ask, of a model that is not there, too; two answers, the second streamed."""
     question = [{"role": "user", "content": "What is the capital of France?"}]
     asked = {"messages": question, "temperature": 0, "max_tokens": 12}
     assert [model.id for model in client.models.list()] == ["served"]
