@@ -11,10 +11,11 @@ from typing import Any
 
 from raytune_ft.compression.config import PruningConfig, PruningJob, QuantizationConfig, QuantizationJob
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
-from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect, own_error
+from raytune_ft.core.cluster import Cluster, connect, own_error
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, DataError, RunError
 from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.models.loading import model_parent, quiet_transformers, shared_model
 

@@ -13,7 +13,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,60 +22,9 @@ from typing import Any, Literal
 
 from raytune_ft.core import relay
 from raytune_ft.core.errors import ClusterError, RaytuneError
+from raytune_ft.core.placement import UNLIMITED, Demand, Node, ResourcePlan, largest_share, misfit
 
 logger = logging.getLogger("raytune_ft")
-
-_UNLIMITED = 1_000_000
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Processes of one kind that run at the same time: how many, and what each holds."""
-
-    what: str
-    count: int
-    cpus: float
-    gpus: float = 0
-    threads: int = 1
-
-    def __str__(self) -> str:
-        gpus = f" + {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.count} {self.what} x ({self.cpus:g} CPU{gpus}, {self.threads} thread{'s' * (self.threads != 1)})"
-
-
-@dataclass(frozen=True)
-class Node:
-    """Logical CPUs and GPUs of one node; `count` such nodes exist or can be started by the autoscaler."""
-
-    cpus: float
-    gpus: float = 0
-    count: int = 1
-
-
-@dataclass(frozen=True)
-class ResourcePlan:
-    """What a run holds at once on the cluster."""
-
-    run: str
-    demands: tuple[Demand, ...]
-
-    def __str__(self) -> str:
-        return f"Resource plan of {self.run}: " + "; ".join(str(demand) for demand in self.demands)
-
-
-def misfit(plan: ResourcePlan, nodes: Sequence[Node]) -> str | None:
-    """Why `plan` cannot be placed on `nodes`, or None if it can (first-fit decreasing, one process on one node)."""
-    free = [[node.cpus, node.gpus] for node in nodes for _ in range(min(node.count, _UNLIMITED // 1000))]
-    needs = [(demand.gpus, demand.cpus, demand) for demand in plan.demands for _ in range(demand.count)]
-    for gpus, cpus, demand in sorted(needs, key=lambda need: need[:2], reverse=True):
-        for slot in free:
-            if slot[0] >= cpus - 1e-9 and slot[1] >= gpus - 1e-9:
-                slot[0] -= cpus
-                slot[1] -= gpus
-                break
-        else:
-            return f"no node has room for {demand}"
-    return None
 
 
 @dataclass(frozen=True)
@@ -104,6 +54,17 @@ class Cluster:
         kind = "joined" if self.origin == "joined" else "started locally"
         nodes = sum(node.count for node in self.nodes)
         return f"Ray cluster {kind} at {self.address}: {nodes} node(s), {self.cpus:g} CPU, {self.gpus:g} GPU"
+
+    def free(self, patience_s: float = 3.0) -> tuple[Node, ...]:
+        """The nodes with what nothing holds now; what has just ended gets `patience_s` to give back what it held."""
+        deadline = time.monotonic() + patience_s
+        while (found := _nodes(free=True)) != _nodes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found
+
+    def share(self, demand: Demand) -> float:
+        """Whole CPUs that each process of `demand` can hold of what is free, all of them at once; at least 1."""
+        return float(largest_share(demand, self.free()))
 
     def admit(self, plan: ResourcePlan) -> None:
         """Prints the plan, and refuses it if this cluster cannot place it.
@@ -299,17 +260,22 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _nodes() -> tuple[Node, ...]:
+def _nodes(*, free: bool = False) -> tuple[Node, ...]:
+    """Nodes by size; `free`: of those that are there, what nothing holds."""
     import ray
+    from ray._private.state import available_resources_per_node
 
-    alive: dict[tuple[float, float], int] = {}
+    unused = available_resources_per_node() if free else {}
+    whole: Counter[tuple[float, float]] = Counter()
+    found: Counter[tuple[float, float]] = Counter()
     for node in ray.nodes():
         if node["Alive"]:
-            key = (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
-            alive[key] = alive.get(key, 0) + 1
+            left = unused.get(node["NodeID"], {}) if free else node["Resources"]
+            whole[node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)] += 1
+            found[left.get("CPU", 0.0), left.get("GPU", 0.0)] += 1
     for cpus, gpus, most in _autoscaled():
-        alive[cpus, gpus] = max(alive.get((cpus, gpus), 0), most)
-    return tuple(Node(cpus, gpus, count) for (cpus, gpus), count in sorted(alive.items(), reverse=True))
+        found[cpus, gpus] += max(0, most - whole[cpus, gpus])
+    return tuple(Node(cpus, gpus, count) for (cpus, gpus), count in sorted(found.items(), reverse=True) if count)
 
 
 def _autoscaled() -> list[tuple[float, float, int]]:
@@ -321,7 +287,7 @@ def _autoscaled() -> list[tuple[float, float, int]]:
         return []
     groups = []
     for group in config.node_group_configs:
-        most = _UNLIMITED if group.max_count == -1 else group.max_count
+        most = UNLIMITED if group.max_count == -1 else group.max_count
         if most > 0:
             groups.append((float(group.resources.get("CPU", 0)), float(group.resources.get("GPU", 0)), most))
     return groups

@@ -13,10 +13,11 @@ import pyarrow as pa
 import ray.data
 
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
-from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan
+from raytune_ft.core.cluster import Cluster
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind
+from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location
 from raytune_ft.data.account import Account
 from raytune_ft.data.assessment import Assessment, Means, assess, assess_here

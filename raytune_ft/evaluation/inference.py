@@ -12,8 +12,9 @@ import pyarrow as pa
 import ray
 
 from raytune_ft.core import cluster
-from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, own_error
+from raytune_ft.core.cluster import Cluster, own_error
 from raytune_ft.core.errors import RaytuneError, RunError
+from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.kept import KeptRows

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from raytune_ft.core.cluster import Cluster, Demand, ResourcePlan, connect
+from raytune_ft.core.cluster import Cluster, connect
 from raytune_ft.core.errors import RaytuneError, ServingError
+from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
 from raytune_ft.serving.choice import check_config, choose_engine
 from raytune_ft.serving.config import Engine, ServingConfig

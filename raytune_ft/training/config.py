@@ -157,8 +157,9 @@ class FineTuningConfig(Config):
     """Training processes; each takes an equal share of every batch."""
     use_gpu: bool | None = None
     """Whether each worker takes a GPU; by default if the cluster has any."""
-    cpus_per_worker: float = Field(1, gt=0)
-    """Logical CPUs, and at least as many threads, of a worker."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """Logical CPUs, and at least as many threads, of a worker; by default one beside a GPU, else its share of all that
+    are free."""
     zero_stage: int = Field(2, ge=0)
     """DeepSpeed ZeRO: 0 shards nothing over the workers, 1 the optimizer's state, 2 gradients, too, 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"

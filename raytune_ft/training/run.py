@@ -22,6 +22,7 @@ from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, rea
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import ArtifactError, RaytuneError, RunError, StoppedError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
+from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
@@ -118,7 +119,9 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         logger.warning("train: %s", departure)
     with draft:
         use_gpu = config.on_gpu(connected.gpus)
-        connected.admit(cluster.ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
+        if config.cpus_per_worker is None and not use_gpu:
+            config = config.with_overrides(cpus_per_worker=connected.share(worker_demand(config, use_gpu=False)))
+        connected.admit(ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = _with_starting_model(config, output)
         splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)
         run_workers(ready, splits, output, use_gpu=use_gpu)
@@ -164,10 +167,14 @@ def data_parent(dataset_path: str) -> Parent:
     return Parent(role="dataset", where=str(location), digest=source_digest(location))
 
 
-def worker_demand(config: FineTuningConfig, *, use_gpu: bool) -> cluster.Demand:
-    """What the run's workers hold."""
-    threads = max(1, int(config.cpus_per_worker))
-    return cluster.Demand("train worker", config.num_workers, config.cpus_per_worker, int(use_gpu), threads)
+def worker_demand(config: FineTuningConfig, *, use_gpu: bool) -> Demand:
+    """What the run's workers hold; one CPU each, where nothing is said."""
+    cpus = config.cpus_per_worker or 1.0
+    return Demand("train worker", config.num_workers, cpus, int(use_gpu), _threads(config))
+
+
+def _threads(config: FineTuningConfig) -> int:
+    return max(1, int(config.cpus_per_worker or 1))
 
 
 @dataclass(frozen=True)
@@ -224,7 +231,7 @@ def _fit(
         train_loop_config={**told, "reports": reported is not None},
         torch_config=_StoppableTorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker}
+            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker or 1}
         ),
         run_config=RunConfig(
             name=RAY_STATE,
@@ -248,7 +255,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config: FineTuningConfig = settings["config"]
     output = Location(settings["output"])
     context = ray.train.get_context()
-    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    torch.set_num_threads(_threads(config))
     device = str(ray.train.torch.get_device())
     seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
     asked = _asked(settings["board"]) if seat.rank == 0 else is_noted

@@ -15,6 +15,7 @@ from typing import Any
 from ray import tune as ray_tune
 
 from raytune_ft.core import cluster
+from raytune_ft.core.placement import Demand, ResourcePlan, misfit
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.run import RAY_STATE, EvaluationReport, Reported, run_workers, worker_demand
@@ -47,23 +48,23 @@ def start_alone(
     if training.num_workers == 1:
         together = concurrency(config, connected, trials)
         threads = max(1, math.floor(config.cpus_per_trial))
-        demand = cluster.Demand("trial", together, config.cpus_per_trial, 0, threads)
-        connected.admit(cluster.ResourcePlan("tune", (demand,)))
+        demand = Demand("trial", together, config.cpus_per_trial, 0, threads)
+        connected.admit(ResourcePlan("tune", (demand,)))
         trial = ray_tune.with_parameters(in_process, **given, threads=threads)
         return ray_tune.with_resources(trial, {"CPU": config.cpus_per_trial}), together
     use_gpu = training.on_gpu(connected.gpus)
     one = worker_demand(training, use_gpu=use_gpu)
     together = min(trials, config.max_concurrent_trials or trials)
-    while together > 1 and cluster.misfit(_plan(one, together), connected.nodes) is not None:
+    while together > 1 and misfit(_plan(one, together), connected.nodes) is not None:
         together -= 1
     connected.admit(_plan(one, together))
     trial = ray_tune.with_parameters(on_workers, **given, use_gpu=use_gpu)
     return ray_tune.with_resources(trial, {"CPU": _DRIVER_CPUS}), together
 
 
-def _plan(worker: cluster.Demand, together: int) -> cluster.ResourcePlan:
+def _plan(worker: Demand, together: int) -> ResourcePlan:
     workers = replace(worker, count=worker.count * together)
-    return cluster.ResourcePlan("tune", (workers, cluster.Demand("driver of a trial", together, _DRIVER_CPUS)))
+    return ResourcePlan("tune", (workers, Demand("driver of a trial", together, _DRIVER_CPUS)))
 
 
 def concurrency(config: SweepConfig, connected: cluster.Cluster, trials: int) -> int:

@@ -19,6 +19,7 @@ from ray.tune import Trainable
 
 from raytune_ft.core import cluster
 from raytune_ft.core.errors import RunError
+from raytune_ft.core.placement import Demand, Node, ResourcePlan
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs, name_of
@@ -112,7 +113,7 @@ def why_alone(config: SweepConfig, packs: Packs) -> str | None:
     return packs.why_alone()
 
 
-def together(config: SweepConfig, nodes: Sequence[cluster.Node], trials: int) -> int:
+def together(config: SweepConfig, nodes: Sequence[Node], trials: int) -> int:
     """Trials that share banks at the same time: all up to 64; on CPUs, no more than keep the cores busy.
 
     Schedulers that pause trials get all of them: they compare what is there.
@@ -151,9 +152,9 @@ def start_banks(
     each, share = (max(1, homes // number), -(-number // homes)) if use_gpu else (homes, number)
     cpus, threads = bank_cpus(connected.nodes, trials, homes if use_gpu else 0, share)
     gpus = (1.0 if share == 1 else math.floor(100 / share) / 100) if use_gpu else 0.0
-    demand = cluster.Demand("bank of adapters", each * number, cpus, gpus, threads)
-    proxies = cluster.Demand("light trial", trials, PROXY_CPUS)
-    connected.admit(cluster.ResourcePlan("tune", (demand, proxies)))
+    demand = Demand("bank of adapters", each * number, cpus, gpus, threads)
+    proxies = Demand("light trial", trials, PROXY_CPUS)
+    connected.admit(ResourcePlan("tune", (demand, proxies)))
     make = ray.remote(BankHostActor).options(
         num_cpus=cpus,
         num_gpus=gpus,
@@ -179,7 +180,7 @@ def start_banks(
     return banks
 
 
-def bank_count(nodes: Sequence[cluster.Node], trials: int, *, use_gpu: bool) -> int:
+def bank_count(nodes: Sequence[Node], trials: int, *, use_gpu: bool) -> int:
     """Homes of banks: every GPU; or, where none is used, every node as large as the largest; at most `trials`."""
     if use_gpu:
         return max(1, min(int(sum(node.gpus * node.count for node in nodes)), trials))
@@ -187,7 +188,7 @@ def bank_count(nodes: Sequence[cluster.Node], trials: int, *, use_gpu: bool) -> 
     return min(sum(node.count for node in nodes if node.cpus == largest), trials)
 
 
-def bank_cpus(nodes: Sequence[cluster.Node], trials: int, gpus: int, share: int = 1) -> tuple[float, int]:
+def bank_cpus(nodes: Sequence[Node], trials: int, gpus: int, share: int = 1) -> tuple[float, int]:
     """Logical CPUs and threads of a bank: all of the largest node but what proxies need, shared by its banks.
 
     Ray takes whole CPUs, or a fraction below one.

@@ -1,4 +1,4 @@
-"""Plans are checked against nodes, and a local cluster starts, works and stops without help from its surroundings."""
+"""Plans are refused in words, and a local cluster starts, works and stops without help from its surroundings."""
 
 from __future__ import annotations
 
@@ -11,35 +11,13 @@ import psutil
 import pytest
 
 from raytune_ft.core import cluster
-from raytune_ft.core.cluster import Cluster, Demand, Node, ResourcePlan, misfit
+from raytune_ft.core.cluster import Cluster
 from raytune_ft.core.errors import ClusterError
+from raytune_ft.core.placement import Demand, Node, ResourcePlan
 
 
 def plan(*demands: Demand) -> ResourcePlan:
     return ResourcePlan("test", demands)
-
-
-def test_two_workers_fit_on_two_cpus_and_three_do_not() -> None:
-    nodes = [Node(cpus=2)]
-    assert misfit(plan(Demand("worker", 2, 1)), nodes) is None
-    assert misfit(plan(Demand("worker", 3, 1)), nodes) == "no node has room for 3 worker x (1 CPU, 1 thread)"
-
-
-def test_a_process_needs_one_node_to_itself_not_the_sum_of_two() -> None:
-    nodes = [Node(cpus=2), Node(cpus=2)]
-    assert misfit(plan(Demand("worker", 1, 3)), nodes) is not None
-    assert misfit(plan(Demand("worker", 2, 2)), nodes) is None
-
-
-def test_gpus_are_counted_apart_from_cpus() -> None:
-    assert misfit(plan(Demand("worker", 1, 1, gpus=1)), [Node(cpus=8)]) is not None
-    assert misfit(plan(Demand("worker", 2, 1, gpus=1)), [Node(cpus=4, gpus=1, count=2)]) is None
-
-
-def test_the_large_processes_are_placed_first() -> None:
-    # 1 + 1 + 2 on nodes of 2: in the given order the ones would spread and leave no room for the two.
-    demands = (Demand("small", 2, 1), Demand("large", 1, 2))
-    assert misfit(plan(*demands), [Node(cpus=2), Node(cpus=2)]) is None
 
 
 def test_nodes_that_the_autoscaler_may_start_count() -> None:
@@ -68,6 +46,24 @@ def test_an_address_that_nobody_answers_is_the_users_mistake() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment, check=False
     )
     assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster answers there" in done.stdout
+
+
+@pytest.mark.ray
+def test_what_another_process_holds_is_left_to_it(ray_cluster: Cluster) -> None:
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def ready(self) -> None:
+            pass
+
+    worker = Demand("worker", 1, 1)
+    assert ray_cluster.share(worker) == 2
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    assert ray_cluster.share(worker) == 1
+    ray.kill(holder)  # gives back a moment later, and that moment is waited for
+    assert ray_cluster.share(worker) == 2
 
 
 TRAIN_IN_A_HOSTILE_PLACE = """

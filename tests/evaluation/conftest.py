@@ -124,6 +124,7 @@ class ChatServer:
             def give(self, status: int, answer: object) -> None:
                 content = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
                 self.send_response(status)
+                self.send_header("content-type", "application/json")
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
                 with contextlib.suppress(BrokenPipeError):

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from raytune_ft.core.cluster import Node
+from raytune_ft.core.placement import Node
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packed import BankHostActor, bank_count, bank_cpus, together, why_alone
 from raytune_ft.tuning.packs import Packs
