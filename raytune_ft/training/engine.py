@@ -22,6 +22,7 @@ from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
 from raytune_ft.training.distill import DistillationLoss, load_teacher
+from raytune_ft.training.fused_lora import fuse_lora
 from raytune_ft.training.loop import Metrics
 from raytune_ft.training.micro_batches import Held, before_the_optimizer
 from raytune_ft.training.schedule import Timetable, learning_rate_at
@@ -79,6 +80,8 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
         model = _with_new_adapter(model, config)
         if config.adapter_path is not None:
             go_on_from(model, config.adapter_path)
+        if config.zero_stage < 3:
+            fuse_lora(model)
     if config.gradient_checkpointing:
         causal = model.get_base_model() if config.uses_adapter else model
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

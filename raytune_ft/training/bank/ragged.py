@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from raytune_ft.training.bank.dropout import kept
 from raytune_ft.training.bank.layout import Layout
 from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target, factor_views, flat_size
+from raytune_ft.training.low_rank import Product
 
 
 class _Slot:
@@ -51,23 +52,14 @@ class _Slot:
                 view.copy_(state[name])
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    """One trial's share of a layer: its tokens [start, stop), its factors, and where their gradients add up."""
+    """One trial's share of a layer: its tokens, its product, and where the gradients of its factors add up."""
 
-    start: int
-    stop: int
-    a: Tensor
-    b: Tensor
+    tokens: slice
+    product: Product
     gradient_a: Tensor
     gradient_b: Tensor
-    scale: float
-    kept: Tensor | None
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """The trial's rows of `x`, without the dropped features, in the factors' number format."""
-        mine = x[self.start : self.stop].to(self.a.dtype)
-        return mine if self.kept is None else torch.where(self.kept, mine, 0.0)
 
 
 class RaggedSlots:
@@ -170,22 +162,14 @@ class RaggedPass:
                 assert self._layout.keys is not None
                 mask = kept(self._layout.keys[start:stop], target.index, target.inputs, rate)
                 scale /= 1 - rate
-            parts.append(Part(start, stop, *slot.weights[target.name], *slot.gradients[target.name], scale, mask))
+            product = Product(*slot.weights[target.name], scale, mask)
+            parts.append(Part(slice(start, stop), product, *slot.gradients[target.name]))
         return parts
 
 
 def _add_products(out: Tensor, x: Tensor, parts: list[Part]) -> list[Tensor]:
-    """Adds each part's product to its rows of `out`; returns the scaled [tokens, rank] products with A."""
-    lows = []
-    for part in parts:
-        low = (part.inputs(x) @ part.a.t()).mul_(part.scale)
-        rows = out[part.start : part.stop]
-        if rows.dtype == low.dtype:
-            rows.addmm_(low, part.b.t())
-        else:
-            rows += (low @ part.b.t()).to(rows.dtype)
-        lows.append(low)
-    return lows
+    """Adds each part's product to its rows of `out`; returns the scaled first halves."""
+    return [part.product.add(out[part.tokens], x[part.tokens]) for part in parts]
 
 
 def _add_gradients(
@@ -193,18 +177,10 @@ def _add_gradients(
 ) -> None:
     """Adds to the factors' gradients, and to that of x where one is wanted."""
     for part, low in zip(parts, lows, strict=True):
-        mine = gradient[part.start : part.stop].to(part.b.dtype)
-        gradient_low = (mine @ part.b).mul_(part.scale)
+        rows = None if gradient_x is None else gradient_x[part.tokens]
+        mine, gradient_low = part.product.back(gradient[part.tokens], rows)
         part.gradient_b.addmm_(mine.t(), low)
-        part.gradient_a.addmm_(gradient_low.t(), part.inputs(x))
-        if gradient_x is None:
-            continue
-        rows = gradient_x[part.start : part.stop]
-        if part.kept is None and rows.dtype == part.a.dtype:
-            rows.addmm_(gradient_low, part.a)
-        else:
-            back = gradient_low @ part.a
-            rows += (back if part.kept is None else torch.where(part.kept, back, 0.0)).to(rows.dtype)
+        part.gradient_a.addmm_(gradient_low.t(), part.product.inputs(x[part.tokens]))
 
 
 class _FrozenLinear(torch.autograd.Function):
