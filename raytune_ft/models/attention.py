@@ -1,7 +1,7 @@
 """Attention that knows segments: sequences laid end to end, none of which sees another.
 
-Registered with transformers as ``segments``. The segments come as ``cu_seq_lens_q`` (the name that transformers'
-flash-attention arguments use), so that padding-free batches need no [tokens, tokens] mask.
+`use_attention` registers it with transformers as ``segments``. The segments come as ``cu_seq_lens_q`` (the name that
+transformers' flash-attention arguments use), so that padding-free batches need no [tokens, tokens] mask.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.virtual import Prefixes
@@ -139,11 +138,11 @@ def _takes_window(function: Any) -> bool:
     return "window_size" in inspect.signature(function).parameters
 
 
-ALL_ATTENTION_FUNCTIONS.register(SEGMENTS, segment_attention)
-
-
 def use_attention(model: Any, name: str) -> None:
     """Switches a transformers model (or a PEFT model around one) to a registered attention."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(SEGMENTS, segment_attention)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal.config._attn_implementation != name:
         causal.set_attn_implementation(name)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.evaluation.metrics import METRICS
 from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
@@ -46,6 +45,8 @@ class AnswerCheck:
     """A metric of generated answers to the first rows of the validation split, shared by all ranks."""
 
     def __init__(self, model: Any, tokenizer: Any, config: FineTuningConfig, rows: Sequence[Encoded], peers: Peers):
+        from raytune_ft.evaluation.metrics import METRICS  # only a run that asks for one waits for metrics to load
+
         found = [Question.of(row) for row in rows]
         questions = [question for question in found if question is not None]
         if not questions:

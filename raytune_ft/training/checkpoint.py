@@ -185,6 +185,26 @@ def opened(target: Location, peers: Peers = ALONE) -> StoredCheckpoint:
     return found
 
 
+def named(path: str, peers: Peers = ALONE) -> StoredCheckpoint:
+    """The whole checkpoint in a folder; under several ranks all call it, and each verifies a share.
+
+    Raises:
+        ArtifactError: if it is none, with what is wrong.
+    """
+    where = Location.at(path)
+    wanted = "resume_from_checkpoint wants auto, or the folder of a checkpoint (.../checkpoints/step-00000010)"
+    if not where.exists():
+        raise ArtifactError(f"{where}: there is no such folder; {wanted}")
+    if not (where / MANIFEST).exists():
+        inside = [name for name in where.folders() if name.startswith("step-")]
+        hint = f"it holds checkpoints, name one of them: {', '.join(inside[-3:])}" if inside else wanted
+        raise ArtifactError(f"{where}: is no finished checkpoint (it has no {MANIFEST}); {hint}")
+    try:
+        return opened(where, peers)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: is not a whole checkpoint: {error}; {wanted}") from None
+
+
 def newest(folder: Location, peers: Peers = ALONE) -> StoredCheckpoint | None:
     """The newest whole checkpoint below `folder`, the same on all ranks; damaged ones are named and passed over."""
     steps = _finished(folder) if peers.leads else iter(())

@@ -9,12 +9,10 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from raytune_ft.core.errors import ArtifactError
-from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import save_adapter
 from raytune_ft.models.golden import Golden, write_golden
@@ -26,18 +24,15 @@ from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.curves import draw_curves
 from raytune_ft.training.engine import LocalLearner, ZeroLearner
+from raytune_ft.training.folder import CHECKPOINTS, CURVES, DIAGNOSIS, HISTORY, SUMMARY, TENSORBOARD
 from raytune_ft.training.learner_state import LearnerState, random_state, set_random_state
 from raytune_ft.training.loop import Metrics, TrainingSummary
 from raytune_ft.training.monitor import Monitor
-from raytune_ft.training.peers import ALONE, Peers
+from raytune_ft.training.peers import Peers
 from raytune_ft.training.stopping import Patience
 from raytune_ft.training.writer import CheckpointWriter, Save
 
 logger = logging.getLogger("raytune_ft")
-
-CHECKPOINTS = "checkpoints"
-HISTORY, SUMMARY, DIAGNOSIS, CURVES = "history.jsonl", "summary.json", "diagnosis.json", "curves.svg"
-TENSORBOARD = "tensorboard"
 
 
 @dataclass
@@ -51,26 +46,6 @@ class History:
         row = {"step": step, **metrics, "tokens_per_s": metrics["tokens"] / max(metrics["step_s"], 1e-9)}
         self.rows.append(row)
         return row
-
-
-def named_checkpoint(path: str, peers: Peers = ALONE) -> StoredCheckpoint:
-    """The whole checkpoint in a folder; under several ranks all call it, and each verifies a share.
-
-    Raises:
-        ArtifactError: if it is none, with what is wrong.
-    """
-    where = Location.at(path)
-    wanted = "resume_from_checkpoint wants auto, or the folder of a checkpoint (.../checkpoints/step-00000010)"
-    if not where.exists():
-        raise ArtifactError(f"{where}: there is no such folder; {wanted}")
-    if not (where / MANIFEST).exists():
-        inside = [name for name in where.folders() if name.startswith("step-")]
-        hint = f"it holds checkpoints, name one of them: {', '.join(inside[-3:])}" if inside else wanted
-        raise ArtifactError(f"{where}: is no finished checkpoint (it has no {MANIFEST}); {hint}")
-    try:
-        return checkpoint.opened(where, peers)
-    except ValueError as error:
-        raise ArtifactError(f"{where}: is not a whole checkpoint: {error}; {wanted}") from None
 
 
 class Keeper:
@@ -129,7 +104,7 @@ class Keeper:
             self._writer.trust(own.step)
         if own is not None or self.config.resume_from_checkpoint == "auto":
             return own
-        return named_checkpoint(self.config.resume_from_checkpoint, self.peers)
+        return checkpoint.named(self.config.resume_from_checkpoint, self.peers)
 
     def _refuse_other_weights(self, found: StoredCheckpoint) -> None:
         mine, there = self._state.shapes, found.shapes(checkpoint.WEIGHTS)
@@ -228,9 +203,3 @@ class Keeper:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def read_report(output: Location) -> dict[str, Any]:
-    """The diagnosis in a finished folder."""
-    report: dict[str, Any] = json.loads((output / DIAGNOSIS).read())
-    return report

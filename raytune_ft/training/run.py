@@ -26,16 +26,15 @@ from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
+from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.cursor import other_batch
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
-from raytune_ft.training.distill import refuse_other_tokens, write_student
+from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.interruption import is_noted, note_sigterm
-from raytune_ft.training.keeper import named_checkpoint, read_report
 from raytune_ft.training.loop import Decision, Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import OutOfMemoryError
-from raytune_ft.training.session import CHECKPOINTS, Seat, train_in_process
 from raytune_ft.training.trackers import refuse_missing
 
 logger = logging.getLogger("raytune_ft")
@@ -80,6 +79,8 @@ def distill(config: DistillationConfig) -> Artifact:
     Raises:
         ModelError: if teacher and student have other tokens, or the teacher has too few layers.
     """
+    from raytune_ft.training.distill import refuse_other_tokens
+
     storage = Location.at(config.output_dir).parent
     teacher = shared_model(config.teacher_path, storage)
     if config.model_path:
@@ -97,7 +98,7 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     if isinstance(config.deepspeed_config, str):
         config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
     if config.resume_from_checkpoint != "auto":
-        named_checkpoint(config.resume_from_checkpoint)
+        checkpoint.named(config.resume_from_checkpoint)
     output = Location.at(config.output_dir)
     refuse_other_batch(config, output)
     connected = cluster.connect()
@@ -151,6 +152,8 @@ def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuni
         config = config.with_overrides(adapter_path=shared_model(config.adapter_path, output.parent))
     if not isinstance(config, DistillationConfig) or config.student_layers is None:
         return config.with_overrides(model_path=shared_model(config.model_path, output.parent))
+    from raytune_ft.training.distill import write_student
+
     student = output / _STUDENT
     try:
         ray.get(ray.remote(write_student).remote(config.teacher_path, student, config.student_layers))
@@ -250,6 +253,8 @@ def _fit(
 def _worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs; an ending that a new attempt would only repeat is written, not raised."""
     import torch
+
+    from raytune_ft.training.session import Seat, train_in_process  # loads what neither driver nor controller needs
 
     cluster.report_to_driver()
     config: FineTuningConfig = settings["config"]
@@ -383,10 +388,8 @@ def _stop_on_sigterm() -> Iterator[Any]:
 
 
 def _keep_numbers(draft: Draft, output: Location) -> None:
-    summary = json.loads((output / "summary.json").read())
-    rows = [json.loads(line) for line in (output / "history.jsonl").read().decode().splitlines()]
+    summary, rows, report = read_summary(output), read_history(output), read_report(output)
     metrics: Metrics = summary["metrics"]
-    report = read_report(output)
     draft.numbers |= {
         "steps": summary["steps"],
         "stopped_because": summary["reason"],

@@ -24,9 +24,10 @@ from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_st
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
+from raytune_ft.training.folder import CHECKPOINTS, TENSORBOARD
 from raytune_ft.training.golden import golden_of
 from raytune_ft.training.interruption import agreed, is_noted
-from raytune_ft.training.keeper import CHECKPOINTS, HISTORY, TENSORBOARD, Keeper
+from raytune_ft.training.keeper import Keeper
 from raytune_ft.training.loop import Decision, Learner, Metrics, NotFiniteError, TrainingSummary, fit
 from raytune_ft.training.micro_batches import (
     DIVISOR,
@@ -42,8 +43,6 @@ from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.trackers import Trackers
 from raytune_ft.training.utilization import Work, device_peak
 from raytune_ft.training.zero import sharded_loading
-
-__all__ = ["CHECKPOINTS", "HISTORY", "Seat", "train_in_process"]
 
 logger = logging.getLogger("raytune_ft")
 

@@ -10,8 +10,9 @@ import pytest
 
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
+from raytune_ft.training.folder import CHECKPOINTS, HISTORY
 from raytune_ft.training.loop import Decision
-from raytune_ft.training.session import CHECKPOINTS, HISTORY, Seat, train_in_process
+from raytune_ft.training.session import Seat, train_in_process
 
 
 def run(config, splits, output: Path, *, cut_after: int | None = None) -> list[float]:

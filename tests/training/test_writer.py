@@ -17,8 +17,9 @@ from moto.server import ThreadedMotoServer
 
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
+from raytune_ft.training.folder import CHECKPOINTS, HISTORY
 from raytune_ft.training.peers import Peers
-from raytune_ft.training.session import CHECKPOINTS, HISTORY, Seat, train_in_process
+from raytune_ft.training.session import Seat, train_in_process
 from raytune_ft.training.slices import Slice
 from raytune_ft.training.writer import CheckpointWriter, Save, delete_old
 
