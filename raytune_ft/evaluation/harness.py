@@ -5,10 +5,11 @@ Biderman et al. 2024, Lessons from the Trenches on Reproducible Evaluation of La
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError, RaytuneError, RunError
 from raytune_ft.evaluation.config import HarnessConfig
@@ -40,27 +41,33 @@ def run_harness(
 
     Raises:
         DataError: if a task's data is neither here nor can be fetched.
-        RunError: if lm-eval fails otherwise.
+        RunError: if lm-eval fails otherwise, or cannot read what an endpoint answers.
     """
     from lm_eval import simple_evaluate
 
     served = (
         _endpoint_model(target, config, endpoint) if target.is_endpoint else _local_model(target, config, precision)
     )
-    try:
-        found = simple_evaluate(
-            **served,
-            tasks=list(config.tasks),
-            num_fewshot=config.num_fewshot,
-            limit=config.limit,
-            task_manager=_manager(config),
-            bootstrap_iters=1000,
-            log_samples=False,
+    with _Unread() as unread:
+        try:
+            found = simple_evaluate(
+                **served,
+                tasks=list(config.tasks),
+                num_fewshot=config.num_fewshot,
+                limit=config.limit,
+                task_manager=_manager(config),
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+        except RaytuneError:
+            raise
+        except Exception as error:
+            raise _told(error, config) from error
+    if unread.words:
+        raise RunError(
+            f"harness: lm-eval could not read {len(unread.words)} of the endpoint's answers ({unread.words[0]}), and "
+            "would count them as wrong ones: the endpoint does not answer as OpenAI's does"
         )
-    except RaytuneError:
-        raise
-    except Exception as error:
-        raise _told(error, config) from error
     return numbers_of((found or {}).get("results", {}))
 
 
@@ -74,6 +81,26 @@ def numbers_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
         }
         for task, values in results.items()
     }
+
+
+class _Unread(logging.Handler):
+    """Collects what lm-eval says, in its log only, of answers that it takes for empty ones; within the block."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.words: list[str] = []
+        self._log = logging.getLogger("lm_eval")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("Could not parse"):
+            self.words.append(record.getMessage())
+
+    def __enter__(self) -> Self:
+        self._log.addHandler(self)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._log.removeHandler(self)
 
 
 def _local_model(target: Target, config: HarnessConfig, precision: Precision) -> dict[str, Any]:

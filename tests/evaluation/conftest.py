@@ -93,7 +93,7 @@ class ChatServer:
     @staticmethod
     def completion(text: object, reason: str = "stop") -> dict[str, object]:
         return {
-            "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
             "usage": {"completion_tokens": 3},
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError
+from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError, RunError
 from raytune_ft.evaluation.config import HarnessConfig
 from raytune_ft.evaluation.config_inference import EndpointConfig
 from raytune_ft.evaluation.harness import numbers_of, require_harness, run_harness
@@ -118,3 +118,19 @@ def test_an_endpoint_generates_for_a_task(tasks: Path, server: Any) -> None:
     config = HarnessConfig(tasks=("house_words",), include_path=str(tasks))
     found = run_harness(Target("m", server.url), config, Precision.FP32, EndpointConfig(max_retries=1))
     assert found["house_words"]["exact_match,none"] == pytest.approx(5 / 6)
+
+
+@installed
+def test_answers_that_lm_eval_cannot_read_are_no_wrong_answers(tasks: Path, server: Any) -> None:
+    (tasks / "house_words.yaml").write_text(GENERATING.format(data=tasks / "rows.jsonl"))
+
+    def answer(text: str, times: int) -> tuple[int, object]:
+        found = server.completion(text.upper())
+        if text in {"order 1", "order 4"}:
+            del found["choices"][0]["index"]
+        return 200, found
+
+    server.behaviour = answer
+    config = HarnessConfig(tasks=("house_words",), include_path=str(tasks))
+    with pytest.raises(RunError, match=r"lm-eval could not read 2 of the endpoint's answers .*'index'"):
+        run_harness(Target("m", server.url), config, Precision.FP32, EndpointConfig(max_retries=1))
