@@ -64,7 +64,7 @@ VERBS: Mapping[str, Verb] = {
 
 _HELP = """Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM after saving (the same
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM (the same
 command goes on from there).
 """
 
@@ -111,12 +111,14 @@ def _guarded(action: Callable[[], None]) -> int:
     except RaytuneError as error:
         return _fail(error)
     except KeyboardInterrupt:
+        terminated = False
         if "ray" in sys.modules:
-            from raytune_ft.core.cluster import disconnect
+            from raytune_ft.core.cluster import disconnect, was_terminated
 
+            terminated = was_terminated()
             disconnect()
-        logger.warning("interrupted; the same command goes on from here")
-        return 130
+        logger.warning("%s; the same command goes on from here", "terminated" if terminated else "interrupted")
+        return 143 if terminated else 130
     return 0
 
 

@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -95,12 +97,13 @@ def connect(*, num_cpus: int | None = None) -> Cluster:
 
     if not ray.is_initialized():
         _quiet_ray()
-        if os.environ.get("RAY_ADDRESS"):
-            _join(os.environ["RAY_ADDRESS"])
-            origin: Literal["joined", "started"] = "joined"
-        else:
-            _start(num_cpus)
-            origin = "started"
+        with _sigterm_like_ctrl_c():
+            if os.environ.get("RAY_ADDRESS"):
+                _join(os.environ["RAY_ADDRESS"])
+                origin: Literal["joined", "started"] = "joined"
+            else:
+                _start(num_cpus)
+                origin = "started"
         _listen()
         cluster = Cluster(ray.get_runtime_context().gcs_address, origin, _nodes())
         logger.info("%s", cluster)
@@ -218,10 +221,6 @@ def _knock(address: str) -> None:
 def _start(num_cpus: int | None) -> None:
     import ray
 
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        # A plain SIGTERM would end Python without its exit handlers, and with them Ray's orderly stop.
-        signal.signal(signal.SIGTERM, _on_sigterm)
     # Ray's own actors ask the state API by this variable; without it they give up where two clusters share a machine.
     port = _free_port()
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
@@ -251,8 +250,38 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: like Ctrl-C, which Ray's loops pass on from wherever they wait, as they do no other exception."""
+
+
+def was_terminated() -> bool:
+    """Whether SIGTERM came; Ray passes it on as a bare `KeyboardInterrupt`."""
+    return _terminated.is_set()
+
+
+_terminated = threading.Event()
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Within the block Ray sets a handler of its own; after it the caller's is back, or, where there was none, ours.
+
+    Ray's raises `SystemExit`, which ends the process by an abort where it comes while Ray Serve starts.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _on_sigterm if before == signal.SIG_DFL else before)
+
+
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    _terminated.set()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked again, the process ends at once
+    raise Terminated
 
 
 def usable_cpus() -> int:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
+import ray.data
 
 from raytune_ft.core import cluster
 from raytune_ft.core.cluster import Cluster, own_error

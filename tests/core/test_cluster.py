@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,38 @@ def test_what_another_process_holds_is_left_to_it(ray_cluster: Cluster) -> None:
     assert ray_cluster.share(worker) == 2
 
 
+WAITS = """
+import sys, time
+import psutil
+from raytune_ft import cli
+from raytune_ft.core import cluster
+
+def work():
+    cluster.connect(num_cpus=1)
+    import ray
+    print("children:", *[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
+    ray.get(ray.remote(lambda: time.sleep(60)).remote()) if sys.argv[1] == "in Ray" else time.sleep(60)
+
+sys.exit(cli._guarded(work))
+"""
+
+
+@pytest.mark.parametrize("where", ["in Ray", "in Python"])
+def test_sigterm_ends_a_command_and_its_cluster_in_order(where: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", WAITS, where], stdout=-1, stderr=-1, text=True, env=environment)
+    assert process.stdout is not None
+    children = process.stdout.readline().split()[1:]
+    assert children
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "terminated; the same command goes on from here" in said
+    _, alive = psutil.wait_procs([psutil.Process(p) for p in map(int, children) if psutil.pid_exists(p)], timeout=60)
+    assert not alive
+
+
 TRAIN_IN_A_HOSTILE_PLACE = """
 import logging, os, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -107,7 +140,7 @@ def test_deepspeed_trains_without_compiler_activated_environment_or_clean_build_
     arguments = [str(tiny_model), str(orders), str(tmp_path / "out")]
     command = [sys.executable, "-c", TRAIN_IN_A_HOSTILE_PLACE, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path, check=False
+        command, capture_output=True, text=True, timeout=480, env=environment, cwd=tmp_path, check=False
     )
     assert "steps: 2" in done.stdout, done.stderr[-3000:]
     assert "started locally" in done.stderr

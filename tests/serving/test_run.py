@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from raytune_ft.core.errors import ModelError, ServingError
@@ -338,6 +339,25 @@ def test_sigterm_takes_the_endpoint_down_and_ends_the_program_as_done(
     assert process.wait(60) == 0, "".join(said)
     assert "Stopping" in "".join(said)
     assert not serve.status().proxies, "Serve would outlive the program on a cluster that it joined"
+
+
+def test_sigterm_while_the_endpoint_starts_ends_the_program_in_order(tiny_model: Path, tmp_path: Path):
+    settings = tmp_path / "serve.yaml"
+    settings.write_text(f"model_path: {tiny_model}\nport: 0\n")
+    command = [sys.executable, "-c", "from raytune_ft.cli import main; main()", "serve", str(settings)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "Engine transformers" in line:
+            children = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143, "".join(said)
+    assert "terminated; the same command goes on from here" in said[-1]
+    assert children
+    assert not psutil.wait_procs(children, timeout=60)[1]
 
 
 def test_a_port_in_use_is_refused_by_its_number_before_anything_starts():
