@@ -40,7 +40,9 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = "from raytune_ft.cli import main; main()"
+        # As a terminal starts it: a test run in the background hands down that Ctrl-C is ignored.
+        command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        command += "from raytune_ft.cli import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", command, "judge", self.report, "--port", str(self.port)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
