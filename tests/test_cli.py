@@ -161,7 +161,8 @@ def test_ctrl_c_is_exit_code_130(verb):
 @pytest.mark.ray
 def test_ctrl_c_in_a_terminal_leaves_no_ray_process_behind(tmp_path):
     program = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background ignore it
         "import ray\n"
         "from raytune_ft import cli\n"
         "from raytune_ft.core import cluster\n"
