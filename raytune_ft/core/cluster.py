@@ -250,12 +250,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: like Ctrl-C, which Ray's loops pass on from wherever they wait, as they do no other exception."""
-
-
 def was_terminated() -> bool:
-    """Whether SIGTERM came; Ray passes it on as a bare `KeyboardInterrupt`."""
+    """Whether a `KeyboardInterrupt` was SIGTERM: no other exception is passed on from wherever Ray waits."""
     return _terminated.is_set()
 
 
@@ -281,7 +277,7 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     _terminated.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked again, the process ends at once
-    raise Terminated
+    raise KeyboardInterrupt
 
 
 def usable_cpus() -> int:

@@ -173,11 +173,7 @@ def data_parent(dataset_path: str) -> Parent:
 def worker_demand(config: FineTuningConfig, *, use_gpu: bool) -> Demand:
     """What the run's workers hold; one CPU each, where nothing is said."""
     cpus = config.cpus_per_worker or 1.0
-    return Demand("train worker", config.num_workers, cpus, int(use_gpu), _threads(config))
-
-
-def _threads(config: FineTuningConfig) -> int:
-    return max(1, int(config.cpus_per_worker or 1))
+    return Demand("train worker", config.num_workers, cpus, int(use_gpu), max(1, int(cpus)))
 
 
 @dataclass(frozen=True)
@@ -228,13 +224,14 @@ def _fit(
     use_gpu: bool,
     reported: Reported | None,
 ) -> None:
-    told = {"config": config, "splits": splits, "output": output.uri, "board": board}
+    demand = worker_demand(config, use_gpu=use_gpu)
+    told = {"config": config, "splits": splits, "output": output.uri, "board": board, "threads": demand.threads}
     trainer = TorchTrainer(
         _worker,
         train_loop_config={**told, "reports": reported is not None},
         torch_config=_StoppableTorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": config.cpus_per_worker or 1}
+            num_workers=config.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": demand.cpus}
         ),
         run_config=RunConfig(
             name=RAY_STATE,
@@ -260,7 +257,7 @@ def _worker(settings: dict[str, Any]) -> None:
     config: FineTuningConfig = settings["config"]
     output = Location(settings["output"])
     context = ray.train.get_context()
-    torch.set_num_threads(_threads(config))
+    torch.set_num_threads(settings["threads"])
     device = str(ray.train.torch.get_device())
     seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
     asked = _asked(settings["board"]) if seat.rank == 0 else is_noted

@@ -87,7 +87,10 @@ sys.exit(cli._guarded(work))
 def test_sigterm_ends_a_command_and_its_cluster_in_order(where: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen([sys.executable, "-c", WAITS, where], stdout=-1, stderr=-1, text=True, env=environment)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS, where], stdout=pipe, stderr=pipe, text=True, env=environment
+    )
     assert process.stdout is not None
     children = process.stdout.readline().split()[1:]
     assert children
