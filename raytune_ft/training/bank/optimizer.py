@@ -1,31 +1,12 @@
-"""AdamW over the rows of a matrix, each with its own rates and its own step count."""
+"""AdamW of each trial in a bank, at its own rates; clipping of all at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-
-@dataclass
-class RowRates:
-    """[rows] float32 settings of each row's AdamW, on the matrix's device."""
-
-    beta1: Tensor
-    beta2: Tensor
-    epsilon: Tensor
-    weight_decay: Tensor
-    max_grad_norm: Tensor
-
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> RowRates:
-        """Settings of `rows` rows that nobody uses yet."""
-        return cls(*(torch.zeros(rows, device=device) for _ in fields(cls)))
-
-    def take(self, rows: Tensor) -> RowRates:
-        """Those of some rows."""
-        return RowRates(*(getattr(self, f.name).index_select(0, rows) for f in fields(self)))
+from raytune_ft.training.bank.slot import SlotSettings
 
 
 def clip_rows_(gradients: Tensor, limits: Tensor) -> Tensor:
@@ -35,32 +16,41 @@ def clip_rows_(gradients: Tensor, limits: Tensor) -> Tensor:
     return norms
 
 
-def adamw_rows_(
+@torch.no_grad()
+def adamw_(  # noqa: PLR0917 - the tensors of one step, all of one shape
     weights: Tensor,
     gradients: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    *,
     steps: Tensor,
-    learning_rates: Tensor,
-    rates: RowRates,
+    settings: SlotSettings,
+    learning_rate: float,
 ) -> None:
-    """One step of AdamW (Loshchilov and Hutter, 2019) for every row, in place; the operations don't grow in number.
+    """One step of torch's fused AdamW (Loshchilov and Hutter, 2019), in place, without waiting for the device.
 
     Args:
-        weights: [rows, size] float32, as are the gradients and moments.
+        weights: any shape, float32, as are the gradients and moments.
         gradients: as `weights`.
         exp_avg: as `weights`.
         exp_avg_sq: as `weights`.
-        steps: [rows] float32, the number of the step that is made, from 1.
-        learning_rates: [rows] float32.
-        rates: of these rows.
+        steps: float32 number of steps made so far, which is counted up.
+        settings: betas, epsilon and weight decay.
+        learning_rate: of this step.
     """
-    weights.mul_((1 - learning_rates * rates.weight_decay).unsqueeze(1))
-    exp_avg.lerp_(gradients, (1 - rates.beta1).unsqueeze(1))
-    beta2 = rates.beta2.unsqueeze(1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients * (1 - beta2))
-    first = 1 - rates.beta1.double().pow(steps.double())
-    second = (1 - rates.beta2.double().pow(steps.double())).sqrt()
-    denominator = exp_avg_sq.sqrt().div_(second.float().unsqueeze(1)).add_(rates.epsilon.unsqueeze(1))
-    weights.sub_(denominator.reciprocal_().mul_(exp_avg).mul_((learning_rates / first).float().unsqueeze(1)))
+    beta1, beta2 = settings.betas
+    adamw(
+        [weights],
+        [gradients],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [steps],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=learning_rate,
+        weight_decay=settings.weight_decay,
+        eps=settings.epsilon,
+    )

@@ -1,7 +1,9 @@
 """Adapters stacked to the highest rank: what GPUs do fastest, since launches don't grow with the number of trials.
 
-Rows of A and columns of B beyond a trial's rank, and the factors of layers that it does not adapt, are zero. Their
-gradients are zero, too (each holds the other factor), so they stay zero.
+A trial keeps its factors and moments for itself, at its own rank. The products want matrices of one shape: a copy of
+all factors in the activations' number format, and the gradients, are padded to the highest rank. The rank comes first
+in both, so that a trial's own numbers are the beginning of its row. What lies beyond, and the factors of layers that a
+trial does not adapt, are zero; their gradients are zero, too (each holds the other factor), so they stay zero.
 """
 
 from __future__ import annotations
@@ -15,155 +17,188 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from raytune_ft.training.bank.dropout import kept, thresholds
 from raytune_ft.training.bank.layout import Layout
-from raytune_ft.training.bank.optimizer import RowRates, adamw_rows_, clip_rows_
+from raytune_ft.training.bank.optimizer import adamw_, clip_rows_
 from raytune_ft.training.bank.products import SegmentProducts, products_for
-from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target, factor_views, flat_size
+from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target
 
 _ALIGNED = 8  # grouped products want rows of whole 16 bytes, also in bf16
-_MATRICES = ("weights", "gradients", "exp_avg", "exp_avg_sq")
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""By layer: A [..., rank, inputs] and B transposed [..., rank, outputs], as views."""
+
+
+class _Plan:
+    """Where the factors of each target lie in the numbers of one rank; `width` is how many those are."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = tuple(targets)
+        self._places: dict[str, tuple[int, int]] = {}
+        start = 0
+        for target in self.targets:
+            middle = start + _aligned(target.inputs)
+            self._places[target.name] = start, middle
+            start = middle + _aligned(target.outputs)
+        self.width = start
+
+    def views(self, numbers: Tensor) -> Factors:
+        """The factors in `numbers` [..., rank, width]."""
+        return {
+            target.name: (
+                numbers.narrow(-1, a, target.inputs),
+                numbers.narrow(-1, b, target.outputs),
+            )
+            for target, (a, b) in ((target, self._places[target.name]) for target in self.targets)
+        }
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+class _Slot:
+    """A trial's factors and moments, [rank, width] each, and the number of steps made."""
+
+    def __init__(self, settings: SlotSettings, plan: _Plan, state: SlotState, device: torch.device) -> None:
+        self.settings, self._plan = settings, plan
+        self.weights, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros(settings.rank, plan.width, device=device) for _ in range(3)
+        )
+        self.steps = torch.tensor(float(state.step), device=device)
+        for numbers, tensors in (
+            (self.weights, state.weights),
+            (self.exp_avg, state.exp_avg),
+            (self.exp_avg_sq, state.exp_avg_sq),
+        ):
+            views = plan.views(numbers)
+            for target in settings.targets if tensors else ():
+                a, b = (tensors[name] for name in target.factors)
+                views[target.name][0].copy_(a)
+                views[target.name][1].copy_(b.t())
+
+    def read(self) -> SlotState:
+        weights, step = self._named(self.weights), int(self.steps)
+        if not step:
+            return SlotState.initial(weights)
+        return SlotState(weights, self._named(self.exp_avg), self._named(self.exp_avg_sq), step)
+
+    def _named(self, numbers: Tensor) -> State:
+        views = self._plan.views(numbers.cpu())
+        state: State = {}
+        for target in self.settings.targets:
+            a, b = views[target.name]
+            state |= zip(target.factors, (a.clone(), b.t().contiguous()), strict=True)
+        return state
 
 
 class StackedSlots:
-    """The adapters of all trials as rows of one matrix, and the AdamW of all rows."""
+    """The adapters of all trials, each with its AdamW, and what products over all of them need."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._rows: dict[str, int] = {}
-        self._settings: dict[str, SlotSettings] = {}
-        self._targets: tuple[Target, ...] = ()
-        self._rank = 0
-        self._matrices = {key: torch.zeros(0, 0, device=device) for key in _MATRICES}
-        self._rates = RowRates.empty(0, device)
-        self._steps = torch.zeros(0, device=device)
+        self._slots: dict[str, _Slot] = {}
+        self._plan = _Plan(())
+        self._gradients: Tensor | None = None
+        self._copies: dict[torch.dtype, Tensor] = {}
 
     def admit(self, name: str, settings: SlotSettings, state: SlotState) -> None:
-        """Gives a trial a row that starts from `state`; the matrix grows where it has to."""
-        self._reshape(settings)
-        row = min(set(range(len(self._steps))) - set(self._rows.values()))
-        self._rows[name], self._settings[name] = row, settings
-        self._fill(row, settings, state)
+        """Gives a trial a slot that starts from `state`."""
+        known = {target.name for target in self._plan.targets}
+        fresh = tuple(target for target in settings.targets if target.name not in known)
+        if fresh:
+            self._plan = _Plan(self._plan.targets + fresh)
+            self._slots = {
+                other: _Slot(slot.settings, self._plan, slot.read(), self.device) for other, slot in self._slots.items()
+            }
+        self._slots[name] = _Slot(settings, self._plan, state, self.device)
+        self._forget()
 
     def evict(self, name: str) -> None:
-        """Frees a trial's row; what is in it stays zero until the next one comes."""
-        row = self._rows.pop(name)
-        del self._settings[name]
-        for matrix in self._matrices.values():
-            matrix[row].zero_()
+        """Frees all that a trial holds."""
+        del self._slots[name]
+        self._forget()
 
     def settings(self, name: str) -> SlotSettings:
         """What the trial was admitted with."""
-        return self._settings[name]
+        return self._slots[name].settings
 
     def read(self, name: str) -> SlotState:
         """A copy of a slot on the CPU."""
-        step = int(self._steps[self._rows[name]])
-        weights = self._named(name, self._matrices["weights"])
-        if not step:
-            return SlotState.initial(weights)
-        first, second = (self._named(name, self._matrices[key]) for key in ("exp_avg", "exp_avg_sq"))
-        return SlotState(weights, first, second, step)
+        return self._slots[name].read()
 
     def order(self, names: Sequence[str]) -> list[str]:
-        """In which order the trials' tokens have to lie: that of their rows."""
-        return sorted(names, key=self._rows.__getitem__)
+        """In which order the trials' tokens have to lie: that of the slots."""
+        wanted = set(names)
+        return [name for name in self._slots if name in wanted]
 
     def zero_gradients(self, names: Sequence[str]) -> None:
         """Forgets all gradients: those of trials that don't step are zero anyway."""
-        self._matrices["gradients"].zero_()
+        self.gradients().zero_()
 
     def step(self, rates: dict[str, float]) -> Tensor:
         """Clips and makes an AdamW step for the trials named in `rates`, at these learning rates.
 
+        Trials that make no step keep every bit.
+
         Returns:
             [trials], the gradients' norms before clipping.
         """
-        everyone = len(rates) == len(self._steps)
-        rows = torch.tensor([self._rows[name] for name in rates]).to(self.device, non_blocking=True)
-        learning_rates = torch.tensor(list(rates.values())).to(self.device, non_blocking=True)
-        # Rows that make no step are left out, not multiplied by zero: they keep every bit.
-        some = {key: matrix.index_select(0, rows) for key, matrix in self._matrices.items() if not everyone}
-        if everyone:
-            some = self._matrices
-            order = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=self.device))
-            learning_rates = learning_rates.index_select(0, order)
-            chosen = self._rates
-            steps = self._steps.add_(1)
-        else:
-            chosen = self._rates.take(rows)
-            self._steps.index_add_(0, rows, torch.ones_like(learning_rates))
-            steps = self._steps.index_select(0, rows)
-        norms = clip_rows_(some["gradients"], chosen.max_grad_norm)
-        adamw_rows_(**some, steps=steps, learning_rates=learning_rates, rates=chosen)
-        if everyone:
-            return norms.index_select(0, rows)
-        for key in ("weights", "exp_avg", "exp_avg_sq"):
-            self._matrices[key].index_copy_(0, rows, some[key])
-        return norms
+        gradients = self.gradients()
+        limits = torch.tensor([slot.settings.max_grad_norm for slot in self._slots.values()])
+        norms = clip_rows_(gradients.flatten(1), limits.to(self.device, non_blocking=True))
+        rows = self._rows()
+        for name, rate in rates.items():
+            slot = self._slots[name]
+            mine = gradients[rows[name], : slot.settings.rank]
+            adamw_(slot.weights, mine, slot.exp_avg, slot.exp_avg_sq, slot.steps, slot.settings, rate)
+        for copy in self._copies.values():
+            self._refresh(copy, rates)
+        chosen = torch.tensor([rows[name] for name in rates])
+        return norms.index_select(0, chosen.to(self.device, non_blocking=True))
 
     def run(self, layout: Layout) -> StackedPass:
         """What the adapted layers compute while the tokens of `layout` go through the base."""
         return StackedPass(self, layout)
 
-    def factors(self, matrix: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The stacked factors of each layer as views: A [slots, rank, inputs], B [slots, outputs, rank]."""
-        return factor_views(matrix, self._targets, self._rank)
+    def gradients(self) -> Tensor:
+        """[slots, highest rank, width] float32."""
+        if self._gradients is None:
+            self._gradients = torch.zeros(self._shape(), device=self.device)
+        return self._gradients
 
-    def matrix(self, key: str) -> Tensor:
-        """[slots, size] ``weights`` or ``gradients`` of all slots."""
-        return self._matrices[key]
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """The factors of all slots, converted once a step for all layers."""
+        if dtype not in self._copies:
+            self._copies[dtype] = torch.zeros(self._shape(), device=self.device, dtype=dtype)
+            self._refresh(self._copies[dtype], self._slots)
+        return self._plan.views(self._copies[dtype])
 
-    def per_row(self, names: Sequence[str], values: Sequence[int]) -> list[int]:
-        """`values` of the trials `names`, spread over all rows; 0 for the others."""
-        spread = [0] * len(self._steps)
-        for name, value in zip(names, values, strict=True):
-            spread[self._rows[name]] = value
-        return spread
+    def views(self, numbers: Tensor) -> Factors:
+        """The factors in numbers of the gradients' shape."""
+        return self._plan.views(numbers)
 
-    def _reshape(self, settings: SlotSettings) -> None:
-        """Makes room for one more trial: a row, its rank, its layers."""
-        rank = max(self._rank, -(-settings.rank // _ALIGNED) * _ALIGNED)
-        known = {target.name for target in self._targets}
-        targets = self._targets + tuple(target for target in settings.targets if target.name not in known)
-        rows = max(len(self._steps), len(self._rows) + 1)
-        if (rank, len(targets), rows) == (self._rank, len(self._targets), len(self._steps)):
-            return
-        before = {name: (self._settings[name], self.read(name)) for name in self._rows}
-        places = dict(self._rows)
-        self._targets, self._rank = targets, rank
-        size = flat_size(targets, rank)
-        self._matrices = {key: torch.zeros(rows, size, device=self.device) for key in _MATRICES}
-        self._rates, self._steps = RowRates.empty(rows, self.device), torch.zeros(rows, device=self.device)
-        for name, (old, state) in before.items():
-            self._fill(places[name], old, state)
+    def per_slot(self, names: Sequence[str], values: Sequence[int]) -> list[int]:
+        """`values` of the trials `names`, spread over all slots; 0 for the others."""
+        given = dict(zip(names, values, strict=True))
+        return [given.get(name, 0) for name in self._slots]
 
-    def _fill(self, row: int, settings: SlotSettings, state: SlotState) -> None:
-        for key in _MATRICES:
-            self._matrices[key][row].zero_()
-        for key in ("weights", "exp_avg", "exp_avg_sq"):
-            tensors: State = getattr(state, key)
-            views = self.factors(self._matrices[key][row])
-            for target in settings.targets if tensors else ():
-                a, b = (tensors[name] for name in target.factors)
-                stacked_a, stacked_b = views[target.name]
-                stacked_a[: settings.rank].copy_(a)
-                stacked_b[:, : settings.rank].copy_(b)
-        self._steps[row] = state.step
-        self._rates.beta1[row], self._rates.beta2[row] = settings.betas
-        self._rates.epsilon[row] = settings.epsilon
-        self._rates.weight_decay[row] = settings.weight_decay
-        self._rates.max_grad_norm[row] = settings.max_grad_norm
+    def _refresh(self, copy: Tensor, names: Sequence[str] | dict[str, Any]) -> None:
+        rows = self._rows()
+        slots = [(rows[name], self._slots[name]) for name in names]
+        torch._foreach_copy_(
+            [copy[row, : slot.settings.rank] for row, slot in slots], [slot.weights for _, slot in slots]
+        )
 
-    def _named(self, name: str, matrix: Tensor) -> State:
-        settings = self._settings[name]
-        views = self.factors(matrix[self._rows[name]])
-        state: State = {}
-        for target in settings.targets:
-            a, b = views[target.name]
-            pair = a[: settings.rank], b[:, : settings.rank]
-            state |= {
-                key: view.to("cpu", copy=True).contiguous() for key, view in zip(target.factors, pair, strict=True)
-            }
-        return state
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self._slots)}
+
+    def _shape(self) -> tuple[int, int, int]:
+        rank = max(_aligned(slot.settings.rank) for slot in self._slots.values())
+        return len(self._slots), rank, self._plan.width
+
+    def _forget(self) -> None:
+        """What has the shape of all slots is made anew, when it is needed next."""
+        self._gradients = None
+        self._copies.clear()
 
 
 class StackedPass:
@@ -172,9 +207,9 @@ class StackedPass:
     def __init__(self, slots: StackedSlots, layout: Layout) -> None:
         self._slots, self._layout = slots, layout
         device = slots.device
-        self._lengths = slots.per_row(layout.names, layout.tokens)
-        self._gradients = slots.factors(slots.matrix("gradients"))
-        self._by_format: dict[torch.dtype, tuple[dict[str, tuple[Tensor, Tensor]], SegmentProducts]] = {}
+        self._lengths = slots.per_slot(layout.names, layout.tokens)
+        self._gradients = slots.views(slots.gradients()) if torch.is_grad_enabled() else None
+        self._products: dict[torch.dtype, tuple[Factors, SegmentProducts, Tensor]] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         settings = [slots.settings(name) for name in layout.names]
         rates = [one.dropout if layout.keys is not None else 0.0 for one in settings]
@@ -186,24 +221,24 @@ class StackedPass:
     def linear(self, base: Any, target: Target, x: Tensor) -> Tensor:
         """`base` of x, plus each trial's low-rank product for its own tokens."""
         flat = x.reshape(-1, x.shape[-1])
-        views, products = self._factors(flat.dtype)
+        factors, products, scales = self._in_format(flat.dtype)
         mask = None
         if self._layout.keys is not None and self._limits is not None:
             mask = kept(self._layout.keys, target.index, target.inputs, self._limits)
-        factors, gradients = views[target.name], self._gradients[target.name]
-        product = _Product(factors, gradients, products, scales=self._scales, mask=mask)
+        gradients = self._gradients[target.name] if self._gradients is not None else None
+        product = _Product(factors[target.name], gradients, products, scales=scales, mask=mask)
         if type(base) is nn.Linear:
             out = _FrozenLinear.apply(flat, self._anchor, base.weight, base.bias, product)  # type: ignore[no-untyped-call]
         else:
             out = base(x).reshape(-1, target.outputs) + _LowRank.apply(flat, self._anchor, product)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], target.outputs)  # type: ignore[no-any-return]
 
-    def _factors(self, dtype: torch.dtype) -> tuple[dict[str, tuple[Tensor, Tensor]], SegmentProducts]:
-        """All factors in the number format of the activations, converted once for all layers."""
-        if dtype not in self._by_format:
-            views = self._slots.factors(self._slots.matrix("weights").to(dtype))
-            self._by_format[dtype] = views, products_for(self._lengths, self._slots.device, dtype)
-        return self._by_format[dtype]
+    def _in_format(self, dtype: torch.dtype) -> tuple[Factors, SegmentProducts, Tensor]:
+        """All factors and scales in the number format of the activations, and what multiplies them."""
+        if dtype not in self._products:
+            products = products_for(self._lengths, self._slots.device, dtype)
+            self._products[dtype] = self._slots.factors(dtype), products, self._scales.to(dtype)
+        return self._products[dtype]
 
 
 class _Product:
@@ -212,30 +247,32 @@ class _Product:
     def __init__(
         self,
         factors: tuple[Tensor, Tensor],
-        gradients: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor] | None,
         products: SegmentProducts,
         *,
         scales: Tensor,
         mask: Tensor | None,
     ) -> None:
-        self.a, self.b = factors
-        self.gradient_a, self.gradient_b = gradients
-        self.scales, self.products = scales.to(self.a.dtype), products
+        self.a, self.b = factors  # [slots, rank, inputs] and [slots, rank, outputs]
+        self.gradients = gradients
+        self.scales, self.products = scales, products
         self._kept: Callable[[Tensor], Tensor] = lambda x: x if mask is None else torch.where(mask, x, 0.0)
 
     def low(self, x: Tensor) -> Tensor:
         """[tokens, rank]: scaled products with A."""
-        return self.products.apply(self._kept(x), self.a.transpose(1, 2)) * self.scales
+        return self.products.apply(self._kept(x), self.a.transpose(1, 2)).mul_(self.scales)
 
     def high(self, low: Tensor) -> Tensor:
         """[tokens, outputs]."""
-        return self.products.apply(low, self.b.transpose(1, 2))
+        return self.products.apply(low, self.b)
 
     def back(self, gradient: Tensor, x: Tensor, low: Tensor, *, wanted: bool) -> Tensor | None:
         """Adds to the factors' gradients; the gradient of x, where it is wanted."""
-        gradient_low = self.products.apply(gradient, self.b) * self.scales
-        self.gradient_b += self.products.outer(gradient, low)
-        self.gradient_a += self.products.outer(gradient_low, self._kept(x))
+        gradient_low = self.products.apply(gradient, self.b.transpose(1, 2)).mul_(self.scales)
+        if self.gradients is not None:
+            gradient_a, gradient_b = self.gradients
+            gradient_b += self.products.outer(low, gradient)
+            gradient_a += self.products.outer(gradient_low, self._kept(x))
         return self._kept(self.products.apply(gradient_low, self.a)) if wanted else None
 
 
