@@ -70,11 +70,12 @@ def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
     """A LoRA trial on all linear layers; rank and rate go round."""
     from raytune_ft.training.config import FineTuningConfig
 
-    rank = RANKS[number % len(RANKS)]
+    ranks, rates = RANKS[options.device], RATES[options.device]
+    rank = ranks[number % len(ranks)]
     return FineTuningConfig(
         model_path=base, dataset_path="none", output_dir="none", max_steps=100_000, per_device_train_batch_size=2,
         eval_strategy="no", save_strategy="no", lora_dropout=0.0, lora_target_modules="all-linear", lora_r=rank,
-        lora_alpha=2 * rank, learning_rate=RATES[number // len(RANKS) % len(RATES)], seed=number,
+        lora_alpha=2 * rank, learning_rate=rates[number // len(ranks) % len(rates)], seed=number,
         use_gpu=options.device == "cuda",
     )  # fmt: skip
 

@@ -43,6 +43,13 @@ def processor() -> str:
     return f"{os.cpu_count()} x {name}"
 
 
+def gpu() -> str | None:
+    """The GPU's name; None without one."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
 def measured(name: str, work: Callable[[], dict[str, Any]], *, allow_busy: bool) -> int:
     """Runs a benchmark on a quiet machine and writes what it gave to ``jobs/results/NAME.json``.
 
@@ -62,7 +69,7 @@ def measured(name: str, work: Callable[[], dict[str, Any]], *, allow_busy: bool)
         print(f"busy machine: {reason}")
     command = " ".join(["python", *map(str, sys.argv)])
     about = {"command": command, "platform": platform.platform(), "python": platform.python_version()}
-    about |= {"processor": processor(), "busy": reason}
+    about |= {"processor": processor(), "gpu": gpu(), "busy": reason}
     RESULTS.mkdir(exist_ok=True)
     where = RESULTS / f"{name}.json"
     where.write_text(json.dumps({**about, **result}, indent=1) + "\n", encoding="utf-8")

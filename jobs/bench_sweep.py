@@ -1,10 +1,13 @@
 """Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
 
 python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--short-steps 15] [--arms peer-one,alone,packed]
-                           [--asha]
+                           [--asha] [--batch 2] [--peer-trials 4]
 
 Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
 and ``--short-steps``) tell start-up from steady work: what a trial-token costs is the slope between them.
+
+On CUDA the grid has 32 trials, bases are in bf16, and with ``--peer-trials`` the peers run so many of them only: their
+makespan is then scaled linearly to the whole grid, and marked so.
 
 With ``--asha`` it is the time to the best settings instead: trials are evaluated at each quarter of their steps, half
 of them go on from the first quarter and half of those from the second, and what each arm found best is named.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -29,13 +33,21 @@ if __name__ == "__main__":
 
 from jobs.bench_machine import Watch, measured
 
-RATES = [1e-4, 3e-4, 1e-3, 2e-3]
-RANKS = [4, 8, 16, 32]
-BATCH, ROWS = 2, 1280
-SHAPES = {
+RATES = {"cpu": [1e-4, 3e-4, 1e-3, 2e-3], "cuda": [5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3]}
+RANKS = {"cpu": [4, 8, 16, 32], "cuda": [8, 16, 32, 64]}
+ROWS, WORDS = 1280, 4096
+ON_A_GPU = 4
+"""Trials of the peer that share a GPU."""
+SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "1b": {  # Llama 3.2 1B
+        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True},
+    },
+    "8b": {  # Llama 3.1 8B
+        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        **{"num_key_value_heads": 8, "vocab_size": 128256},
+    },
 }
 
 
@@ -53,7 +65,7 @@ def make_base(name: str, folder: Path) -> str:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     texts = [message["content"] for row in chat_rows(400) for message in row["messages"]]
     bare.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=4096, special_tokens=special, initial_alphabet=alphabet)
+        texts, trainers.BpeTrainer(vocab_size=WORDS, special_tokens=special, initial_alphabet=alphabet)
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, pad_token="<|pad|>", eos_token="<|im_end|>")
     tokenizer.chat_template = (
@@ -62,9 +74,14 @@ def make_base(name: str, folder: Path) -> str:
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=4096, max_position_embeddings=2048, bos_token_id=None, **SHAPES[name])
-    config.eos_token_id = tokenizer.eos_token_id
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shape = {"vocab_size": WORDS, "max_position_embeddings": 2048, "bos_token_id": None, **SHAPES[name]}
+    config = LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id)
+    if name == "small":
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return str(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    torch.cuda.empty_cache()
     return str(folder)
 
 
@@ -97,7 +114,7 @@ def prepare_rows(base: str, folder: Path) -> Path:
 
 
 def peer_trial(
-    space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, threads: int, asha: bool
+    space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, batch: int, threads: int, asha: bool
 ) -> None:
     """A trial of the peer: TRL's trainer on a PEFT model, on rows with the labels that ours have."""
     import datasets
@@ -108,6 +125,7 @@ def peer_trial(
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(threads)
+    on_gpu = torch.cuda.is_available()
 
     class Teller(TrainerCallback):  # type: ignore[misc]  # transformers' classes count as Any
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
@@ -125,14 +143,16 @@ def peer_trial(
 
     where = Path(out) / f"r{space['lora_r']}-lr{space['learning_rate']}"
     trainer = SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.bfloat16 if on_gpu else torch.float32, device_map={"": 0} if on_gpu else None
+        ),
         processing_class=AutoTokenizer.from_pretrained(base),
         args=SFTConfig(
-            output_dir=str(where), max_steps=steps, per_device_train_batch_size=BATCH, per_device_eval_batch_size=8,
+            output_dir=str(where), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=8,
             learning_rate=space["learning_rate"], lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
             weight_decay=0.01, seed=0, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
             eval_strategy="steps" if asha else "no", eval_steps=steps // 4,
-            use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), gradient_checkpointing=False,
+            use_cpu=not on_gpu, bf16=on_gpu, gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         ),
         peft_config=LoraConfig(
@@ -149,23 +169,29 @@ def peer_trial(
     trainer.save_model(str(where))
 
 
-def peers(cpus: float, threads: int) -> Callable[..., dict[str, float]]:
-    """An arm of the peer's trials, each with so many logical CPUs and threads (or all of a GPU, shared by `cpus`)."""
+def peers(*, share: bool) -> Callable[..., dict[str, float]]:
+    """An arm of the peer's trials: one at a time on the whole device, or several that share it."""
 
-    def run(base: str, dataset: Path, out: Path, steps: int, *, device: str, asha: bool) -> dict[str, float]:
+    def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> dict[str, float]:
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-        resources = {"CPU": cpus} if device == "cpu" else {"CPU": 1, "GPU": 1 / threads}
-        trial = tune.with_parameters(
-            peer_trial, base=base, dataset=str(dataset), out=str(out), steps=steps, threads=threads, asha=asha
-        )
+        cpus = os.cpu_count() or 1
+        at_once = 1 if not share else cpus if options.device == "cpu" else ON_A_GPU
+        threads = cpus // at_once
+        resources = {"CPU": threads} if options.device == "cpu" else {"CPU": 1, "GPU": 1 / at_once}
+        given = {"base": base, "dataset": str(dataset), "out": str(out), "steps": steps, "batch": options.batch}
+        trial = tune.with_parameters(peer_trial, **given, threads=threads, asha=options.asha)
         rungs = {"time_attr": "global_step", "grace_period": steps // 4, "reduction_factor": 2, "max_t": steps}
+        ranks, rates = RANKS[options.device], RATES[options.device]
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
-            param_space={"lora_r": tune.grid_search(RANKS), "learning_rate": tune.grid_search(RATES)},
+            param_space={
+                "lora_r": tune.grid_search(ranks),
+                "learning_rate": tune.grid_search(rates[: peer_trials(options) // len(ranks)]),
+            },
             tune_config=tune.TuneConfig(
-                metric="eval_loss", mode="min", scheduler=ASHAScheduler(**rungs) if asha else FIFOScheduler()
+                metric="eval_loss", mode="min", scheduler=ASHAScheduler(**rungs) if options.asha else FIFOScheduler()
             ),
             run_config=tune.RunConfig(storage_path=str(out), name="ray", verbose=0),
         )
@@ -177,24 +203,40 @@ def peers(cpus: float, threads: int) -> Callable[..., dict[str, float]]:
     return run
 
 
+def all_trials(options: argparse.Namespace) -> int:
+    """Trials of the grid."""
+    return len(RANKS[options.device]) * len(RATES[options.device])
+
+
+def peer_trials(options: argparse.Namespace) -> int:
+    """Trials that the peers run: as many of each rank, since ranks differ in work."""
+    ranks = len(RANKS[options.device])
+    return max(ranks, (options.peer_trials or all_trials(options)) // ranks * ranks)
+
+
 def ours(packed: str) -> Callable[..., dict[str, float]]:
     """An arm of ours: the bank, or our trainer one trial after the other."""
 
-    def run(base: str, dataset: Path, out: Path, steps: int, *, device: str, asha: bool) -> dict[str, float]:
+    def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> dict[str, float]:
         from raytune_ft.tuning.config import SweepConfig
         from raytune_ft.tuning.result import SweepResult
         from raytune_ft.tuning.run import tune
 
         training = {
-            "model_path": base, "dataset_path": str(dataset), "max_steps": steps, "per_device_train_batch_size": BATCH,
+            "model_path": base, "dataset_path": str(dataset), "max_steps": steps,
+            "per_device_train_batch_size": options.batch, "use_gpu": options.device == "cuda",
             "per_device_eval_batch_size": 8, "eval_strategy": "steps", "lora_dropout": 0.0,
-            "eval_steps": steps // 4 if asha else steps,
+            "eval_steps": steps // 4 if options.asha else steps,
             "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10), "save_strategy": "no",
         }  # fmt: skip
-        space = {"lora_r": RANKS, "learning_rate": RATES, "lora_alpha": {"times_rank": [2]}}
+        space = {
+            "lora_r": RANKS[options.device],
+            "learning_rate": RATES[options.device],
+            "lora_alpha": {"times_rank": [2]},
+        }
         found = tune(
             SweepConfig(
-                output_dir=str(out), space=space, scheduler="asha" if asha else "none", packed=packed,
+                output_dir=str(out), space=space, scheduler="asha" if options.asha else "none", packed=packed,
                 training=training, cpus_per_trial=2, grace_steps=max(1, steps // 4), reduction_factor=2,
             )
         )  # fmt: skip
@@ -205,8 +247,8 @@ def ours(packed: str) -> Callable[..., dict[str, float]]:
 
 
 ARMS: dict[str, Callable[..., dict[str, float]]] = {
-    "peer-one": peers(2, 2),
-    "peer-shared": peers(1, 1),
+    "peer-one": peers(share=False),
+    "peer-shared": peers(share=True),
     "alone": ours("never"),
     "packed": ours("auto"),
 }
@@ -230,7 +272,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 for arm in arms:
                     out = folder / f"{arm}-{steps}-{turn}"
                     with Watch() as watch:
-                        losses[arm] = ARMS[arm](base, dataset, out, steps, device=options.device, asha=options.asha)
+                        losses[arm] = ARMS[arm](base, dataset, out, steps, options)
                     watched[arm][steps].append(watch)
                     shutil.rmtree(out, ignore_errors=True)
                     print(f"{arm}, {steps} steps: {watch.seconds:.1f} s", flush=True)
@@ -243,7 +285,7 @@ def best_table(
 ) -> dict[str, Any]:
     """Prints and returns what each arm found under ASHA, and how long that took."""
     figures = {}
-    print(f"\n{len(RANKS) * len(RATES)} trials under ASHA, {options.steps} steps, base {options.base}; medians")
+    print(f"\n{all_trials(options)} trials under ASHA, {options.steps} steps, base {options.base}; medians")
     print(f"{'arm':12}{'makespan s':>12}{'cpu s':>9}{'MB':>9}   best rank/rate, its validation loss")
     for arm, runs in watched.items():
         best = min(losses[arm], key=losses[arm].__getitem__)
@@ -268,26 +310,30 @@ def table(
 ) -> dict[str, Any]:
     """Prints and returns the figures: medians over the turns."""
     short, long = lengths
-    trials = len(RANKS) * len(RATES)
-    figures = {}
+    trials = all_trials(options)
+    figures: dict[str, dict[str, Any]] = {}
     for arm, runs in watched.items():
-        seconds = {steps: statistics.median(w.seconds for w in runs[steps]) for steps in lengths}
+        scaled = trials / (peer_trials(options) if arm.startswith("peer") else trials)
+        seconds = {steps: scaled * statistics.median(w.seconds for w in runs[steps]) for steps in lengths}
         steady = (seconds[long] - seconds[short]) / ((long - short) * trials)
         figures[arm] = {
+            "scaled_by": scaled,
             "makespan_s": seconds,
             "steady_ms_per_trial_step": 1000 * steady,
             "start_up_s": seconds[short] - steady * short * trials,
             "cpu_seconds": statistics.median(w.cpu_seconds for w in runs[long]),
             "peak_mb": max(w.peak_mb for w in runs[long]),
         }
-    print(f"\n{trials} trials (rank x rate), batch {BATCH}, base {options.base}, {options.device}; medians")
+    print(f"\n{trials} trials (rank x rate), batch {options.batch}, base {options.base}, {options.device}; medians")
     heads = [f"{short} steps s", f"{long} steps s", "ms/trial-step", "start s", "cpu s", "MB"]
     print(f"{'arm':12}" + "".join(f"{head:>14}" for head in heads))
     for arm, f in figures.items():
         spans = list(f["makespan_s"].values())
         values = [*spans, f["steady_ms_per_trial_step"], f["start_up_s"], f["cpu_seconds"], f["peak_mb"]]
-        print(f"{arm:12}" + "".join(f"{value:14.1f}" for value in values))
+        marked = f"  times scaled from {trials / f['scaled_by']:.0f} trials" if f["scaled_by"] > 1 else ""
+        print(f"{arm:12}" + "".join(f"{value:14.1f}" for value in values) + marked)
     result: dict[str, Any] = {"base": options.base, "device": options.device, "trials": trials, "arms": figures}
+    result["batch"] = options.batch
     if "packed" in figures:
         mine = figures["packed"]
         result["ratios"] = {
@@ -314,12 +360,15 @@ def main() -> int:
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
+    parser.add_argument("--batch", type=int, default=2, help="rows of a trial's step, of about 120 tokens each")
+    parser.add_argument("--peer-trials", type=int, help="trials that the peers run, scaled to all; all by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--asha", action="store_true", help="time to the best settings under ASHA")
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
-    name = f"bench_sweep_{options.base}_{options.steps}{'_asha' * options.asha}_{options.device}"
+    batch = f"_batch{options.batch}" if options.batch != 2 else ""
+    name = f"bench_sweep_{options.base}_{options.steps}{batch}{'_asha' * options.asha}_{options.device}"
     return measured(name, lambda: compare(options), allow_busy=options.allow_busy)
 
 

@@ -25,14 +25,14 @@ if __name__ == "__main__":
 
 from jobs.bench_machine import Watch, measured
 
-ROWS_PER_STEP = 8
+ROWS_PER_STEP = {"cpu": 8, "cuda": 128}
 WARM = 2
 RANK = 16
 PROBE_STEPS = 5
 # (rows at a time, packed to that many tokens or None)
 CANDIDATES: dict[str, list[tuple[int, int | None]]] = {
     "cpu": [(1, None), (2, None), (4, None), (1, 512), (1, 1024), (2, 1024)],
-    "cuda": [(16, None), (32, None), (8, 2048), (16, 2048), (32, 2048)],
+    "cuda": [(32, None), (4, 2048), (8, 2048), (16, 2048)],
 }
 DEFAULT: tuple[int, int | None] = (8, None)
 
@@ -56,7 +56,7 @@ def ours(run: dict[str, Any]) -> dict[str, Any]:
     imported = time.time() - run["began"]
     config = FineTuningConfig(
         model_path=run["base"], dataset_path=run["dataset"], output_dir=run["out"], method=run["method"],
-        max_steps=run["steps"], per_device_train_batch_size=ROWS_PER_STEP, lora_r=RANK, lora_alpha=2 * RANK,
+        max_steps=run["steps"], per_device_train_batch_size=run["rows"], lora_r=RANK, lora_alpha=2 * RANK,
         lora_dropout=0.0, lora_target_modules="all-linear", learning_rate=5e-4, lr_scheduler_type="linear",
         warmup_steps=2, eval_strategy="no", save_strategy="no", logging_steps=1, **run["options"],
     )  # fmt: skip
@@ -114,7 +114,7 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
         processing_class=AutoTokenizer.from_pretrained(run["base"]),
         args=SFTConfig(
             output_dir=run["out"], max_steps=steps, per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=1 if packed else max(1, ROWS_PER_STEP // at_once), learning_rate=5e-4,
+            gradient_accumulation_steps=1 if packed else max(1, run["rows"] // at_once), learning_rate=5e-4,
             lr_scheduler_type="linear", warmup_steps=2, seed=0, save_strategy="no", logging_steps=1, report_to="none",
             disable_tqdm=True, use_cpu=not on_gpu, bf16=on_gpu, gradient_checkpointing=False,
             remove_unused_columns=False, packing=packed is not None, max_length=packed,
@@ -152,7 +152,7 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
 
     trainer.add_callback(Clock())
     trainer.train()
-    per_step = 1 if packed else max(1, ROWS_PER_STEP // at_once)
+    per_step = 1 if packed else max(1, run["rows"] // at_once)
     grouped = [batches[at : at + per_step] for at in range(0, steps * per_step, per_step)]
     # From one step's end to the next one's: collation is part of the work.
     ends = marks[1::2]
@@ -210,9 +210,10 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         disconnect()
         extra = json.loads(options.options)
         common = {"base": base, "dataset": str(dataset), "device": options.device, "steps": options.steps}
-        common |= {"method": "lora", "options": extra}
+        common |= {"method": "lora", "options": extra, "rows": options.rows or ROWS_PER_STEP[options.device]}
         probes = {}
-        for candidate in [] if options.only_ours else CANDIDATES[options.device]:
+        candidates = [] if options.only_ours else CANDIDATES[options.device]
+        for candidate in candidates[slice(*options.candidates)] if options.candidates else candidates:
             asked = {**common, "arm": "peer", "candidate": candidate, "steps": PROBE_STEPS}
             probe = one_run(asked, folder, f"probe {named(candidate)}")
             if "failed" not in probe:
@@ -275,6 +276,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", default="lora", help="lora, qlora, or both with a comma between")
     parser.add_argument("--options", default="{}", help="more of our training settings, as JSON")
+    parser.add_argument("--rows", type=int, help="of a step; 8 on a CPU and 128 on a GPU by default")
+    parser.add_argument("--candidates", type=int, nargs=2, metavar=("FROM", "TO"), help="of the peer's settings")
     parser.add_argument("--only-ours", action="store_true")
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -6,8 +6,10 @@ transformers' flash-attention arguments use), so that padding-free batches need 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,8 +85,8 @@ def _attended(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and window is None:
-        return _varlen(query, key, value, starts, longest or _longest(starts), scaling=scaling)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _varlen(query, key, value, starts, longest or _longest(starts), scaling=scaling, window=window)
     return _per_segment(query, key, value, starts, scaling=scaling, window=window)
 
 
@@ -118,24 +120,32 @@ def _longest(starts: Tensor) -> int:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, *, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    *,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention import varlen
 
-    attend: Any = varlen.varlen_attn  # its signature changes between torch 2.11 and 2.13
-    groups = query.shape[1] // key.shape[1]
+    attend: Any = varlen.varlen_attn  # its arguments change between torch 2.11 and 2.13
     tokens = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]  # [tokens, heads, head size]
-    if groups > 1:
-        tokens[1:] = [x.repeat_interleave(groups, dim=1) for x in tokens[1:]]
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if _takes_window(attend) else {"is_causal": True}
-    out: Tensor = attend(*tokens, starts, starts, longest, longest, scale=scaling, **causal)
+    more: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    if query.shape[1] != key.shape[1] and _has_flag_of_groups():
+        more["enable_gqa"] = True
+    out: Tensor = attend(*tokens, starts, starts, longest, longest, scale=scaling, **more)
     return out.unsqueeze(0)
 
 
-def _takes_window(function: Any) -> bool:
-    import inspect
+@cache
+def _has_flag_of_groups() -> bool:
+    """Whether grouped queries have to be asked for; torch 2.11 has no such flag, and takes fewer heads as they are."""
+    from torch.nn.attention import varlen
 
-    return "window_size" in inspect.signature(function).parameters
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def use_attention(model: Any, name: str) -> None:

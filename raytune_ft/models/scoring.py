@@ -1,7 +1,7 @@
 """Log-probabilities and losses of supervised tokens, padding-free and without a [tokens, vocabulary] tensor.
 
-The head is applied to the hidden states that predict a supervised token only, in chunks; the backward pass computes
-each chunk's logits again instead of keeping them.
+The head is applied to the hidden states that predict a supervised token only, in chunks; where it is trained, too, the
+backward pass computes each chunk's logits again instead of keeping them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, attention
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
+from raytune_ft.models.frozen_head import can_be_summed, summed_loss
 from raytune_ft.models.loading import LoadedModel
 from raytune_ft.models.virtual import Extended, VirtualTokens
 
@@ -90,7 +91,10 @@ class SummedLoss(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """The sum of the batch's target losses; 0, still depending on the model, if it has no targets."""
-        return target_losses(self.parts, batch).sum()
+        states = target_states(self.parts, batch)
+        if can_be_summed(self.parts.head, states):
+            return summed_loss(self.parts.head, states, batch.targets)
+        return _losses(self.parts.head, states, batch.targets).sum()
 
 
 def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
@@ -103,14 +107,7 @@ def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
     Returns:
         [targets] float32, in nats, differentiable.
     """
-    states = target_states(parts, batch)
-    if len(batch.targets) <= CHUNK:  # computing the only chunk again would save nothing
-        return _chunk_losses(parts.head, states, batch.targets)
-    losses = [
-        checkpoint(_chunk_losses, parts.head, some, targets, use_reentrant=False)
-        for some, targets in zip(torch.split(states, CHUNK), torch.split(batch.targets, CHUNK), strict=True)
-    ]
-    return torch.cat(losses)
+    return _losses(parts.head, target_states(parts, batch), batch.targets)
 
 
 def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
@@ -142,6 +139,13 @@ def _hidden(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     found: Tensor = decoder(**inputs, **lengths, use_cache=False).last_hidden_state[0]
     return found
+
+
+def _losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
+    if len(targets) <= CHUNK:  # computing the only chunk again would save nothing
+        return _chunk_losses(head, states, targets)
+    chunks = zip(torch.split(states, CHUNK), torch.split(targets, CHUNK), strict=True)
+    return torch.cat([checkpoint(_chunk_losses, head, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _chunk_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:

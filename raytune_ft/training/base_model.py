@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.kernels import use_liger
 from raytune_ft.models.loading import quiet_transformers, resolve_model, torch_dtype
 from raytune_ft.training.config import FineTuningConfig
 
@@ -21,7 +22,7 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
             a row's result does not depend on the rows beside it.
 
     Raises:
-        ModelError: if it cannot be loaded, or is an adapter.
+        ModelError: if it cannot be loaded, is an adapter, or has no Liger kernels where the settings insist on them.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -48,6 +49,7 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
         raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
     if config.base_bits == 4:
         _keep_differentiable(model)
+    use_liger(model, device, wanted=config.use_liger_kernel)
     return model
 
 

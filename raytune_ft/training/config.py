@@ -53,6 +53,7 @@ class FineTuningConfig(Config):
             "deepspeed_config",
             "use_gpu",
             "cpus_per_worker",
+            "use_liger_kernel",
             "max_failures",
             "report_to",
         }
@@ -169,6 +170,9 @@ class FineTuningConfig(Config):
     must be the same, or "auto"."""
     precision: Precision = Precision.AUTO
     """Number format of weights and activations; auto is bf16 on GPUs that do it well, fp32 on CPUs."""
+    use_liger_kernel: bool | None = None
+    """Whether norms and activations are computed by Liger's kernels; by default on GPUs, where it is installed and has
+    kernels for the model."""
     max_failures: int = Field(2, ge=0)
     """How often lost workers are replaced before the run fails."""
 
@@ -178,6 +182,10 @@ class FineTuningConfig(Config):
             raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps")
         if self.precision is Precision.FP16 and self.use_gpu is False:
             raise ValueError("precision fp16 needs a GPU; take bf16 or fp32 on CPUs")
+        if self.use_liger_kernel and self.use_gpu is False:
+            raise ValueError(
+                "use_liger_kernel: Liger's kernels run on GPUs, and use_gpu is false; leave one of them out"
+            )
         if self.use_dora and self.use_rslora:
             raise ValueError("use_dora and use_rslora: choose one (DoRA learns the size that rsLoRA only scales)")
         if self.prompt_tuning_init_text is not None and self.method is not FineTuningMethod.PROMPT_TUNING:

@@ -15,6 +15,7 @@ from raytune_ft.tuning.space import Domain, extremes
 SHARED = (
     *("method", "use_dora", "adapter_path", "gradient_checkpointing"),
     *("precision", "max_length", "bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    "use_liger_kernel",
 )
 """Settings that all trials on one base have in common."""
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from raytune_ft.models.collate import group_by_budget
+from raytune_ft.models.frozen_head import losses_and_gradient
 from raytune_ft.models.scoring import CausalParts, target_states
 from raytune_ft.training.bank.base import FrozenBase
 from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, may_share_cores, share_out
 from raytune_ft.training.bank.layout import Share, lay_out
-from raytune_ft.training.bank.losses import losses_and_gradient, sums_by_trial
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.ragged import RaggedSlots
 from raytune_ft.training.bank.stacked import StackedSlots
@@ -119,6 +119,11 @@ class Passes:
             states = target_states(self._parts, batch)
         losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
         return sums_by_trial(losses, torch.tensor(layout.targets).to(states.device)).tolist()
+
+
+def sums_by_trial(losses: Tensor, counts: Tensor) -> Tensor:
+    """[trials] float64: the sum over each trial's targets, which lie together; one trial's NaN stays its own."""
+    return torch.segment_reduce(losses.double(), "sum", lengths=counts, initial=0.0)
 
 
 def _in_rows(share: Share, most: int) -> list[list[Share]]:

@@ -10,6 +10,7 @@ import torch
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import FrozenBase, load_frozen_base
+from raytune_ft.training.bank.products import GroupedProducts
 
 from .conftest import MakeBank, Settings, losses_of
 from .test_equality import MIXED, difference
@@ -59,6 +60,55 @@ def test_launches_do_not_grow_with_the_trials(trial: Settings) -> None:
     few, many = (launches(base, trial, even, trials) for trials in (2, 32))
     assert few > 0
     assert many <= 1.1 * few
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 33, 8], [0, 7], [16], [9, 0, 0]])
+def test_grouped_products_take_empty_and_uneven_segments(lengths: list[int]) -> None:
+    """Against products in fp32, one segment after the other; factors lie as the slots hold them."""
+    torch.manual_seed(0)
+    held = torch.randn(len(lengths), 16, 104 + 40, device="cuda").bfloat16()
+    a, b = held[..., :104], held[..., 104:]
+    x = torch.randn(sum(lengths), 104, device="cuda").bfloat16()
+    products = GroupedProducts(lengths, x.device)
+    low = products.apply(x, a.transpose(1, 2))
+    high, outer = products.apply(low, b), products.outer(low, x)
+    parts = zip(*(torch.split(tensor.float(), lengths) for tensor in (x, low, high)), outer, a, b, strict=True)
+    for mine, low_part, high_part, outer_part, a_part, b_part in parts:
+        torch.testing.assert_close(low_part, mine @ a_part.float().t(), rtol=2e-2, atol=0.2)
+        torch.testing.assert_close(high_part, low_part @ b_part.float(), rtol=2e-2, atol=0.5)
+        torch.testing.assert_close(outer_part.float(), low_part.t() @ mine, rtol=2e-2, atol=1.0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16"}, {"method": "qlora", "precision": "bf16"}], ids=["bf16", "nf4"]
+)
+def test_rounding_keeps_trials_as_near_to_fp32_as_it_keeps_a_trial_alone(
+    base: FrozenBase, trial: Settings, rows: list[Encoded], changes: dict[str, str]
+) -> None:
+    configs = {f"r{rank}": trial(max_steps=20, lora_r=rank, seed=rank, **changes) for rank in (4, 8, 20)}
+    rough = load_frozen_base(trial(**changes), "cuda")
+    together = AdapterBank(rough, rows)
+    for name, config in configs.items():
+        together.admit(name, config)
+    packed = losses_of(together)
+    for name, config in configs.items():
+        alone = AdapterBank(rough, rows, arithmetic="ragged")
+        alone.admit(name, config)
+        expected = losses_of(alone)[name]
+        assert difference(packed[name], expected) <= 3e-2, name
+        assert packed[name][-1] < packed[name][0]
+
+
+def test_a_trial_that_rests_keeps_every_bit_while_others_step(trial: Settings, rows: list[Encoded]) -> None:
+    bank = AdapterBank(load_frozen_base(trial(precision="bf16"), "cuda"), rows)
+    for name in ("one", "two", "three"):
+        bank.admit(name, trial(max_steps=8, seed=len(name)))
+    bank.step()
+    before = bank.snapshot("two").weights
+    for _ in range(3):
+        bank.step(hold=["two"])
+    after = bank.snapshot("two").weights
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_the_adapter_of_a_gpu_loads_in_plain_peft(
