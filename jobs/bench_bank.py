@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs.bench_machine import measured
-from jobs.bench_sweep import RANKS, RATES, SHAPES, make_base
+from jobs.bench_sweep import RANKS, RATES, SHAPES, make_base, scratch_folder
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "gemm", "cutlass", "cublas"),
@@ -39,8 +38,8 @@ def profile_bank(options: argparse.Namespace) -> dict[str, Any]:
     from raytune_ft.training.bank.base import load_frozen_base
     from raytune_ft.training.utilization import Work, device_peak
 
-    with tempfile.TemporaryDirectory(prefix="bench-bank-") as folder:
-        where = make_base(options.base, Path(folder) / "base")
+    with scratch_folder(options.folder) as folder:
+        where = make_base(options.base, folder / options.base)
         base = load_frozen_base(trial_settings(where, 0, options), options.device)
         dtype = next(base.model.parameters()).dtype
         work, peak = Work.count(base.model), device_peak(options.device, dtype)
@@ -142,6 +141,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
     parser.add_argument("--trials", default="2,16,32")
+    parser.add_argument("--folder", help="where the base is kept for the next benchmark")
     parser.add_argument("--tokens", type=int, default=256, help="of a trial's step")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")

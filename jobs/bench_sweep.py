@@ -23,7 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ def make_base(name: str, folder: Path) -> str:
     """A model folder: random weights of a shape, with a tokenizer of its own; or the starter."""
     if name == "smollm2-135m":
         return "starter:smollm2-135m"
+    if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
+        return str(folder)
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,11 +104,26 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+@contextmanager
+def scratch_folder(kept: str | None) -> Iterator[Path]:
+    """Where bases and rows lie: a folder that is kept for the next benchmark, or one for this run alone."""
+    if kept is not None:
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        yield Path(kept).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        yield Path(folder)
+
+
 def prepare_rows(base: str, folder: Path) -> Path:
-    """The rows as a dataset of ours; peers read its token columns."""
+    """The rows as a dataset of ours, made once in a folder; peers read its token columns."""
+    if (folder / "dataset" / "manifest.json").exists():
+        return folder / "dataset"
+    from raytune_ft.core.cluster import connect
     from raytune_ft.data.config import DataCollectionConfig
     from raytune_ft.data.run import prepare
 
+    connect()
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(ROWS)), encoding="utf-8")
     settings = {"sources": (str(source),), "output_path": str(folder / "dataset"), "model_path": base}
@@ -262,15 +280,15 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     lengths = [options.steps] if options.asha else [options.short_steps or max(1, options.steps // 4), options.steps]
     watched: dict[str, dict[int, list[Watch]]] = {arm: {steps: [] for steps in lengths} for arm in arms}
     losses: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="bench-sweep-") as scratch:
-        folder = Path(scratch)
-        base = make_base(options.base, folder / "base")
+    with scratch_folder(options.folder) as folder:
+        base = make_base(options.base, folder / options.base)
         connect()
         dataset = prepare_rows(base, folder)
         for turn in range(options.repeats):
             for steps in lengths:
                 for arm in arms:
                     out = folder / f"{arm}-{steps}-{turn}"
+                    shutil.rmtree(out, ignore_errors=True)
                     with Watch() as watch:
                         losses[arm] = ARMS[arm](base, dataset, out, steps, options)
                     watched[arm][steps].append(watch)
@@ -361,6 +379,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
     parser.add_argument("--batch", type=int, default=2, help="rows of a trial's step, of about 120 tokens each")
+    parser.add_argument("--folder", help="where base and rows are kept for the next benchmark")
     parser.add_argument("--peer-trials", type=int, help="trials that the peers run, scaled to all; all by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS))

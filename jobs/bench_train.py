@@ -198,16 +198,15 @@ def named(candidate: tuple[int, int | None]) -> str:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Finds the peer's best settings, then runs the arms in turn."""
-    from jobs.bench_sweep import make_base, prepare_rows
-    from raytune_ft.core.cluster import connect, disconnect
+    from jobs.bench_sweep import make_base, prepare_rows, scratch_folder
+    from raytune_ft.core.cluster import disconnect
     from raytune_ft.models.loading import resolve_model
 
-    with tempfile.TemporaryDirectory(prefix="bench-train-") as scratch:
-        folder = Path(scratch)
-        base = resolve_model(make_base(options.base, folder / "base")).tokenizer_source
-        connect()
-        dataset = prepare_rows(base, folder)
+    with scratch_folder(options.folder) as kept, tempfile.TemporaryDirectory(prefix="bench-train-") as runs_in:
+        base = resolve_model(make_base(options.base, kept / options.base)).tokenizer_source
+        dataset = prepare_rows(base, kept)
         disconnect()
+        folder = Path(runs_in)
         extra = json.loads(options.options)
         common = {"base": base, "dataset": str(dataset), "device": options.device, "steps": options.steps}
         common |= {"method": "lora", "options": extra, "rows": options.rows or ROWS_PER_STEP[options.device]}
@@ -276,6 +275,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", default="lora", help="lora, qlora, or both with a comma between")
     parser.add_argument("--options", default="{}", help="more of our training settings, as JSON")
+    parser.add_argument("--folder", help="where base and rows are kept for the next benchmark")
     parser.add_argument("--rows", type=int, help="of a step; 8 on a CPU and 128 on a GPU by default")
     parser.add_argument("--candidates", type=int, nargs=2, metavar=("FROM", "TO"), help="of the peer's settings")
     parser.add_argument("--only-ours", action="store_true")

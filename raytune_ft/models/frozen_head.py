@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from raytune_ft.models.kernels import fused_losses, has_fused_loss
+
 CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}
 """Logits that exist at the same time, by device: what caches hold, or a gibibyte in fp32."""
 
@@ -29,10 +31,13 @@ def losses_and_gradient(
     Returns:
         [targets] float32 losses in nats, and [targets, width] the gradient of the states.
     """
-    losses = torch.empty(len(targets), device=states.device)
-    gradient = torch.empty_like(states) if weights is not None else None
     most = CHUNK_LOGITS["cuda" if states.is_cuda else "cpu"]
     rows = max(16, most // max(1, _outputs(head)))
+    if len(targets) and has_fused_loss(head, states):
+        losses, gradient = fused_losses(head, states, targets, rows, wanted=weights is not None)
+        return losses, gradient.mul_(weights.unsqueeze(1)) if weights is not None else None
+    losses = torch.empty(len(targets), device=states.device)
+    gradient = torch.empty_like(states) if weights is not None else None
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         with torch.set_grad_enabled(gradient is not None):

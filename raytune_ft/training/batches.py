@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, pack
+
+Batch = TypeVar("Batch")
 
 
 class TokenRows:
@@ -63,6 +66,16 @@ def packed_steps(
             pack([data[number] for number in share]) if share else pack([data[rows[0]]]).without_targets()
             for share in shares
         ]
+
+
+def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; the next one is made in a thread of its own while the last one is computed."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(next, batches, end)
+        while (batch := coming.result()) is not end:
+            coming = pool.submit(next, batches, end)
+            yield batch  # type: ignore[misc]
 
 
 def evaluation_batches(data: TokenRows, batch_size: int, rank: int, world_size: int) -> Iterator[PackedBatch]:

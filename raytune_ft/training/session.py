@@ -20,7 +20,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
 from raytune_ft.training.answers import AnsweringLearner
-from raytune_ft.training.batches import TokenRows, evaluation_batches, packed_steps
+from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
@@ -114,7 +114,7 @@ def train_in_process(
             world_size=seat.world_size,
             micro_batches=fitting.gradient_accumulation_steps,
         )
-        summary = _Run(seat, timetable, keeper, monitor, report, stop_wanted).fit(watched, batches, trackers)
+        summary = _Run(seat, timetable, keeper, monitor, report, stop_wanted).fit(watched, one_ahead(batches), trackers)
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
         whole = partial(golden_of, trainee.model, trainee.tokenizer, config, validation, seat.device)

@@ -15,7 +15,7 @@ from raytune_ft.models.attention import SEGMENTS, attention, segment_attention
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.models.config import DecodingConfig, Precision
-from raytune_ft.models.frozen_head import summed_loss
+from raytune_ft.models.frozen_head import losses_and_gradient, summed_loss
 from raytune_ft.models.generation import generate
 from raytune_ft.models.loading import LoadedModel, load_model
 from raytune_ft.models.scoring import CausalParts, sequence_scores, target_losses
@@ -31,7 +31,7 @@ def on_gpu(tiny_model: Path, precision: Precision = Precision.FP32) -> LoadedMod
     return load_model(str(tiny_model), device="cuda", precision=precision)
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 500])
+@pytest.mark.parametrize("window", [None, 2, 7, 500])
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_flash_attention_over_segments_equals_the_loop_in_fp32_there_and_back(
     kv_heads: int, window: int | None
@@ -87,7 +87,31 @@ def test_ligers_kernels_give_transformers_losses_and_gradients(
         found.append((loss.detach(), loaded.model.model.layers[0].self_attn.q_proj.weight.grad))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
-    assert "norms and activations of LlamaForCausalLM" in caplog.text
+    assert "kernels: Liger" in caplog.text
+    # Models that are made afterwards, and those on a CPU, are not touched.
+    fresh = load_model(str(tiny_model), device="cpu")
+    assert "Liger" not in type(fresh.model.model.norm).__name__
+    before = sequence_scores(fresh, ROWS)
+    assert before[2].nll == pytest.approx(sequence_scores(on_gpu(tiny_model), ROWS)[2].nll, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_ligers_losses_under_a_frozen_head_are_those_in_plain_steps(tiny_model: Path, precision: Precision) -> None:
+    found = []
+    states = torch.randn(70, 64, device="cuda")
+    targets, weights = torch.randint(0, 300, (70,), device="cuda"), torch.rand(70, device="cuda")
+    for liger in (False, True):
+        model = on_gpu(tiny_model, precision).model.requires_grad_(False)
+        if liger:
+            assert kernels.use_liger(model, "cuda", wanted=True)
+        head = model.get_output_embeddings()
+        found.append(losses_and_gradient(head, states.to(head.weight.dtype), targets, weights))
+        scored, none = losses_and_gradient(head, states.to(head.weight.dtype), targets, None)
+        assert none is None
+        torch.testing.assert_close(scored, found[-1][0])
+    rough = 2e-2 if precision is Precision.BF16 else 1e-5
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=rough, atol=rough)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=rough, atol=rough)
 
 
 def test_a_model_that_liger_does_not_know_keeps_its_own_kernels_or_is_refused(tiny_model: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from itertools import islice
 
-from raytune_ft.training.batches import TokenRows, packed_steps, rank_share, step_rows
+import pytest
+
+from raytune_ft.training.batches import TokenRows, one_ahead, packed_steps, rank_share, step_rows
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
@@ -35,3 +39,31 @@ def test_a_rank_without_rows_takes_part_without_targets(splits: dict[str, list[s
     assert len(mine.targets) > 0
     assert len(others.targets) == 0
     assert others.tokens > 0
+
+
+def test_one_ahead_gives_the_same_batches_and_has_the_next_one_ready() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def batches() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    found = one_ahead(batches())
+    assert next(found) == 0
+    assert second.wait(10)  # nobody asked for it yet
+    assert [0, *found] == [0, 1, 2, 3] == made
+
+
+def test_one_ahead_passes_on_what_went_wrong() -> None:
+    def batches() -> Iterator[int]:
+        yield 1
+        raise ValueError("row 2 cannot be read")
+
+    found = one_ahead(batches())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="row 2"):
+        next(found)

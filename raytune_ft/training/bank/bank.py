@@ -239,6 +239,8 @@ class AdapterBank:
         sums = self._passes.train(shares, supervised, self._budget)
         norms = self._slots.step(rates)
         counts = torch.tensor(supervised, dtype=torch.float64).clamp_(min=1)
+        for trial in trials:
+            trial.look_ahead()
         # The only place in a step where the host waits for the device.
         losses, norms = torch.stack([sums, norms.double()]).cpu() / torch.stack([counts, torch.ones_like(counts)])
         for trial, share, loss, norm, count in zip(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from raytune_ft.training.bank.slot import Target
+
+_SEAT = "_seat_of_passes"
 
 
 class Pass(Protocol):
@@ -39,13 +42,25 @@ class PackedLinear(nn.Module):
             return self.base(x)  # type: ignore[no-any-return]
         return self._seat.running.linear(self.base, self._target, x)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """The layer alone: no pass runs in a copy."""
+        return copy.deepcopy(self.base, memo)
+
+    def belongs_to(self, seat: PassSeat) -> bool:
+        """Whether it is passes of `seat` that it computes."""
+        return self._seat is seat
+
 
 class PassSeat:
-    """Where the layers of one base find the pass that runs in their thread; wraps the layers that some trial adapts."""
+    """Where the layers of one base find the pass that runs in their thread; wraps the layers that some trial adapts.
+
+    A base has one seat: a new one takes over, and passes of the former are refused from then on.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._here = threading.local()
+        self._key = model.__dict__[_SEAT] = object()
 
     @property
     def running(self) -> Pass | None:
@@ -58,12 +73,20 @@ class PassSeat:
             parent_name, _, child = target.name.rpartition(".")
             parent = self._model.get_submodule(parent_name)
             layer = parent.get_submodule(child)
-            if not isinstance(layer, PackedLinear):
-                setattr(parent, child, PackedLinear(layer, target, self))
+            if isinstance(layer, PackedLinear) and layer.belongs_to(self):
+                continue
+            bare = layer.base if isinstance(layer, PackedLinear) else layer
+            setattr(parent, child, PackedLinear(bare, target, self))
 
     @contextmanager
     def runs(self, running: Pass) -> Iterator[None]:
-        """Within the block the layers compute `running`."""
+        """Within the block the layers compute `running`.
+
+        Raises:
+            RuntimeError: if another bank took the base over.
+        """
+        if self._model.__dict__[_SEAT] is not self._key:
+            raise RuntimeError("this bank's base was given to another bank; a base serves one at a time")
         self._here.running = running
         try:
             yield

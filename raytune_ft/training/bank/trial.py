@@ -61,17 +61,27 @@ class Trial:
     best: State | None = None
     _order: Iterator[list[int]] | None = None
     _upcoming: list[Encoded] | None = None
+    _ahead: list[Encoded] | None = None
 
     def __post_init__(self) -> None:
         self.patience.patience = self.config.early_stopping_patience
 
     def upcoming(self) -> list[Encoded]:
         """The rows of the next step."""
+        if self._upcoming is None:
+            self._upcoming = self._next_rows()
+        return self._upcoming
+
+    def look_ahead(self) -> None:
+        """Reads the rows of the step after the next one, for when the device is at work on the next one."""
+        self.upcoming()
+        if self._ahead is None and self.step + 1 < self.timetable.total:
+            self._ahead = self._next_rows()
+
+    def _next_rows(self) -> list[Encoded]:
         if self._order is None:
             self._order = step_rows(len(self.train), self.config.global_batch_size, self.config.seed, start=self.step)
-        if self._upcoming is None:
-            self._upcoming = [self.train[number] for number in next(self._order)]
-        return self._upcoming
+        return [self.train[number] for number in next(self._order)]
 
     @property
     def tokens(self) -> int:
@@ -91,7 +101,7 @@ class Trial:
     def advance(self, metrics: Metrics) -> None:
         """Takes in the metrics of the step that was made; a loss that is no finite number makes it infeasible."""
         self.step += 1
-        self._upcoming = None
+        self._upcoming, self._ahead = self._ahead, None
         self.history.append({"step": self.step, **metrics})
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             what = "loss" if not math.isfinite(metrics["loss"]) else "gradient norm"
@@ -149,7 +159,7 @@ class Trial:
         self.status, self.reason = Status(kept["status"]), kept["reason"]
         if self.status is Status.FINISHED and self.step < self.timetable.total and not self.patience.spent:
             self.status, self.reason = Status.RUNNING, ""
-        self._order = self._upcoming = None
+        self._order = self._upcoming = self._ahead = None
 
 
 _PACK_FIELDS = ("model_path", "dataset_path", "method", "precision", "max_length", "use_gpu", "base_bits")

@@ -9,8 +9,10 @@ import torch
 
 from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Encoded
 from raytune_ft.training import checkpoint
-from raytune_ft.training.bank.base import frozen_base
+from raytune_ft.training.bank.bank import AdapterBank
+from raytune_ft.training.bank.base import frozen_base, load_frozen_base
 from raytune_ft.training.bank.refusal import why_not_packed
 from raytune_ft.training.bank.trial import Status
 from raytune_ft.training.bank.turns import next_group, row_chunks
@@ -171,3 +173,19 @@ def test_bases_whose_rows_interact_are_refused_by_name() -> None:
         assert told is not None and reason in told, told
         with pytest.raises(ModelError, match="packed: never"):
             frozen_base(model, None, "x")
+
+
+def test_a_second_bank_takes_the_base_over_and_the_first_says_so(
+    make_bank: MakeBank, trial: Settings, rows: list[Encoded]
+) -> None:
+    base = load_frozen_base(trial(), "cpu")
+    first = AdapterBank(base, rows)
+    first.admit("t", trial())
+    first.step()
+    second = AdapterBank(base, rows)
+    with pytest.raises(RuntimeError, match="given to another bank"):
+        first.step()
+    second.admit("t", trial())
+    alone = make_bank()
+    alone.admit("t", trial())
+    assert losses_of(second) == losses_of(alone)
