@@ -1,13 +1,15 @@
 """Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
 
 python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--short-steps 15] [--arms peer-one,alone,packed]
-                           [--asha] [--batch 2] [--peer-trials 4]
+                           [--asha] [--batch 2] [--peer-trials 4] [--halves]
 
 Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
 and ``--short-steps``) tell start-up from steady work: what a trial-token costs is the slope between them.
 
 On CUDA the grid has 32 trials, bases are in bf16, and with ``--peer-trials`` the peers run so many of them only: their
 makespan is then scaled linearly to the whole grid, and marked so.
+
+With ``--halves`` there is one length of run, with an evaluation in its midst, and steady is the second half.
 
 With ``--asha`` it is the time to the best settings instead: trials are evaluated at each quarter of their steps, half
 of them go on from the first quarter and half of those from the second, and what each arm found best is named.
@@ -39,6 +41,8 @@ RANKS = {"cpu": [4, 8, 16, 32], "cuda": [8, 16, 32, 64]}
 ROWS, WORDS = 1280, 4096
 ON_A_GPU = 4
 """Trials of the peer that share a GPU."""
+Found = dict[str, tuple[float, float]]
+"""Of each trial by rank and rate, see `of_curve`."""
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
     "1b": {  # Llama 3.2 1B
@@ -132,7 +136,7 @@ def prepare_rows(base: str, folder: Path) -> Path:
 
 
 def peer_trial(
-    space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, batch: int, threads: int, asha: bool
+    space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, batch: int, threads: int, eval_steps: int
 ) -> None:
     """A trial of the peer: TRL's trainer on a PEFT model, on rows with the labels that ours have."""
     import datasets
@@ -169,7 +173,7 @@ def peer_trial(
             output_dir=str(where), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=8,
             learning_rate=space["learning_rate"], lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
             weight_decay=0.01, seed=0, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-            eval_strategy="steps" if asha else "no", eval_steps=steps // 4,
+            eval_strategy="steps", eval_steps=eval_steps,
             use_cpu=not on_gpu, bf16=on_gpu, gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
         ),
@@ -182,24 +186,34 @@ def peer_trial(
         callbacks=[Teller()],
     )  # fmt: skip
     trainer.train()
-    if not asha:
-        trainer.evaluate()
     trainer.save_model(str(where))
 
 
-def peers(*, share: bool) -> Callable[..., dict[str, float]]:
+def evaluated_every(steps: int, options: argparse.Namespace) -> int:
+    """Steps between evaluations; the last step is one of them."""
+    return steps // (4 if options.asha else 2 if options.halves else 1)
+
+
+def peers(*, share: bool) -> Callable[..., Found]:
     """An arm of the peer's trials: one at a time on the whole device, or several that share it."""
 
-    def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> dict[str, float]:
+    def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> Found:
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         cpus = os.cpu_count() or 1
-        at_once = 1 if not share else cpus if options.device == "cpu" else ON_A_GPU
+        at_once = side_by_side("peer-shared" if share else "peer-one", options)
         threads = cpus // at_once
         resources = {"CPU": threads} if options.device == "cpu" else {"CPU": 1, "GPU": 1 / at_once}
-        given = {"base": base, "dataset": str(dataset), "out": str(out), "steps": steps, "batch": options.batch}
-        trial = tune.with_parameters(peer_trial, **given, threads=threads, asha=options.asha)
+        given: dict[str, Any] = {
+            "base": base,
+            "dataset": str(dataset),
+            "out": str(out),
+            "steps": steps,
+            "batch": options.batch,
+        }
+        given["eval_steps"] = evaluated_every(steps, options)
+        trial = tune.with_parameters(peer_trial, **given, threads=threads)
         rungs = {"time_attr": "global_step", "grace_period": steps // 4, "reduction_factor": 2, "max_t": steps}
         ranks, rates = RANKS[options.device], RATES[options.device]
         tuner = tune.Tuner(
@@ -213,12 +227,28 @@ def peers(*, share: bool) -> Callable[..., dict[str, float]]:
             ),
             run_config=tune.RunConfig(storage_path=str(out), name="ray", verbose=0),
         )
-        return {
-            f"{result.config['lora_r']}/{result.config['learning_rate']:g}": result.metrics["eval_loss"]
-            for result in tuner.fit()
-        }
+        found = {}
+        for result in tuner.fit():
+            rows = result.metrics_dataframe[["eval_loss", "time_total_s"]].to_dict("records")
+            found[f"{result.config['lora_r']}/{result.config['learning_rate']:g}"] = of_curve(rows)
+        return found
 
     return run
+
+
+def side_by_side(arm: str, options: argparse.Namespace) -> int:
+    """Trials that an arm computes at the same time."""
+    if arm == "packed":
+        return all_trials(options)
+    if arm != "peer-shared":
+        return 1
+    return (os.cpu_count() or 1) if options.device == "cpu" else ON_A_GPU
+
+
+def of_curve(rows: list[dict[str, float]]) -> tuple[float, float]:
+    """A trial's last loss, and the seconds from its last evaluation but one (or its start) to the last."""
+    before = rows[-2]["time_total_s"] if len(rows) > 1 else 0.0
+    return rows[-1]["eval_loss"], rows[-1]["time_total_s"] - before
 
 
 def all_trials(options: argparse.Namespace) -> int:
@@ -232,10 +262,10 @@ def peer_trials(options: argparse.Namespace) -> int:
     return max(ranks, (options.peer_trials or all_trials(options)) // ranks * ranks)
 
 
-def ours(packed: str) -> Callable[..., dict[str, float]]:
+def ours(packed: str) -> Callable[..., Found]:
     """An arm of ours: the bank, or our trainer one trial after the other."""
 
-    def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> dict[str, float]:
+    def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> Found:
         from raytune_ft.tuning.config import SweepConfig
         from raytune_ft.tuning.result import SweepResult
         from raytune_ft.tuning.run import tune
@@ -244,7 +274,7 @@ def ours(packed: str) -> Callable[..., dict[str, float]]:
             "model_path": base, "dataset_path": str(dataset), "max_steps": steps,
             "per_device_train_batch_size": options.batch, "use_gpu": options.device == "cuda",
             "per_device_eval_batch_size": 8, "eval_strategy": "steps", "lora_dropout": 0.0,
-            "eval_steps": steps // 4 if options.asha else steps,
+            "eval_steps": evaluated_every(steps, options),
             "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10), "save_strategy": "no",
         }  # fmt: skip
         space = {
@@ -259,12 +289,12 @@ def ours(packed: str) -> Callable[..., dict[str, float]]:
             )
         )  # fmt: skip
         trials = SweepResult.from_json(found.read_json("result.json")).trials
-        return {f"{t.settings['lora_r']}/{t.settings['learning_rate']:g}": t.curve[-1]["eval_loss"] for t in trials}
+        return {f"{t.settings['lora_r']}/{t.settings['learning_rate']:g}": of_curve(t.curve) for t in trials}
 
     return run
 
 
-ARMS: dict[str, Callable[..., dict[str, float]]] = {
+ARMS: dict[str, Callable[..., Found]] = {
     "peer-one": peers(share=False),
     "peer-shared": peers(share=True),
     "alone": ours("never"),
@@ -277,9 +307,11 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     from raytune_ft.core.cluster import connect
 
     arms = options.arms.split(",")
-    lengths = [options.steps] if options.asha else [options.short_steps or max(1, options.steps // 4), options.steps]
+    one_length = options.asha or options.halves
+    lengths = [options.steps] if one_length else [options.short_steps or max(1, options.steps // 4), options.steps]
     watched: dict[str, dict[int, list[Watch]]] = {arm: {steps: [] for steps in lengths} for arm in arms}
     losses: dict[str, dict[str, float]] = {}
+    spans: dict[str, list[float]] = {arm: [] for arm in arms}
     with scratch_folder(options.folder) as folder:
         base = make_base(options.base, folder / options.base)
         connect()
@@ -290,12 +322,18 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     out = folder / f"{arm}-{steps}-{turn}"
                     shutil.rmtree(out, ignore_errors=True)
                     with Watch() as watch:
-                        losses[arm] = ARMS[arm](base, dataset, out, steps, options)
+                        found = ARMS[arm](base, dataset, out, steps, options)
+                    losses[arm] = {key: loss for key, (loss, _) in found.items()}
+                    spans[arm] += [seconds / side_by_side(arm, options) for _, seconds in found.values()]
                     watched[arm][steps].append(watch)
                     shutil.rmtree(out, ignore_errors=True)
                     print(f"{arm}, {steps} steps: {watch.seconds:.1f} s", flush=True)
                     time.sleep(2)
-    return best_table(watched, losses, options) if options.asha else table(watched, losses, lengths, options)
+    if options.asha:
+        return best_table(watched, losses, options)
+    half = options.steps - evaluated_every(options.steps, options)
+    halves = {arm: statistics.fmean(spans[arm]) / half for arm in arms} if options.halves else None
+    return table(watched, losses, lengths, halves, options)
 
 
 def best_table(
@@ -324,16 +362,17 @@ def table(
     watched: dict[str, dict[int, list[Watch]]],
     losses: dict[str, dict[str, float]],
     lengths: list[int],
+    halves: dict[str, float] | None,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Prints and returns the figures: medians over the turns."""
-    short, long = lengths
+    """Prints and returns the figures: medians over the turns; `halves` are seconds of a trial-step, measured so."""
+    short, long = lengths[0], lengths[-1]
     trials = all_trials(options)
     figures: dict[str, dict[str, Any]] = {}
     for arm, runs in watched.items():
         scaled = trials / (peer_trials(options) if arm.startswith("peer") else trials)
         seconds = {steps: scaled * statistics.median(w.seconds for w in runs[steps]) for steps in lengths}
-        steady = (seconds[long] - seconds[short]) / ((long - short) * trials)
+        steady = halves[arm] if halves else (seconds[long] - seconds[short]) / ((long - short) * trials)
         figures[arm] = {
             "scaled_by": scaled,
             "makespan_s": seconds,
@@ -343,7 +382,7 @@ def table(
             "peak_mb": max(w.peak_mb for w in runs[long]),
         }
     print(f"\n{trials} trials (rank x rate), batch {options.batch}, base {options.base}, {options.device}; medians")
-    heads = [f"{short} steps s", f"{long} steps s", "ms/trial-step", "start s", "cpu s", "MB"]
+    heads = [*(f"{steps} steps s" for steps in lengths), "ms/trial-step", "start s", "cpu s", "MB"]
     print(f"{'arm':12}" + "".join(f"{head:>14}" for head in heads))
     for arm, f in figures.items():
         spans = list(f["makespan_s"].values())
@@ -383,6 +422,7 @@ def main() -> int:
     parser.add_argument("--peer-trials", type=int, help="trials that the peers run, scaled to all; all by default")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--halves", action="store_true", help="steady time from the second half of one length of run")
     parser.add_argument("--asha", action="store_true", help="time to the best settings under ASHA")
     parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()

@@ -3,7 +3,7 @@
 python jobs/bench_train.py --device cpu [--base smollm2-135m] [--steps 12] [--repeats 3] [--methods lora,qlora]
 
 Each run is a process of its own, and the arms take turns. What counts is supervised tokens per second of steady steps
-(the first two are left out); memory is the highest PSS of the process tree, or what the GPU's allocator held.
+(the first are left out); memory is the highest PSS of the process tree, or what the GPU's allocator held.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ if __name__ == "__main__":
 from jobs.bench_machine import Watch, measured
 
 ROWS_PER_STEP = {"cpu": 8, "cuda": 128}
-WARM = 2
+WARM = {"cpu": 2, "cuda": 10}
+"""Steps that are left out; on a GPU some kernels are compiled during the first ones."""
 RANK = 16
 PROBE_STEPS = 5
 # (rows at a time, packed to that many tokens or None)
@@ -60,7 +61,10 @@ def ours(run: dict[str, Any]) -> dict[str, Any]:
         lora_dropout=0.0, lora_target_modules="all-linear", learning_rate=5e-4, lr_scheduler_type="linear",
         warmup_steps=2, eval_strategy="no", save_strategy="no", logging_steps=1, **run["options"],
     )  # fmt: skip
-    made = train(config)
+    if run["in_process"]:
+        alone(config)
+    else:
+        train(config)
     rows = [json.loads(line) for line in (Path(run["out"]) / "history.jsonl").read_text().splitlines()]
     parts = {"imports": imported}
     for name, words in (("ray", "Ray cluster"), ("plan", "Resource plan"), ("worker and model", "training starts")):
@@ -73,8 +77,26 @@ def ours(run: dict[str, Any]) -> dict[str, Any]:
         "losses": [row["loss"] for row in rows],
         "gpu_mb": max((row.get("cuda_peak_gib", 0.0) for row in rows), default=0.0) * 1073.741824,
         "until": parts,
-        "model": str(made.location),
     }
+
+
+def alone(config: Any) -> None:
+    """The same training in this process, under DeepSpeed still, but without Ray."""
+    import os
+
+    import torch
+
+    from raytune_ft.core.storage import Location
+    from raytune_ft.training.session import Seat, train_in_process
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": "0", "WORLD_SIZE": "1"}
+    os.environ["LOCAL_RANK"] = "0"
+    on_gpu = torch.cuda.is_available()
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
+    files = {name: sorted(map(str, Path(config.dataset_path, name).glob("*.parquet"))) for name in ("train",)}
+    seat = Seat(device="cuda:0" if on_gpu else "cpu", deepspeed=True)
+    train_in_process(config, files, seat, output=Location.at(config.output_dir), golden=False)
+    torch.distributed.destroy_process_group()
 
 
 def peer(run: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +205,10 @@ def one_run(run: dict[str, Any], folder: Path, turn: str) -> dict[str, Any]:
         print(f"{turn}: failed\n{words}", flush=True)
         return {"failed": words.splitlines()[-1] if words else "no words"}
     found: dict[str, Any] = json.loads(result.read_text())
-    spent = sum(found["seconds"][WARM:])
-    found["supervised_per_s"] = sum(found["supervised"][WARM:]) / spent
-    found["tokens_per_s"] = sum(found["tokens"][WARM:]) / spent
+    warm = min(WARM[run["device"]], len(found["seconds"]) - 1)
+    spent = sum(found["seconds"][warm:])
+    found["supervised_per_s"] = sum(found["supervised"][warm:]) / spent
+    found["tokens_per_s"] = sum(found["tokens"][warm:]) / spent
     found["peak_mb"] = found["gpu_mb"] or watch.peak_mb
     return found
 
@@ -209,7 +232,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(runs_in)
         extra = json.loads(options.options)
         common = {"base": base, "dataset": str(dataset), "device": options.device, "steps": options.steps}
-        common |= {"method": "lora", "options": extra, "rows": options.rows or ROWS_PER_STEP[options.device]}
+        common |= {
+            "method": "lora",
+            "options": extra,
+            "in_process": options.in_process,
+            "rows": options.rows or ROWS_PER_STEP[options.device],
+        }
         probes = {}
         candidates = [] if options.only_ours else CANDIDATES[options.device]
         for candidate in candidates[slice(*options.candidates)] if options.candidates else candidates:
@@ -247,6 +275,7 @@ def table(
             figures[arm] = {key: statistics.median(run[key] for run in found) for key in keys}
             figures[arm]["last_losses"] = statistics.fmean(found[-1]["losses"][-3:])
             figures[arm]["until"] = found[-1]["until"]
+            figures[arm]["seconds"] = found[-1]["seconds"]
             figures[arm]["all_supervised_per_s"] = [run["supervised_per_s"] for run in found]
     about = f"base {options.base}, {options.device}, {options.repeats} turn(s)"
     print(f"\nLoRA of rank {RANK} on all linear layers, {about}; medians")
@@ -276,6 +305,7 @@ def main() -> int:
     parser.add_argument("--methods", default="lora", help="lora, qlora, or both with a comma between")
     parser.add_argument("--options", default="{}", help="more of our training settings, as JSON")
     parser.add_argument("--folder", help="where base and rows are kept for the next benchmark")
+    parser.add_argument("--in-process", action="store_true", help="ours without Ray: for a machine lent by the minute")
     parser.add_argument("--rows", type=int, help="of a step; 8 on a CPU and 128 on a GPU by default")
     parser.add_argument("--candidates", type=int, nargs=2, metavar=("FROM", "TO"), help="of the peer's settings")
     parser.add_argument("--only-ours", action="store_true")

@@ -98,7 +98,9 @@ def deepspeed_settings(config: FineTuningConfig, precision: str) -> dict[str, An
     own["zero_optimization"] |= {block: {"device": "cpu"} for block, device in devices if device == "cpu"}
     if config.offload != "none":
         own["zero_force_ds_cpu_optimizer"] = False
-    ours_by_default = {"steps_per_print": 10**9, "zero_optimization": {"overlap_comm": False}}
+    ours_by_default: dict[str, Any] = {"steps_per_print": 10**9, "zero_optimization": {"overlap_comm": False}}
+    if precision == "bf16":  # the loop stops at a norm that is no number; looking into each gradient for one takes long
+        ours_by_default["bf16"] = {"check_grad_overflow": False}
     return _joined(_joined(ours_by_default, settings), own)
 
 

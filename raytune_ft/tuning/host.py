@@ -34,6 +34,8 @@ logger = logging.getLogger("raytune_ft")
 
 _AHEAD = 2
 """Evaluations that a trial may be ahead of what was asked for; then it waits, so that a late stop costs little."""
+_MOST_WRITERS = 8
+"""Threads that write snapshots; a sum over a file keeps a core busy."""
 _KEPT = 3
 """Snapshots that are kept of each trial: its own newest, and those that population-based training may still copy."""
 
@@ -43,6 +45,8 @@ class _Line:
     """What a trial has to say that was not asked for yet, and how many tokens it has trained on."""
 
     reports: deque[dict[str, Any]] = field(default_factory=deque)
+    unwritten: deque[tuple[Progress, dict[str, float], checkpoint.Checkpoint]] = field(default_factory=deque)
+    in_turn: threading.Lock = field(default_factory=threading.Lock)
     writing: int = 0
     published: int = 0
     tokens: float = 0.0
@@ -83,7 +87,7 @@ class BankHost:
         self._changed = threading.Condition()
         self._turn = threading.Lock()
         self._entering = 0
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writers = ThreadPoolExecutor(max_workers=max(1, min(_MOST_WRITERS, threads)))
         self._cache = TemporaryDirectory()
         self._fault: str | None = None
         self._broken: str | None = None
@@ -198,10 +202,19 @@ class BankHost:
             try:
                 return self._bank.step(hold=held)
             except torch.OutOfMemoryError as error:
-                torch.cuda.empty_cache()
-                too_large = self._bank.make_room(hold=held)
-                if too_large is not None:
-                    return [self._bank.fail(too_large, f"out of memory: {str(error).splitlines()[0]}")]
+                reason = str(error).splitlines()[0]
+            waited = self._wait_for_writers()
+            torch.cuda.empty_cache()
+            too_large = None if waited else self._bank.make_room(hold=held)
+            if too_large is not None:
+                return [self._bank.fail(too_large, f"out of memory: {reason}")]
+
+    def _wait_for_writers(self) -> bool:
+        """Waits for snapshots that are being written, which hold memory of the device; whether there were any."""
+        with self._changed:
+            lines = [line for line in self._lines.values() if line.writing]
+            self._changed.wait_for(lambda: not any(line.writing for line in lines) or self._broken is not None)
+        return bool(lines)
 
     def _held(self) -> set[str]:
         return {name for name, line in self._lines.items() if len(line.reports) + line.writing >= _AHEAD}
@@ -221,19 +234,22 @@ class BankHost:
                 return
             line.writing += 1
             metrics = {**progress.metrics, "tokens": line.tokens}
-        kept = self._bank.snapshot(progress.name)
-        self._writer.submit(self._publish, line, progress, metrics, kept)
+        line.unwritten.append((progress, metrics, self._bank.snapshot(progress.name, on_device=True)))
+        self._writers.submit(self._publish, line)
 
-    def _publish(
-        self, line: _Line, progress: Progress, metrics: Mapping[str, float], kept: checkpoint.Checkpoint
-    ) -> None:
+    def _publish(self, line: _Line) -> None:
         """The state lies on disk before anybody hears of the step; of a trial let go meanwhile nobody does."""
-        folder = self._snapshots / progress.name
-        try:
-            where = checkpoint.write(folder, kept, keep=_KEPT)
-        except OSError as error:
-            self._break(f"{folder}: the snapshot cannot be written: {error}")
-            return
+        with line.in_turn:
+            progress, metrics, kept = line.unwritten.popleft()
+            folder = self._snapshots / progress.name
+            try:
+                where = checkpoint.write(folder, kept, keep=_KEPT)
+            except OSError as error:
+                self._break(f"{folder}: the snapshot cannot be written: {error}")
+                return
+            self._tell(line, progress, metrics, where)
+
+    def _tell(self, line: _Line, progress: Progress, metrics: Mapping[str, float], where: Location) -> None:
         with self._changed:
             line.writing -= 1
             line.published += 1

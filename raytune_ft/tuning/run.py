@@ -266,7 +266,7 @@ def _collect(config: SweepConfig, grid: Any) -> tuple[Trial, ...]:
     trials = []
     for result in grid:
         frame = result.metrics_dataframe
-        columns = ["global_step", "loss", "eval_loss", "learning_rate", "tokens"]
+        columns = ["global_step", "loss", "eval_loss", "learning_rate", "tokens", "time_total_s"]
         rows = [] if frame is None else frame[[c for c in columns if c in frame]].to_dict("records")
         told = [{key: float(value) for key, value in row.items() if math.isfinite(value)} for row in rows]
         # A trial whose process was lost before Tune kept its state reports its last evaluation again.

@@ -29,7 +29,7 @@ def test_auto_values_are_filled_in_and_other_settings_kept(settings) -> None:
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 3,
         "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
         "zero_allow_untested_optimizer": True,

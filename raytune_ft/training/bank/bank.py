@@ -127,11 +127,14 @@ class AdapterBank:
                 self._seat_trial(self._trials[name], self._paused[name])
                 del self._paused[name]
 
-    def snapshot(self, name: str) -> Checkpoint:
-        """All that a trial needs to go on, on the CPU; `checkpoint.write` puts it on disk."""
+    def snapshot(self, name: str, *, on_device: bool = False) -> Checkpoint:
+        """All that a trial needs to go on, on the CPU; `checkpoint.write` puts it on disk.
+
+        With `on_device` the tensors stay on the base's device, so that the next step need not wait for their way.
+        """
         with self._lock:
             trial = self._found(name)
-            return self._paused.get(name) or snapshot_of(trial, self._slots.read(name))
+            return self._paused.get(name) or snapshot_of(trial, self._slots.read(name, on_device=on_device))
 
     def save(self, name: str, folder: Path) -> None:
         """Writes a trial's adapter as a PEFT folder with the tokenizer: of its best evaluation, if there was one."""
@@ -255,7 +258,7 @@ class AdapterBank:
         losses = self._evaluate(trials, self._validation)
         for trial in trials:
             if trial.evaluated(losses[trial.name]):
-                trial.best = self._slots.read(trial.name).weights
+                trial.best = self._slots.weights(trial.name)
 
     def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, float]:
         self._base.model.eval()

@@ -89,7 +89,12 @@ class RaggedSlots:
         """What the trial was admitted with."""
         return self._slots[name].settings
 
-    def read(self, name: str) -> SlotState:
+    def weights(self, name: str) -> State:
+        """A copy of a slot's factors on the CPU."""
+        slot = self._slots[name]
+        return slot.named(slot.flat.detach())
+
+    def read(self, name: str, *, on_device: bool = False) -> SlotState:
         """A copy of a slot on the CPU."""
         slot = self._slots[name]
         state = slot.optimizer.state.get(slot.flat)

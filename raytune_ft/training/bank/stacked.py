@@ -8,7 +8,7 @@ trial does not adapt, are zero; their gradients are zero, too (each holds the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,34 +21,44 @@ from raytune_ft.training.bank.optimizer import adamw_, clip_rows_
 from raytune_ft.training.bank.products import SegmentProducts, products_for
 from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target
 
+_BLOCK = 1 << 17
 _ALIGNED = 8  # grouped products want rows of whole 16 bytes, also in bf16
 
+Blocks = list[Tensor]
 Factors = dict[str, tuple[Tensor, Tensor]]
 """By layer: A [..., rank, inputs] and B transposed [..., rank, outputs], as views."""
 
 
 class _Plan:
-    """Where the factors of each target lie in the numbers of one rank; `width` is how many those are."""
+    """Where the factors of each target lie: in blocks, at places in the numbers of one rank.
+
+    A block of all trials is small enough for 32-bit indices, beyond which kernels are launched in pieces.
+    """
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = tuple(targets)
-        self._places: dict[str, tuple[int, int]] = {}
-        start = 0
+        self.widths: list[int] = []
+        self._places: dict[str, tuple[int, int, int]] = {}
         for target in self.targets:
-            middle = start + _aligned(target.inputs)
-            self._places[target.name] = start, middle
-            start = middle + _aligned(target.outputs)
-        self.width = start
+            inputs, outputs = _aligned(target.inputs), _aligned(target.outputs)
+            if not self.widths or self.widths[-1] + inputs + outputs > _BLOCK:
+                self.widths.append(0)
+            start = self.widths[-1]
+            self._places[target.name] = len(self.widths) - 1, start, start + inputs
+            self.widths[-1] += inputs + outputs
 
-    def views(self, numbers: Tensor) -> Factors:
-        """The factors in `numbers` [..., rank, width]."""
-        return {
-            target.name: (
-                numbers.narrow(-1, a, target.inputs),
-                numbers.narrow(-1, b, target.outputs),
-            )
-            for target, (a, b) in ((target, self._places[target.name]) for target in self.targets)
-        }
+    def zeros(self, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Blocks:
+        """Blocks [*shape, width]."""
+        return [torch.zeros(*shape, width, device=device, dtype=dtype) for width in self.widths]
+
+    def views(self, blocks: Blocks) -> Factors:
+        """The factors in `blocks` [..., rank, width]."""
+        found = {}
+        for target in self.targets:
+            block, a, b = self._places[target.name]
+            numbers = blocks[block]
+            found[target.name] = numbers.narrow(-1, a, target.inputs), numbers.narrow(-1, b, target.outputs)
+        return found
 
 
 def _aligned(size: int) -> int:
@@ -56,37 +66,37 @@ def _aligned(size: int) -> int:
 
 
 class _Slot:
-    """A trial's factors and moments, [rank, width] each, and the number of steps made."""
+    """A trial's factors and moments, in blocks [rank, width], and the number of steps made."""
 
     def __init__(self, settings: SlotSettings, plan: _Plan, state: SlotState, device: torch.device) -> None:
         self.settings, self._plan = settings, plan
-        self.weights, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros(settings.rank, plan.width, device=device) for _ in range(3)
-        )
+        self.weights, self.exp_avg, self.exp_avg_sq = (plan.zeros(settings.rank, device=device) for _ in range(3))
         self.steps = torch.tensor(float(state.step), device=device)
-        for numbers, tensors in (
+        for blocks, tensors in (
             (self.weights, state.weights),
             (self.exp_avg, state.exp_avg),
             (self.exp_avg_sq, state.exp_avg_sq),
         ):
-            views = plan.views(numbers)
+            views = plan.views(blocks)
             for target in settings.targets if tensors else ():
                 a, b = (tensors[name] for name in target.factors)
                 views[target.name][0].copy_(a)
                 views[target.name][1].copy_(b.t())
 
-    def read(self) -> SlotState:
-        weights, step = self._named(self.weights), int(self.steps)
+    def read(self, device: torch.device | str) -> SlotState:
+        step = int(self.steps)
+        weights = self.named(self.weights, device)
         if not step:
             return SlotState.initial(weights)
-        return SlotState(weights, self._named(self.exp_avg), self._named(self.exp_avg_sq), step)
+        return SlotState(weights, self.named(self.exp_avg, device), self.named(self.exp_avg_sq, device), step)
 
-    def _named(self, numbers: Tensor) -> State:
-        views = self._plan.views(numbers.cpu())
+    def named(self, blocks: Blocks, device: torch.device | str) -> State:
+        """Copies on `device`, by PEFT's names."""
+        views = self._plan.views([numbers.to(device, copy=True) for numbers in blocks])
         state: State = {}
         for target in self.settings.targets:
             a, b = views[target.name]
-            state |= zip(target.factors, (a.clone(), b.t().contiguous()), strict=True)
+            state |= zip(target.factors, (a, b.t()), strict=True)
         return state
 
 
@@ -97,8 +107,10 @@ class StackedSlots:
         self.device = device
         self._slots: dict[str, _Slot] = {}
         self._plan = _Plan(())
-        self._gradients: Tensor | None = None
-        self._copies: dict[torch.dtype, Tensor] = {}
+        self._gradients: Blocks = []
+        self._copies: dict[torch.dtype, Blocks] = {}
+        self.written: set[str] = set()
+        """The layers whose gradients hold something since `zero_gradients`."""
 
     def admit(self, name: str, settings: SlotSettings, state: SlotState) -> None:
         """Gives a trial a slot that starts from `state`."""
@@ -107,7 +119,8 @@ class StackedSlots:
         if fresh:
             self._plan = _Plan(self._plan.targets + fresh)
             self._slots = {
-                other: _Slot(slot.settings, self._plan, slot.read(), self.device) for other, slot in self._slots.items()
+                other: _Slot(slot.settings, self._plan, slot.read("cpu"), self.device)
+                for other, slot in self._slots.items()
             }
         self._slots[name] = _Slot(settings, self._plan, state, self.device)
         self._forget()
@@ -121,9 +134,14 @@ class StackedSlots:
         """What the trial was admitted with."""
         return self._slots[name].settings
 
-    def read(self, name: str) -> SlotState:
-        """A copy of a slot on the CPU."""
-        return self._slots[name].read()
+    def read(self, name: str, *, on_device: bool = False) -> SlotState:
+        """A copy of a slot: on the CPU, or where it is, which takes no time but memory there."""
+        return self._slots[name].read(self.device if on_device else "cpu")
+
+    def weights(self, name: str) -> State:
+        """A copy of a slot's factors on the CPU."""
+        slot = self._slots[name]
+        return slot.named(slot.weights, "cpu")
 
     def order(self, names: Sequence[str]) -> list[str]:
         """In which order the trials' tokens have to lie: that of the slots."""
@@ -131,8 +149,8 @@ class StackedSlots:
         return [name for name in self._slots if name in wanted]
 
     def zero_gradients(self, names: Sequence[str]) -> None:
-        """Forgets all gradients: those of trials that don't step are zero anyway."""
-        self.gradients().zero_()
+        """Forgets all gradients: those of trials that don't step are of no use."""
+        self.written.clear()
 
     def step(self, rates: dict[str, float]) -> Tensor:
         """Clips and makes an AdamW step for the trials named in `rates`, at these learning rates.
@@ -142,16 +160,20 @@ class StackedSlots:
         Returns:
             [trials], the gradients' norms before clipping.
         """
-        gradients = self.gradients()
+        for name, (a, b) in self.gradients().items():
+            if name not in self.written:
+                a.zero_()
+                b.zero_()
         limits = torch.tensor([slot.settings.max_grad_norm for slot in self._slots.values()])
-        norms = clip_rows_(gradients.flatten(1), limits.to(self.device, non_blocking=True))
+        norms = clip_rows_(self._gradients, limits.to(self.device, non_blocking=True))
         rows = self._rows()
+        torch._foreach_add_([self._slots[name].steps for name in rates], 1)
         for name, rate in rates.items():
             slot = self._slots[name]
-            mine = gradients[rows[name], : slot.settings.rank]
+            mine = [block[rows[name], : slot.settings.rank] for block in self._gradients]
             adamw_(slot.weights, mine, slot.exp_avg, slot.exp_avg_sq, slot.steps, slot.settings, rate)
-        for copy in self._copies.values():
-            self._refresh(copy, rates)
+        for copies in self._copies.values():
+            self._refresh(copies, rates)
         chosen = torch.tensor([rows[name] for name in rates])
         return norms.index_select(0, chosen.to(self.device, non_blocking=True))
 
@@ -159,45 +181,39 @@ class StackedSlots:
         """What the adapted layers compute while the tokens of `layout` go through the base."""
         return StackedPass(self, layout)
 
-    def gradients(self) -> Tensor:
-        """[slots, highest rank, width] float32."""
-        if self._gradients is None:
-            self._gradients = torch.zeros(self._shape(), device=self.device)
-        return self._gradients
+    def gradients(self) -> Factors:
+        """Of each layer, [slots, highest rank, size] float32; see `written`."""
+        if not self._gradients:
+            self._gradients = self._plan.zeros(*self._shape(), device=self.device)
+        return self._plan.views(self._gradients)
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """The factors of all slots, converted once a step for all layers."""
         if dtype not in self._copies:
-            self._copies[dtype] = torch.zeros(self._shape(), device=self.device, dtype=dtype)
+            self._copies[dtype] = self._plan.zeros(*self._shape(), device=self.device, dtype=dtype)
             self._refresh(self._copies[dtype], self._slots)
         return self._plan.views(self._copies[dtype])
-
-    def views(self, numbers: Tensor) -> Factors:
-        """The factors in numbers of the gradients' shape."""
-        return self._plan.views(numbers)
 
     def per_slot(self, names: Sequence[str], values: Sequence[int]) -> list[int]:
         """`values` of the trials `names`, spread over all slots; 0 for the others."""
         given = dict(zip(names, values, strict=True))
         return [given.get(name, 0) for name in self._slots]
 
-    def _refresh(self, copy: Tensor, names: Sequence[str] | dict[str, Any]) -> None:
+    def _refresh(self, copies: Blocks, names: Iterable[str]) -> None:
         rows = self._rows()
         slots = [(rows[name], self._slots[name]) for name in names]
-        torch._foreach_copy_(
-            [copy[row, : slot.settings.rank] for row, slot in slots], [slot.weights for _, slot in slots]
-        )
+        padded = [block[row, : slot.settings.rank] for row, slot in slots for block in copies]
+        torch._foreach_copy_(padded, [block for _, slot in slots for block in slot.weights])
 
     def _rows(self) -> dict[str, int]:
         return {name: row for row, name in enumerate(self._slots)}
 
-    def _shape(self) -> tuple[int, int, int]:
-        rank = max(_aligned(slot.settings.rank) for slot in self._slots.values())
-        return len(self._slots), rank, self._plan.width
+    def _shape(self) -> tuple[int, int]:
+        return len(self._slots), max(_aligned(slot.settings.rank) for slot in self._slots.values())
 
     def _forget(self) -> None:
         """What has the shape of all slots is made anew, when it is needed next."""
-        self._gradients = None
+        self._gradients = []
         self._copies.clear()
 
 
@@ -208,7 +224,7 @@ class StackedPass:
         self._slots, self._layout = slots, layout
         device = slots.device
         self._lengths = slots.per_slot(layout.names, layout.tokens)
-        self._gradients = slots.views(slots.gradients()) if torch.is_grad_enabled() else None
+        self._gradients = slots.gradients() if torch.is_grad_enabled() else None
         self._products: dict[torch.dtype, tuple[Factors, SegmentProducts, Tensor]] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         settings = [slots.settings(name) for name in layout.names]
@@ -225,13 +241,23 @@ class StackedPass:
         mask = None
         if self._layout.keys is not None and self._limits is not None:
             mask = kept(self._layout.keys, target.index, target.inputs, self._limits)
-        gradients = self._gradients[target.name] if self._gradients is not None else None
-        product = _Product(factors[target.name], gradients, products, scales=scales, mask=mask)
+        product = _Product(target.name, factors[target.name], products, scales=scales, mask=mask, add=self._add)
         if type(base) is nn.Linear:
             out = _FrozenLinear.apply(flat, self._anchor, base.weight, base.bias, product)  # type: ignore[no-untyped-call]
         else:
             out = base(x).reshape(-1, target.outputs) + _LowRank.apply(flat, self._anchor, product)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], target.outputs)  # type: ignore[no-any-return]
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Adds to the gradients of a layer's factors."""
+        if self._gradients is None:
+            return
+        for held, part in zip(self._gradients[name], (a, b), strict=True):
+            if name in self._slots.written:
+                held.add_(part)
+            else:
+                held.copy_(part)
+        self._slots.written.add(name)
 
     def _in_format(self, dtype: torch.dtype) -> tuple[Factors, SegmentProducts, Tensor]:
         """All factors and scales in the number format of the activations, and what multiplies them."""
@@ -246,16 +272,17 @@ class _Product:
 
     def __init__(
         self,
+        name: str,
         factors: tuple[Tensor, Tensor],
-        gradients: tuple[Tensor, Tensor] | None,
         products: SegmentProducts,
         *,
         scales: Tensor,
         mask: Tensor | None,
+        add: Callable[[str, Tensor, Tensor], None],
     ) -> None:
         self.a, self.b = factors  # [slots, rank, inputs] and [slots, rank, outputs]
-        self.gradients = gradients
         self.scales, self.products = scales, products
+        self._name, self._add = name, add
         self._kept: Callable[[Tensor], Tensor] = lambda x: x if mask is None else torch.where(mask, x, 0.0)
 
     def low(self, x: Tensor) -> Tensor:
@@ -269,10 +296,8 @@ class _Product:
     def back(self, gradient: Tensor, x: Tensor, low: Tensor, *, wanted: bool) -> Tensor | None:
         """Adds to the factors' gradients; the gradient of x, where it is wanted."""
         gradient_low = self.products.apply(gradient, self.b.transpose(1, 2)).mul_(self.scales)
-        if self.gradients is not None:
-            gradient_a, gradient_b = self.gradients
-            gradient_b += self.products.outer(low, gradient)
-            gradient_a += self.products.outer(gradient_low, self._kept(x))
+        outer = self.products.outer
+        self._add(self._name, outer(gradient_low, self._kept(x)), outer(low, gradient))
         return self._kept(self.products.apply(gradient_low, self.a)) if wanted else None
 
 

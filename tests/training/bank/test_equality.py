@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from raytune_ft.training.bank import stacked
+
 from .conftest import MakeBank, Settings, losses_of
 from .reference import reference_losses
 
@@ -69,6 +71,21 @@ def test_packed_equals_a_bank_of_one(make_bank: MakeBank, trial: Settings, dropo
         solo = make_bank(arithmetic="ragged")
         solo.admit(name, config)
         assert difference(packed[name], losses_of(solo)[name]) <= 1e-5, name
+
+
+def test_slots_in_several_blocks_compute_the_same(
+    make_bank: MakeBank, trial: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {name: trial(max_steps=6, **changes) for name, changes in MIXED.items()}
+    found = []
+    for block in (stacked._BLOCK, 300):
+        monkeypatch.setattr(stacked, "_BLOCK", block)
+        bank = make_bank(arithmetic="stacked")
+        for name, config in configs.items():
+            bank.admit(name, config)
+        found.append(losses_of(bank))
+    for name in configs:
+        assert difference(*(losses[name] for losses in found)) <= 1e-6
 
 
 def test_dropout_changes_the_losses(make_bank: MakeBank, trial: Settings) -> None:
