@@ -327,7 +327,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     spans[arm] += [seconds / side_by_side(arm, options) for _, seconds in found.values()]
                     watched[arm][steps].append(watch)
                     shutil.rmtree(out, ignore_errors=True)
-                    print(f"{arm}, {steps} steps: {watch.seconds:.1f} s", flush=True)
+                    each = statistics.fmean(spans[arm]) / max(1, steps - evaluated_every(steps, options) or steps)
+                    print(f"{arm}, {steps} steps: {watch.seconds:.1f} s; at last {1000 * each:.2f} ms", flush=True)
                     time.sleep(2)
     if options.asha:
         return best_table(watched, losses, options)
