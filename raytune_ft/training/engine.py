@@ -163,16 +163,17 @@ class LocalLearner:
         rate = _set_rate(self.optimizer, self._config, self._timetable, step)
         seed_step(self._config.seed, step, 0)
         count = sum(len(micro.targets) for micro in batch)
-        total = 0.0
+        losses = []
         self.optimizer.zero_grad(set_to_none=True)
         with before_the_optimizer():
             for micro in batch:
                 loss = self.trainee.loss(micro.to(self._device)) / max(1, count)
                 loss.backward()
-                total += float(loss.detach())
+                losses.append(loss.detach())
         norm = nn.utils.clip_grad_norm_(list(self.trainee.trainable().values()), self._config.max_grad_norm)
         self.optimizer.step()
         tokens = sum(micro.tokens for micro in batch)
+        total = float(_sum(losses))
         return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, "tokens": tokens, "supervised": count}
 
     def gathered_state(self) -> State | None:
@@ -209,16 +210,17 @@ class ZeroLearner:
         count, tokens = self._reduced(mine).tolist()
         # DeepSpeed divides by the number of micro-batches and of ranks; the global mean wants neither.
         scale = self.world_size * len(batch) / max(1.0, count)
-        total = torch.zeros((), dtype=torch.float64)
+        losses = []
         norm = None
         for micro in batch:
             loss = self.engine(micro.to(self._device))
             self.engine.backward(loss * scale)
-            total += loss.detach().double().cpu()
+            losses.append(loss.detach())
             if micro is batch[-1]:
                 norm = self._unsharded_norm()
             self.engine.step()
-        mean = float(self._reduced(total.reshape(1))) / max(1.0, count)
+        # Read behind the optimizer's step, so that a GPU has it in line before the host waits.
+        mean = float(self._reduced(_sum(losses).reshape(1))) / max(1.0, count)
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         return {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": count}
 
@@ -262,6 +264,10 @@ def _evaluate(
             count += len(batch.targets)
     trainee.model.train()
     return total, count
+
+
+def _sum(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(losses)).double().sum()
 
 
 def _set_rate(optimizer: Any, config: FineTuningConfig, timetable: Timetable, step: int) -> float:

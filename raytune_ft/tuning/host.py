@@ -26,6 +26,7 @@ from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.training import checkpoint
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
+from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import TokenRows
 from raytune_ft.training.config import FineTuningConfig
@@ -243,7 +244,7 @@ class BankHost:
             progress, metrics, kept = line.unwritten.popleft()
             folder = self._snapshots / progress.name
             try:
-                where = checkpoint.write(folder, kept, keep=_KEPT)
+                where = checkpoint.write(folder, on_cpu(kept), keep=_KEPT)
             except OSError as error:
                 self._break(f"{folder}: the snapshot cannot be written: {error}")
                 return

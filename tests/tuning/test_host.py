@@ -37,7 +37,7 @@ def host(settings: dict, tiny_model: Path, tmp_path: Path) -> BankHost:
         splits[name] = [str(tmp_path / f"{name}.parquet")]
         table = {"input_ids": [r.input_ids for r in part], "supervised": [r.supervised for r in part]}
         pq.write_table(pa.table(table), splits[name][0])
-    return BankHost(settings, splits, str(tmp_path / "snapshots"), device="cpu", threads=1)
+    return BankHost(settings, splits, str(tmp_path / "snapshots"), device="cpu", threads=3)
 
 
 def test_reports_come_in_order_with_their_state_on_disk(host: BankHost, settings: dict) -> None:
@@ -111,5 +111,5 @@ def test_a_bank_that_cannot_write_says_so_to_every_caller(host: BankHost, settin
 
 
 def test_a_base_that_cannot_be_shared_is_a_fault_not_a_crash(settings: dict, tmp_path: Path) -> None:
-    told = BankHost({**settings, "model_path": str(tmp_path)}, {}, str(tmp_path), device="cpu", threads=1).fault()
+    told = BankHost({**settings, "model_path": str(tmp_path)}, {}, str(tmp_path), device="cpu", threads=3).fault()
     assert told is not None and "is not a model" in told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from raytune_ft.core.errors import ModelError
 from raytune_ft.training.bank.slot import SlotState, State
 from raytune_ft.training.bank.trial import Trial
@@ -16,6 +18,23 @@ def snapshot_of(trial: Trial, state: SlotState) -> Checkpoint:
         **{f"best.{name}": tensor for name, tensor in (trial.best or {}).items()},
     }
     return Checkpoint(trial.step, state.weights, moments, {"config": trial.config.resolved(), **trial.remembered()})
+
+
+def on_cpu(snapshot: Checkpoint) -> Checkpoint:
+    """The same on the CPU; tensors that share memory make the way together."""
+    homes: dict[int, Tensor] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in homes:
+            homes[memory.data_ptr()] = tensor.new_empty(0).set_(memory).cpu()
+        home = homes[memory.data_ptr()]
+        return home.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    weights, moments = (
+        {name: moved(tensor) for name, tensor in state.items()} for state in (snapshot.weights, snapshot.moments)
+    )
+    return Checkpoint(snapshot.step, weights, moments, snapshot.progress)
 
 
 def slot_state(snapshot: Checkpoint, wanted: State, name: str) -> SlotState:

@@ -14,6 +14,7 @@ from raytune_ft.training import checkpoint
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import frozen_base, load_frozen_base
 from raytune_ft.training.bank.refusal import why_not_packed
+from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Status
 from raytune_ft.training.bank.turns import next_group, row_chunks
 
@@ -42,6 +43,25 @@ def test_a_snapshot_on_disk_goes_on_as_the_unbroken_trial(
         [row["eval_loss"] for row in whole.trial("t").history if "eval_loss" in row], abs=1e-6
     )
     assert len(evaluated) == 4
+
+
+@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
+def test_a_snapshot_on_the_device_is_the_same_and_does_not_change_with_the_next_step(
+    arithmetic: str, make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows, arithmetic=arithmetic)
+    for rank in (4, 8):
+        bank.admit(f"r{rank}", trial(lora_r=rank, eval_strategy="steps", eval_steps=2))
+    for _ in range(3):
+        bank.step()
+    taken = bank.snapshot("r4", on_device=True)
+    expected = bank.snapshot("r4")
+    bank.step()
+    found = on_cpu(taken)
+    for mine, theirs in ((found.weights, expected.weights), (found.moments, expected.moments)):
+        assert list(mine) == list(theirs)
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert any(key.startswith("best.") for key in found.moments)
 
 
 def test_a_paused_trial_makes_no_step_and_goes_on_where_it_was(make_bank: MakeBank, trial: Settings) -> None:
