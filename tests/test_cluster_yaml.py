@@ -54,7 +54,7 @@ def test_what_is_mounted_exists(settings):
 def test_every_shell_command_is_valid_bash(settings):
     lists = [key for key in settings if key.endswith("_commands")]
     commands = [command for key in lists for command in settings[key]]
-    assert len(lists) == 5 and len(commands) > 12
+    assert len(lists) == 6 and len(commands) > 12
     for command in commands:
         subprocess.run(["bash", "-n", "-c", command], check=True)
 
@@ -82,10 +82,11 @@ def test_the_setup_commands_make_a_working_environment(settings, tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    for command in [*settings["setup_commands"], *settings["head_setup_commands"]]:
-        run(command)
+    for key in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        for command in settings[key]:
+            run(command)
     activate = 'source "$HOME/venv/bin/activate" && '
     assert run(f"{activate} which ray").strip() == str(tmp_path / "venv/bin/ray")
     assert run(f"{activate} RAY_AUTH_MODE=token ray --version").startswith("ray, version 2.")
     assert "missing" not in run(f"{activate} raytune-ft doctor --storage {tmp_path}")
-    assert run(f"{activate} python -c 'import boto3, raytune_ft; print(raytune_ft.__file__)'").startswith(str(tmp_path))
+    assert run(f"{activate} python -c 'import boto3, liger_kernel, raytune_ft; print(raytune_ft.__file__)'").startswith(str(tmp_path))
