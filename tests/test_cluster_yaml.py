@@ -89,4 +89,6 @@ def test_the_setup_commands_make_a_working_environment(settings, tmp_path):
     assert run(f"{activate} which ray").strip() == str(tmp_path / "venv/bin/ray")
     assert run(f"{activate} RAY_AUTH_MODE=token ray --version").startswith("ray, version 2.")
     assert "missing" not in run(f"{activate} raytune-ft doctor --storage {tmp_path}")
-    assert run(f"{activate} python -c 'import boto3, liger_kernel, raytune_ft; print(raytune_ft.__file__)'").startswith(str(tmp_path))
+    assert run(f"{activate} python -c 'import boto3, liger_kernel, raytune_ft; print(raytune_ft.__file__)'").startswith(
+        str(tmp_path)
+    )

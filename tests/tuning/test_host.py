@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from raytune_ft.core.records import Message
 from raytune_ft.core.storage import Location
@@ -113,3 +115,42 @@ def test_a_bank_that_cannot_write_says_so_to_every_caller(host: BankHost, settin
 def test_a_base_that_cannot_be_shared_is_a_fault_not_a_crash(settings: dict, tmp_path: Path) -> None:
     told = BankHost({**settings, "model_path": str(tmp_path)}, {}, str(tmp_path), device="cpu", threads=3).fault()
     assert told is not None and "is not a model" in told
+
+
+def test_memory_that_runs_out_waits_for_snapshots_under_way_before_steps_get_smaller(
+    host: BankHost, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocator that refuses once while a snapshot is written, and twice afterwards."""
+    step, write = host._bank.step, checkpoint.write
+    refused: list[bool] = []
+    smaller: list[int] = []
+    room, written = host._bank.make_room, threading.Event()
+
+    def slow_write(*args, **kwargs):
+        time.sleep(0.3)
+        where = write(*args, **kwargs)
+        written.set()
+        return where
+
+    def sometimes(**kwargs):
+        writing = any(line.writing for line in host._lines.values())
+        if len(refused) < 3 and (writing or refused):
+            refused.append(writing)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+        return step(**kwargs)
+
+    def make_room(**kwargs):
+        assert written.is_set()
+        smaller.append(1)
+        return room(**kwargs)
+
+    monkeypatch.setattr(checkpoint, "write", slow_write)
+    monkeypatch.setattr(host._bank, "step", sometimes)
+    monkeypatch.setattr(host._bank, "make_room", make_room)
+    host.admit("t", {**settings, "max_steps": 8})
+    number = 0
+    while (report := host.report("t", number))["status"] == "running":
+        number = report["number"]
+    assert report["step"] == 8
+    assert refused == [True, False, False]
+    assert len(smaller) == 2  # not at the first refusal
