@@ -22,6 +22,7 @@ from raytune_ft.training.bank.products import SegmentProducts, products_for
 from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target
 
 _BLOCK = 1 << 17
+"""Most numbers of one rank in a block, unless one layer has more."""
 _ALIGNED = 8  # grouped products want rows of whole 16 bytes, also in bf16
 
 Blocks = list[Tensor]
