@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.bench_machine import measured
+from jobs.bench_machine import measured, options_of, profiled
 from jobs.bench_sweep import RANKS, RATES, SHAPES, make_base, scratch_folder
 
 KINDS = {
@@ -48,7 +48,7 @@ def profile_bank(options: argparse.Namespace) -> dict[str, Any]:
         found = {}
         print(f"{'trials':>8}{'ms/trial-step':>16}{'tokens/s':>12}{'of peak':>9}{'calls/step':>12}")
         for trials in map(int, options.trials.split(",")):
-            figures = found[str(trials)] = profiled(base, where, trials, options)
+            figures = found[str(trials)] = figures_of(base, where, trials, options)
             tokens = options.tokens
             operations = work.of(tokens, tokens // 2)
             figures["of_peak"] = operations / (figures["ms_per_trial_step"] / 1000) / peak.flops
@@ -79,10 +79,9 @@ def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def profiled(base: Any, where: str, trials: int, options: argparse.Namespace) -> dict[str, Any]:
+def figures_of(base: Any, where: str, trials: int, options: argparse.Namespace) -> dict[str, Any]:
     """Median time of a step of all trials, and one step under torch's profiler."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from raytune_ft.models.chat import Encoded
     from raytune_ft.training.bank.bank import AdapterBank
@@ -107,19 +106,17 @@ def profiled(base: Any, where: str, trials: int, options: argparse.Namespace) ->
 
     once(), once()
     seconds = statistics.median(once() for _ in range(options.steps))
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        once()
+    events, spent = profiled(once, on_gpu=on_gpu)
     for name in bank.names():
         bank.evict(name)
-    events = profiler.key_averages()
-    on_device = [e for e in events if "CUDA" in str(e.device_type)] if on_gpu else events
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in on_device}
     total = sum(spent.values()) or 1
     kinds = {kind: sum(t for key, t in spent.items() if of_kind(key) == kind) / total for kind in [*KINDS, "rest"]}
     largest = sorted(spent, key=lambda key: -spent[key])[:12]
     return {
         "ms_per_trial_step": 1000 * seconds / trials,
-        "calls_per_step": sum(e.count for e in on_device if on_gpu or e.key.startswith("aten::")),
+        "calls_per_step": sum(
+            e.count for e in events if ("CUDA" in str(e.device_type) if on_gpu else e.key.startswith("aten::"))
+        ),
         "host_ms_per_step": sum(e.self_cpu_time_total for e in events) / 1000,
         "kinds": kinds,
         "operators": {key[:80]: spent[key] / total for key in largest},
@@ -137,14 +134,12 @@ def of_kind(name: str) -> str:
 
 def main() -> int:
     """Runs the benchmark; 2 if the machine was busy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = options_of(__doc__)
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
     parser.add_argument("--trials", default="2,16,32")
     parser.add_argument("--folder", help="where the base is kept for the next benchmark")
     parser.add_argument("--tokens", type=int, default=256, help="of a trial's step")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
     name = f"bench_bank_{options.base}_{options.tokens}_{options.device}"
     return measured(name, lambda: profile_bank(options), allow_busy=options.allow_busy)

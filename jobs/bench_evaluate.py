@@ -21,7 +21,7 @@ if __name__ == "__main__":
     # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.bench_machine import measured
+from jobs.bench_machine import measured, options_of
 from jobs.bench_sweep import SHAPES, chat_rows, make_base
 
 SIZES = {"perplexity": (1, 2, 4, 8, 16, 32), "generation": (4, 8, 16, 32, 64)}
@@ -183,15 +183,13 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     """Runs the benchmark; 2 if the machine was busy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = options_of(__doc__)
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, help="of torch; by default its own choice")
-    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
     return measured(
         f"bench_evaluate_{options.base}_{options.device}", lambda: compare(options), allow_busy=options.allow_busy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -41,6 +42,26 @@ def processor() -> str:
     lines = told.read_text().splitlines() if told.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{os.cpu_count()} x {name}"
+
+
+def options_of(about: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of a device is asked; `about` is its docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
+    return parser
+
+
+def profiled(work: Callable[[], Any], *, on_gpu: bool) -> tuple[Any, dict[str, float]]:
+    """torch's profile of one call, and the microseconds of each kernel in it (on a CPU, of each operator)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+        work()
+    events = profiler.key_averages()
+    if not on_gpu:
+        return events, {event.key: event.self_cpu_time_total for event in events}
+    return events, {e.key: e.self_device_time_total for e in events if "CUDA" in str(e.device_type)}
 
 
 def gpu() -> str | None:

@@ -20,8 +20,8 @@ if __name__ == "__main__":
     # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.bench_machine import measured
-from jobs.bench_sweep import SHAPES, WORDS
+from jobs.bench_machine import measured, options_of, profiled
+from jobs.bench_sweep import SHAPES, WORDS, random_model
 
 RANK = 16
 
@@ -46,7 +46,6 @@ def some_rows(tokens: int) -> list[Any]:
 def trainable(options: argparse.Namespace) -> Any:
     """The model of a shape with LoRA layers in its own number format, as DeepSpeed leaves them, and its loss."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from raytune_ft.models.adapters import add_lora
     from raytune_ft.models.attention import SEGMENTS, use_attention
@@ -54,11 +53,8 @@ def trainable(options: argparse.Namespace) -> Any:
     from raytune_ft.models.scoring import SummedLoss
     from raytune_ft.training.fused_lora import fuse_lora
 
-    torch.manual_seed(0)
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    config = LlamaConfig(**{"vocab_size": WORDS, "max_position_embeddings": 2048, **SHAPES[options.base]})
-    with torch.device(options.device):
-        bare = LlamaForCausalLM._from_config(config, dtype=dtype).requires_grad_(False)
+    bare = random_model(options.base, options.device, dtype).requires_grad_(False)
     use_liger(bare, options.device, wanted=False if options.without_liger else None)
     settings = {"rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "target_modules": "all-linear"}
     model = add_lora(bare, **settings, seed=0, base=options.base)
@@ -104,18 +100,12 @@ def time_steps(options: argparse.Namespace) -> dict[str, Any]:
         + (f", {found['peak_gb']:.1f} GB" if on_gpu else "")
     )
     if options.profile:
-        found["kernels"] = profiled(step, on_gpu=on_gpu)
+        found["kernels"] = largest_shares(profiled(step, on_gpu=on_gpu)[1])
     return found
 
 
-def profiled(step: Any, *, on_gpu: bool) -> dict[str, float]:
-    """Shares of one step's time by kernel (on a CPU, by operator), the largest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        step()
-    events = [event for event in profiler.key_averages() if not on_gpu or "CUDA" in str(event.device_type)]
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
+def largest_shares(spent: dict[str, float]) -> dict[str, float]:
+    """Shares of one step's time, the largest first; printed, too."""
     total = sum(spent.values()) or 1
     largest = {name[:100]: spent[name] / total for name in sorted(spent, key=lambda name: -spent[name])[:22]}
     for name, share in largest.items():
@@ -125,14 +115,12 @@ def profiled(step: Any, *, on_gpu: bool) -> dict[str, float]:
 
 def main() -> int:
     """Runs the benchmark; 2 if the machine was busy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = options_of(__doc__)
     parser.add_argument("--base", choices=list(SHAPES), default="small")
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--without-liger", action="store_true", help="transformers' own kernels")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
     name = f"bench_step_{options.base}_{options.device}{'_without_liger' * options.without_liger}"
     return measured(name, lambda: time_steps(options), allow_busy=options.allow_busy)

@@ -34,7 +34,7 @@ if __name__ == "__main__":
     # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.bench_machine import Watch, measured
+from jobs.bench_machine import Watch, measured, options_of
 
 RATES = {"cpu": [1e-4, 3e-4, 1e-3, 2e-3], "cuda": [5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3]}
 RANKS = {"cpu": [4, 8, 16, 32], "cuda": [8, 16, 32, 64]}
@@ -64,7 +64,7 @@ def make_base(name: str, folder: Path) -> str:
         return str(folder)
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -80,16 +80,23 @@ def make_base(name: str, folder: Path) -> str:
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    shape = {"vocab_size": WORDS, "max_position_embeddings": 2048, "bos_token_id": None, **SHAPES[name]}
-    config = LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id)
-    if name == "small":
-        LlamaForCausalLM(config).save_pretrained(folder)
-        return str(folder)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    small = name == "small"
+    device = "cpu" if small or not torch.cuda.is_available() else "cuda"
+    dtype = torch.float32 if small else torch.bfloat16
+    random_model(name, device, dtype, eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
     torch.cuda.empty_cache()
     return str(folder)
+
+
+def random_model(name: str, device: str, dtype: Any, **settings: Any) -> Any:
+    """A Llama of a shape with random weights, made on its device."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": WORDS, "max_position_embeddings": 2048, "bos_token_id": None, **SHAPES[name]}
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(LlamaConfig(**shape, **settings), dtype=dtype)
 
 
 def chat_rows(count: int) -> list[dict[str, Any]]:
@@ -194,26 +201,21 @@ def evaluated_every(steps: int, options: argparse.Namespace) -> int:
     return steps // (4 if options.asha else 2 if options.halves else 1)
 
 
-def peers(*, share: bool) -> Callable[..., Found]:
-    """An arm of the peer's trials: one at a time on the whole device, or several that share it."""
+def peers(arm: str) -> Callable[..., Found]:
+    """An arm of the peer's trials: as many at a time as `side_by_side` says share the device."""
 
     def run(base: str, dataset: Path, out: Path, steps: int, options: argparse.Namespace) -> Found:
         from ray import tune
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
         cpus = os.cpu_count() or 1
-        at_once = side_by_side("peer-shared" if share else "peer-one", options)
+        at_once = side_by_side(arm, options)
         threads = cpus // at_once
         resources = {"CPU": threads} if options.device == "cpu" else {"CPU": 1, "GPU": 1 / at_once}
-        given: dict[str, Any] = {
-            "base": base,
-            "dataset": str(dataset),
-            "out": str(out),
-            "steps": steps,
-            "batch": options.batch,
-        }
-        given["eval_steps"] = evaluated_every(steps, options)
-        trial = tune.with_parameters(peer_trial, **given, threads=threads)
+        trial = tune.with_parameters(
+            peer_trial, base=base, dataset=str(dataset), out=str(out), steps=steps, batch=options.batch,
+            eval_steps=evaluated_every(steps, options), threads=threads,
+        )  # fmt: skip
         rungs = {"time_attr": "global_step", "grace_period": steps // 4, "reduction_factor": 2, "max_t": steps}
         ranks, rates = RANKS[options.device], RATES[options.device]
         tuner = tune.Tuner(
@@ -295,8 +297,8 @@ def ours(packed: str) -> Callable[..., Found]:
 
 
 ARMS: dict[str, Callable[..., Found]] = {
-    "peer-one": peers(share=False),
-    "peer-shared": peers(share=True),
+    "peer-one": peers("peer-one"),
+    "peer-shared": peers("peer-shared"),
     "alone": ours("never"),
     "packed": ours("auto"),
 }
@@ -324,16 +326,17 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     with Watch() as watch:
                         found = ARMS[arm](base, dataset, out, steps, options)
                     losses[arm] = {key: loss for key, (loss, _) in found.items()}
-                    spans[arm] += [seconds / side_by_side(arm, options) for _, seconds in found.values()]
+                    stretch = evaluated_every(steps, options) * side_by_side(arm, options)
+                    mine = [seconds / stretch for _, seconds in found.values()]
+                    spans[arm] += mine
                     watched[arm][steps].append(watch)
                     shutil.rmtree(out, ignore_errors=True)
-                    each = statistics.fmean(spans[arm]) / max(1, steps - evaluated_every(steps, options) or steps)
-                    print(f"{arm}, {steps} steps: {watch.seconds:.1f} s; at last {1000 * each:.2f} ms", flush=True)
+                    each = 1000 * statistics.fmean(mine)
+                    print(f"{arm}, {steps} steps: {watch.seconds:.1f} s; at last {each:.2f} ms", flush=True)
                     time.sleep(2)
     if options.asha:
         return best_table(watched, losses, options)
-    half = options.steps - evaluated_every(options.steps, options)
-    halves = {arm: statistics.fmean(spans[arm]) / half for arm in arms} if options.halves else None
+    halves = {arm: statistics.fmean(spans[arm]) for arm in arms} if options.halves else None
     return table(watched, losses, lengths, halves, options)
 
 
@@ -413,8 +416,7 @@ def table(
 
 def main() -> int:
     """Runs the benchmark; 2 if the machine was busy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = options_of(__doc__)
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
@@ -425,7 +427,6 @@ def main() -> int:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--halves", action="store_true", help="steady time from the second half of one length of run")
     parser.add_argument("--asha", action="store_true", help="time to the best settings under ASHA")
-    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     options = parser.parse_args()
     batch = f"_batch{options.batch}" if options.batch != 2 else ""
     name = f"bench_sweep_{options.base}_{options.steps}{batch}{'_asha' * options.asha}_{options.device}"

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.bench_machine import Watch, measured
+from jobs.bench_machine import Watch, measured, options_of
 
 ROWS_PER_STEP = {"cpu": 8, "cuda": 128}
 WARM = {"cpu": 2, "cuda": 10}
@@ -89,11 +89,11 @@ def alone(config: Any) -> None:
     from raytune_ft.core.storage import Location
     from raytune_ft.training.session import Seat, train_in_process
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "RANK": "0", "WORLD_SIZE": "1"}
-    os.environ["LOCAL_RANK"] = "0"
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     on_gpu = torch.cuda.is_available()
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", rank=0, world_size=1)
-    files = {name: sorted(map(str, Path(config.dataset_path, name).glob("*.parquet"))) for name in ("train",)}
+    files = {"train": sorted(map(str, Path(config.dataset_path, "train").glob("*.parquet")))}
     seat = Seat(device="cuda:0" if on_gpu else "cpu", deepspeed=True)
     train_in_process(config, files, seat, output=Location.at(config.output_dir), golden=False)
     torch.distributed.destroy_process_group()
@@ -297,8 +297,7 @@ def table(
 
 def main() -> int:
     """Runs the benchmark; 2 if the machine was busy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = options_of(__doc__)
     parser.add_argument("--base", choices=["small", "1b", "8b", "smollm2-135m"], default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
@@ -309,7 +308,6 @@ def main() -> int:
     parser.add_argument("--rows", type=int, help="of a step; 8 on a CPU and 128 on a GPU by default")
     parser.add_argument("--candidates", type=int, nargs=2, metavar=("FROM", "TO"), help="of the peer's settings")
     parser.add_argument("--only-ours", action="store_true")
-    parser.add_argument("--allow-busy", action="store_true", help="measure all the same, and say so in the result")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from raytune_ft.models.chunks import frozen_chunk
 from raytune_ft.models.kernels import fused_losses, has_fused_loss
-
-CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Logits that exist at the same time, by device: what caches hold, or a gibibyte in fp32."""
 
 
 def losses_and_gradient(
@@ -31,8 +29,7 @@ def losses_and_gradient(
     Returns:
         [targets] float32 losses in nats, and [targets, width] the gradient of the states.
     """
-    most = CHUNK_LOGITS["cuda" if states.is_cuda else "cpu"]
-    rows = max(16, most // max(1, _outputs(head)))
+    rows = frozen_chunk("cuda" if states.is_cuda else "cpu", _outputs(head))
     if len(targets) and has_fused_loss(head, states):
         losses, gradient = fused_losses(head, states, targets, rows, wanted=weights is not None)
         return losses, gradient.mul_(weights.unsqueeze(1)) if weights is not None else None

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from raytune_ft.core.errors import ModelError
@@ -125,5 +124,5 @@ class _Rotation:
     on_gpu: Callable[..., tuple[Tensor, Tensor]]
 
     def __call__(self, q: Tensor, *others: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        function = self.on_gpu if q.is_cuda and not torch.compiler.is_compiling() else self.usual
+        function = self.on_gpu if q.is_cuda else self.usual
         return function(q, *others, **named)

@@ -18,13 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, attention
 from raytune_ft.models.chat import Encoded
+from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.frozen_head import can_be_summed, summed_loss
 from raytune_ft.models.loading import LoadedModel
 from raytune_ft.models.virtual import Extended, VirtualTokens
 
-CHUNK = 512
-"""Targets whose logits exist at the same time."""
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 512, 8192
 
 

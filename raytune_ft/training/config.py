@@ -171,8 +171,8 @@ class FineTuningConfig(Config):
     precision: Precision = Precision.AUTO
     """Number format of weights and activations; auto is bf16 on GPUs that do it well, fp32 on CPUs."""
     use_liger_kernel: bool | None = None
-    """Whether norms and activations are computed by Liger's kernels; by default on GPUs, where it is installed and has
-    kernels for the model."""
+    """Whether norms, activations, rotations and losses are computed by Liger's kernels; by default on GPUs, where it is
+    installed and has kernels for the model."""
     max_failures: int = Field(2, ge=0)
     """How often lost workers are replaced before the run fails."""
 

@@ -19,10 +19,11 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import merge_adapter
 from raytune_ft.models.attention import SEGMENTS, use_attention
+from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import LoadedModel, load_model, load_tokenizer, resolve_model
-from raytune_ft.models.scoring import CHUNK, CausalParts, SummedLoss, target_losses, target_states
+from raytune_ft.models.scoring import CausalParts, SummedLoss, target_losses, target_states
 
 
 class DistillationLoss(SummedLoss):

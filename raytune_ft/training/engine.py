@@ -266,8 +266,8 @@ def _evaluate(
     return total, count
 
 
-def _sum(losses: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(losses)).double().sum()
+def _sum(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).double().sum()
 
 
 def _set_rate(optimizer: Any, config: FineTuningConfig, timetable: Timetable, step: int) -> float:

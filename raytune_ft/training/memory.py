@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+from raytune_ft.models.chunks import CHUNK, frozen_chunk
 from raytune_ft.training.config import FineTuningMethod
 
 GIB = 1 << 30
-_LOSS_CHUNK = 512
-"""Targets whose logits exist at the same time under a head that is trained (`models.scoring.CHUNK`)."""
-_LOSS_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Logits that exist at the same time under a frozen head (`models.frozen_head.CHUNK_LOGITS`)."""
 _FULL_BYTES = 4
 _TYPICAL = (  # of Llama's family: parameters, layers, hidden, intermediate, key-value share, vocabulary
     (135e6, 30, 576, 1536, 1 / 3, 49_152),
@@ -112,8 +109,8 @@ def predict_peak(shape: ModelShape, load: Load) -> MemoryPeak:
     gradients = trained * width / (share if load.zero_stage >= 2 else 1)
     optimizer = trained * (12 / share if load.zero_stage >= 1 else 8)
     activations = load.tokens * activation_bytes_per_token(shape, load)
-    chunk = _LOSS_CHUNK if load.method is FineTuningMethod.FULL else _LOSS_LOGITS[load.device] // shape.vocabulary
-    loss = min(load.tokens, max(16, chunk)) * shape.vocabulary * (2 * _FULL_BYTES + width)
+    chunk = CHUNK if load.method is FineTuningMethod.FULL else frozen_chunk(load.device, shape.vocabulary)
+    loss = min(load.tokens, chunk) * shape.vocabulary * (2 * _FULL_BYTES + width)
     begins = activations + loss + (gradients if load.accumulates else 0)
     if begins >= gradients:
         held = gradients if load.accumulates else 0.0

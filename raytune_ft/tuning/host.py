@@ -30,6 +30,7 @@ from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import TokenRows
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.micro_batches import release_memory
 
 logger = logging.getLogger("raytune_ft")
 
@@ -205,7 +206,7 @@ class BankHost:
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
             waited = self._wait_for_writers()
-            torch.cuda.empty_cache()
+            release_memory()
             too_large = None if waited else self._bank.make_room(hold=held)
             if too_large is not None:
                 return [self._bank.fail(too_large, f"out of memory: {reason}")]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raytune_ft.models import frozen_head
+from raytune_ft.models import chunks
 from raytune_ft.models.frozen_head import can_be_summed, losses_and_gradient, summed_loss
 
 
 def test_chunked_losses_and_gradient_are_those_of_autograd_on_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setitem(frozen_head.CHUNK_LOGITS, "cpu", 16 * 40)
+    monkeypatch.setitem(chunks.CHUNK_LOGITS, "cpu", 16 * 40)
     head = torch.nn.Linear(12, 40, bias=False).requires_grad_(False)
     states, targets, weights = torch.randn(50, 12, requires_grad=True), torch.randint(0, 40, (50,)), torch.rand(50)
     whole = torch.nn.functional.cross_entropy(head(states), targets, reduction="none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 from raytune_ft.core.errors import StoppedError
 from raytune_ft.core.storage import Location
+from raytune_ft.training.folder import read_history
 from raytune_ft.training.run import FineTuner
 from raytune_ft.training.session import Seat, train_in_process
 
@@ -20,7 +20,7 @@ STEPS = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 3, "use_gpu": T
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return read_history(Location.at(folder))
 
 
 @pytest.fixture(autouse=True)

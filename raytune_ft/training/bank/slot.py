@@ -79,14 +79,14 @@ def flat_size(targets: Sequence[Target], rank: int) -> int:
 
 
 def factor_views(flat: Tensor, targets: Sequence[Target], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of each target as views: [..., size] to A [..., rank, inputs] and B [..., outputs, rank]."""
+    """The factors of each target as views: [size] to A [rank, inputs] and B [outputs, rank]."""
     views = {}
     start = 0
     for target in targets:
         middle = start + rank * target.inputs
         stop = middle + rank * target.outputs
-        a = flat[..., start:middle].view(*flat.shape[:-1], rank, target.inputs)
-        b = flat[..., middle:stop].view(*flat.shape[:-1], target.outputs, rank)
+        a = flat[start:middle].view(rank, target.inputs)
+        b = flat[middle:stop].view(target.outputs, rank)
         views[target.name] = (a, b)
         start = stop
     return views

@@ -9,6 +9,7 @@ trial does not adapt, are zero; their gradients are zero, too (each holds the ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,85 +21,7 @@ from raytune_ft.training.bank.layout import Layout
 from raytune_ft.training.bank.optimizer import adamw_, clip_rows_
 from raytune_ft.training.bank.products import SegmentProducts, products_for
 from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target
-
-_BLOCK = 1 << 17
-"""Most numbers of one rank in a block, unless one layer has more."""
-_ALIGNED = 8  # grouped products want rows of whole 16 bytes, also in bf16
-
-Blocks = list[Tensor]
-Factors = dict[str, tuple[Tensor, Tensor]]
-"""By layer: A [..., rank, inputs] and B transposed [..., rank, outputs], as views."""
-
-
-class _Plan:
-    """Where the factors of each target lie: in blocks, at places in the numbers of one rank.
-
-    A block of all trials is small enough for 32-bit indices, beyond which kernels are launched in pieces.
-    """
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self.targets = tuple(targets)
-        self.widths: list[int] = []
-        self._places: dict[str, tuple[int, int, int]] = {}
-        for target in self.targets:
-            inputs, outputs = _aligned(target.inputs), _aligned(target.outputs)
-            if not self.widths or self.widths[-1] + inputs + outputs > _BLOCK:
-                self.widths.append(0)
-            start = self.widths[-1]
-            self._places[target.name] = len(self.widths) - 1, start, start + inputs
-            self.widths[-1] += inputs + outputs
-
-    def zeros(self, *shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Blocks:
-        """Blocks [*shape, width]."""
-        return [torch.zeros(*shape, width, device=device, dtype=dtype) for width in self.widths]
-
-    def views(self, blocks: Blocks) -> Factors:
-        """The factors in `blocks` [..., rank, width]."""
-        found = {}
-        for target in self.targets:
-            block, a, b = self._places[target.name]
-            numbers = blocks[block]
-            found[target.name] = numbers.narrow(-1, a, target.inputs), numbers.narrow(-1, b, target.outputs)
-        return found
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
-
-
-class _Slot:
-    """A trial's factors and moments, in blocks [rank, width], and the number of steps made."""
-
-    def __init__(self, settings: SlotSettings, plan: _Plan, state: SlotState, device: torch.device) -> None:
-        self.settings, self._plan = settings, plan
-        self.weights, self.exp_avg, self.exp_avg_sq = (plan.zeros(settings.rank, device=device) for _ in range(3))
-        self.steps = torch.tensor(float(state.step), device=device)
-        for blocks, tensors in (
-            (self.weights, state.weights),
-            (self.exp_avg, state.exp_avg),
-            (self.exp_avg_sq, state.exp_avg_sq),
-        ):
-            views = plan.views(blocks)
-            for target in settings.targets if tensors else ():
-                a, b = (tensors[name] for name in target.factors)
-                views[target.name][0].copy_(a)
-                views[target.name][1].copy_(b.t())
-
-    def read(self, device: torch.device | str) -> SlotState:
-        step = int(self.steps)
-        weights = self.named(self.weights, device)
-        if not step:
-            return SlotState.initial(weights)
-        return SlotState(weights, self.named(self.exp_avg, device), self.named(self.exp_avg_sq, device), step)
-
-    def named(self, blocks: Blocks, device: torch.device | str) -> State:
-        """Copies on `device`, by PEFT's names."""
-        views = self._plan.views([numbers.to(device, copy=True) for numbers in blocks])
-        state: State = {}
-        for target in self.settings.targets:
-            a, b = views[target.name]
-            state |= zip(target.factors, (a, b.t()), strict=True)
-        return state
+from raytune_ft.training.bank.stacked_slot import Blocks, FactorPlan, Factors, StackedSlot, aligned
 
 
 class StackedSlots:
@@ -106,24 +29,24 @@ class StackedSlots:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._slots: dict[str, _Slot] = {}
-        self._plan = _Plan(())
+        self._slots: dict[str, StackedSlot] = {}
+        self._plan = FactorPlan(())
         self._gradients: Blocks = []
+        self._gradient_views: Factors = {}
+        self._written: set[str] = set()  # the layers whose gradients hold something since `zero_gradients`
         self._copies: dict[torch.dtype, Blocks] = {}
-        self.written: set[str] = set()
-        """The layers whose gradients hold something since `zero_gradients`."""
 
     def admit(self, name: str, settings: SlotSettings, state: SlotState) -> None:
         """Gives a trial a slot that starts from `state`."""
         known = {target.name for target in self._plan.targets}
         fresh = tuple(target for target in settings.targets if target.name not in known)
         if fresh:
-            self._plan = _Plan(self._plan.targets + fresh)
+            self._plan = FactorPlan(self._plan.targets + fresh)
             self._slots = {
-                other: _Slot(slot.settings, self._plan, slot.read("cpu"), self.device)
+                other: StackedSlot(slot.settings, self._plan, slot.read("cpu"), self.device)
                 for other, slot in self._slots.items()
             }
-        self._slots[name] = _Slot(settings, self._plan, state, self.device)
+        self._slots[name] = StackedSlot(settings, self._plan, state, self.device)
         self._forget()
 
     def evict(self, name: str) -> None:
@@ -151,7 +74,16 @@ class StackedSlots:
 
     def zero_gradients(self, names: Sequence[str]) -> None:
         """Forgets all gradients: those of trials that don't step are of no use."""
-        self.written.clear()
+        self._written.clear()
+
+    def add_gradients(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Adds to the gradients of a layer's factors: [slots, highest rank, inputs], [slots, highest rank, outputs]."""
+        for held, part in zip(self._views_of_gradients()[name], (a, b), strict=True):
+            if name in self._written:
+                held.add_(part)
+            else:
+                held.copy_(part)
+        self._written.add(name)
 
     def step(self, rates: dict[str, float]) -> Tensor:
         """Clips and makes an AdamW step for the trials named in `rates`, at these learning rates.
@@ -161,8 +93,8 @@ class StackedSlots:
         Returns:
             [trials], the gradients' norms before clipping.
         """
-        for name, (a, b) in self.gradients().items():
-            if name not in self.written:
+        for name, (a, b) in self._views_of_gradients().items():
+            if name not in self._written:
                 a.zero_()
                 b.zero_()
         limits = torch.tensor([slot.settings.max_grad_norm for slot in self._slots.values()])
@@ -182,11 +114,11 @@ class StackedSlots:
         """What the adapted layers compute while the tokens of `layout` go through the base."""
         return StackedPass(self, layout)
 
-    def gradients(self) -> Factors:
-        """Of each layer, [slots, highest rank, size] float32; see `written`."""
+    def _views_of_gradients(self) -> Factors:
         if not self._gradients:
             self._gradients = self._plan.zeros(*self._shape(), device=self.device)
-        return self._plan.views(self._gradients)
+            self._gradient_views = self._plan.views(self._gradients)
+        return self._gradient_views
 
     def factors(self, dtype: torch.dtype) -> Factors:
         """The factors of all slots, converted once a step for all layers."""
@@ -210,11 +142,11 @@ class StackedSlots:
         return {name: row for row, name in enumerate(self._slots)}
 
     def _shape(self) -> tuple[int, int]:
-        return len(self._slots), max(_aligned(slot.settings.rank) for slot in self._slots.values())
+        return len(self._slots), max(aligned(slot.settings.rank) for slot in self._slots.values())
 
     def _forget(self) -> None:
         """What has the shape of all slots is made anew, when it is needed next."""
-        self._gradients = []
+        self._gradients, self._gradient_views = [], {}
         self._copies.clear()
 
 
@@ -225,7 +157,6 @@ class StackedPass:
         self._slots, self._layout = slots, layout
         device = slots.device
         self._lengths = slots.per_slot(layout.names, layout.tokens)
-        self._gradients = slots.gradients() if torch.is_grad_enabled() else None
         self._products: dict[torch.dtype, tuple[Factors, SegmentProducts, Tensor]] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         settings = [slots.settings(name) for name in layout.names]
@@ -242,23 +173,13 @@ class StackedPass:
         mask = None
         if self._layout.keys is not None and self._limits is not None:
             mask = kept(self._layout.keys, target.index, target.inputs, self._limits)
-        product = _Product(target.name, factors[target.name], products, scales=scales, mask=mask, add=self._add)
+        add = partial(self._slots.add_gradients, target.name)
+        product = _Product(factors[target.name], products, scales=scales, mask=mask, add=add)
         if type(base) is nn.Linear:
             out = _FrozenLinear.apply(flat, self._anchor, base.weight, base.bias, product)  # type: ignore[no-untyped-call]
         else:
             out = base(x).reshape(-1, target.outputs) + _LowRank.apply(flat, self._anchor, product)  # type: ignore[no-untyped-call]
         return out.view(*x.shape[:-1], target.outputs)  # type: ignore[no-any-return]
-
-    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
-        """Adds to the gradients of a layer's factors."""
-        if self._gradients is None:
-            return
-        for held, part in zip(self._gradients[name], (a, b), strict=True):
-            if name in self._slots.written:
-                held.add_(part)
-            else:
-                held.copy_(part)
-        self._slots.written.add(name)
 
     def _in_format(self, dtype: torch.dtype) -> tuple[Factors, SegmentProducts, Tensor]:
         """All factors and scales in the number format of the activations, and what multiplies them."""
@@ -273,17 +194,15 @@ class _Product:
 
     def __init__(
         self,
-        name: str,
         factors: tuple[Tensor, Tensor],
         products: SegmentProducts,
         *,
         scales: Tensor,
         mask: Tensor | None,
-        add: Callable[[str, Tensor, Tensor], None],
+        add: Callable[[Tensor, Tensor], None],
     ) -> None:
         self.a, self.b = factors  # [slots, rank, inputs] and [slots, rank, outputs]
-        self.scales, self.products = scales, products
-        self._name, self._add = name, add
+        self.scales, self.products, self._add = scales, products, add
         self._kept: Callable[[Tensor], Tensor] = lambda x: x if mask is None else torch.where(mask, x, 0.0)
 
     def low(self, x: Tensor) -> Tensor:
@@ -298,7 +217,7 @@ class _Product:
         """Adds to the factors' gradients; the gradient of x, where it is wanted."""
         gradient_low = self.products.apply(gradient, self.b.transpose(1, 2)).mul_(self.scales)
         outer = self.products.outer
-        self._add(self._name, outer(gradient_low, self._kept(x)), outer(low, gradient))
+        self._add(outer(gradient_low, self._kept(x)), outer(low, gradient))
         return self._kept(self.products.apply(gradient_low, self.a)) if wanted else None
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from raytune_ft.training.bank import stacked
+from raytune_ft.training.bank import stacked_slot
 
 from .conftest import MakeBank, Settings, losses_of
 from .reference import reference_losses
@@ -78,8 +78,8 @@ def test_slots_in_several_blocks_compute_the_same(
 ) -> None:
     configs = {name: trial(max_steps=6, **changes) for name, changes in MIXED.items()}
     found = []
-    for block in (stacked._BLOCK, 300):
-        monkeypatch.setattr(stacked, "_BLOCK", block)
+    for block in (stacked_slot._BLOCK, 300):
+        monkeypatch.setattr(stacked_slot, "_BLOCK", block)
         bank = make_bank(arithmetic="stacked")
         for name, config in configs.items():
             bank.admit(name, config)
