@@ -1,16 +1,22 @@
 """Profiles the adapter bank alone, without Ray: where a trial-step's time goes, and what grows with the trials.
 
-python jobs/bench_bank.py --device cpu|cuda [--base small] [--trials 2,16,32] [--tokens 256] [--steps 10] [--allow-busy]
+python jobs/bench_bank.py --device cpu|cuda [--base small] [--trials 2,16,32] [--tokens 256] [--steps 10] [--peers]
 
 Trials differ in rank and rate and have rows of ``--tokens`` tokens in all. Printed for each number of trials:
 milliseconds a trial-step, tokens a second, the share of the device's peak in matrix products that the usual count of
 operations comes to, and calls a step: kernels launched on CUDA, operators called on a CPU.
+
+With ``--peers`` the same rows are trained by TRL's trainer on a PEFT model, too: one trial on the whole device, and as
+many at the same time as `bench_sweep` lets share it. Rows are of one length, so the peer pads nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +27,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs.bench_machine import measured, options_of, profiled
-from jobs.bench_sweep import RANKS, RATES, SHAPES, make_base, scratch_folder
+from jobs.bench_sweep import RANKS, RATES, SHAPES, make_base, scratch_folder, side_by_side
 
 KINDS = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "gemm", "cutlass", "cublas"),
@@ -56,13 +62,82 @@ def profile_bank(options: argparse.Namespace) -> dict[str, Any]:
                 f"{trials:8}{figures['ms_per_trial_step']:16.2f}{1000 * tokens / figures['ms_per_trial_step']:12.0f}"
                 f"{figures['of_peak']:9.1%}{figures['calls_per_step']:12}"
             )
+        del base
+        torch.cuda.empty_cache()
+        peers = peers_of(where, folder, options) if options.peers else {}
     largest = found[max(found, key=int)]
     print(
         "\nTime of the largest by kind: " + ", ".join(f"{kind} {share:.0%}" for kind, share in largest["kinds"].items())
     )
     for name, share in largest["operators"].items():
         print(f"  {share:6.1%}  {name}")
-    return {"base": options.base, "device": options.device, "tokens": options.tokens, "trials": found}
+    for arm, figures in peers.items():
+        figures["bank_is"] = figures["ms_per_trial_step"] / largest["ms_per_trial_step"]
+        print(f"{arm}: {figures['ms_per_trial_step']:.2f} ms/trial-step, the bank is {figures['bank_is']:.2f}x")
+    about = {"base": options.base, "device": options.device, "tokens": options.tokens}
+    return {**about, "trials": found, "peers": peers}
+
+
+def rows_at_a_time(tokens: int) -> int:
+    """Rows of a trial's step: two, or more where each would be longer than 1,024 tokens."""
+    return max(2, tokens // 1024)
+
+
+def even_rows(vocabulary: int, tokens: int) -> tuple[list[list[int]], list[bool]]:
+    """Rows of one length, and the places of theirs that are supervised: the second half."""
+    import torch
+
+    length = tokens // rows_at_a_time(tokens)
+    generator = torch.Generator().manual_seed(0)
+    some: list[list[int]] = torch.randint(3, vocabulary, (64, length), generator=generator).tolist()
+    return some, [False] * (length // 2) + [True] * (length - length // 2)
+
+
+def peers_of(base: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The peer's milliseconds of a trial-step: a trial that has the device to itself, and trials that share it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from transformers import AutoConfig
+
+    rows, supervised = even_rows(AutoConfig.from_pretrained(base).vocab_size, options.tokens)
+    kept = folder / f"even-{options.tokens}"
+    (kept / "train").mkdir(parents=True, exist_ok=True)
+    columns = {"input_ids": rows, "supervised": [supervised] * len(rows)}
+    pq.write_table(pa.table(columns), kept / "train" / "0.parquet")
+    asked = {
+        "arm": "peer", "base": base, "dataset": str(kept), "device": options.device, "method": "lora",
+        "steps": options.peer_steps, "candidate": (rows_at_a_time(options.tokens), None),
+        "rows": rows_at_a_time(options.tokens),
+    }  # fmt: skip
+    found = {}
+    for arm in ("peer-one", "peer-shared"):
+        at_once = side_by_side(arm, options)
+        took = together(asked, kept / arm, at_once)
+        found[arm] = {"at_once": float(at_once), "ms_per_trial_step": 1000 * statistics.fmean(took) / at_once}
+    return found
+
+
+def together(asked: dict[str, Any], folder: Path, at_once: int) -> list[float]:
+    """Seconds of a step (median of the second half) of each of so many processes that step at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("ready-*"):
+        old.unlink()
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    running = []
+    for number in range(at_once):
+        run = {**asked, "out": str(folder / f"out-{number}"), "began": time.time()}
+        run["together"] = {"folder": str(folder), "count": at_once}
+        where = str(Path(__file__).resolve().with_name("bench_train.py"))
+        command = [sys.executable, where, "--one", json.dumps(run), "--result", str(folder / f"result-{number}.json")]
+        with (folder / f"log-{number}").open("w") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+    codes = [process.wait() for process in running]
+    if any(codes):
+        broken = next(number for number, code in enumerate(codes) if code)
+        raise RuntimeError(f"a peer failed: {(folder / f'log-{broken}').read_text()[-1500:]}")
+    steps = [json.loads((folder / f"result-{number}.json").read_text())["seconds"] for number in range(at_once)]
+    return [statistics.median(seconds[len(seconds) // 2 :]) for seconds in steps]
 
 
 def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
@@ -72,7 +147,8 @@ def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
     ranks, rates = RANKS[options.device], RATES[options.device]
     rank = ranks[number % len(ranks)]
     return FineTuningConfig(
-        model_path=base, dataset_path="none", output_dir="none", max_steps=100_000, per_device_train_batch_size=2,
+        model_path=base, dataset_path="none", output_dir="none", max_steps=100_000,
+        per_device_train_batch_size=rows_at_a_time(options.tokens),
         eval_strategy="no", save_strategy="no", lora_dropout=0.0, lora_target_modules="all-linear", lora_r=rank,
         lora_alpha=2 * rank, learning_rate=rates[number // len(ranks) % len(rates)], seed=number,
         use_gpu=options.device == "cuda",
@@ -87,11 +163,9 @@ def figures_of(base: Any, where: str, trials: int, options: argparse.Namespace) 
     from raytune_ft.training.bank.bank import AdapterBank
 
     on_gpu = options.device == "cuda"
-    generator = torch.Generator().manual_seed(0)
-    length = options.tokens // 2
-    some = torch.randint(3, base.model.config.vocab_size, (64, length), generator=generator).tolist()
-    rows = [Encoded(row, [False] * (length // 2) + [True] * (length - length // 2)) for row in some]
-    bank = AdapterBank(base, rows, token_budget=trials * options.tokens if on_gpu else None)
+    some, supervised = even_rows(base.model.config.vocab_size, options.tokens)
+    budget = options.budget or trials * options.tokens
+    bank = AdapterBank(base, [Encoded(row, supervised) for row in some], token_budget=budget if on_gpu else None)
     for number in range(trials):
         bank.admit(f"trial-{number}", trial_settings(where, number, options))
 
@@ -139,7 +213,10 @@ def main() -> int:
     parser.add_argument("--trials", default="2,16,32")
     parser.add_argument("--folder", help="where the base is kept for the next benchmark")
     parser.add_argument("--tokens", type=int, default=256, help="of a trial's step")
+    parser.add_argument("--budget", type=int, help="most tokens at a time on a GPU; those of all trials by default")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--peers", action="store_true", help="measure TRL's trainer on the same rows, too")
+    parser.add_argument("--peer-steps", type=int, default=40)
     options = parser.parse_args()
     name = f"bench_bank_{options.base}_{options.tokens}_{options.device}"
     return measured(name, lambda: profile_bank(options), allow_busy=options.allow_busy)

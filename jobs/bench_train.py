@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -82,8 +83,6 @@ def ours(run: dict[str, Any]) -> dict[str, Any]:
 
 def alone(config: Any) -> None:
     """The same training in this process, under DeepSpeed still, but without Ray."""
-    import os
-
     import torch
 
     from raytune_ft.core.storage import Location
@@ -161,6 +160,10 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
     marks: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]  # transformers' classes count as Any
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            if "together" in run:
+                wait_for_others(Path(run["together"]["folder"]), run["together"]["count"])
+
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             marks.append(now())
 
@@ -186,6 +189,16 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
         "gpu_mb": torch.cuda.max_memory_allocated() / 1e6 if on_gpu else 0.0,
         "until": {"first step": ends[0] - run["began"]},
     }
+
+
+def wait_for_others(folder: Path, count: int) -> None:
+    """Returns when so many processes are here."""
+    (folder / f"ready-{os.getpid()}").touch()
+    until = time.monotonic() + 300
+    while len(list(folder.glob("ready-*"))) < count:
+        if time.monotonic() > until:
+            raise TimeoutError(f"fewer than {count} runs came to their first step in five minutes")
+        time.sleep(0.05)
 
 
 def one_run(run: dict[str, Any], folder: Path, turn: str) -> dict[str, Any]:

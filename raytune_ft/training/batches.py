@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from raytune_ft.models.chat import Encoded
-from raytune_ft.models.collate import PackedBatch, pack
+from raytune_ft.models.collate import PackedBatch, pack_flat
 
 Batch = TypeVar("Batch")
 
@@ -22,14 +23,26 @@ class TokenRows:
 
         disable_progress_bars()
         rows: Any = Dataset.from_parquet(list(files), columns=["input_ids", "supervised"], cache_dir=cache_dir)
-        self._rows = rows.with_format("numpy")
+        self._rows = rows.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Encoded:
-        row = self._rows[number]
-        return Encoded(row["input_ids"].tolist(), row["supervised"].tolist())
+        ids, supervised, _ = self._flat([number])
+        return Encoded(ids.tolist(), supervised.tolist())
+
+    def packed(self, numbers: Sequence[int]) -> PackedBatch:
+        """These rows laid end to end, without a Python object for each token."""
+        return pack_flat(*self._flat(numbers))
+
+    def _flat(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any]]:
+        """Token ids, which of them are supervised, and the rows' lengths."""
+        table = self._rows[list(numbers)]
+        ids, supervised = table["input_ids"], table["supervised"]
+        lengths = ids.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        flat = (column.combine_chunks().flatten().to_numpy(zero_copy_only=False) for column in (ids, supervised))
+        return *flat, lengths
 
 
 def step_rows(rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[list[int]]:
@@ -62,10 +75,7 @@ def packed_steps(
     """
     for rows in step_rows(len(data), batch_size, seed, start=start):
         shares = rank_share(rows, rank, world_size, micro_batches)
-        yield [
-            pack([data[number] for number in share]) if share else pack([data[rows[0]]]).without_targets()
-            for share in shares
-        ]
+        yield [data.packed(share) if share else data.packed(rows[:1]).without_targets() for share in shares]
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -86,5 +96,5 @@ def evaluation_batches(data: TokenRows, batch_size: int, rank: int, world_size: 
     mine = range(rank, len(data), world_size)
     longest = -(-len(data) // world_size)
     for first in range(0, longest, batch_size):
-        some = [data[number] for number in mine[first : first + batch_size]]
-        yield pack(some) if some else pack([data[0]]).without_targets()
+        some = mine[first : first + batch_size]
+        yield data.packed(some) if some else data.packed([0]).without_targets()

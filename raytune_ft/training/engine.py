@@ -207,20 +207,22 @@ class ZeroLearner:
         rate = _set_rate(self.engine.optimizer, self._config, self._timetable, step)
         seed_step(self._config.seed, step, self.rank)
         mine = torch.tensor([sum(len(m.targets) for m in batch), sum(m.tokens for m in batch)], dtype=torch.float64)
-        count, tokens = self._reduced(mine).tolist()
+        counts = self._reduced(mine)
         # DeepSpeed divides by the number of micro-batches and of ranks; the global mean wants neither.
-        scale = self.world_size * len(batch) / max(1.0, count)
+        scale = self.world_size * len(batch) / counts[0].clamp(min=1.0)
         losses = []
         norm = None
         for micro in batch:
             loss = self.engine(micro.to(self._device))
-            self.engine.backward(loss * scale)
+            self.engine.backward(loss * scale.to(loss.dtype))
             losses.append(loss.detach())
             if micro is batch[-1]:
                 norm = self._unsharded_norm()
             self.engine.step()
         # Read behind the optimizer's step, so that a GPU has it in line before the host waits.
-        mean = float(self._reduced(_sum(losses).reshape(1))) / max(1.0, count)
+        total = float(self._reduced(_sum(losses).reshape(1)))
+        count, tokens = counts.tolist()
+        mean = total / max(1.0, count)
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
         return {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": count}
 
@@ -246,9 +248,10 @@ class ZeroLearner:
         return float(nn.utils.get_total_norm(gradients))
 
     def _reduced(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on the device: the host doesn't wait for it."""
         values = values.to(self._device)
         torch.distributed.all_reduce(values)
-        return values.cpu()
+        return values
 
 
 def _evaluate(

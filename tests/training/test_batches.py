@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import islice
 
 import pytest
+import torch
 
+from raytune_ft.models.collate import pack
 from raytune_ft.training.batches import TokenRows, one_ahead, packed_steps, rank_share, step_rows
 
 
@@ -29,6 +32,17 @@ def test_ranks_and_micro_batches_share_a_step_without_loss_or_overlap() -> None:
     shares = [rank_share(rows, rank, 2, 2) for rank in range(2)]
     assert shares == [[[7, 4], [9, 2]], [[3, 8], [1]]]
     assert sorted(row for share in shares for micro in share for row in micro) == sorted(rows)
+
+
+def test_rows_packed_at_once_are_those_packed_one_by_one(splits: dict[str, list[str]], tmp_path) -> None:
+    data = TokenRows(splits["train"], str(tmp_path / "cache"))
+    numbers = [7, 0, 16, 7]
+    whole, single = data.packed(numbers), pack([data[number] for number in numbers])
+    assert whole.rows == 4
+    for part in fields(whole):
+        one, other = getattr(whole, part.name), getattr(single, part.name)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 def test_a_rank_without_rows_takes_part_without_targets(splits: dict[str, list[str]], tmp_path) -> None:
