@@ -46,7 +46,7 @@ class Finding:
 
 REQUIRED = ("ray", "torch", "transformers", "peft", "bitsandbytes", "deepspeed", "datasets", "evaluate", "accelerate")
 """Packages that every installation has."""
-OPTIONAL = {"trl": "bench", "lm-eval": "lm-eval", "vllm": "vllm"}
+OPTIONAL = {"trl": "bench", "lm-eval": "lm-eval", "liger-kernel": "gpu", "vllm": "vllm"}
 """Packages of some installations, with the extra that brings them."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -160,24 +160,3 @@ class Trial:
         if self.status is Status.FINISHED and self.step < self.timetable.total and not self.patience.spent:
             self.status, self.reason = Status.RUNNING, ""
         self._order = self._upcoming = self._ahead = None
-
-
-_PACK_FIELDS = ("model_path", "dataset_path", "method", "precision", "max_length", "use_gpu", "base_bits")
-_QUANTIZED_FIELDS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-
-
-def pack_key(config: FineTuningConfig) -> tuple[object, ...]:
-    """Trials with equal keys can share a bank: the base, its number format, the data and the row length agree."""
-    fields = _PACK_FIELDS + (_QUANTIZED_FIELDS if config.base_bits == 4 else ())
-    return tuple(getattr(config, name) for name in fields)
-
-
-def disagreement(configs: Sequence[FineTuningConfig]) -> str | None:
-    """Why these trials cannot share a bank, naming the first key that differs; None if they can."""
-    if len({pack_key(config) for config in configs}) <= 1:
-        return None
-    for name in _PACK_FIELDS + _QUANTIZED_FIELDS:
-        values = sorted({str(getattr(config, name)) for config in configs})
-        if len(values) > 1:
-            return f"{name.removeprefix('base_')} differs ({', '.join(values)})"
-    return None
