@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +39,14 @@ _AHEAD = 2
 """Evaluations that a trial may be ahead of what was asked for; then it waits, so that a late stop costs little."""
 _MOST_WRITERS = 8
 """Threads that write snapshots; a sum over a file keeps a core busy."""
-_KEPT = 3
+_KEPT, _MOST_KEPT = 3, 12
 """Snapshots that are kept of each trial: its own newest, and those that population-based training may still copy."""
+_STATE_AGE_S = 60.0
+"""How old Ray Tune's own state on storage may be: a search that goes on from there asks for the snapshots of then.
+
+Tune writes it every 10 s or, where a trial has four checkpoints sooner than that, then; trials are two evaluations
+ahead of it. `_MOST_KEPT` leaves room for a slow write.
+"""
 
 
 @dataclass
@@ -52,6 +59,18 @@ class _Line:
     writing: int = 0
     published: int = 0
     tokens: float = 0.0
+    admitted: float = field(default_factory=time.monotonic)
+    written: deque[float] = field(default_factory=deque)
+
+    def snapshots_to_keep(self) -> int:
+        """How many of the newest snapshots stay when another one is written now."""
+        now = time.monotonic()
+        while self.written and self.written[0] < now - _STATE_AGE_S:
+            self.written.popleft()
+        self.written.append(now)
+        if now - self.admitted < _STATE_AGE_S:  # before it was admitted there may have been as many
+            return _MOST_KEPT
+        return min(max(_KEPT, len(self.written) + 1), _MOST_KEPT)
 
 
 class BankHost:
@@ -245,7 +264,7 @@ class BankHost:
             progress, metrics, kept = line.unwritten.popleft()
             folder = self._snapshots / progress.name
             try:
-                where = checkpoint.write(folder, on_cpu(kept), keep=_KEPT)
+                where = checkpoint.write(folder, on_cpu(kept), keep=line.snapshots_to_keep())
             except OSError as error:
                 self._break(f"{folder}: the snapshot cannot be written: {error}")
                 return

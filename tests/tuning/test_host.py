@@ -94,6 +94,21 @@ def test_a_trial_admitted_again_under_way_tells_each_step_once(host: BankHost, s
     assert [row["step"] for row in history] == list(range(1, len(history) + 1))
 
 
+def test_snapshots_stay_while_the_searchs_state_on_storage_may_name_them(
+    host: BankHost, settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(name: str) -> list[str]:
+        host.admit(name, settings)
+        number = 0
+        while (report := host.report(name, number))["status"] == "running":
+            number = report["number"]
+        return Location.at(str(tmp_path / "snapshots" / name)).folders()
+
+    assert train("t") == [f"step-{step:08d}" for step in range(2, 21, 2)]
+    monkeypatch.setattr("raytune_ft.tuning.host._STATE_AGE_S", 0.0)
+    assert train("slow") == [f"step-{step:08d}" for step in (16, 18, 20)]
+
+
 def test_a_trial_that_diverges_is_reported_infeasible(host: BankHost, settings: dict) -> None:
     host.admit("wild", {**settings, "learning_rate": 1e30, "warmup_steps": 0})
     number, report = 0, host.report("wild", 0)
