@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from raytune_ft.core.cluster import report_to_driver
-from raytune_ft.core.errors import RaytuneError
+from raytune_ft.core.errors import RaytuneError, RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.training import checkpoint
@@ -71,6 +71,13 @@ class _Line:
         if now - self.admitted < _STATE_AGE_S:  # before it was admitted there may have been as many
             return _MOST_KEPT
         return min(max(_KEPT, len(self.written) + 1), _MOST_KEPT)
+
+
+def _state_at(snapshot: str) -> checkpoint.Checkpoint:
+    try:
+        return checkpoint.read(Location.at(snapshot))
+    except ValueError as error:
+        raise RunError(f"the state of a trial is lost: {error}") from None
 
 
 class BankHost:
@@ -136,9 +143,10 @@ class BankHost:
 
         Raises:
             UserError: if its settings or its snapshot don't fit the base.
+            RunError: if there is no whole snapshot where it should be.
         """
         config = FineTuningConfig(**settings)
-        kept = checkpoint.read(Location.at(snapshot)) if snapshot else None
+        kept = _state_at(snapshot) if snapshot else None
         with self._between_steps():
             self._let_go(name)
             self._bank.admit(name, config, kept)
@@ -191,8 +199,12 @@ class BankHost:
         return bool(reports)
 
     def save(self, settings: Mapping[str, Any], snapshot: str, folder: str) -> None:
-        """Writes the best adapter of a snapshot as a PEFT folder with the tokenizer."""
-        kept = checkpoint.read(Location.at(snapshot))
+        """Writes the best adapter of a snapshot as a PEFT folder with the tokenizer.
+
+        Raises:
+            RunError: if there is no whole snapshot where it should be.
+        """
+        kept = _state_at(snapshot)
         with TemporaryDirectory(prefix="raytune-ft-adapter-") as scratch:
             self._bank.save_snapshot(FineTuningConfig(**settings), kept, Path(scratch))
             Location.at(folder).upload(Path(scratch))

@@ -49,8 +49,15 @@ class Banks:
         return self.actors[name_of(self.keys, settings)]
 
     def save(self, settings: Mapping[str, Any], snapshot: str, folder: Location) -> None:
-        """Writes the best adapter of a snapshot as a PEFT folder."""
-        ray.get(self.of(settings)[0].save.remote(settings, snapshot, folder.uri))
+        """Writes the best adapter of a snapshot as a PEFT folder.
+
+        Raises:
+            RunError: if there is no whole snapshot where it should be.
+        """
+        try:
+            ray.get(self.of(settings)[0].save.remote(settings, snapshot, folder.uri))
+        except ray.exceptions.RayTaskError as error:
+            raise cluster.own_error(error) or error from None
 
     def fault(self) -> str | None:
         """Why trials of some pack cannot share their base; None if all can."""

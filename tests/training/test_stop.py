@@ -1,7 +1,12 @@
-"""SIGTERM to the driver or to a worker: a checkpoint is saved, the exit code is 143, the same command goes on."""
+"""Runs that are ended from outside: the same command goes on.
+
+SIGTERM to the driver or to a worker saves a checkpoint, and the exit code is 143; SIGKILL to all processes leaves the
+newest checkpoint that there was.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -71,3 +76,35 @@ def test_sigterm_to_worker_and_driver_saves_and_the_same_command_goes_on(
         steps.append(int(folder.name.removeprefix("step-")))
         assert f"after step {steps[-1]} of 400" in rest
     assert 0 < steps[0] < steps[1] < 400
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = (json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def test_the_whole_tree_killed_the_same_command_ends_with_the_losses_of_an_unbroken_run(
+    settings, orders: Path, tmp_path: Path
+) -> None:
+    changes = {"max_steps": 200, "save_strategy": "steps", "save_steps": 20, "logging_steps": 1, "num_workers": 2}
+    config = tmp_path / "train.yaml"
+    config.write_text(settings(**{**SETTINGS, **changes}, dataset_path=str(orders)).model_dump_json(), encoding="utf-8")
+    broken = start(config)
+    said(broken, "step 50/200")
+    tree = [*psutil.Process(broken.pid).children(recursive=True), psutil.Process(broken.pid)]
+    for process in tree:
+        process.kill()
+    psutil.wait_procs(tree, timeout=30)
+    broken.communicate()
+    assert not (tmp_path / "out/manifest.json").exists()
+    again = start(config)
+    heard = again.communicate(timeout=200)[1]
+    assert again.returncode == 0, heard
+    (step,) = [int(line.split("after step ")[1].split()[0]) for line in heard.splitlines() if "resumes after" in line]
+    assert step >= 20 and step % 20 == 0
+    whole = start(config, f"output_dir={tmp_path / 'unbroken'}")
+    rest = whole.communicate(timeout=200)[1]
+    assert whole.returncode == 0, rest
+    expected, found = losses(tmp_path / "unbroken"), losses(tmp_path / "out")
+    assert list(found) == list(expected) == list(range(1, 201))
+    assert max(abs(found[step] - expected[step]) for step in expected) <= 1e-6

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from raytune_ft.core.errors import RunError
 from raytune_ft.core.records import Message
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Chat
@@ -80,6 +81,14 @@ def test_a_trial_goes_on_from_its_snapshot_in_another_seat(host: BankHost, setti
     again = host.report("t", 0)
     assert (again["number"], again["step"]) == (1, second["step"] + 2)
     assert again["metrics"]["tokens"] > second["metrics"]["tokens"]
+
+
+def test_a_snapshot_that_is_gone_is_named(host: BankHost, settings: dict, tmp_path: Path) -> None:
+    gone = str(tmp_path / "snapshots" / "t" / "step-00000099")
+    with pytest.raises(RunError, match=r"^the state of a trial is lost: .*step-00000099.*no such file or folder"):
+        host.admit("t", settings, gone)
+    with pytest.raises(RunError, match="the state of a trial is lost"):
+        host.save(settings, gone, str(tmp_path / "best"))
 
 
 def test_a_trial_admitted_again_under_way_tells_each_step_once(host: BankHost, settings: dict) -> None:
