@@ -204,6 +204,7 @@ def test_trials_of_other_row_lengths_have_a_base_and_rows_of_their_own(
         assert not (tmp_path / folder / "trials").exists()
 
 
+@pytest.mark.soak  # two minutes
 @pytest.mark.ray
 def test_trials_of_two_workers_are_ray_train_runs_with_the_same_curves(
     ray_cluster, tiny_model, orders, tmp_path
