@@ -13,12 +13,13 @@ many at the same time as `bench_sweep` lets share it. Rows are of one length, so
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ if __name__ == "__main__":
 
 from jobs.bench_machine import measured, options_of, profiled
 from jobs.bench_sweep import RANKS, RATES, SHAPES, make_base, scratch_folder, side_by_side
+from jobs.bench_train import one_run
 
 KINDS = {
-    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "gemm", "cutlass", "cublas"),
-    "attention": ("scaled_dot_product", "attention", "flash", "varlen"),
+    "attention": ("scaled_dot_product", "attention", "flash", "varlen"),  # first: its kernels name cutlass, too
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "grouped_mm", "gemm", "nvjet", "cutlass", "cublas"),
     "loss": ("softmax", "nll_loss", "cross_entropy"),
     "optimizer": ("adamw", "adam", "norm_"),
 }
@@ -42,6 +44,7 @@ def profile_bank(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from raytune_ft.training.bank.base import load_frozen_base
+    from raytune_ft.training.micro_batches import release_memory
     from raytune_ft.training.utilization import Work, device_peak
 
     with scratch_folder(options.folder) as folder:
@@ -55,6 +58,7 @@ def profile_bank(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{'trials':>8}{'ms/trial-step':>16}{'tokens/s':>12}{'of peak':>9}{'calls/step':>12}")
         for trials in map(int, options.trials.split(",")):
             figures = found[str(trials)] = figures_of(base, where, trials, options)
+            release_memory()
             tokens = options.tokens
             operations = work.of(tokens, tokens // 2)
             figures["of_peak"] = operations / (figures["ms_per_trial_step"] / 1000) / peak.flops
@@ -63,7 +67,7 @@ def profile_bank(options: argparse.Namespace) -> dict[str, Any]:
                 f"{figures['of_peak']:9.1%}{figures['calls_per_step']:12}"
             )
         del base
-        torch.cuda.empty_cache()
+        release_memory()
         peers = peers_of(where, folder, options) if options.peers else {}
     largest = found[max(found, key=int)]
     print(
@@ -94,7 +98,10 @@ def even_rows(vocabulary: int, tokens: int) -> tuple[list[list[int]], list[bool]
 
 
 def peers_of(base: str, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The peer's milliseconds of a trial-step: a trial that has the device to itself, and trials that share it."""
+    """The peer's milliseconds of a trial-step: a trial that has the device to itself, and trials that share it.
+
+    An arm that fails says so and is left out.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from transformers import AutoConfig
@@ -104,40 +111,29 @@ def peers_of(base: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     (kept / "train").mkdir(parents=True, exist_ok=True)
     columns = {"input_ids": rows, "supervised": [supervised] * len(rows)}
     pq.write_table(pa.table(columns), kept / "train" / "0.parquet")
+    at_a_time = rows_at_a_time(options.tokens)
     asked = {
         "arm": "peer", "base": base, "dataset": str(kept), "device": options.device, "method": "lora",
-        "steps": options.peer_steps, "candidate": (rows_at_a_time(options.tokens), None),
-        "rows": rows_at_a_time(options.tokens),
+        "steps": options.peer_steps, "candidate": (at_a_time, None), "rows": at_a_time,
     }  # fmt: skip
     found = {}
     for arm in ("peer-one", "peer-shared"):
         at_once = side_by_side(arm, options)
-        took = together(asked, kept / arm, at_once)
-        found[arm] = {"at_once": float(at_once), "ms_per_trial_step": 1000 * statistics.fmean(took) / at_once}
+        took = together(asked, arm, at_once)
+        if took:
+            found[arm] = {"at_once": float(at_once), "ms_per_trial_step": 1000 * statistics.fmean(took) / at_once}
     return found
 
 
-def together(asked: dict[str, Any], folder: Path, at_once: int) -> list[float]:
+def together(asked: dict[str, Any], arm: str, at_once: int) -> list[float]:
     """Seconds of a step (median of the second half) of each of so many processes that step at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("ready-*"):
-        old.unlink()
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    running = []
-    for number in range(at_once):
-        run = {**asked, "out": str(folder / f"out-{number}"), "began": time.time()}
-        run["together"] = {"folder": str(folder), "count": at_once}
-        where = str(Path(__file__).resolve().with_name("bench_train.py"))
-        command = [sys.executable, where, "--one", json.dumps(run), "--result", str(folder / f"result-{number}.json")]
-        with (folder / f"log-{number}").open("w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            running.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    codes = [process.wait() for process in running]
-    if any(codes):
-        broken = next(number for number, code in enumerate(codes) if code)
-        raise RuntimeError(f"a peer failed: {(folder / f'log-{broken}').read_text()[-1500:]}")
-    steps = [json.loads((folder / f"result-{number}.json").read_text())["seconds"] for number in range(at_once)]
-    return [statistics.median(seconds[len(seconds) // 2 :]) for seconds in steps]
+    with tempfile.TemporaryDirectory(prefix="bench-bank-") as folder, ThreadPoolExecutor(at_once) as pool:
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        run = {**asked, "threads": threads, "together": {"folder": folder, "count": at_once}}
+        runs = list(pool.map(lambda number: one_run(run, Path(folder), f"{arm} {number}"), range(at_once)))
+    if any("failed" in found for found in runs):
+        return []
+    return [statistics.median(found["seconds"][len(found["seconds"]) // 2 :]) for found in runs]
 
 
 def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
@@ -156,7 +152,40 @@ def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
 
 
 def figures_of(base: Any, where: str, trials: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Median time of a step of all trials, and one step under torch's profiler."""
+    """Median time of a step of all trials, and one step under torch's profiler.
+
+    The profiler sees one thread; on a CPU the bank that it looks at has no other.
+    """
+    import torch
+
+    on_gpu = options.device == "cuda"
+    once = stepper(base, where, trials, options)
+    once(), once()
+    seconds = statistics.median(once() for _ in range(options.steps))
+    if not on_gpu:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        once = stepper(base, where, trials, options)
+        once()
+    events, spent = profiled(once, on_gpu=on_gpu)
+    if not on_gpu:
+        torch.set_num_threads(threads)
+    total = sum(spent.values()) or 1
+    kinds = {kind: sum(t for key, t in spent.items() if of_kind(key) == kind) / total for kind in [*KINDS, "rest"]}
+    largest = sorted(spent, key=lambda key: -spent[key])[:12]
+    return {
+        "ms_per_trial_step": 1000 * seconds / trials,
+        "calls_per_step": sum(
+            e.count for e in events if ("CUDA" in str(e.device_type) if on_gpu else e.key.startswith("aten::"))
+        ),
+        "host_ms_per_step": sum(e.self_cpu_time_total for e in events) / 1000,
+        "kinds": kinds,
+        "operators": {key[:80]: spent[key] / total for key in largest},
+    }
+
+
+def stepper(base: Any, where: str, trials: int, options: argparse.Namespace) -> Callable[[], float]:
+    """A bank of so many trials, behind a function that makes a step of each and returns the seconds it took."""
     import torch
 
     from raytune_ft.models.chat import Encoded
@@ -178,23 +207,7 @@ def figures_of(base: Any, where: str, trials: int, options: argparse.Namespace) 
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    once(), once()
-    seconds = statistics.median(once() for _ in range(options.steps))
-    events, spent = profiled(once, on_gpu=on_gpu)
-    for name in bank.names():
-        bank.evict(name)
-    total = sum(spent.values()) or 1
-    kinds = {kind: sum(t for key, t in spent.items() if of_kind(key) == kind) / total for kind in [*KINDS, "rest"]}
-    largest = sorted(spent, key=lambda key: -spent[key])[:12]
-    return {
-        "ms_per_trial_step": 1000 * seconds / trials,
-        "calls_per_step": sum(
-            e.count for e in events if ("CUDA" in str(e.device_type) if on_gpu else e.key.startswith("aten::"))
-        ),
-        "host_ms_per_step": sum(e.self_cpu_time_total for e in events) / 1000,
-        "kinds": kinds,
-        "operators": {key[:80]: spent[key] / total for key in largest},
-    }
+    return once
 
 
 def of_kind(name: str) -> str:

@@ -107,6 +107,8 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()
+    if "threads" in run:
+        torch.set_num_threads(run["threads"])
     on_gpu = run["device"] == "cuda"
     at_once, packed = run["candidate"]
     files = sorted(map(str, Path(run["dataset"], "train").glob("*.parquet")))

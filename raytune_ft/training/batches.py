@@ -39,10 +39,12 @@ class TokenRows:
     def _flat(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any]]:
         """Token ids, which of them are supervised, and the rows' lengths."""
         table = self._rows[list(numbers)]
-        ids, supervised = table["input_ids"], table["supervised"]
-        lengths = ids.combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-        flat = (column.combine_chunks().flatten().to_numpy(zero_copy_only=False) for column in (ids, supervised))
-        return *flat, lengths
+        ids, supervised = (table[name].combine_chunks() for name in ("input_ids", "supervised"))
+        return (
+            ids.flatten().to_numpy(),
+            supervised.flatten().to_numpy(zero_copy_only=False),  # Arrow keeps booleans as bits
+            ids.value_lengths().to_numpy(),
+        )
 
 
 def step_rows(rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[list[int]]:

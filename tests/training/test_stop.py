@@ -6,7 +6,6 @@ newest checkpoint that there was.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from raytune_ft.core.storage import Location
+from raytune_ft.training.folder import read_history
 
 pytestmark = [pytest.mark.ray, pytest.mark.soak]  # three whole starts of Ray
 
@@ -79,8 +81,7 @@ def test_sigterm_to_worker_and_driver_saves_and_the_same_command_goes_on(
 
 
 def losses(folder: Path) -> dict[int, float]:
-    rows = (json.loads(line) for line in (folder / "history.jsonl").read_text(encoding="utf-8").splitlines())
-    return {row["step"]: row["loss"] for row in rows}
+    return {int(row["step"]): row["loss"] for row in read_history(Location.at(folder))}
 
 
 def test_the_whole_tree_killed_the_same_command_ends_with_the_losses_of_an_unbroken_run(
