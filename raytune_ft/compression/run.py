@@ -11,7 +11,7 @@ from typing import Any
 
 from raytune_ft.compression.config import PruningConfig, PruningJob, QuantizationConfig, QuantizationJob
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
-from raytune_ft.core.cluster import Cluster, connect, own_error
+from raytune_ft.core.cluster import Cluster, connect, own_errors
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, DataError, RunError
 from raytune_ft.core.manifest import ArtifactKind, Parent
@@ -135,11 +135,9 @@ def _on_cluster(cluster: Cluster, run: str, task: Callable[..., dict[str, Any]],
     cluster.admit(ResourcePlan(run, (Demand("task", 1, cpus=1, gpus=gpus),)))
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(task)
     try:
-        return ray.get(remote.remote(*args, device="cuda" if gpus else "cpu"))  # type: ignore[no-any-return]
-    except ray.exceptions.RayTaskError as error:
-        own = own_error(error)
-        if own is not None:
-            raise own from None
+        with own_errors():
+            return ray.get(remote.remote(*args, device="cuda" if gpus else "cpu"))  # type: ignore[no-any-return]
+    except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
         raise RunError(

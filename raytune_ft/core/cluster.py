@@ -139,6 +139,18 @@ def own_error(error: BaseException | None) -> RaytuneError | None:
     return None
 
 
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Within the block, an error that a worker raised on purpose comes out as it was raised there."""
+    try:
+        yield
+    except Exception as error:
+        own = own_error(error)
+        if own is None:
+            raise
+        raise own from None
+
+
 def report_to_driver() -> None:
     """In a worker: our own lines go to its standard output, marked, so that the driver says them as its own."""
     os.environ.update(worker_environment())

@@ -19,7 +19,6 @@ import pyarrow as pa
 from raytune_ft.core.records import RECORD_SCHEMA, Message, Record
 from raytune_ft.data.blocks import Blocks
 from raytune_ft.data.config_augmentation import Augmentation, AugmentationConfig
-from raytune_ft.data.paraphrase import paraphrase
 from raytune_ft.data.rows import TOKEN_FIELDS, mark, prompt_hash, short_hash
 from raytune_ft.data.tokenize import TokenPolicy, add_tokens, chat_for
 from raytune_ft.data.wording import mistyped, reworded, thinned
@@ -197,6 +196,8 @@ def _texts(
         found.append((varied, None if varied is not None else _NOTHING.get(variant.kind)))
     asked = [place for place, variant in enumerate(wanted) if variant.kind is Augmentation.PARAPHRASE]
     if asked and paraphraser is not None and embedder is not None:
+        from raytune_ft.data.paraphrase import paraphrase  # loads transformers, which most processes do without
+
         texts = [_instruction(wanted[place].record) for place in asked]
         requests = [wanted[place].rng.randrange(1 << 16) + wanted[place].number for place in asked]
         written = paraphrase(texts, requests, paraphraser, embedder, config)

@@ -136,13 +136,8 @@ def on_worker(function: Callable[..., T], *arguments: Any) -> T:
     """
     connected = cluster.connect()
     remote: Any = ray.remote(num_cpus=1, num_gpus=1 if connected.gpus else 0)(function)
-    try:
+    with cluster.own_errors():
         return ray.get(remote.remote(*arguments))  # type: ignore[no-any-return]
-    except Exception as error:
-        own = own_error(error)
-        if own is None:
-            raise
-        raise own from None
 
 
 def leaks_in(files: Sequence[Location], index: RowIndex) -> list[dict[str, Any]]:
@@ -150,13 +145,8 @@ def leaks_in(files: Sequence[Location], index: RowIndex) -> list[dict[str, Any]]
     cluster.connect()
     dataset = ray.data.from_arrow([pa.table({"uri": [file.uri]}) for file in files])
     found = dataset.map_batches(find_leaks, fn_args=(index,), batch_size=1, batch_format="pyarrow", num_cpus=1)
-    try:
+    with cluster.own_errors():
         tables = [table.to_pylist() for table in found.iter_batches(batch_size=None, batch_format="pyarrow")]
-    except Exception as error:
-        own = own_error(error)
-        if own is None:
-            raise
-        raise own from None
     return first_of_each([row for rows in tables for row in rows])
 
 

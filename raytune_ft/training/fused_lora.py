@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from raytune_ft.training.low_rank import Product
+from raytune_ft.training.low_rank import Product, narrow_product
 
 
 def fuse_lora(model: Any) -> int:
@@ -90,7 +90,7 @@ class _Linear(torch.autograd.Function):
         gradient_x = gradient @ weight if ctx.needs_input_grad[0] else None
         product = Product(a, b, ctx.scale, kept)
         mine, gradient_low = product.back(gradient, gradient_x)
-        return gradient_x, gradient_low.t() @ product.inputs(x), mine.t() @ low, None, None, None, None
+        return gradient_x, gradient_low.t() @ product.inputs(x), narrow_product(mine.t(), low), None, None, None, None
 
 
 class _Added(torch.autograd.Function):
@@ -113,4 +113,4 @@ class _Added(torch.autograd.Function):
         product = Product(a, b, ctx.scale, kept)
         gradient_x = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         mine, gradient_low = product.back(gradient, gradient_x)
-        return gradient, gradient_x, gradient_low.t() @ product.inputs(x), mine.t() @ low, None, None
+        return gradient, gradient_x, gradient_low.t() @ product.inputs(x), narrow_product(mine.t(), low), None, None

@@ -5,12 +5,11 @@ A signal handler only notes; the loop asks after each step, and all ranks agree 
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-
-import torch
 
 _noted = threading.Event()
 
@@ -35,6 +34,23 @@ def agreed(wanted: Callable[[], bool], device: str, world_size: int) -> bool:
     mine = wanted()
     if world_size == 1:
         return mine
+    import torch
+
     flag = torch.tensor([int(mine)], device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag.item())
+
+
+class StopBoard:
+    """Where a driver says that its run shall stop: an actor, whose process should load nothing heavy."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    async def request(self) -> None:
+        """Asks the run to stop."""
+        self._event.set()
+
+    async def requested(self) -> bool:
+        """True, as soon as the run shall stop."""
+        return await self._event.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import signal
@@ -32,7 +31,7 @@ from raytune_ft.training.cursor import other_batch
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide
-from raytune_ft.training.interruption import is_noted, note_sigterm
+from raytune_ft.training.interruption import StopBoard, is_noted, note_sigterm
 from raytune_ft.training.loop import Decision, Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import OutOfMemoryError
 from raytune_ft.training.trackers import refuse_missing
@@ -317,22 +316,6 @@ class _StoppableTorchConfig(TorchConfig):  # type: ignore[misc]  # Ray's classes
         return Stoppable
 
 
-@ray.remote(num_cpus=0)
-class _StopBoard:
-    """Where the driver says that the run shall stop; the leading worker waits for it while it trains."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    async def request(self) -> None:
-        """Asks the run to stop."""
-        self._event.set()
-
-    async def requested(self) -> bool:
-        """True, as soon as the run shall stop."""
-        return await self._event.wait()
-
-
 def _asked(board: Any) -> Callable[[], bool]:
     """Whether this worker got SIGTERM, or the driver asks to stop; costs no round trip."""
     answer = board.requested.remote()
@@ -353,8 +336,7 @@ def _asked(board: Any) -> Callable[[], bool]:
 @contextmanager
 def _stop_on_sigterm() -> Iterator[Any]:
     """A board that SIGTERM to this process writes on; a second SIGTERM ends the process at once."""
-    actors: Any = _StopBoard
-    board = actors.remote()
+    board: Any = ray.remote(num_cpus=0)(StopBoard).remote()
     if threading.current_thread() is not threading.main_thread():
         yield board
         return

@@ -54,10 +54,8 @@ class Banks:
         Raises:
             RunError: if there is no whole snapshot where it should be.
         """
-        try:
+        with cluster.own_errors():
             ray.get(self.of(settings)[0].save.remote(settings, snapshot, folder.uri))
-        except ray.exceptions.RayTaskError as error:
-            raise cluster.own_error(error) or error from None
 
     def fault(self) -> str | None:
         """Why trials of some pack cannot share their base; None if all can."""

@@ -11,6 +11,7 @@ from raytune_ft.models.frozen_head import can_be_summed, losses_and_gradient, su
 
 def test_chunked_losses_and_gradient_are_those_of_autograd_on_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(chunks, "LEAST", 16)
     monkeypatch.setitem(chunks.CHUNK_LOGITS, "cpu", 16 * 40)
     head = torch.nn.Linear(12, 40, bias=False).requires_grad_(False)
     states, targets, weights = torch.randn(50, 12, requires_grad=True), torch.randint(0, 40, (50,)), torch.rand(50)

@@ -19,6 +19,8 @@ import pytest
 from raytune_ft.core.storage import Location
 from raytune_ft.training.folder import read_history
 
+from ..processes import kill_tree  # noqa: TID252 - tests are no installed package
+
 pytestmark = [pytest.mark.ray, pytest.mark.soak]  # three whole starts of Ray
 
 SETTINGS = {
@@ -92,11 +94,7 @@ def test_the_whole_tree_killed_the_same_command_ends_with_the_losses_of_an_unbro
     config.write_text(settings(**{**SETTINGS, **changes}, dataset_path=str(orders)).model_dump_json(), encoding="utf-8")
     broken = start(config)
     said(broken, "step 50/200")
-    tree = [*psutil.Process(broken.pid).children(recursive=True), psutil.Process(broken.pid)]
-    for process in tree:
-        process.kill()
-    psutil.wait_procs(tree, timeout=30)
-    broken.communicate()
+    kill_tree(broken)
     assert not (tmp_path / "out/manifest.json").exists()
     again = start(config)
     heard = again.communicate(timeout=200)[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -23,6 +22,8 @@ from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
 from raytune_ft.tuning.schedulers import RememberedASHA
+
+from ..processes import kill_tree  # noqa: TID252 - tests are no installed package
 
 
 def sweep(tiny_model: Path, orders: Path, folder: Path, **changes: object) -> SweepConfig:
@@ -306,10 +307,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders
     while time.monotonic() < end and not (tmp_path / "sweep/ray/rungs.json").exists():
         time.sleep(0.02)
     time.sleep(1.0)
-    tree = [first, *psutil.Process(first.pid).children(recursive=True)]
-    for process in tree:
-        os.kill(process.pid, signal.SIGKILL)
-    first.wait()
+    kill_tree(first)
     assert not (tmp_path / "sweep/manifest.json").exists()
     rungs = json.loads((tmp_path / "sweep/ray/rungs.json").read_text())
     subprocess.run(command, env=environment, check=True, timeout=200)

@@ -17,19 +17,19 @@ MOST_LANES = 16
 """More threads than this mostly wait for Python's lock."""
 
 
-def share_out(tokens: Mapping[str, int], lanes: int) -> list[list[str]]:
-    """Trials in at most `lanes` lists whose tokens come to about the same; the largest go first, to the lightest list.
+def share_out(work: Mapping[str, int], lanes: int) -> list[list[str]]:
+    """Trials in at most `lanes` lists whose work comes to about the same; the largest go first, to the lightest list.
 
     Args:
-        tokens: of each trial.
+        work: of each trial, in any unit.
         lanes: lists to fill; none is left empty.
     """
-    found: list[list[str]] = [[] for _ in range(max(1, min(lanes, len(tokens))))]
+    found: list[list[str]] = [[] for _ in range(max(1, min(lanes, len(work))))]
     loads = [0] * len(found)
-    for name in sorted(tokens, key=lambda name: -tokens[name]):
+    for name in sorted(work, key=lambda name: -work[name]):
         lightest = loads.index(min(loads))
         found[lightest].append(name)
-        loads[lightest] += tokens[name]
+        loads[lightest] += work[name]
     return found
 
 

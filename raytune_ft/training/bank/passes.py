@@ -16,6 +16,7 @@ from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, may_share_cores, s
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.ragged import RaggedSlots
+from raytune_ft.training.bank.slot import flat_size
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.trial import Rows
 from raytune_ft.training.bank.turns import next_group, row_chunks
@@ -34,6 +35,7 @@ class Passes:
     def __init__(self, base: FrozenBase, slots: RaggedSlots | StackedSlots, seat: PassSeat) -> None:
         self._base, self._slots, self._seat = base, slots, seat
         self._parts = CausalParts.of(base.model)
+        self._weights: int = sum(parameter.numel() for parameter in base.model.parameters())
         self._small = isinstance(slots, RaggedSlots)
         several = self._small and may_share_cores(base.model)
         self._lanes = Lanes(torch.get_num_threads(), most=MOST_LANES if several else 1)
@@ -83,8 +85,13 @@ class Passes:
         return {name: total / max(1, count) for name, total in sums.items()}
 
     def _in_lanes(self, lane: Callable[[Collection[str]], None], shares: Sequence[Share]) -> None:
-        names = share_out({share.name: share.tokens for share in shares}, self._lanes.most)
+        names = share_out({share.name: self._work(share) for share in shares}, self._lanes.most)
         self._lanes.run([partial(lane, frozenset(some)) for some in names])
+
+    def _work(self, share: Share) -> int:
+        """What a share costs, in some unit: a weight of an adapter takes part in three products for a base's two."""
+        settings = self._slots.settings(share.name)
+        return share.tokens * (2 * self._weights + 3 * flat_size(settings.targets, settings.rank))
 
     def _pass_tokens(self, budget: int) -> int:
         return min(budget, PASS_TOKENS) if self._small else budget

@@ -79,14 +79,17 @@ def flat_size(targets: Sequence[Target], rank: int) -> int:
 
 
 def factor_views(flat: Tensor, targets: Sequence[Target], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The factors of each target as views: [size] to A [rank, inputs] and B [outputs, rank]."""
+    """The factors of each target as views: [size] to A [rank, inputs] and B [outputs, rank].
+
+    B lies with its longer side inside, as products do that add to its gradient (`low_rank.narrow_product`).
+    """
     views = {}
     start = 0
     for target in targets:
         middle = start + rank * target.inputs
         stop = middle + rank * target.outputs
         a = flat[start:middle].view(rank, target.inputs)
-        b = flat[middle:stop].view(target.outputs, rank)
+        b = flat[middle:stop].view(rank, target.outputs).t()
         views[target.name] = (a, b)
         start = stop
     return views
