@@ -119,9 +119,13 @@ def disconnect() -> None:
     if ray.is_initialized() and "origin" in _state:
         ray.shutdown()
     _state.clear()
+    if os.environ.get(_WATCHER) == _NO_WATCHER:
+        del os.environ[_WATCHER]
 
 
 _state: dict[str, Literal["joined", "started"]] = {}
+_WATCHER, _NO_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "false"
+"""Ray Train's watch for nodes that are about to be taken away, an actor for each run: one's own machine is not."""
 
 
 def own_error(error: BaseException | None) -> RaytuneError | None:
@@ -253,6 +257,7 @@ def _start(num_cpus: int | None) -> None:
         ) from error
     finally:
         del os.environ["RAY_API_SERVER_ADDRESS"]
+    os.environ.setdefault(_WATCHER, _NO_WATCHER)
     atexit.register(disconnect)
 
 
