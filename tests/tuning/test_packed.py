@@ -187,7 +187,7 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
 def test_trials_of_other_row_lengths_have_a_base_and_rows_of_their_own(
     ray_cluster, tiny_model, orders, tmp_path
 ) -> None:
-    space = {"max_length": [64, 512], "learning_rate": [2e-2, 1e-3]}
+    space = {"max_length": [64, 512]}
     settings = {"scheduler": "asha", "grace_steps": 8, "space": space}  # ASHA ends a trial as it hears of its last step
     long_row = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "yes"}]}
     rows = tmp_path / "rows.jsonl"
@@ -327,7 +327,7 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders
         pytest.param({"scheduler": "hyperband"}, marks=pytest.mark.soak),
         pytest.param({"scheduler": "median"}, marks=pytest.mark.soak),
         {
-            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-2, 5e-3, 1e-8]}},
+            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-2, 1e-8]}},
             "training": {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 16},
         },
         pytest.param(
