@@ -73,7 +73,7 @@ def stop(process):
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=3)  # some wait for others, which have ended
     for member in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from raytune_ft.core.placement import Node
+from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packed import BankHostActor, bank_count, bank_cpus, together, why_alone
 from raytune_ft.tuning.packs import Packs
@@ -166,12 +167,16 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
     from transformers import AutoModelForCausalLM
 
     together = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "packed", scheduler="none")).run()
-    alone = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "alone", scheduler="none", packed="never")).run()
+    late = {"scheduler": "asha", "grace_steps": 8}  # ASHA ends a trial as it hears of its last step
+    alone = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "alone", **late, packed="never")).run()
     packed, solo = (SweepResult.from_json(a.read_json("result.json")) for a in (together, alone))
     assert [len(trial.curve) for trial in packed.trials] == [4, 4, 4, 4]
     for label, curve in curves(solo).items():
         assert curves(packed)[label] == pytest.approx(curve, abs=1e-4), label
     assert packed.best.settings == solo.best.settings == together.numbers["best_settings"]
+    for folder in ("packed", "alone"):
+        assert (tmp_path / folder / "best/adapter_model.safetensors").exists()
+        assert not (tmp_path / folder / "trials").exists()
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = PeftModel.from_pretrained(base, tmp_path / "packed/best")
@@ -187,22 +192,38 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
 def test_trials_of_other_row_lengths_have_a_base_and_rows_of_their_own(
     ray_cluster, tiny_model, orders, tmp_path
 ) -> None:
-    space = {"max_length": [64, 512]}
-    settings = {"scheduler": "asha", "grace_steps": 8, "space": space}  # ASHA ends a trial as it hears of its last step
     long_row = {"messages": [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "yes"}]}
     rows = tmp_path / "rows.jsonl"
     rows.write_text(orders.read_text() + "".join(json.dumps(long_row).replace("yes", str(n)) + "\n" for n in range(24)))
-    made = HyperparameterSweep(sweep(tiny_model, rows, tmp_path / "packed", **settings)).run()
-    lone = HyperparameterSweep(sweep(tiny_model, rows, tmp_path / "alone", packed="never", **settings)).run()
-    packed, alone = (SweepResult.from_json(a.read_json("result.json")) for a in (made, lone))
+    config = sweep(tiny_model, rows, tmp_path / "packed", space={"max_length": [64, 512]}, scheduler="none")
+    packed = SweepResult.from_json(HyperparameterSweep(config).run().read_json("result.json"))
     tokens = {trial.settings["max_length"]: trial.tokens for trial in packed.trials}
     assert tokens[512] > 1.5 * tokens[64] > 0  # rows over 64 tokens are dropped there
-    assert [trial.tokens for trial in packed.trials] == [trial.tokens for trial in alone.trials]
-    for label, curve in curves(alone).items():
-        assert curves(packed)[label] == pytest.approx(curve, abs=1e-4), label
-    for folder in ("packed", "alone"):
-        assert (tmp_path / folder / "best/adapter_model.safetensors").exists()
-        assert not (tmp_path / folder / "trials").exists()
+    for trial in packed.trials:
+        steps, losses = alone(
+            config.training.with_overrides(**trial.settings, output_dir=str(tmp_path / trial.label()))
+        )
+        assert sum(row["tokens"] for row in steps) == trial.tokens
+        assert [row["eval_loss"] for row in trial.curve] == pytest.approx(losses, abs=1e-4)
+
+
+def alone(config: FineTuningConfig) -> tuple[list[dict[str, float]], list[float]]:
+    """Every step, and the validation losses, of a run in this process."""
+    from raytune_ft.core.storage import Location
+    from raytune_ft.data.run import tokenized_splits
+    from raytune_ft.training.loop import Decision
+    from raytune_ft.training.session import Seat, train_in_process
+
+    steps: list[dict[str, float]] = []
+
+    def note(step: int, metrics: dict[str, float]) -> Decision:
+        steps.append(metrics)
+        return Decision.CONTINUE
+
+    where = Location.at(config.output_dir) / "tokens"
+    splits = tokenized_splits(config.dataset_path, config.model_path, where, max_length=config.max_length)
+    train_in_process(config, splits, Seat(), output=None, report=note, golden=False)
+    return steps, [row["eval_loss"] for row in steps if "eval_loss" in row]
 
 
 @pytest.mark.soak  # two minutes

@@ -168,7 +168,8 @@ class AdapterBank:
                 self._evaluate_due(owing)
                 return [trial.progress() for trial in owing]
             running = {name: self._trials[name] for name in self.running() if name not in hold}
-            group = next_group({name: trial.tokens for name, trial in running.items()}, self._budget)
+            line = {name: trial.tokens for name, trial in running.items()}
+            group = self._passes.evened({name: line[name] for name in next_group(line, self._budget)})
             if not group:
                 return []
             self._step_group([running[name] for name in self._slots.order(group)])

@@ -33,6 +33,25 @@ def share_out(work: Mapping[str, int], lanes: int) -> list[list[str]]:
     return found
 
 
+def evened(work: Mapping[str, int], lanes: int) -> list[str]:
+    """The first of these trials, half of them at least: as many as leave lanes idle least.
+
+    Thirteen equal trials would leave one of two lanes idle for a thirteenth of the time; twelve do not.
+
+    Args:
+        work: of each trial, in any unit, in the order of their turns.
+        lanes: that they are shared out to.
+    """
+    names = list(work)
+
+    def busy(count: int) -> float:
+        loads = [sum(work[name] for name in lane) for lane in share_out({n: work[n] for n in names[:count]}, lanes)]
+        return round(sum(loads) / (lanes * max(loads)), 2)
+
+    counts = range(max(1, min(lanes, len(names)), (len(names) + 1) // 2), len(names) + 1)
+    return names[: max(counts, key=lambda count: (busy(count), count), default=0)]
+
+
 def may_share_cores(model: Any) -> bool:
     """Whether several threads may go through `model` at once: layers that keep a state between calls forbid it."""
     if next(model.parameters()).device.type != "cpu":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.frozen_head import losses_and_gradient
 from raytune_ft.models.scoring import CausalParts, target_states
 from raytune_ft.training.bank.base import FrozenBase
-from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, may_share_cores, share_out
+from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, evened, may_share_cores, share_out
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.ragged import RaggedSlots
@@ -69,11 +69,12 @@ class Passes:
         lengths = [len(rows[number].input_ids) for number in range(len(rows))]
         sums = dict.fromkeys(names, 0.0)
         count = 0
-        for group in group_by_budget(lengths, self._pass_tokens(budget) if self._small else budget // len(names) or 1):
+        most = self._pass_tokens(budget)
+        for group in group_by_budget(lengths, most if self._small else most // len(names) or 1):
             some = [rows[number] for number in group]
             count += sum(sum(row.supervised[1:]) for row in some)
             shares = [Share(name, some) for name in names]
-            together = max(1, budget // shares[0].tokens)
+            together = max(1, most // shares[0].tokens)
 
             def lane(mine: Collection[str], shares: list[Share] = shares, together: int = together) -> None:
                 here = [share for share in shares if share.name in mine]
@@ -84,14 +85,18 @@ class Passes:
             self._in_lanes(lane, shares)
         return {name: total / max(1, count) for name, total in sums.items()}
 
+    def evened(self, waiting: Mapping[str, int]) -> list[str]:
+        """Of trials in line, with the tokens of their next step, as many of the first as keep all lanes busy."""
+        return evened({name: self._work(name, tokens) for name, tokens in waiting.items()}, self._lanes.most)
+
     def _in_lanes(self, lane: Callable[[Collection[str]], None], shares: Sequence[Share]) -> None:
-        names = share_out({share.name: self._work(share) for share in shares}, self._lanes.most)
+        names = share_out({share.name: self._work(share.name, share.tokens) for share in shares}, self._lanes.most)
         self._lanes.run([partial(lane, frozenset(some)) for some in names])
 
-    def _work(self, share: Share) -> int:
-        """What a share costs, in some unit: a weight of an adapter takes part in three products for a base's two."""
-        settings = self._slots.settings(share.name)
-        return share.tokens * (2 * self._weights + 3 * flat_size(settings.targets, settings.rank))
+    def _work(self, name: str, tokens: int) -> int:
+        """What tokens of a trial cost, in some unit: an adapter's weight is in three products for a base's two."""
+        settings = self._slots.settings(name)
+        return tokens * (2 * self._weights + 3 * flat_size(settings.targets, settings.rank))
 
     def _pass_tokens(self, budget: int) -> int:
         return min(budget, PASS_TOKENS) if self._small else budget

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from raytune_ft.training.bank.lanes import Lanes, may_share_cores, share_out
+from raytune_ft.training.bank.lanes import Lanes, evened, may_share_cores, share_out
 from tests.training.bank.conftest import MakeBank, Settings, losses_of
 
 
@@ -15,6 +15,16 @@ def test_the_largest_trials_go_first_to_the_lightest_lane() -> None:
     assert share_out({"a": 1, "b": 7, "c": 4, "d": 3}, 2) == [["b", "a"], ["c", "d"]]
     assert share_out({"a": 5}, 4) == [["a"]]
     assert share_out({"a": 5, "b": 5, "c": 5}, 3) == [["a"], ["b"], ["c"]]
+
+
+def test_a_step_is_made_by_as_many_trials_as_keep_all_lanes_busy() -> None:
+    assert evened(dict.fromkeys("abcde", 7), 2) == list("abcd")
+    assert evened(dict.fromkeys("abcde", 7), 1) == list("abcde")
+    assert evened(dict.fromkeys("abcd", 7), 2) == list("abcd")
+    assert evened({"a": 9, "b": 1}, 2) == ["a", "b"]
+    assert evened({"a": 4, "b": 4, "c": 8, "d": 9}, 2) == ["a", "b", "c"]
+    assert evened({"a": 5}, 4) == ["a"]
+    assert evened({}, 2) == []
 
 
 def test_lanes_run_side_by_side_and_tell_the_first_failure_when_all_have_ended() -> None:
