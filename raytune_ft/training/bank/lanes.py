@@ -43,6 +43,8 @@ def evened(work: Mapping[str, int], lanes: int) -> list[str]:
         lanes: that they are shared out to.
     """
     names = list(work)
+    if lanes == 1:
+        return names
 
     def busy(count: int) -> float:
         loads = [sum(work[name] for name in lane) for lane in share_out({n: work[n] for n in names[:count]}, lanes)]
