@@ -111,6 +111,7 @@ def test_a_neighbour_of_nan_changes_no_bit(
                 weight.fill_(math.nan)
         bank.evict("neighbour")
         bank.admit("neighbour", trial(lora_r=8, lora_dropout=dropout), snapshot)
+        bank.admit("fourth", trial(lora_r=8, lora_dropout=dropout))  # two lanes take an even number at once
         first = bank.step()
         assert any(math.isnan(p.metrics["loss"]) for p in first) == poisoned
         while bank.step():
