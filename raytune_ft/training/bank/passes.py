@@ -16,7 +16,6 @@ from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, evened, may_share_
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.ragged import RaggedSlots
-from raytune_ft.training.bank.slot import flat_size
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.trial import Rows
 from raytune_ft.training.bank.turns import next_group, row_chunks
@@ -95,8 +94,7 @@ class Passes:
 
     def _work(self, name: str, tokens: int) -> int:
         """What tokens of a trial cost, in some unit: an adapter's weight is in three products for a base's two."""
-        settings = self._slots.settings(name)
-        return tokens * (2 * self._weights + 3 * flat_size(settings.targets, settings.rank))
+        return tokens * (2 * self._weights + 3 * self._slots.settings(name).size)
 
     def _pass_tokens(self, budget: int) -> int:
         return min(budget, PASS_TOKENS) if self._small else budget

@@ -15,14 +15,14 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from raytune_ft.training.bank.dropout import kept
 from raytune_ft.training.bank.layout import Layout
-from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target, factor_views, flat_size
+from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target, factor_views
 from raytune_ft.training.low_rank import Product
 
 
 class _Slot:
     def __init__(self, settings: SlotSettings, device: torch.device) -> None:
         self.settings = settings
-        self.flat = nn.Parameter(torch.zeros(flat_size(settings.targets, settings.rank), device=device))
+        self.flat = nn.Parameter(torch.zeros(settings.size, device=device))
         self.flat.grad = torch.zeros_like(self.flat)
         self.optimizer = torch.optim.AdamW(
             [self.flat],

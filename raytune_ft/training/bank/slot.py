@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -43,6 +44,11 @@ class SlotSettings:
     weight_decay: float
     max_grad_norm: float
 
+    @cached_property
+    def size(self) -> int:
+        """Numbers in the factors of all targets."""
+        return sum(self.rank * (target.inputs + target.outputs) for target in self.targets)
+
     @classmethod
     def of(cls, config: FineTuningConfig, targets: Sequence[Target]) -> SlotSettings:
         """The settings of a trial that adapts `targets`."""
@@ -71,11 +77,6 @@ class SlotState:
     def initial(cls, weights: State) -> SlotState:
         """A slot that has made no step."""
         return cls(weights, {}, {}, 0)
-
-
-def flat_size(targets: Sequence[Target], rank: int) -> int:
-    """Numbers in the factors of `targets`."""
-    return sum(rank * (target.inputs + target.outputs) for target in targets)
 
 
 def factor_views(flat: Tensor, targets: Sequence[Target], rank: int) -> dict[str, tuple[Tensor, Tensor]]:
