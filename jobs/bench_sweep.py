@@ -57,9 +57,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_base(name: str, folder: Path) -> str:
-    """A model folder: random weights of a shape, with a tokenizer of its own; or the starter."""
+    """A model folder: random weights of a shape, with a tokenizer of its own; or the starter, where it is cached."""
     if name == "smollm2-135m":
-        return "starter:smollm2-135m"
+        from raytune_ft.models.starter import cached
+
+        return str(cached(f"starter:{name}"))
     if (folder / "model.safetensors").exists() or (folder / "model.safetensors.index.json").exists():
         return str(folder)
     import torch

@@ -238,10 +238,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Finds the peer's best settings, then runs the arms in turn."""
     from jobs.bench_sweep import make_base, prepare_rows, scratch_folder
     from raytune_ft.core.cluster import disconnect
-    from raytune_ft.models.loading import resolve_model
 
     with scratch_folder(options.folder) as kept, tempfile.TemporaryDirectory(prefix="bench-train-") as runs_in:
-        base = resolve_model(make_base(options.base, kept / options.base)).tokenizer_source
+        base = make_base(options.base, kept / options.base)
         dataset = prepare_rows(base, kept)
         disconnect()
         folder = Path(runs_in)
