@@ -23,7 +23,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.run import data_parent
-from raytune_ft.tuning import alone, packed
+from raytune_ft.tuning import alone, homes, packed
 from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
@@ -134,16 +134,16 @@ def _arranged(
     trials: int,
 ) -> Iterator[_Arrangement]:
     """Trials on shared bases where all can share one, else each a training run of its own; says which, and why."""
-    why = packed.why_alone(config, packs)
+    why = homes.why_alone(config, packs)
     if why is None:
-        together = packed.together(config, connected.nodes, trials)
+        together = homes.together(config, connected.nodes, trials)
         banks = packed.start_banks(connected, packs, splits, (output / _SNAPSHOTS).uri, together)
         if isinstance(banks, packed.Banks):
             bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"
             logger.info("tune: %d trials, %d at a time on %s, %s", trials, together, bases, config.scheduler)
             settings = config.training.model_dump(mode="json")
             proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks)
-            trainable = ray_tune.with_resources(proxy, {"CPU": packed.PROXY_CPUS})
+            trainable = ray_tune.with_resources(proxy, {"CPU": homes.PROXY_CPUS})
             try:
                 yield _Arrangement(trainable, together, banks)
             finally:

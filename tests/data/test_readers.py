@@ -80,7 +80,7 @@ def test_compressed_files_read_the_same(tmp_path: Path, name: str, content: byte
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl: is UTF-16; convert it to UTF-8: iconv"),
         ("a.csv", "text\na\n".encode("utf-16-le"), "a.csv: is UTF-16 or UTF-32 without a mark"),
         ("a.json", "[]".encode("utf-32-be"), "a.json: is UTF-16 or UTF-32 without a mark"),
-        ("a.jsonl", gzip.compress(b"{}"), "a.jsonl: is gzip-compressed; name it with .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "a.jsonl: is gzip-compressed; name it with .gz"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "a.jsonl.gz: cannot be read behind row 0"),
         ("a.txt", b"PAR1....", "a.txt: is Parquet; name it .parquet"),
     ],

@@ -1,0 +1,83 @@
+"""How many trials train at a time, and what of the cluster their banks get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raytune_ft.core.placement import Node
+from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.homes import bank_count, bank_cpus, together, why_alone
+from raytune_ft.tuning.packs import Packs
+
+
+def sweep(**changes: Any) -> SweepConfig:
+    training = {"model_path": "model", "dataset_path": "dataset", **changes.pop("training", {})}
+    return SweepConfig(**{"output_dir": "out", "space": {"lora_r": [2, 8]}, "training": training, **changes})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "trials", "gpus", "cpus", "threads"),
+    [
+        ([Node(2)], 16, 0, 1, 2),  # 2 - 0.16, in whole CPUs
+        ([Node(1)], 4, 0, 0.96, 1),
+        ([Node(16, 8)], 32, 8, 1, 2),  # (16 - 0.32) / 8
+        ([Node(4), Node(16, 1, 3)], 8, 3, 15, 16),
+    ],
+)
+def test_a_bank_leaves_room_for_the_proxies(nodes, trials, gpus, cpus, threads) -> None:
+    assert bank_cpus(nodes, trials, gpus) == (cpus, threads)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "trials", "use_gpu", "count"),
+    [
+        ([Node(2)], 16, False, 1),
+        ([Node(2, 0, 2), Node(1)], 16, False, 2),  # the small node would hold up the trials that fall to it
+        ([Node(2, 0, 3)], 2, False, 2),
+        ([Node(16, 8, 2)], 32, True, 16),
+        ([Node(16, 8, 2)], 4, True, 4),
+        ([Node(8)], 4, True, 1),  # none now: the resource plan says so
+    ],
+)
+def test_there_is_a_bank_for_each_gpu_or_each_large_node(nodes, trials, use_gpu, count) -> None:
+    assert bank_count(nodes, trials, use_gpu=use_gpu) == count
+
+
+def test_banks_share_the_node_that_they_are_on() -> None:
+    assert bank_cpus([Node(2)], 8, 0, 2) == (0.96, 1)  # (2 - 0.08) / 2
+    assert bank_cpus([Node(16, 2)], 32, 2, 3) == (2, 2)  # three on each of two GPUs: (16 - 0.32) / 6
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "trials", "at_a_time"),
+    [
+        ([Node(2)], {}, 16, 8),  # four a core keep it busy
+        ([Node(2)], {}, 3, 3),
+        ([Node(4, 0, 2), Node(1)], {}, 100, 32),  # banks are on the large nodes
+        ([Node(2)], {"scheduler": "pbt"}, 16, 16),  # a population compares all that it has
+        ([Node(16, 1)], {}, 100, 64),
+        ([Node(16, 1)], {"training": {"use_gpu": False}}, 100, 64),
+        ([Node(2)], {"max_concurrent_trials": 12}, 16, 12),
+    ],
+)
+def test_as_many_trials_run_at_a_time_as_keep_the_banks_busy(nodes, changes, trials, at_a_time) -> None:
+    assert together(sweep(**changes), nodes, trials) == at_a_time
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"packed": "never"}, "packed: never"),
+        ({"space": {"precision": ["fp32", "bf16"]}}, None),
+        ({"space": {"use_dora": [False, True]}}, "use_dora True: a packed sweep adds low-rank products"),
+        ({"training": {"method": "full"}}, "method full trains the base"),
+        ({"training": {"num_workers": 2}}, "num_workers is 2"),
+        ({}, None),
+    ],
+)
+def test_what_keeps_trials_apart_is_named(changes, reason) -> None:
+    config = sweep(**changes)
+    told = why_alone(config, Packs.of(config.space, config.training))
+    assert (told is None) if reason is None else (reason in told)
