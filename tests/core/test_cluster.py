@@ -83,6 +83,7 @@ sys.exit(cli._guarded(work))
 """
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("where", ["in Ray", "in Python"])
 def test_sigterm_ends_a_command_and_its_cluster_in_order(where: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}

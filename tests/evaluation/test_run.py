@@ -175,6 +175,7 @@ def test_a_killed_actor_is_replaced_and_its_kept_rows_are_not_computed_again(
 ) -> None:
     import threading
 
+    import ray
     from ray.util.state import list_actors
 
     rows = [{**row, "messages": [{"role": "user", "content": f"{n} fox"}, row["messages"][1]]}
@@ -189,7 +190,8 @@ def test_a_killed_actor_is_replaced_and_its_kept_rows_are_not_computed_again(
     while not list(pieces.rglob("*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
     kept = {path: path.stat().st_mtime_ns for path in pieces.rglob("*.jsonl")}
-    [actor] = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "ShardActor" in a.class_name]
+    actors = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
+    [actor] = [one for one in actors if "ShardActor" in one.class_name]
     os.kill(actor.pid, signal.SIGKILL)
     while work.is_alive():
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.exists())

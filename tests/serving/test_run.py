@@ -194,10 +194,12 @@ def under_load(server: ModelServer, expected: dict[tuple[str, int], str], act: C
 
 
 def replica_pids() -> dict[str, int]:
-    """Process ids of the endpoint's running replicas."""
+    """Process ids of the endpoint's running replicas; of this cluster, whatever others the machine has."""
+    import ray
     from ray.util.state import list_actors
 
-    actors = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
+    here = ray.get_runtime_context().gcs_address
+    actors = list_actors(here, filters=[("state", "=", "ALIVE")], limit=1000)
     return {actor.name: actor.pid for actor in actors if "Endpoint" in (actor.name or "")}
 
 
