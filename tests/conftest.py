@@ -19,15 +19,6 @@ __all__ = ["chromium"]
 # Tiny models gain nothing from more threads, and spinning ones stall each other where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For ``-n 2 --dist loadgroup``: all that needs Ray stays in one process, and the rest runs beside it, by file."""
-    for item in items:
-        needs_ray = item.get_closest_marker("ray") or "ray_cluster" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray else item.nodeid.partition("::")[0]))
-
-
 WORDS = """The quick brown fox jumps over the lazy dog. user assistant system name city colour quantity answer order
 What is the capital of France? Paris. 0 1 2 3 4 5 6 7 8 9 { } [ ] " : , yes no red blue green
 Turn the text into JSON."""
