@@ -1,4 +1,4 @@
-"""How many trials share banks at a time, and what of the cluster each bank gets."""
+"""Whether trials share banks, how many at a time, and what of the cluster each bank gets."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def together(config: SweepConfig, nodes: Sequence[Node], trials: int) -> int:
         return min(trials, config.max_concurrent_trials)
     most = _MOST_TOGETHER
     if config.scheduler not in _PAUSING and not config.training.on_gpu(sum(node.gpus for node in nodes)):
-        largest = max(node.cpus for node in nodes)
-        banks = sum(node.count for node in nodes if node.cpus == largest)
-        most = min(most, _TOGETHER_PER_CPU * banks * math.ceil(largest))
+        cpus = math.ceil(max(node.cpus for node in nodes))
+        most = min(most, _TOGETHER_PER_CPU * cpus * bank_count(nodes, trials, use_gpu=False))
     return min(trials, most)
 
 
