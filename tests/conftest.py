@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,24 @@ __all__ = ["chromium"]
 
 # Tiny models gain nothing from more threads, and spinning ones stall each other where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``-n 2``: files that need Ray stay in one process, on one cluster, and the others run beside it, by file.
+
+    pytest-xdist's marks for groups have no effect here: it renames tests by an attribute that pytest 9.2 lacks.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayInOneProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            text = (config.rootpath / file).read_text()
+            return "ray" if "ray_cluster" in text or "pytest.mark.ray" in text else file
+
+    return RayInOneProcess(config, log)
+
 
 WORDS = """The quick brown fox jumps over the lazy dog. user assistant system name city colour quantity answer order
 What is the capital of France? Paris. 0 1 2 3 4 5 6 7 8 9 { } [ ] " : , yes no red blue green

@@ -304,6 +304,6 @@ def test_tunes_own_schedulers_and_searchers_drive_packed_trials(
         assert again.seeds == 3
         assert [trial.settings["seed"] for trial in result.repeats] == [1, 2]
         assert len({trial.curve[-1]["eval_loss"] for trial in result.repeats}) == 2
-    if changes.get("scheduler") == "pbt":  # a constant rate changes only where a trial took over another's state
-        rates = [{row["learning_rate"] for row in trial.curve} for trial in result.trials]
-        assert max(map(len, rates)) > 1
+    if changes.get("scheduler") == "pbt":  # a rate of 1e-8 learns nothing: a loss that falls is another trial's state
+        (still,) = [trial for trial in result.trials if trial.curve[0]["learning_rate"] == 1e-8]
+        assert still.curve[-1]["eval_loss"] < still.curve[0]["eval_loss"] - 0.2
