@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 
 from ray import tune as ray_tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
-from ray.tune.callback import Callback
 from ray.tune.schedulers import FIFOScheduler
 
 from raytune_ft.core import cluster
@@ -27,11 +25,11 @@ from raytune_ft.tuning import alone, homes, packed
 from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
+from raytune_ft.tuning.progress import Curves, Progress, curves_in
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
 from raytune_ft.tuning.space import REPEAT, dimension, grid_size, settings_at
-from raytune_ft.tuning.view import SweepView
 
 logger = logging.getLogger("raytune_ft")
 
@@ -169,10 +167,10 @@ class _Stage:
 def _search(config: SweepConfig, arrangement: _Arrangement, output: Location) -> SweepResult:
     """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
     grid = _tuner(config, arrangement, output, _first_stage(config, output)).fit()
-    result = SweepResult(config.metric, _collect(config, grid))
+    result = SweepResult(config.metric, _collect(config, grid, curves_in(output / _RAY_STATE)))
     if config.repeat_top:
         grid = _tuner(config, arrangement, output, _second_stage(config, result)).fit()
-        result = replace(result, repeats=_collect(config, grid))
+        result = replace(result, repeats=_collect(config, grid, curves_in(output / _RAY_REPEATS)))
     best = result.best
     if arrangement.banks is not None and best.snapshot is not None:
         settings = {**config.training.model_dump(mode="json"), **best.settings}
@@ -220,58 +218,17 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
             checkpoint_config=checkpoints,
             failure_config=FailureConfig(max_failures=_FAILURES),
             stop=stage.stop,
-            callbacks=[_Progress(config)],
+            callbacks=[Progress(output / stage.name, config.metric, config.training.max_steps)],
             verbose=0,
         ),
     )
 
 
-class _Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
-    """Shows each evaluation and ending of a trial."""
-
-    def __init__(self, config: SweepConfig) -> None:
-        self.metric, self.view = config.metric, SweepView(config.metric, last_step=config.training.max_steps)
-
-    def __getstate__(self) -> dict[str, Any]:  # Ray Tune keeps callbacks with its state; a terminal cannot be kept
-        return {"metric": self.metric, "view": SweepView(self.metric, last_step=self.view.last_step)}
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.view.hear(trial.trial_id, _label(trial), state="running")
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        step, value = result["global_step"], result.get(self.metric, math.nan)
-        self.view.hear(trial.trial_id, _label(trial), state="running", step=step, value=value)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result or {}
-        state = "infeasible" if last.get("infeasible") else "done"
-        if state == "done" and self.view.last_step and last.get("global_step", 0) < self.view.last_step:
-            state = "stopped early"
-        self.view.hear(trial.trial_id, _label(trial), state=state)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.view.hear(trial.trial_id, _label(trial), state="failed")
-
-    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        self.view.close()
-
-
-def _label(trial: Any) -> str:
-    return Trial(trial.trial_id, dict(trial.config), "finished", []).label()
-
-
-def _collect(config: SweepConfig, grid: Any) -> tuple[Trial, ...]:
+def _collect(config: SweepConfig, grid: Any, curves: Curves) -> tuple[Trial, ...]:
     trials = []
     for result in grid:
-        frame = result.metrics_dataframe
-        columns = ["global_step", "loss", "eval_loss", "learning_rate", "tokens", "time_total_s"]
-        rows = [] if frame is None else frame[[c for c in columns if c in frame]].to_dict("records")
-        told = [{key: float(value) for key, value in row.items() if math.isfinite(value)} for row in rows]
-        # A trial whose process was lost before Tune kept its state reports its last evaluation again.
-        curve = [row for _, row in sorted({row["global_step"]: row for row in told}.items())]
         last = result.metrics or {}
+        curve = curves.get(last.get("trial_id", ""), [])
         shared = config.training.model_dump(mode="json")
         settings = settings_at(result.config, shared)
         ending, error = _ending(config, result, curve)

@@ -1,0 +1,85 @@
+"""What Ray Tune tells of its trials: shown as it comes, and kept as their curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from ray.tune.callback import Callback
+
+from raytune_ft.core.storage import Location
+from raytune_ft.tuning.result import Trial
+from raytune_ft.tuning.view import SweepView
+
+_CURVES = "curves.json"
+_COLUMNS = ("global_step", "loss", "eval_loss", "learning_rate", "tokens", "time_total_s")
+
+Curves = dict[str, list[dict[str, float]]]
+
+
+class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
+    """Shows each evaluation and ending of a trial, and keeps the curves of all, by the trial's id.
+
+    They are part of the state that Ray Tune resumes from, so they fit the trials in it. Ray's own files of results do
+    not: when a trial goes on after a pause, they are put back to how they were last uploaded.
+    """
+
+    def __init__(self, folder: Location, metric: str, last_step: int | None) -> None:
+        """`folder` is where Ray Tune keeps its state, `last_step` where a trial ends if nothing stops it."""
+        self._folder, self._metric, self._last_step = folder, metric, last_step
+        self._view, self._curves = SweepView(metric, last_step=last_step), Curves()
+
+    def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal cannot be kept
+        return Progress, (self._folder, self._metric, self._last_step)
+
+    def get_state(self) -> dict[str, Any]:
+        """Ray Tune's hook: what it keeps with the trials."""
+        return {"curves": self._curves}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Ray Tune's hook: what it kept."""
+        self._curves = state["curves"]
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Ray Tune's hook."""
+        self._view.hear(trial.trial_id, _label(trial), state="running")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Ray Tune's hook."""
+        step, value = result["global_step"], result.get(self._metric, math.nan)
+        self._view.hear(trial.trial_id, _label(trial), state="running", step=step, value=value)
+        told = {column: float(result[column]) for column in _COLUMNS if column in result}
+        self._curves.setdefault(trial.trial_id, []).append({k: v for k, v in told.items() if math.isfinite(v)})
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Ray Tune's hook."""
+        last = trial.last_result or {}
+        state = "infeasible" if last.get("infeasible") else "done"
+        if state == "done" and self._last_step and last.get("global_step", 0) < self._last_step:
+            state = "stopped early"
+        self._view.hear(trial.trial_id, _label(trial), state=state)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Ray Tune's hook."""
+        self._view.hear(trial.trial_id, _label(trial), state="failed")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Ray Tune's hook: the curves go into a file."""
+        self._view.close()
+        (self._folder / _CURVES).write(json.dumps(self._curves).encode())
+
+
+def curves_in(folder: Location) -> Curves:
+    """The curves of all trials that reported anything, in order of steps; a step reported again counts once."""
+    curves: Curves = json.loads((folder / _CURVES).read())
+    return {
+        trial: [row for _, row in sorted({row["global_step"]: row for row in told}.items())]
+        for trial, told in curves.items()
+    }
+
+
+def _label(trial: Any) -> str:
+    return Trial(trial.trial_id, dict(trial.config), "finished", []).label()
