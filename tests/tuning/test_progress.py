@@ -13,26 +13,31 @@ from raytune_ft.core.storage import Location
 from raytune_ft.tuning.progress import Progress, curves_in
 
 
-class Counts(tune.Trainable):
-    """Its steps."""
+def counts() -> type[tune.Trainable]:
+    """A class that travels whole: workers cannot import a module of tests."""
 
-    def setup(self, config: dict) -> None:
-        self.made = 0
+    class Counts(tune.Trainable):
+        """Its steps."""
 
-    def step(self) -> dict:
-        self.made += 1
-        loss = float("nan") if self.made == 2 else self.config["height"] / self.made
-        return {"global_step": self.made, "eval_loss": loss, "done": self.made == 9}
+        def setup(self, config: dict) -> None:
+            self.made = 0
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        (Path(checkpoint_dir) / "made.json").write_text(json.dumps(self.made))
+        def step(self) -> dict:
+            self.made += 1
+            loss = float("nan") if self.made == 2 else self.config["height"] / self.made
+            return {"global_step": self.made, "eval_loss": loss, "done": self.made == 9}
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        self.made = json.loads((Path(checkpoint_dir) / "made.json").read_text())
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            (Path(checkpoint_dir) / "made.json").write_text(json.dumps(self.made))
 
-    def reset_config(self, new_config: dict) -> bool:
-        self.config, self.made = new_config, 0
-        return True
+        def load_checkpoint(self, checkpoint_dir: str) -> None:
+            self.made = json.loads((Path(checkpoint_dir) / "made.json").read_text())
+
+        def reset_config(self, new_config: dict) -> bool:
+            self.config, self.made = new_config, 0
+            return True
+
+    return Counts
 
 
 class Ears(tune.Callback):
@@ -53,7 +58,7 @@ def test_a_trial_that_was_paused_keeps_all_of_its_curve(ray_cluster, tmp_path) -
         time_attr="global_step", perturbation_interval=1, hyperparam_mutations={"height": [1.0, 2.0, 3.0]}
     )
     tune.Tuner(
-        tune.with_resources(Counts, {"cpu": 0.01}),
+        tune.with_resources(counts(), {"cpu": 0.01}),
         param_space={"height": tune.grid_search([1.0, 2.0, 3.0])},
         tune_config=tune.TuneConfig(scheduler=population, metric="eval_loss", mode="min", reuse_actors=True),
         run_config=tune.RunConfig(
