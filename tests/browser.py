@@ -26,7 +26,8 @@ class Tab:
     def __init__(self, address: str) -> None:
         from websockets.sync.client import connect
 
-        self.socket = connect(address, max_size=None, open_timeout=PATIENCE_S)
+        # Every wait has an end of its own; a page that is busy need not answer pings meanwhile.
+        self.socket = connect(address, max_size=None, open_timeout=PATIENCE_S, ping_interval=None)
         self.numbers = itertools.count(1)
         self.problems: list[str] = []
         for domain in ("Page", "Runtime", "Log"):
