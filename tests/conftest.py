@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -32,10 +33,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class RayInOneProcess(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            text = (config.rootpath / file).read_text()
-            return "ray" if "ray_cluster" in text or "pytest.mark.ray" in text else file
+            return "ray" if needs_ray(config.rootpath / file) else file
 
     return RayInOneProcess(config, log)
+
+
+@functools.cache  # asked for each test, at the start and whenever one ends
+def needs_ray(file: Path) -> bool:
+    text = file.read_text()
+    return "ray_cluster" in text or "pytest.mark.ray" in text
 
 
 WORDS = """The quick brown fox jumps over the lazy dog. user assistant system name city colour quantity answer order

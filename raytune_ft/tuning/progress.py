@@ -27,11 +27,10 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
 
     def __init__(self, folder: Location, metric: str, last_step: int | None) -> None:
         """`folder` is where Ray Tune keeps its state, `last_step` where a trial ends if nothing stops it."""
-        self._folder, self._metric, self._last_step = folder, metric, last_step
-        self._view, self._curves = SweepView(metric, last_step=last_step), Curves()
+        self._folder, self._view, self._curves = folder, SweepView(metric, last_step=last_step), Curves()
 
     def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal cannot be kept
-        return Progress, (self._folder, self._metric, self._last_step)
+        return Progress, (self._folder, self._view.metric, self._view.last_step)
 
     def get_state(self) -> dict[str, Any]:
         """Ray Tune's hook: what it keeps with the trials."""
@@ -49,16 +48,16 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Ray Tune's hook."""
-        step, value = result["global_step"], result.get(self._metric, math.nan)
+        step, value = result["global_step"], result.get(self._view.metric, math.nan)
         self._view.hear(trial.trial_id, _label(trial), state="running", step=step, value=value)
-        told = {column: float(result[column]) for column in _COLUMNS if column in result}
-        self._curves.setdefault(trial.trial_id, []).append({k: v for k, v in told.items() if math.isfinite(v)})
+        row = {column: float(result[column]) for column in _COLUMNS if math.isfinite(result.get(column, math.nan))}
+        self._curves.setdefault(trial.trial_id, []).append(row)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
         last = trial.last_result or {}
         state = "infeasible" if last.get("infeasible") else "done"
-        if state == "done" and self._last_step and last.get("global_step", 0) < self._last_step:
+        if state == "done" and self._view.last_step and last.get("global_step", 0) < self._view.last_step:
             state = "stopped early"
         self._view.hear(trial.trial_id, _label(trial), state=state)
 

@@ -25,7 +25,7 @@ from raytune_ft.tuning import alone, homes, packed
 from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
-from raytune_ft.tuning.progress import Curves, Progress, curves_in
+from raytune_ft.tuning.progress import Progress, curves_in
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
@@ -166,11 +166,9 @@ class _Stage:
 
 def _search(config: SweepConfig, arrangement: _Arrangement, output: Location) -> SweepResult:
     """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
-    grid = _tuner(config, arrangement, output, _first_stage(config, output)).fit()
-    result = SweepResult(config.metric, _collect(config, grid, curves_in(output / _RAY_STATE)))
+    result = SweepResult(config.metric, _trials(config, arrangement, output, _first_stage(config, output)))
     if config.repeat_top:
-        grid = _tuner(config, arrangement, output, _second_stage(config, result)).fit()
-        result = replace(result, repeats=_collect(config, grid, curves_in(output / _RAY_REPEATS)))
+        result = replace(result, repeats=_trials(config, arrangement, output, _second_stage(config, result)))
     best = result.best
     if arrangement.banks is not None and best.snapshot is not None:
         settings = {**config.training.model_dump(mode="json"), **best.settings}
@@ -224,8 +222,9 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
     )
 
 
-def _collect(config: SweepConfig, grid: Any, curves: Curves) -> tuple[Trial, ...]:
-    trials = []
+def _trials(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage) -> tuple[Trial, ...]:
+    grid = _tuner(config, arrangement, output, stage).fit()
+    curves, trials = curves_in(output / stage.name), []
     for result in grid:
         last = result.metrics or {}
         curve = curves.get(last.get("trial_id", ""), [])
