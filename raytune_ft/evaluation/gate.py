@@ -79,17 +79,14 @@ def gate(
             raise DataError(f"{metric}: was not measured of {scores.label}; evaluate with this metric, or name another")
     measure = make_metric(metric, settings or {})
     own, their = columns_of(model, measure), columns_of(other, measure)
+    value, other_value = (_checked(scores, measure, side) for scores, side in ((model, own), (other, their)))
     sign = -1.0 if metric.facts.lower_is_better else 1.0
     samples = sign * (bootstrap(measure.headline, own, seed=seed) - bootstrap(measure.headline, their, seed=seed))
     least = float(np.quantile(samples, 1 - confidence))
-    value, other_value = (_checked(scores, measure, side) for scores, side in ((model, own), (other, their)))
     rows = len(model.answers)
     reason = _short_of(least, rows, metric, max_drop=max_drop, confidence=confidence)
     if not reason and max_drop == 0:
-        alternative = "less" if metric.facts.lower_is_better else "greater"
-        p_value = permutation_p_value(measure.headline, own, their, alternative=alternative, seed=seed)  # type: ignore[arg-type]
-        if p_value > 1 - confidence + 1e-12:
-            reason = f"but a permutation test finds it by chance with p = {p_value:.3f}"
+        reason = _by_chance(measure, own, their, confidence=confidence, seed=seed)
     decision = GateDecision(
         passed=not reason,
         metric=metric,
@@ -120,6 +117,15 @@ def _short_of(least: float, rows: int, metric: EvaluationMetric, *, max_drop: fl
         return f"that is not above {signed(-max_drop) if max_drop else '0'}"
     if least <= 0 and rows < (needed := rows_to_see(max_drop, metric.facts.best, confidence)):
         return f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
+    return ""
+
+
+def _by_chance(measure: RowMetric, own: Columns, their: Columns, *, confidence: float, seed: int) -> str:
+    """Why a one-sided permutation test does not call `own` better; empty if it does."""
+    alternative = "less" if measure.name_in_settings.facts.lower_is_better else "greater"
+    p_value = permutation_p_value(measure.headline, own, their, alternative=alternative, seed=seed)  # type: ignore[arg-type]
+    if p_value > 1 - confidence + 1e-12:
+        return f"but a permutation test finds it by chance with p = {p_value:.3f}"
     return ""
 
 

@@ -16,9 +16,14 @@ from torch import Tensor
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import adapter_weights
+from raytune_ft.models.attention import attention
 
 _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}
+
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""By the names of linear layers: down [rank, in], and up [out, rank] with the scale in it."""
 
 
 class _Layer:
@@ -53,9 +58,10 @@ class _Layer:
 class AdapterSlots:
     """LoRA adapters in numbered slots (from 1) upon a model, whose linear layers add them to what they compute."""
 
-    def __init__(self, model: Any, *, slots: int, max_rank: int) -> None:
+    def __init__(self, model: Any, *, slots: int, max_rank: int | None = None) -> None:
         self._model, self._slots, self._max_rank = model, slots + 1, max_rank
         self._layers: dict[str, _Layer] = {}
+        self._hooks: list[Any] = []
         self._rows: tuple[int, ...] | None = None
 
     def load(self, slot: int, folder: Path) -> None:
@@ -66,7 +72,7 @@ class AdapterSlots:
         """
         factors = _factors(folder)
         largest = max(down.shape[0] for down, _ in factors.values())
-        if largest > self._max_rank:
+        if self._max_rank is not None and largest > self._max_rank:
             raise ModelError(
                 f"{folder}: its rank {largest} is above the limit of {self._max_rank}; raise max_lora_rank, or train "
                 "with a smaller lora_r"
@@ -74,9 +80,20 @@ class AdapterSlots:
         modules = dict(self._model.named_modules())
         for name, (down, up) in factors.items():
             self._check(folder, name, modules.get(name), down, up)
+        self.put(slot, factors)
+
+    def put(self, slot: int, factors: Factors) -> None:
+        """Puts these factors into `slot`, in the place of what is there."""
         self.clear(slot)
         for name, (down, up) in factors.items():
-            self._layer(name, modules[name], down, up).put(slot, down, up)
+            self._layer(name, self._model.get_submodule(name), down, up).put(slot, down, up)
+
+    def close(self) -> None:
+        """Leaves the model as it was before."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._layers.clear()
 
     def clear(self, slot: int) -> None:
         """Empties a slot; rows that still name it get the bare model."""
@@ -97,7 +114,7 @@ class AdapterSlots:
             like = self._model.get_input_embeddings().weight
             layer = _Layer(like.detach(), self._slots, down.shape[1], up.shape[0])
             self._layers[name] = layer
-            module.register_forward_hook(self._hook(name, layer))
+            self._hooks.append(module.register_forward_hook(self._hook(name, layer)))
         return self._layers[name]
 
     def _hook(self, name: str, layer: _Layer) -> Any:
@@ -124,8 +141,34 @@ class AdapterSlots:
             )
 
 
-def _factors(folder: Path) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """Down [rank, in] and scaled up [out, rank] of each layer of a PEFT folder."""
+@torch.no_grad()
+def layer_without_rows(model: Any) -> str | None:
+    """The name of a linear layer that is given tokens without saying whose row they are of; None if there is none.
+
+    Upon such a layer adapters cannot be mixed.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].dim() != 3:
+                found.append(name)
+
+        return look
+
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linear]
+    try:
+        with attention(model, "sdpa"):
+            model(input_ids=torch.zeros((2, 2), dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _factors(folder: Path) -> Factors:
+    """Those of a PEFT folder."""
     from peft import PeftConfig
     from safetensors.torch import load_file
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import xxhash
 
+from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.attention import attention
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
-from raytune_ft.models.decoding import Decoder
+from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel
 from raytune_ft.models.scoring import context_tokens
 
@@ -42,6 +43,8 @@ def generate(
     seeds: Sequence[int] | None = None,
     on_answers: Callable[[Mapping[int, Completion]], None] | None = None,
     stop_ids: Sequence[int] | None = None,
+    adapters: AdapterSlots | None = None,
+    slots: Sequence[int] | None = None,
 ) -> list[Completion]:
     """Answers to `prompts`, in their order.
 
@@ -55,11 +58,15 @@ def generate(
         seeds: of each prompt's own random stream; by default the settings' seed with the prompt's place.
         on_answers: told the answers, by the places of their prompts, as they come.
         stop_ids: tokens that end an answer; by default the chat's. an empty one lets every answer reach its limit.
+        adapters: upon the model, from which each prompt has its own.
+        slots: of each prompt's adapter; 0 is the bare model, and the default.
     """
     answers: dict[int, Completion] = {}
     seeds = seeds or [row_seed(decoding.seed, str(place)) for place in range(len(prompts))]
     with attention(loaded.model, "sdpa"):
-        for found in _found(loaded, prompts, decoding, token_budget=token_budget, seeds=seeds, stop_ids=stop_ids):
+        asked = _Asked(prompts, seeds, slots or [0] * len(prompts))
+        make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
+        for found in _found(loaded, asked, decoding, token_budget, make_decoder):
             answers |= found
             if on_answers is not None:
                 on_answers(found)
@@ -71,54 +78,60 @@ def row_seed(seed: int, row: str) -> int:
     return xxhash.xxh64_intdigest(f"{seed}:{row}".encode())
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts, and by their places the seed of each and the slot of its adapter."""
+
+    prompts: Sequence[Sequence[int]]
+    seeds: Sequence[int]
+    slots: Sequence[int]
+
+
 def _found(
     loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
+    asked: _Asked,
     decoding: DecodingConfig,
-    *,
     token_budget: int,
-    seeds: Sequence[int],
-    stop_ids: Sequence[int] | None,
+    make_decoder: Callable[[], Decoder],
 ) -> Iterator[dict[int, Completion]]:
-    context = context_tokens(loaded.model)
+    prompts, context = asked.prompts, context_tokens(loaded.model)
     room = [context - len(prompt) if context else decoding.max_new_tokens for prompt in prompts]
     limits = [max(1, min(decoding.max_new_tokens, left)) for left in room]
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
     if getattr(loaded.model, "_is_stateful", False):  # its recurrent state cannot be joined to that of others
         for group in group_by_budget(lengths, token_budget, padded=True):
-            torch.manual_seed(seeds[group[0]])
+            torch.manual_seed(asked.seeds[group[0]])
             batch = _generate_batch(loaded, [prompts[number] for number in group], decoding)
             yield dict(zip(group, batch, strict=True))
         return
     own = [
         decoding.model_copy(update={"max_new_tokens": limit, "seed": seed})
-        for limit, seed in zip(limits, seeds, strict=True)
+        for limit, seed in zip(limits, asked.seeds, strict=True)
     ]
-    for wave, slots in waves(lengths, token_budget):
+    for wave, places in waves(lengths, token_budget):
         wave.sort(key=lambda number: -len(prompts[number]))
-        yield from _refilled(loaded, {number: (prompts[number], own[number]) for number in wave}, slots, stop_ids)
+        decoder = make_decoder()
+
+        def row(number: int, decoder: Decoder = decoder) -> Row:
+            return decoder.new_row(loaded, prompts[number], own[number], whole=True, slot=asked.slots[number])
+
+        yield from _refilled(decoder, wave, places, row)
 
 
 def _refilled(
-    loaded: LoadedModel,
-    asked: Mapping[int, tuple[Sequence[int], DecodingConfig]],
-    slots: int,
-    stop_ids: Sequence[int] | None,
+    decoder: Decoder, wave: Sequence[int], places: int, make_row: Callable[[int], Row]
 ) -> Iterator[dict[int, Completion]]:
-    """Answers as they end; whenever a quarter of the slots is free, the next prompts join (Yu et al., 2022, Orca)."""
-    decoder = Decoder(loaded, stop_ids=stop_ids)
-    waiting = deque(asked)
+    """Answers as they end; whenever a quarter of the places is free, the next rows join (Yu et al., 2022, Orca)."""
+    waiting = deque(wave)
     numbers: dict[int, int] = {}
     while waiting or decoder.rows:
-        free = slots - len(decoder.rows)
-        if waiting and 4 * free >= slots:
+        free = places - len(decoder.rows)
+        if waiting and 4 * free >= places:
             joining = []
-            for number in islice(waiting, free):
-                row = decoder.new_row(loaded, *asked[number], whole=True)
+            for _ in range(min(free, len(waiting))):
+                row = make_row(number := waiting.popleft())
                 numbers[id(row)] = number
                 joining.append(row)
-            for _ in joining:
-                waiting.popleft()
             decoder.join(joining)
             stepped = joining
         else:

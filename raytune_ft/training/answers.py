@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
 from raytune_ft.models.loading import LoadedModel, resolve_model
-from raytune_ft.training.batches import TokenRows
+from raytune_ft.training.batches import Rows
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.engine import Trainee
 from raytune_ft.training.loop import Learner, Metrics
 from raytune_ft.training.peers import Peers
 
@@ -42,40 +42,80 @@ class Question:
 
 
 class AnswerCheck:
-    """A metric of generated answers to the first rows of the validation split, shared by all ranks."""
+    """A metric of generated answers to the first rows of the validation split."""
 
-    def __init__(self, model: Any, tokenizer: Any, config: FineTuningConfig, rows: Sequence[Encoded], peers: Peers):
+    def __init__(self, loaded: LoadedModel, config: FineTuningConfig, rows: Sequence[Encoded]) -> None:
+        """Prepares the questions of `rows`.
+
+        Raises:
+            DataError: if no row has anything to answer, or the metric does not fit the rows' own answers.
+        """
         from raytune_ft.evaluation.metrics import METRICS  # only a run that asks for one waits for metrics to load
 
         found = [Question.of(row) for row in rows]
-        questions = [question for question in found if question is not None]
-        if not questions:
+        self._questions = [question for question in found if question is not None]
+        if not self._questions:
             raise DataError("eval_generation_rows: no validation row has anything to answer; set it to 0")
-        self._name = config.eval_generation_metric
-        self._metric, self._peers = METRICS[self._name](), peers
-        self._texts = [str(tokenizer.decode(q.answer, skip_special_tokens=True)).strip() for q in questions]
+        self._loaded, self._name = loaded, config.eval_generation_metric
+        self._metric = METRICS[self._name]()
+        decode = loaded.tokenizer.decode
+        self._texts = [str(decode(q.answer, skip_special_tokens=True)).strip() for q in self._questions]
         self._metric.check(self._texts)
-        self._questions = questions
-        longest = max(len(question.answer) for question in questions)
+        longest = max(len(question.answer) for question in self._questions)
         self._decoding = DecodingConfig(max_new_tokens=longest + _MORE_TOKENS)
-        reference = resolve_model(config.model_path)
-        self._loaded = LoadedModel(model, tokenizer, Chat(tokenizer), reference, peers.device)
 
-    def measure(self) -> Metrics:
+    @classmethod
+    def wanted(
+        cls, config: FineTuningConfig, validation: Rows | None, model: Any, tokenizer: Any, device: str
+    ) -> AnswerCheck | None:
+        """The check that the settings ask for; None where they ask for none, or nothing is evaluated.
+
+        Raises:
+            DataError: see above.
+        """
+        count = min(config.eval_generation_rows, 0 if validation is None else len(validation))
+        if validation is None or not count:
+            return None
+        loaded = LoadedModel(model, tokenizer, Chat(tokenizer), resolve_model(config.model_path), device)
+        return cls(loaded, config, [validation[number] for number in range(count)])
+
+    def measure(self, peers: Peers) -> Metrics:
         """``eval_<metric>`` over all rows; under several ranks each answers a share, and all call it."""
-        numbers = range(self._peers.rank, len(self._questions), self._peers.world_size)
-        chosen = list(numbers) or [0]  # a rank without rows still has to know what is added up
-        self._loaded.model.eval()
-        answers = generate(self._loaded, [self._questions[number].prompt for number in chosen], self._decoding)
-        self._loaded.model.train()
-        columns = self._metric.columns(
-            predictions=[answer.text for answer in answers], references=[self._texts[number] for number in chosen]
-        )
-        sums = torch.tensor([float(np.sum(column)) for column in columns.values()], dtype=torch.float64)
-        totals = self._peers.total(sums if numbers else torch.zeros_like(sums))
-        values = self._metric.values(
-            {name: np.asarray(total) for name, total in zip(columns, totals.tolist(), strict=True)}
-        )
+        mine = range(peers.rank, len(self._questions), peers.world_size)
+        (answers,) = self._answers([mine], None)
+        sums = self._sums(dict(zip(mine, answers, strict=True)))
+        totals = peers.total(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+        return self._value(dict(zip(sums, totals, strict=True)))
+
+    def measure_each(self, adapters: AdapterSlots, slots: Sequence[int], *, token_budget: int) -> list[Metrics]:
+        """As `measure`, of each of several adapters upon the model; all of them answer in one batch."""
+        every = range(len(self._questions))
+        answered = self._answers([every for _ in slots], adapters, slots=slots, token_budget=token_budget)
+        return [self._value(self._sums(dict(enumerate(answers)))) for answers in answered]
+
+    def _answers(
+        self, asked: Sequence[range], adapters: AdapterSlots | None, *, slots: Sequence[int] = (0,), **options: Any
+    ) -> list[list[str]]:
+        """For each slot the answers to the questions that it is asked."""
+        prompts = [self._questions[number].prompt for numbers in asked for number in numbers]
+        of_rows = [slot for slot, numbers in zip(slots, asked, strict=True) for _ in numbers]
+        model = self._loaded.model
+        model.eval()
+        try:
+            answers = iter(generate(self._loaded, prompts, self._decoding, adapters=adapters, slots=of_rows, **options))
+        finally:
+            model.train()
+        return [[next(answers).text for _ in numbers] for numbers in asked]
+
+    def _sums(self, answers: Mapping[int, str]) -> dict[str, float]:
+        """The metric's columns, added up over the questions that were answered here."""
+        # Which columns there are depends on all references, so all ranks and adapters have the same.
+        texts = [answers.get(number, "") for number in range(len(self._questions))]
+        columns = self._metric.columns(predictions=texts, references=self._texts)
+        return {name: float(np.sum(column[list(answers)])) for name, column in columns.items()}
+
+    def _value(self, sums: Mapping[str, float]) -> Metrics:
+        values = self._metric.values({name: np.asarray(total) for name, total in sums.items()})
         return {f"eval_{self._name}": float(values[self._name.facts.headline])}
 
 
@@ -85,17 +125,7 @@ class AnsweringLearner:
 
     learner: Learner
     answers: AnswerCheck
-
-    @classmethod
-    def beside(
-        cls, learner: Learner, trainee: Trainee, config: FineTuningConfig, validation: TokenRows | None, peers: Peers
-    ) -> Learner:
-        """The learner itself, if no answers are wanted."""
-        count = min(config.eval_generation_rows, 0 if validation is None else len(validation))
-        if validation is None or not count:
-            return learner
-        rows = [validation[number] for number in range(count)]
-        return cls(learner, AnswerCheck(trainee.model, trainee.tokenizer, config, rows, peers))
+    peers: Peers
 
     def step(self, batch: Any, step: int) -> Metrics:
         """The learner's own step."""
@@ -103,4 +133,4 @@ class AnsweringLearner:
 
     def evaluate(self) -> Metrics:
         """The learner's evaluation, with the answers' metric."""
-        return {**self.learner.evaluate(), **self.answers.measure()}
+        return {**self.learner.evaluate(), **self.answers.measure(self.peers)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,14 @@ from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, pack_flat
 
 Batch = TypeVar("Batch")
+
+
+class Rows(Protocol):
+    """Tokenized rows, read one at a time (`TokenRows`, or a list)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Encoded: ...
 
 
 class TokenRows:

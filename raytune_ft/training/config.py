@@ -12,6 +12,13 @@ from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.models.config import Precision
 from raytune_ft.training import matrix
 from raytune_ft.training.deepspeed_settings import refuse_contradictions
+from raytune_ft.training.goal import Goal
+
+_OF_ANSWERS = frozenset(metric for metric in EvaluationMetric if metric.needs_answers) - {
+    EvaluationMetric.JSON_SCHEMA,
+    EvaluationMetric.CUSTOM,
+}
+"""Metrics that need nothing but answers and references; a schema or a function has no place in these settings."""
 
 
 class FineTuningMethod(StrEnum):
@@ -137,7 +144,10 @@ class FineTuningConfig(Config):
     eval_generation_rows: int = Field(0, ge=0)
     """So many rows of the validation split are also answered at each evaluation, and the answers measured; 0: none."""
     eval_generation_metric: EvaluationMetric = EvaluationMetric.EXACT_MATCH
-    """How these answers are measured; the best checkpoint is still that of the lowest validation loss."""
+    """How these answers are measured."""
+    metric_for_best_model: str = "eval_loss"
+    """What makes a checkpoint the best, and what early stopping watches: ``eval_loss``, or the answers' metric, such as
+    ``eval_exact_match``."""
     save_strategy: Literal["no", "epoch", "steps"] = "epoch"
     """When a checkpoint is written, from which an interrupted run goes on."""
     save_steps: int = Field(500, ge=1)
@@ -152,7 +162,7 @@ class FineTuningConfig(Config):
     resume_from_checkpoint: str = Field("auto", min_length=1)
     """``auto`` goes on from this run's newest whole checkpoint; a path starts from that checkpoint if it has none."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after so many evaluations without a lower validation loss; None never stops early."""
+    """Stop after so many evaluations without a better `metric_for_best_model`; None never stops early."""
 
     num_workers: int = Field(1, ge=1)
     """Training processes; each takes an equal share of every batch."""
@@ -192,10 +202,17 @@ class FineTuningConfig(Config):
             raise ValueError(f"prompt_tuning_init_text belongs to method prompt_tuning (got {self.method})")
         if self.adapter_path is not None and not self.uses_adapter:
             raise ValueError("adapter_path: method full trains no adapter; merge it first (raytune-ft merge), or lora")
-        if self.eval_generation_metric in {EvaluationMetric.PERPLEXITY, EvaluationMetric.FIELD_F1}:
+        if self.eval_generation_metric not in _OF_ANSWERS:
+            known = ", ".join(metric for metric in EvaluationMetric if metric in _OF_ANSWERS)
             raise ValueError(
-                f"eval_generation_metric: {self.eval_generation_metric} is not one number over answers; take "
-                "exact_match, accuracy, f1, valid_json, rouge or bleu"
+                f"eval_generation_metric: {self.eval_generation_metric} is not measured on answers alone; take one of "
+                f"{known}"
+            )
+        if self.metric_for_best_model not in self.evaluated_metrics:
+            raise ValueError(
+                f"metric_for_best_model: {self.metric_for_best_model} is not among what is measured "
+                f"({', '.join(self.evaluated_metrics)}); name one of these, or say what answers are measured by: "
+                "eval_generation_rows, eval_generation_metric"
             )
         if self.eval_generation_rows and self.zero_stage == 3:
             raise ValueError(
@@ -216,6 +233,17 @@ class FineTuningConfig(Config):
     def on_gpu(self, gpus: float) -> bool:
         """Whether a cluster with so many GPUs trains on them: as `use_gpu` says, else if there is one."""
         return self.use_gpu if self.use_gpu is not None else gpus > 0
+
+    @property
+    def evaluated_metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        answers = (f"eval_{self.eval_generation_metric}",) if self.eval_generation_rows else ()
+        return ("eval_loss", "eval_perplexity", *answers)
+
+    @property
+    def goal(self) -> Goal:
+        """What evaluations are compared by."""
+        return Goal.of(self.metric_for_best_model)
 
     @property
     def cell(self) -> matrix.Cell:

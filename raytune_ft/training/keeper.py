@@ -56,7 +56,7 @@ class Keeper:
     ) -> None:
         self.config, self.learner, self.output, self.peers = config, learner, output, peers
         self.leads = peers.leads and output is not None
-        self.patience = Patience(config.early_stopping_patience)
+        self.patience = Patience(config.early_stopping_patience, config.goal)
         self.history = History()
         self.start = 0
         self._state = LearnerState(learner)
@@ -90,7 +90,7 @@ class Keeper:
         set_random_state(found, self.peers)
         self._best = self._state.best_in(found)
         self.start = found.step
-        self.patience = Patience(self.config.early_stopping_patience, **found.progress["patience"])
+        self.patience = Patience(self.config.early_stopping_patience, self.config.goal, **found.progress["patience"])
         self.history = History(found.progress["history"])
         if self.leads:
             then = found.progress["world_size"]
@@ -131,11 +131,7 @@ class Keeper:
         progress = {
             "cursor": self._cursor.at(step),
             "world_size": self.peers.world_size,
-            "patience": {
-                "best": self.patience.best,
-                "best_step": self.patience.best_step,
-                "waited": self.patience.waited,
-            },
+            "patience": self.patience.remembered(),
             "history": list(self.history.rows),
             **self._state.scalars(),
         }

@@ -47,7 +47,15 @@ class Learner(Protocol):
         """Makes optimizer step `step` (from 1) and returns its loss (mean over supervised tokens) and more."""
 
     def evaluate(self) -> Metrics:
-        """``eval_loss`` over the validation split."""
+        """``eval_loss`` over the validation split, and what else is measured on it."""
+
+
+def with_perplexity(evaluated: Metrics) -> Metrics:
+    """An evaluation with ``eval_perplexity``, the exponential of its loss; infinite where that is beyond all floats."""
+    try:
+        return {**evaluated, "eval_perplexity": math.exp(evaluated["eval_loss"])}
+    except OverflowError:
+        return {**evaluated, "eval_perplexity": math.inf}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ class TrainingSummary:
     steps: int
     reason: str
     best_step: int | None
-    best_eval_loss: float | None
+    best: float | None
+    metric: str
+    """What the best evaluation is the best by."""
     metrics: Metrics
     left: bool = False
     """Whether it was left before its end, with a checkpoint to go on from."""
@@ -98,8 +108,8 @@ def fit(
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
             raise NotFiniteError(step, metrics)
         if timetable.evaluates(step):
-            metrics |= learner.evaluate()
-            if stopping.improved(metrics["eval_loss"], step):
+            metrics |= with_perplexity(learner.evaluate())
+            if stopping.improved(metrics[stopping.goal.metric], step):
                 on_best(step)
         decision = report(step, metrics)
         left = decision is Decision.LEAVE and step < timetable.total and not stopping.spent
@@ -112,9 +122,8 @@ def fit(
             reason = "asked to stop"
             break
         if stopping.spent:
-            reason = f"no lower validation loss in {stopping.patience} evaluations"
+            reason = stopping.reason
             break
         if step >= timetable.total:
             break
-    best = stopping.best_step or None
-    return TrainingSummary(step, reason, best, stopping.best if best else None, metrics, left)
+    return TrainingSummary(step, reason, stopping.best_step or None, stopping.best, stopping.goal.metric, metrics, left)

@@ -78,7 +78,9 @@ def progress_line(row: dict[str, float], total: int) -> str:
     parts = [f"step {row['step']:.0f}/{total}", f"loss {row['loss']:.4f}"]
     if "eval_loss" in row:
         parts.append(f"validation loss {row['eval_loss']:.4f}")
-    answered = [name for name in row if name.startswith("eval_") and name != "eval_loss"]
+    if "eval_perplexity" in row:
+        parts.append(f"perplexity {row['eval_perplexity']:.2f}")
+    answered = [name for name in row if name.startswith("eval_") and name not in {"eval_loss", "eval_perplexity"}]
     parts += [f"{name.removeprefix('eval_')} {row[name]:.3f}" for name in answered]
     parts += [
         f"lr {row['learning_rate']:.2e}",

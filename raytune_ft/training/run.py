@@ -32,8 +32,9 @@ from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.interruption import StopBoard, is_noted, note_sigterm
-from raytune_ft.training.loop import Decision, Metrics, NotFiniteError
+from raytune_ft.training.loop import Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import OutOfMemoryError
+from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.trackers import refuse_missing
 
 logger = logging.getLogger("raytune_ft")
@@ -272,34 +273,6 @@ def _worker(settings: dict[str, Any]) -> None:
             (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error)}).encode())
 
 
-class EvaluationReport:
-    """Tells of every evaluation, with the step and the tokens so far.
-
-    Of the last step it tells when the model is written: a search that hears of it may end this process at once.
-    """
-
-    def __init__(self, config: FineTuningConfig, tell: Callable[[dict[str, Any]], None]) -> None:
-        self._config, self._tell = config, tell
-        self._tokens = 0.0
-        self._last: dict[str, Any] | None = None
-
-    def __call__(self, step: int, metrics: Metrics) -> Decision:
-        """Hears of a step."""
-        self._tokens += metrics["tokens"]
-        if "eval_loss" in metrics or self._config.eval_strategy == "no":
-            row = {"global_step": step, **metrics, "tokens": self._tokens}
-            if step == self._config.max_steps:
-                self._last = row
-            else:
-                self._tell(row)
-        return Decision.CONTINUE
-
-    def model_is_written(self) -> None:
-        """Tells of the last step."""
-        if self._last is not None:
-            self._tell(self._last)
-
-
 @dataclass
 class _StoppableTorchConfig(TorchConfig):  # type: ignore[misc]  # Ray's classes count as Any
     """Ray Train's, whose workers take SIGTERM as a wish to stop: handlers are set in a worker's main thread only."""
@@ -374,7 +347,7 @@ def _keep_numbers(draft: Draft, output: Location) -> None:
         "stopped_because": summary["reason"],
         "train_loss": metrics["loss"],
         "best_step": summary["best_step"],
-        "best_eval_loss": summary["best_eval_loss"],
+        f"best_{summary['metric']}": summary["best"],
         "tokens": sum(row["tokens"] for row in rows),
         "tokens_per_s": sorted(row["tokens_per_s"] for row in rows)[len(rows) // 2],
         "flop_utilization": sorted(row["flop_utilization"] for row in rows)[len(rows) // 2],

@@ -19,7 +19,7 @@ from raytune_ft.core.errors import RunError, StoppedError
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
-from raytune_ft.training.answers import AnsweringLearner
+from raytune_ft.training.answers import AnswerCheck, AnsweringLearner
 from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.cursor import Cursor
@@ -99,7 +99,8 @@ def train_in_process(
         peers = Peers(seat.rank, seat.world_size, seat.device)
         learner = _learner(trainee, fitting, timetable, seat, validation)
         careful = _within_memory(learner, fitting, divisor, output)
-        watched = AnsweringLearner.beside(careful, trainee, config, validation, peers)
+        answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, seat.device)
+        watched = careful if answers is None else AnsweringLearner(careful, answers, peers)
         keeper = Keeper(config, learner, output, peers)
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
+
+from raytune_ft.training.goal import LOSS, Goal
 
 
 @dataclass
 class Patience:
-    """Early stopping: remembers the lowest validation loss and counts the evaluations since.
+    """Early stopping: remembers the best evaluation and counts those since.
 
-    `patience` None never stops.
+    `patience` None never stops; `goal` says what makes an evaluation the best.
     """
 
     patience: int | None = None
-    best: float = math.inf
+    goal: Goal = LOSS
+    best: float | None = None
     best_step: int = 0
     waited: int = 0
 
-    def improved(self, loss: float, step: int) -> bool:
-        """Takes in an evaluation; whether it is the best so far."""
-        if loss < self.best:
-            self.best, self.best_step, self.waited = loss, step, 0
+    def improved(self, value: float, step: int) -> bool:
+        """Takes in the goal's value in an evaluation; whether it is the best so far."""
+        if self.best is None or self.goal.cost(value) < self.goal.cost(self.best):
+            self.best, self.best_step, self.waited = value, step, 0
             return True
         self.waited += 1
         return False
@@ -30,3 +33,12 @@ class Patience:
     def spent(self) -> bool:
         """Whether there were `patience` evaluations without improvement."""
         return self.patience is not None and self.waited >= self.patience
+
+    @property
+    def reason(self) -> str:
+        """Why it ends the run, once it is spent."""
+        return f"no {'higher' if self.goal.higher else 'lower'} {self.goal.title} in {self.patience} evaluations"
+
+    def remembered(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, JSON-ready."""
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}

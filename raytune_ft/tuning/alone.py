@@ -19,7 +19,8 @@ from raytune_ft.core.placement import Demand, ResourcePlan, misfit
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.folder import CHECKPOINTS
-from raytune_ft.training.run import RAY_STATE, EvaluationReport, Reported, run_workers, worker_demand
+from raytune_ft.training.reporting import EvaluationReport
+from raytune_ft.training.run import RAY_STATE, Reported, run_workers, worker_demand
 from raytune_ft.training.session import Seat, train_in_process
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import settings_at

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.goal import Goal
 from raytune_ft.tuning.space import Space, TimesRank, check_space, with_guide
 
 
@@ -49,25 +50,35 @@ class SweepConfig(Config):
     """So many of the best settings are trained again with fresh seeds, so that the winner wins by more than noise."""
     repeat_seeds: int = Field(2, ge=1)
     """Fresh seeds of each repeated setting."""
-    metric: Literal["eval_loss", "loss"] = "eval_loss"
-    """What is compared, lower is better: validation loss, or training loss where there is no validation split."""
+    metric: str = "eval_loss"
+    """What trials are compared by: ``eval_loss``; ``loss``, that of training, where there is no validation split; or
+    what their answers are measured by, such as ``eval_exact_match``, with `training.eval_generation_rows`."""
+    mode: Literal["min", "max"] | None = None
+    """Which values of `metric` are better, the lower or the higher; it follows from the metric, and may be left out."""
     packed: Literal["auto", "never"] = "auto"
     """``auto`` trains LoRA trials together on one frozen base; those that differ in what a base decides (precision,
     bits, row length) on a base for each of its values. Where some can't share any, it says why, and each is a training
     run of its own; so with ``never``."""
     cpus_per_trial: float = Field(1, gt=0)
-    """Logical CPUs, and at least as many threads, of a trial."""
+    """Logical CPUs, and at least as many threads, of a trial that shares no base."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Trials at the same time; by default as many as the cluster can hold."""
 
     @model_validator(mode="before")
     @classmethod
-    def _trials_write_below(cls, settings: Any) -> Any:
+    def _trials_follow_the_sweep(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and "space" in settings:
             settings = {**settings, "space": with_guide(settings["space"])}
+        if isinstance(settings, dict) and type(settings.get("training")) is FineTuningConfig:
+            settings = {**settings, "training": settings["training"].model_dump(exclude_unset=True)}
         if isinstance(settings, dict) and isinstance(settings.get("training"), dict):
-            below = f"{settings.get('output_dir', '')}/trials"
-            return {**settings, "training": {"output_dir": below, **settings["training"]}}
+            training = {"output_dir": f"{settings.get('output_dir', '')}/trials", **settings["training"]}
+            measured = {"eval_perplexity"}
+            if training.get("eval_generation_rows"):
+                measured.add(f"eval_{training.get('eval_generation_metric', 'exact_match')}")
+            if settings.get("metric") in measured:
+                training.setdefault("metric_for_best_model", settings["metric"])
+            return {**settings, "training": training}
         return settings
 
     @model_validator(mode="after")
@@ -89,9 +100,52 @@ class SweepConfig(Config):
             raise ValueError("num_trials: a grid has as many trials as combinations; leave it out, or search at random")
         if self.repeat_top and "seed" in self.space:
             raise ValueError("repeat_top: repeats settings with fresh seeds, but the space searches the seed; drop one")
-        if self.metric == "eval_loss" and self.training.eval_strategy == "no":
-            raise ValueError("metric: eval_loss needs evaluations; set training.eval_strategy to steps or epoch")
+        self._refuse_unused()
+        self._refuse_other_metric()
         return self
+
+    def _refuse_unused(self) -> None:
+        """Settings of a training run that trials would leave without effect."""
+        if self.training.resume_from_checkpoint != "auto":
+            raise ValueError(
+                "training.resume_from_checkpoint: trials start afresh, and the same command goes on with a "
+                "sweep; leave it out"
+            )
+        if self.training.num_workers > 1:
+            return
+        if self.training.cpus_per_worker is not None:
+            raise ValueError(
+                "training.cpus_per_worker: a trial on one worker is given cpus_per_trial; set that instead"
+            )
+        for key, unset in (("offload", "none"), ("deepspeed_config", None)):
+            if getattr(self.training, key) != unset:
+                raise ValueError(
+                    f"training.{key}: trials on one worker go without DeepSpeed; leave it out, or give each trial "
+                    "workers of its own with training.num_workers above 1"
+                )
+
+    def _refuse_other_metric(self) -> None:
+        known = ("loss", *self.training.evaluated_metrics)
+        if self.metric not in known:
+            raise ValueError(
+                f"metric: no trial reports {self.metric}, only {', '.join(known)}; answers are measured with "
+                "training.eval_generation_rows and training.eval_generation_metric"
+            )
+        if self.metric != "loss" and self.training.eval_strategy == "no":
+            raise ValueError(f"metric: {self.metric} needs evaluations; set training.eval_strategy to steps or epoch")
+        if self.metric not in {"loss", self.training.metric_for_best_model}:
+            raise ValueError(
+                f"training.metric_for_best_model: trials keep their best by {self.training.metric_for_best_model}, but "
+                f"are compared by {self.metric}; name the same in both"
+            )
+        if self.mode not in {None, self.goal.mode}:
+            better = "higher" if self.goal.higher else "lower"
+            raise ValueError(f"mode: {better} values of {self.metric} are better; leave it out or say {self.goal.mode}")
+
+    @property
+    def goal(self) -> Goal:
+        """What trials are compared by."""
+        return Goal.of(self.metric)
 
     def identity(self) -> dict[str, Any]:
         """As `Config.identity`, with the training settings' own exceptions."""

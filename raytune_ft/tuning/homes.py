@@ -10,6 +10,8 @@ from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 
 PROXY_CPUS = 0.01
+POINTERS_KEPT = 4
+"""Checkpoints of a trial that Ray Tune keeps; of a packed trial each names a snapshot of the bank's."""
 _MOST_TOGETHER = 64
 _TOGETHER_PER_CPU = 4
 """A core that computes whole trials is as fast with four as with more, and each has a process of 200 MB."""

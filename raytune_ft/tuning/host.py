@@ -21,10 +21,12 @@ from typing import Any
 import torch
 
 from raytune_ft.core.cluster import report_to_driver
-from raytune_ft.core.errors import RaytuneError, RunError
+from raytune_ft.core.errors import RaytuneError, RunError, UserError
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
+from raytune_ft.models.adapter_slots import layer_without_rows
 from raytune_ft.training import checkpoint
+from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
 from raytune_ft.training.bank.snapshot import on_cpu
@@ -32,6 +34,7 @@ from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import TokenRows
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.micro_batches import release_memory
+from raytune_ft.tuning.homes import POINTERS_KEPT
 
 logger = logging.getLogger("raytune_ft")
 
@@ -39,7 +42,7 @@ _AHEAD = 2
 """Evaluations that a trial may be ahead of what was asked for; then it waits, so that a late stop costs little."""
 _MOST_WRITERS = 8
 """Threads that write snapshots; a sum over a file keeps a core busy."""
-_KEPT, _MOST_KEPT = 3, 12
+_KEPT, _MOST_KEPT = POINTERS_KEPT - 1, 3 * POINTERS_KEPT
 """Snapshots that are kept of each trial: its own newest, and those that population-based training may still copy."""
 _STATE_AGE_S = 60.0
 """How old Ray Tune's own state on storage may be: a search that goes on from there asks for the snapshots of then.
@@ -119,19 +122,36 @@ class BankHost:
         self._cache = TemporaryDirectory()
         self._fault: str | None = None
         self._broken: str | None = None
+        self._refused: UserError | None = None
+        config = FineTuningConfig(**settings)
         try:
-            base = load_frozen_base(FineTuningConfig(**settings), device)
+            base = load_frozen_base(config, device)
         except RaytuneError as error:
             self._fault = str(error)
             return
         adopt_template(base.tokenizer, splits["train"])
         train = TokenRows(splits["train"], self._cache.name)
         validation = TokenRows(splits["validation"], self._cache.name) if splits.get("validation") else None
-        self._bank = AdapterBank(base, train, validation, token_budget=token_budget)
+        try:
+            answers = AnswerCheck.wanted(config, validation, base.model, base.tokenizer, device)
+        except UserError as error:
+            self._refused = error
+            return
+        flat = layer_without_rows(base.model) if answers is not None else None
+        if flat is not None:
+            self._fault = f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"
+            return
+        self._bank = AdapterBank(base, train, validation, answers=answers, token_budget=token_budget)
         threading.Thread(target=self._step_on, name="bank", daemon=True).start()
 
     def fault(self) -> str | None:
-        """Why trials cannot share this base; None if they can."""
+        """Why trials cannot share this base; None if they can.
+
+        Raises:
+            DataError: if the validation rows give no answers to measure; no trial could do better.
+        """
+        if self._refused is not None:
+            raise self._refused
         return self._fault
 
     def load(self) -> int:

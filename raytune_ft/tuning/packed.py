@@ -21,6 +21,7 @@ from raytune_ft.core import cluster
 from raytune_ft.core.errors import RunError
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location
+from raytune_ft.training.goal import Goal
 from raytune_ft.tuning.homes import PROXY_CPUS, bank_count, bank_cpus
 from raytune_ft.tuning.packs import Packs, name_of
 from raytune_ft.tuning.space import settings_at
@@ -53,9 +54,14 @@ class Banks:
             ray.get(self.of(settings)[0].save.remote(settings, snapshot, folder.uri))
 
     def fault(self) -> str | None:
-        """Why trials of some pack cannot share their base; None if all can."""
+        """Why trials of some pack cannot share their base; None if all can.
+
+        Raises:
+            DataError: if the validation rows give no answers to measure.
+        """
         for name, actors in self.actors.items():
-            fault: str | None = ray.get(actors[0].fault.remote())
+            with cluster.own_errors():
+                fault: str | None = ray.get(actors[0].fault.remote())
             if fault is not None:
                 return f"{name}: {fault}" if self.keys else fault
         return None
@@ -149,11 +155,13 @@ def start_banks(
             for _ in range(each)
         )
     banks = Banks(packs.keys, actors)
-    fault = banks.fault()
-    if fault is not None:
-        banks.close()
-        return fault
-    return banks
+    fault: str | None = "not asked yet"
+    try:
+        fault = banks.fault()
+    finally:
+        if fault is not None:
+            banks.close()
+    return fault or banks
 
 
 class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
@@ -161,9 +169,9 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
 
     _snapshot: str | None
 
-    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: Banks) -> None:
-        """Ray Tune's hook: the trial's part of the space, what all trials share, and the banks there are."""
-        self._shared, self._banks = settings, banks
+    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: Banks, goal: Goal) -> None:
+        """Ray Tune's hook: the trial's part of the space; what all share, their banks, what they are compared by."""
+        self._shared, self._banks, self._goal = settings, banks, goal
         self._start_over(config)
 
     def step(self) -> dict[str, Any]:
@@ -172,7 +180,7 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
         self._step, self._snapshot = report["step"], report["snapshot"]
         infeasible = report["reason"] if report["status"] == "infeasible" else None
         return {
-            "eval_loss": math.inf,
+            self._goal.metric: self._goal.worst,  # of a trial that ends before its next evaluation
             **report["metrics"],
             "global_step": self._step,
             "snapshot": self._snapshot,

@@ -37,9 +37,10 @@ def survival(result: SweepResult) -> str:
             )
             if trial.ending != "finished":
                 axes.plot(*points[-1], "x", color=colour, markersize=11, markeredgewidth=2.5)
-        log_scale(axes)
+        if result.goal.is_loss:
+            log_scale(axes)
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel("validation loss" if result.metric == "eval_loss" else "training loss")
+        axes.set_ylabel(result.goal.title)
         if len(result.trials) <= _NAMED:
             axes.legend(frameon=False, fontsize=9)
 
@@ -47,12 +48,12 @@ def survival(result: SweepResult) -> str:
 
 
 def parallel(result: SweepResult) -> str:
-    """Parallel coordinates: a line a trial through its settings to its metric, darker where that is lower."""
+    """Parallel coordinates: a line a trial through its settings to its metric, darker where that is better."""
     names = list(result.trials[0].settings)
     scored = [(trial, value) for trial in result.trials if (value := trial.best(result.metric)) is not None]
     columns = [[_shown(trial.settings[name]) for trial, _ in scored] for name in names]
     places = [_places(values) for values in columns]
-    metric = [value for _, value in scored]
+    metric = [result.goal.cost(value) for _, value in scored]
     order = _ranks(metric)
 
     def paint(axes: Any) -> None:
@@ -89,7 +90,7 @@ def heat_map(result: SweepResult) -> str | None:
         if value is None or not {"lora_r", "learning_rate"} <= set(trial.settings):
             continue
         cell = (trial.settings["lora_r"], trial.settings["learning_rate"])
-        cells[cell] = min(value, cells.get(cell, math.inf))
+        cells[cell] = min(value, cells.get(cell, value), key=result.goal.cost)
     ranks, rates = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
     if len(ranks) < 2 or len(rates) < 2 or len(cells) > _NAMED * 4:
         return None

@@ -10,27 +10,37 @@ from ray.tune.callback import Callback
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.result import Trial
+from raytune_ft.tuning.tracking import Tracked, TrackedTrials
 from raytune_ft.tuning.view import SweepView
 
-_CURVES = "curves.json"
-_COLUMNS = ("global_step", "loss", "eval_loss", "learning_rate", "tokens", "time_total_s")
+_CURVES, _TRACKER_FAILURES = "curves.json", "tracker_failures.json"
+_COLUMNS = ("global_step", "loss", "learning_rate", "tokens", "time_total_s")
+_EVALUATED = "eval_"
 
 Curves = dict[str, list[dict[str, float]]]
 
 
 class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
-    """Shows each evaluation and ending of a trial, and keeps the curves of all, by the trial's id.
+    """Shows each evaluation and ending of a trial, tells trackers, and keeps the curves of all, by the trial's id.
 
     They are part of the state that Ray Tune resumes from, so they fit the trials in it. Ray's own files of results do
     not: when a trial goes on after a pause, they are put back to how they were last uploaded.
     """
 
-    def __init__(self, folder: Location, metric: str, last_step: int | None) -> None:
-        """`folder` is where Ray Tune keeps its state, `last_step` where a trial ends if nothing stops it."""
-        self._folder, self._view, self._curves = folder, SweepView(metric, last_step=last_step), Curves()
+    def __init__(self, folder: Location, metric: str, last_step: int | None, tracked: Tracked) -> None:
+        """Without any curve.
 
-    def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal cannot be kept
-        return Progress, (self._folder, self._view.metric, self._view.last_step)
+        Args:
+            folder: where Ray Tune keeps its state.
+            metric: what trials are compared by.
+            last_step: where a trial ends if nothing stops it.
+            tracked: the trackers that are told.
+        """
+        self._folder, self._view, self._curves = folder, SweepView(metric, last_step=last_step), Curves()
+        self._trackers = TrackedTrials(tracked)
+
+    def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal or a tracker cannot be kept
+        return Progress, (self._folder, self._view.metric, self._view.last_step, self._trackers.tracked)
 
     def get_state(self) -> dict[str, Any]:
         """Ray Tune's hook: what it keeps with the trials."""
@@ -50,8 +60,11 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         """Ray Tune's hook."""
         step, value = result["global_step"], result.get(self._view.metric, math.nan)
         self._view.hear(trial.trial_id, _label(trial), state="running", step=step, value=value)
-        row = {column: float(result[column]) for column in _COLUMNS if math.isfinite(result.get(column, math.nan))}
-        self._curves.setdefault(trial.trial_id, []).append(row)
+        kept = {name: told for name, told in result.items() if name in _COLUMNS or name.startswith(_EVALUATED)}
+        row = {name: float(told) for name, told in kept.items() if math.isfinite(told)}
+        curve = self._curves.setdefault(trial.trial_id, [])
+        curve.append(row)
+        self._trackers.log(trial.trial_id, _label(trial), trial.config, curve)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
@@ -60,14 +73,18 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         if state == "done" and self._view.last_step and last.get("global_step", 0) < self._view.last_step:
             state = "stopped early"
         self._view.hear(trial.trial_id, _label(trial), state=state)
+        self._trackers.end(trial.trial_id, state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
         self._view.hear(trial.trial_id, _label(trial), state="failed")
+        self._trackers.end(trial.trial_id, "failed")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Ray Tune's hook: the curves go into a file."""
         self._view.close()
+        self._trackers.close()
+        (self._folder / _TRACKER_FAILURES).write(json.dumps(self._trackers.failures).encode())
         (self._folder / _CURVES).write(json.dumps(self._curves).encode())
 
 
@@ -78,6 +95,12 @@ def curves_in(folder: Location) -> Curves:
         trial: [row for _, row in sorted({row["global_step"]: row for row in told}.items())]
         for trial, told in curves.items()
     }
+
+
+def tracker_failures_in(folder: Location) -> dict[str, int]:
+    """How often each tracker failed that did."""
+    failures: dict[str, int] = json.loads((folder / _TRACKER_FAILURES).read())
+    return failures
 
 
 def _label(trial: Any) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from raytune_ft.evaluation.report import image, page_template
 from raytune_ft.tuning import plots
-from raytune_ft.tuning.result import SweepResult, Trial
+from raytune_ft.tuning.result import SweepResult
 
 
 def render(result: SweepResult, seconds: float, last_step: int | None) -> str:
@@ -18,14 +18,15 @@ def render(result: SweepResult, seconds: float, last_step: int | None) -> str:
         seconds: how long the search took.
         last_step: the step that a trial ends at when nothing stops it; None if that differs between trials.
     """
-    worst_last = sorted(result.trials, key=lambda trial: _sort_key(trial, result.metric))
+    ranked = result.ranked
+    worst_last = [*ranked, *(trial for trial in result.trials if trial not in ranked)]
     pictures = [(plots.survival(result), "Every trial's curve; a cross where the scheduler stopped it.")]
     pictures.append(
         (plots.parallel(result), "Settings of each trial, and its place among all; the best one stands out.")
     )
     heat = plots.heat_map(result)
     if heat is not None:
-        pictures.append((heat, f"Lowest {result.metric} at each rank and learning rate."))
+        pictures.append((heat, f"Best {result.metric} at each rank and learning rate."))
     shares = importance(result)
     if shares:
         caption = "What the trials' differences come from: the variance of each setting's group means (main effects)."
@@ -42,15 +43,16 @@ def render(result: SweepResult, seconds: float, last_step: int | None) -> str:
 
 
 def importance(result: SweepResult) -> dict[str, float]:
-    """Share of the variance of the trials' metric (as a logarithm) that each setting's main effect explains.
+    """Share of the variance of the trials' metric (of a loss: its logarithm) that each setting's main effect explains.
 
     Between-group sum of squares over the total one, as in a one-way analysis of variance, over feasible trials; a
     setting whose every trial has a value of its own is left out, since it would explain everything.
     """
+    scale = math.log if result.goal.is_loss else float
     scored = [
-        (trial, math.log(value))
-        for trial in result.trials
-        if trial.ending != "infeasible" and (value := trial.best(result.metric)) is not None and value > 0
+        (trial, scale(value))
+        for trial in result.ranked
+        if (value := trial.best(result.metric)) is not None and (value > 0 or not result.goal.is_loss)
     ]
     if len(scored) < 3:
         return {}
@@ -78,8 +80,3 @@ def cost_in_words(result: SweepResult, seconds: float, last_step: int | None) ->
     return (
         f"{words}; all of them to step {last_step}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"
     )
-
-
-def _sort_key(trial: Trial, metric: str) -> tuple[int, float]:
-    value = trial.best(metric)
-    return (1, math.inf) if value is None or trial.ending == "infeasible" else (0, value)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from raytune_ft.core.errors import RunError
+from raytune_ft.training.goal import Goal
 
 Ending = Literal["finished", "stopped early", "failed", "infeasible"]
 
@@ -25,9 +26,8 @@ class Trial:
     """Where its last state lies while the sweep runs, if it was packed."""
 
     def best(self, metric: str) -> float | None:
-        """The lowest value of `metric` on the curve; None without one."""
-        values = [row[metric] for row in self.curve if metric in row]
-        return min(values) if values else None
+        """The best value of `metric` on the curve; None without one."""
+        return Goal.of(metric).best(row[metric] for row in self.curve if metric in row)
 
     @property
     def steps(self) -> int:
@@ -62,22 +62,27 @@ class Repeated:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All trials of a sweep, those repeated with fresh seeds, and which is best by `metric` (lower is better)."""
+    """All trials of a sweep, those repeated with fresh seeds, and which is best by `metric`."""
 
     metric: str
     trials: tuple[Trial, ...]
     repeats: tuple[Trial, ...] = ()
 
     @property
+    def goal(self) -> Goal:
+        """What trials are compared by, and which way."""
+        return Goal.of(self.metric)
+
+    @property
     def ranked(self) -> list[Trial]:
         """The feasible trials that reported the metric, best first."""
         feasible = [trial for trial in self.trials if trial.ending != "infeasible"]
         scored = [(value, trial.name, trial) for trial in feasible if (value := trial.best(self.metric)) is not None]
-        return [trial for _, _, trial in sorted(scored, key=lambda item: item[:2])]
+        return [trial for _, _, trial in sorted(scored, key=lambda item: (self.goal.cost(item[0]), item[1]))]
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest metric; where some were repeated, that of the setting with the lowest mean.
+        """The trial with the best metric; where some were repeated, that of the setting with the best mean.
 
         Raises:
             RunError: if no trial reported it, with every trial's reason.
@@ -93,14 +98,14 @@ class SweepResult:
 
     @property
     def repeated(self) -> list[Repeated]:
-        """The repeated settings, lowest mean first; the search's own trial counts as one seed."""
+        """The repeated settings, best mean first; the search's own trial counts as one seed."""
         found = []
         for trial in self.ranked:
             again = [t for t in self.repeats if {**t.settings, "seed": None} == {**trial.settings, "seed": None}]
             values = [value for t in (trial, *again) if (value := t.best(self.metric)) is not None]
             if again:
                 found.append(_over_seeds(trial.settings, values))
-        return sorted(found, key=lambda one: one.mean)
+        return sorted(found, key=lambda one: self.goal.cost(one.mean))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_json` reads it."""

@@ -15,21 +15,23 @@ from ray.tune.schedulers import FIFOScheduler
 
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact
-from raytune_ft.core.draft import begin
+from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.run import data_parent
+from raytune_ft.training.trackers import refuse_missing
 from raytune_ft.tuning import alone, homes, packed
 from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
-from raytune_ft.tuning.progress import Progress, curves_in
+from raytune_ft.tuning.progress import Progress, curves_in, tracker_failures_in
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
 from raytune_ft.tuning.space import REPEAT, dimension, grid_size, settings_at
+from raytune_ft.tuning.tracking import Tracked
 
 logger = logging.getLogger("raytune_ft")
 
@@ -63,6 +65,7 @@ class HyperparameterSweep:
 
 def tune(config: SweepConfig) -> Artifact:
     """The verb: see `HyperparameterSweep.run`."""
+    refuse_missing(config.training.report_to)
     connected = cluster.connect()
     output = Location.at(config.output_dir)
     model_path = shared_model(config.training.model_path, output.parent)
@@ -77,7 +80,8 @@ def tune(config: SweepConfig) -> Artifact:
     if draft.finished:
         logger.info("tune: found finished at %s", output)
         return draft.finished
-    with draft:
+    tracked = Tracked(tuple(config.training.report_to), output, config.training.resolved())
+    with draft, tracked.sweep(config.resolved()) as told:
         config = config.model_copy(update={"training": config.training.with_overrides(model_path=model_path)})
         packs = Packs.of(config.space, config.training)
         splits = {
@@ -90,26 +94,34 @@ def tune(config: SweepConfig) -> Artifact:
         refuse_small_budget(config, trials, next(iter(splits.values()))["train"])
         started = time.perf_counter()
         with _arranged(config, packs, splits, output, connected, trials=trials) as arrangement:
-            result = _search(config, arrangement, output)
-        seconds = round(time.perf_counter() - started, 1)
-        draft.write_json("result.json", result.to_json())
-        page = render(result, seconds, config.training.max_steps)
-        (draft.folder / "report.html").write_text(page, encoding="utf-8")
-        best = result.best
-        draft.numbers |= {
-            "trials": len(result.trials),
-            **{key: sum(trial.ending == ending for trial in result.trials) for key, ending in _ENDINGS.items()},
-            "steps": sum(trial.steps for trial in result.trials),
-            "tokens": sum(trial.tokens for trial in result.trials),
-            "seconds": seconds,
-            f"best_{config.metric}": best.best(config.metric),
-            "best_settings": best.settings,
-            **({"repeats": [asdict(again) for again in result.repeated]} if result.repeats else {}),
-        }
-        logger.info("tune: best trial %s, %s %.4f", best.label(), config.metric, best.best(config.metric))
+            result = _search(config, arrangement, output, tracked)
+        _keep(draft, result, config, round(time.perf_counter() - started, 1))
+        told.log({"step": len(result.trials), f"best_{config.metric}": draft.numbers[f"best_{config.metric}"]})
         for leftover in (*_KEPT, "tokens"):
             (output / leftover).delete()
     return draft.artifact
+
+
+def _keep(draft: Draft, result: SweepResult, config: SweepConfig, seconds: float) -> None:
+    """Writes what was found: every trial, the page, and the numbers of the manifest."""
+    draft.write_json("result.json", result.to_json())
+    page = render(result, seconds, config.training.max_steps)
+    (draft.folder / "report.html").write_text(page, encoding="utf-8")
+    best = result.best
+    draft.numbers |= {
+        "trials": len(result.trials),
+        **{key: sum(trial.ending == ending for trial in result.trials) for key, ending in _ENDINGS.items()},
+        "steps": sum(trial.steps for trial in result.trials),
+        "tokens": sum(trial.tokens for trial in result.trials),
+        "seconds": seconds,
+        f"best_{config.metric}": best.best(config.metric),
+        "best_settings": best.settings,
+        **({"repeats": [asdict(again) for again in result.repeated]} if result.repeats else {}),
+    }
+    failures = tracker_failures_in(draft.location / _RAY_STATE)
+    if failures:
+        draft.numbers["tracker_failures"] = failures
+    logger.info("tune: best trial %s, %s %.4f", best.label(), config.metric, best.best(config.metric))
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,7 @@ def _arranged(
             bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"
             logger.info("tune: %d trials, %d at a time on %s, %s", trials, together, bases, config.scheduler)
             settings = config.training.model_dump(mode="json")
-            proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks)
+            proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks, goal=config.goal)
             trainable = ray_tune.with_resources(proxy, {"CPU": homes.PROXY_CPUS})
             try:
                 yield _Arrangement(trainable, together, banks)
@@ -164,11 +176,16 @@ class _Stage:
     stop: Any = None
 
 
-def _search(config: SweepConfig, arrangement: _Arrangement, output: Location) -> SweepResult:
+def _search(config: SweepConfig, arrangement: _Arrangement, output: Location, tracked: Tracked) -> SweepResult:
     """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
-    result = SweepResult(config.metric, _trials(config, arrangement, output, _first_stage(config, output)))
+
+    def trials(stage: _Stage) -> tuple[Trial, ...]:
+        told = Progress(output / stage.name, config.metric, config.training.max_steps, tracked)
+        return _trials(config, arrangement, output, stage, told)
+
+    result = SweepResult(config.metric, trials(_first_stage(config, output)))
     if config.repeat_top:
-        result = replace(result, repeats=_trials(config, arrangement, output, _second_stage(config, result)))
+        result = replace(result, repeats=trials(_second_stage(config, result)))
     best = result.best
     if arrangement.banks is not None and best.snapshot is not None:
         settings = {**config.training.model_dump(mode="json"), **best.settings}
@@ -199,31 +216,33 @@ def _second_stage(config: SweepConfig, result: SweepResult) -> _Stage:
     return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, TuneConfig(scheduler=FIFOScheduler()))
 
 
-def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage) -> Tuner:
+def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:
     where = (output / stage.name).uri
     if Tuner.can_restore(where):
         logger.info("tune: resumes the trials that are left")
         return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
     together = {"max_concurrent_trials": arrangement.together, "reuse_actors": True}
-    checkpoints = CheckpointConfig(checkpoint_frequency=1, num_to_keep=4) if arrangement.banks else CheckpointConfig()
+    pointers = CheckpointConfig(checkpoint_frequency=1, num_to_keep=homes.POINTERS_KEPT)
     return Tuner(
         arrangement.trainable,
         param_space=stage.space,
-        tune_config=replace(stage.searched, metric=config.metric, mode="min", **together),
+        tune_config=replace(stage.searched, metric=config.goal.metric, mode=config.goal.mode, **together),
         run_config=RunConfig(
             name=stage.name,
             storage_path=output.uri,
-            checkpoint_config=checkpoints,
+            checkpoint_config=pointers if arrangement.banks else CheckpointConfig(),
             failure_config=FailureConfig(max_failures=_FAILURES),
             stop=stage.stop,
-            callbacks=[Progress(output / stage.name, config.metric, config.training.max_steps)],
+            callbacks=[told],
             verbose=0,
         ),
     )
 
 
-def _trials(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage) -> tuple[Trial, ...]:
-    grid = _tuner(config, arrangement, output, stage).fit()
+def _trials(
+    config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage, told: Progress
+) -> tuple[Trial, ...]:
+    grid = _tuner(config, arrangement, output, stage, told).fit()
     curves, trials = curves_in(output / stage.name), []
     for result in grid:
         last = result.metrics or {}

@@ -14,6 +14,7 @@ from raytune_ft.training.config import FineTuningConfig
 _FIXED = {
     *("model_path", "output_dir", "dataset_path", "num_workers", "use_gpu", "cpus_per_worker"),
     *("zero_stage", "offload", "deepspeed_config"),
+    *("eval_generation_rows", "eval_generation_metric", "metric_for_best_model"),
 }
 
 

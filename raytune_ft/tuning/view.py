@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.logging import RichHandler
 from rich.table import Table
 
+from raytune_ft.training.goal import Goal
+
 logger = logging.getLogger("raytune_ft")
 
 _SHOWN = 24
@@ -18,13 +20,13 @@ _SHOWN = 24
 
 @dataclass
 class Row:
-    """What a trial said last; `best` is its lowest value of the metric."""
+    """What a trial said last; `best` is its best value of the metric."""
 
     label: str
     state: str = "waiting"
     step: int = 0
     value: float = math.nan
-    best: float = math.inf
+    best: float = math.nan
 
 
 class SweepView:
@@ -32,6 +34,7 @@ class SweepView:
 
     def __init__(self, metric: str, *, last_step: int | None = None) -> None:
         self.metric, self.last_step = metric, last_step
+        self._goal = Goal.of(metric)
         self.rows: dict[str, Row] = {}
         self._live: Live | None = None
 
@@ -41,7 +44,8 @@ class SweepView:
         row.state = state
         if step:
             row.step, row.value = step, value
-            row.best = min(row.best, value) if math.isfinite(value) else row.best
+            if math.isfinite(value) and not self._goal.cost(row.best) <= self._goal.cost(value):
+                row.best = value
         if self._shown():
             return
         if state == "failed":
@@ -52,15 +56,18 @@ class SweepView:
             logger.info("trial %s: %s at step %d, best %s %.4f", label, state, row.step, self.metric, row.best)
 
     def table(self) -> Table:
-        """The trials, lowest best value first; those beyond the first 24 are counted."""
+        """The trials, the best first; those beyond the first 24 are counted."""
         table = Table("trial", "state", "step", self.metric, "best", box=None, pad_edge=False)
-        ranked = sorted(self.rows.values(), key=lambda row: (row.best, row.label))
+        ranked = sorted(self.rows.values(), key=self._place)
         for row in ranked[:_SHOWN]:
             step = f"{row.step}/{self.last_step}" if self.last_step else str(row.step)
             table.add_row(row.label, row.state, step, _number(row.value), _number(row.best))
         if len(ranked) > _SHOWN:
             table.add_row(f"and {len(ranked) - _SHOWN} more")
         return table
+
+    def _place(self, row: Row) -> tuple[float, str]:
+        return (self._goal.cost(row.best) if math.isfinite(row.best) else math.inf), row.label
 
     def close(self) -> None:
         """Leaves the last table on the terminal."""

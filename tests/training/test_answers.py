@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.core.errors import ConfigError
@@ -15,8 +17,16 @@ from raytune_ft.models.attention import SEGMENTS
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training.answers import AnswerCheck, Question
+from raytune_ft.training.batches import TokenRows
+from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.peers import ALONE
 from raytune_ft.training.session import Seat, train_in_process
+
+
+def check(model: Any, tokenizer: Any, config: FineTuningConfig, rows: list[Encoded]) -> AnswerCheck:
+    made = AnswerCheck.wanted(config, rows, model, tokenizer, "cpu")
+    assert made is not None
+    return made
 
 
 def test_the_question_is_what_stands_before_the_last_supervised_run() -> None:
@@ -34,11 +44,51 @@ def test_answers_are_the_greedy_ones_and_wrong_references_count_nothing(tiny_mod
     for prompt in prompts:  # greedy answers by transformers itself, the row's own answer from here on
         out = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, min_new_tokens=6)[0].tolist()
         rows.append(Encoded(out, [False] * len(prompt) + [True] * 6))
-    longer = AnswerCheck(model, tokenizer, settings(eval_generation_metric="rouge"), rows, ALONE)
-    assert longer.measure()["eval_rouge"] > 0.5
+    longer = check(model, tokenizer, settings(eval_generation_rows=2, eval_generation_metric="rouge"), rows)
+    assert longer.measure(ALONE)["eval_rouge"] > 0.5
     wrong = [Encoded([*row.input_ids[:-1], row.input_ids[0]], row.supervised) for row in rows]
-    assert AnswerCheck(model, tokenizer, settings(), wrong, ALONE).measure() == {"eval_exact_match": 0.0}
+    assert check(model, tokenizer, settings(eval_generation_rows=2), wrong).measure(ALONE) == {"eval_exact_match": 0.0}
     assert model.training
+
+
+@pytest.mark.parametrize("metric", ["field_f1", "label_f1", "bleu"])
+def test_ranks_that_answer_a_share_each_add_up_to_all_answers(metric: str, tiny_model: Path, settings) -> None:
+    """Columns of fields and labels follow from the references, which every rank has."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa").eval()
+    tokenizer = load_tokenizer(str(tiny_model))
+    prompt = tokenizer("order 1 red")["input_ids"]
+    texts = ['{"a": 1}', '{"b": "x", "a": 2}', '{"c": [3]}']
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    rows = [Encoded([*prompt, *answer], [False] * len(prompt) + [True] * len(answer)) for answer in answers]
+    made = check(model, tokenizer, settings(eval_generation_rows=3, eval_generation_metric=metric), rows)
+    said = {0: texts[0], 1: '{"a": 2}', 2: "no"}
+    shares = [{number: said[number] for number in range(rank, 3, 2)} for rank in range(2)]
+    parts = [made._sums(share) for share in shares]
+    assert parts[0].keys() == parts[1].keys() == made._sums(said).keys()
+    together = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    assert made._value(together) == made._value(made._sums(said))
+    expected = {"field_f1": 2 * 2 / (2 + 4), "label_f1": (1 + 0 + 0) / 3}
+    if metric in expected:
+        assert made._value(together) == {f"eval_{metric}": pytest.approx(expected[metric])}
+
+
+def test_the_best_checkpoint_is_that_of_the_metric_that_the_settings_name(settings, splits, tmp_path: Path) -> None:
+    common = {"eval_strategy": "steps", "eval_steps": 2, "report_to": [], "learning_rate": 2e-2, "num_train_epochs": 6}
+    config = settings(
+        **common, eval_generation_rows=4, eval_generation_metric="length", metric_for_best_model="eval_length"
+    )
+    summary = train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "a"))
+    history = [json.loads(line) for line in (tmp_path / "a/history.jsonl").read_text().splitlines()]
+    evaluated = {row["step"]: row for row in history if "eval_length" in row}
+    least = min(row["eval_length"] for row in evaluated.values())
+    assert summary.metric == "eval_length" and summary.best == least
+    assert summary.best_step == next(step for step, row in evaluated.items() if row["eval_length"] == least)
+    # Of what lies there, answers are as many words off as then: these are the weights of that step.
+    model = AutoModelForCausalLM.from_pretrained(settings().model_path, attn_implementation="sdpa")
+    adapted = PeftModel.from_pretrained(model, tmp_path / "a").eval()
+    rows = TokenRows(splits["validation"], str(tmp_path))
+    again = check(adapted, load_tokenizer(settings().model_path), config, [rows[number] for number in range(4)])
+    assert again.measure(ALONE)["eval_length"] == pytest.approx(least)
 
 
 def test_a_run_learns_to_answer_and_says_so_at_each_evaluation(settings, splits, tmp_path: Path) -> None:
@@ -58,7 +108,16 @@ def test_a_run_learns_to_answer_and_says_so_at_each_evaluation(settings, splits,
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"eval_generation_metric": "perplexity"}, "not one number over answers"),
+        ({"eval_generation_metric": "perplexity"}, "perplexity is not measured on answers alone; take one of accuracy"),
+        ({"eval_generation_metric": "choice_accuracy"}, "is not measured on answers alone"),
+        (
+            {"metric_for_best_model": "eval_bleu"},
+            r"eval_bleu is not among what is measured \(eval_loss, eval_perplexity\)",
+        ),
+        (
+            {"metric_for_best_model": "eval_bleu", "eval_generation_rows": 2},
+            r"is not among what is measured \(eval_loss, eval_perplexity, eval_exact_match\)",
+        ),
         ({"eval_generation_rows": 4, "zero_stage": 3}, "take zero_stage 2"),
     ],
 )
@@ -73,5 +132,5 @@ def test_the_attention_of_training_is_back_after_an_evaluation(tiny_model: Path,
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa")
     use_attention(model, SEGMENTS)
     row = Encoded([1, 2, 3, 4], [False, False, True, True])
-    AnswerCheck(model, load_tokenizer(str(tiny_model)), settings(), [row], ALONE).measure()
+    check(model, load_tokenizer(str(tiny_model)), settings(eval_generation_rows=1), [row]).measure(ALONE)
     assert model.config._attn_implementation == SEGMENTS

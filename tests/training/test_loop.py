@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
 from raytune_ft.core.errors import RunError
+from raytune_ft.training.goal import Goal
 from raytune_ft.training.loop import Decision, Metrics, fit
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.stopping import Patience
@@ -55,8 +57,43 @@ def test_patience_stops_after_so_many_worse_evaluations_and_keeps_the_best() -> 
         on_best=best.append,
     )
     assert best == [1, 2]
-    assert (summary.steps, summary.best_step, summary.best_eval_loss) == (4, 2, 4)
-    assert "2 evaluations" in summary.reason
+    assert (summary.steps, summary.best_step, summary.best, summary.metric) == (4, 2, 4, "eval_loss")
+    assert summary.reason == "no lower validation loss in 2 evaluations"
+
+
+def test_an_evaluation_tells_perplexity_also_where_no_float_holds_it() -> None:
+    told: list[Metrics] = []
+    learner = Playback([1, 1], [math.log(8), 800.0])
+    fit(learner, itertools.count(), table(2, evaluate=1), report=lambda s, m: told.append(m) or Decision.CONTINUE)
+    assert [metrics["eval_perplexity"] for metrics in told] == [pytest.approx(8), math.inf]
+
+
+def test_with_a_goal_that_is_better_when_higher_the_loss_decides_nothing() -> None:
+    class Answering(Playback):
+        """Its loss falls on, while its answers are best at the second evaluation."""
+
+        def evaluate(self) -> Metrics:
+            return {**super().evaluate(), "eval_exact_match": next(self.answers)}
+
+    learner, best = Answering([1] * 9, [5, 4, 3, 2, 1]), []
+    learner.answers = iter([0.0, 0.5, 0.25, 0.5, 1.0])
+    stopping = Patience(2, Goal.of("eval_exact_match"))
+    summary = fit(learner, itertools.count(), table(9, evaluate=1), stopping=stopping, on_best=best.append)
+    assert best == [1, 2]
+    assert (summary.steps, summary.best_step, summary.best, summary.metric) == (4, 2, 0.5, "eval_exact_match")
+    assert summary.reason == "no higher Exact match of answers in 2 evaluations"
+
+
+def test_what_a_checkpoint_keeps_of_patience_goes_on_where_it_was() -> None:
+    before = Patience(3, Goal.of("eval_rouge"))
+    assert [before.improved(value, step) for step, value in enumerate([0.25, 0.5, 0.125], start=1)] == [
+        True,
+        True,
+        False,
+    ]
+    again = Patience(3, Goal.of("eval_rouge"), **before.remembered())
+    assert not again.improved(0.5, 4) and not again.improved(0.375, 5)
+    assert again.spent and (again.best, again.best_step) == (0.5, 2)
 
 
 def test_whoever_watches_may_stop_the_run() -> None:

@@ -55,7 +55,7 @@ def test_an_allowed_cell_trains_two_steps(cell: Cell, settings: Settings, splits
     )
     assert summary.steps == 2
     assert min(norms) > 0
-    assert summary.best_eval_loss is not None
+    assert summary.best is not None
 
 
 def test_a_refused_cell_names_the_nearest_that_goes(settings: Settings) -> None:

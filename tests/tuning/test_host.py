@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import DataError, RunError
 from raytune_ft.core.records import Message
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Chat
@@ -29,7 +29,7 @@ def settings(tiny_model: Path) -> dict:
 
 
 @pytest.fixture
-def host(settings: dict, tiny_model: Path, tmp_path: Path) -> BankHost:
+def splits(tiny_model: Path, tmp_path: Path) -> dict[str, list[str]]:
     chat = Chat(load_tokenizer(str(tiny_model)))
     rows = [
         chat.encode([Message("user", f"order {i} red {i * 7}"), Message("assistant", "yes " * (i % 5 + 1))])
@@ -40,6 +40,11 @@ def host(settings: dict, tiny_model: Path, tmp_path: Path) -> BankHost:
         splits[name] = [str(tmp_path / f"{name}.parquet")]
         table = {"input_ids": [r.input_ids for r in part], "supervised": [r.supervised for r in part]}
         pq.write_table(pa.table(table), splits[name][0])
+    return splits
+
+
+@pytest.fixture
+def host(settings: dict, splits: dict, tmp_path: Path) -> BankHost:
     return BankHost(settings, splits, str(tmp_path / "snapshots"), device="cpu", threads=3)
 
 
@@ -178,3 +183,44 @@ def test_memory_that_runs_out_waits_for_snapshots_under_way_before_steps_get_sma
     assert report["step"] == 8
     assert refused == [True, False, False]
     assert len(smaller) == 2  # not at the first refusal
+
+
+def test_reports_bring_what_answers_are_measured_by(settings: dict, splits: dict, tmp_path: Path) -> None:
+    wanted = {**settings, "eval_generation_rows": 3, "eval_generation_metric": "chrf", "max_steps": 4}
+    host = BankHost(wanted, splits, str(tmp_path / "snapshots"), device="cpu", threads=2)
+    assert host.fault() is None
+    host.admit("t", wanted)
+    assert all(0 <= host.report("t", number)["metrics"]["eval_chrf"] <= 100 for number in (0, 1))
+
+
+def test_rows_that_ask_nothing_are_refused_before_any_trial(settings: dict, splits: dict, tmp_path: Path) -> None:
+    table = pq.read_table(splits["validation"][0]).to_pydict()
+    table["supervised"] = [[True] * len(row) for row in table["input_ids"]]  # nothing stands before the answer
+    pq.write_table(pa.table(table), splits["validation"][0])
+    wanted = {**settings, "eval_generation_rows": 3}
+    host = BankHost(wanted, splits, str(tmp_path / "snapshots"), device="cpu", threads=2)
+    with pytest.raises(DataError, match="no validation row has anything to answer"):
+        host.fault()
+
+
+def test_a_base_whose_layers_do_not_see_rows_apart_is_not_shared_where_answers_are_measured(
+    settings: dict, splits: dict, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    folder = tmp_path / "opt"
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.save_pretrained(folder)
+    shape = {
+        "hidden_size": 16,
+        "ffn_dim": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    config = OPTConfig(vocab_size=len(tokenizer), dropout=0.0, word_embed_proj_dim=16, **shape)
+    OPTForCausalLM(config).save_pretrained(folder)
+    opt = {**settings, "model_path": str(folder)}
+    assert BankHost(opt, splits, str(tmp_path / "a"), device="cpu", threads=2).fault() is None
+    told = BankHost({**opt, "eval_generation_rows": 2}, splits, str(tmp_path / "b"), device="cpu", threads=2).fault()
+    assert told is not None and "fc1 does not see rows apart" in told

@@ -98,15 +98,20 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    together = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "packed", scheduler="none")).run()
+    answers = {"metric": "eval_chrf", "training": {"eval_generation_rows": 2, "eval_generation_metric": "chrf"}}
+    together = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "packed", scheduler="none", **answers)).run()
     late = {"scheduler": "asha", "grace_steps": 8}  # ASHA ends a trial as it hears of its last step
-    alone = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "alone", **late, packed="never")).run()
+    alone = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "alone", **late, packed="never", **answers)).run()
     packed, solo = (SweepResult.from_json(a.read_json("result.json")) for a in (together, alone))
     assert [len(trial.curve) for trial in packed.trials] == [4, 4, 4, 4]
     for label, curve in curves(solo).items():
         assert curves(packed)[label] == pytest.approx(curve, abs=1e-4), label
+    highest = max(row["eval_chrf"] for trial in packed.trials for row in trial.curve)
+    assert packed.best.best("eval_chrf") == together.numbers["best_eval_chrf"] == highest > 0
     assert packed.best.settings == solo.best.settings == together.numbers["best_settings"]
-    for folder in ("packed", "alone"):
+    for folder, result in (("packed", packed), ("alone", solo)):
+        events = {path.parent.name.partition(" ")[0] for path in (tmp_path / folder).glob("tensorboard/*/events.out*")}
+        assert events == {"sweep", *(trial.name for trial in result.trials)}
         assert (tmp_path / folder / "best/adapter_model.safetensors").exists()
         assert not (tmp_path / folder / "trials").exists()
 

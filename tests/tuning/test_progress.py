@@ -11,6 +11,7 @@ from ray import tune
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.progress import Progress, curves_in
+from raytune_ft.tuning.tracking import Tracked
 
 
 def counts() -> type[tune.Trainable]:
@@ -65,7 +66,7 @@ def test_a_trial_that_was_paused_keeps_all_of_its_curve(ray_cluster, tmp_path) -
             name="ray",
             storage_path=str(tmp_path),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=4),
-            callbacks=[Progress(folder, "eval_loss", 9), ears],
+            callbacks=[Progress(folder, "eval_loss", 9, Tracked((), folder, {})), ears],
             verbose=0,
         ),
     ).fit()

@@ -31,6 +31,20 @@ def test_a_setting_with_a_value_for_every_trial_explains_nothing() -> None:
     assert importance(SweepResult("eval_loss", trials)) == {}
 
 
+def test_a_metric_of_answers_is_drawn_and_explained_as_it_is() -> None:
+    # Ranks: means 0.25 and 0.5; rates: 0.125 and 0.625; a value of 0 counts.
+    scores = {(4, 0.1): 0.0, (4, 0.2): 0.5, (8, 0.1): 0.25, (8, 0.2): 0.75}
+    trials = tuple(
+        Trial(str(place), {"lora_r": rank, "learning_rate": rate}, "finished", [{"global_step": 2.0, "eval_f1": f1}])
+        for place, ((rank, rate), f1) in enumerate(scores.items())
+    )
+    result = SweepResult("eval_f1", trials)
+    assert importance(result) == pytest.approx({"lora_r": 0.2, "learning_rate": 0.8})
+    page = render(result, 1.0, 2)
+    assert page.index("lora_r=8, learning_rate=0.2") < page.index("lora_r=4, learning_rate=0.1")
+    assert "Best eval_f1 at each rank" in page and page.count("data:image/svg+xml") == 4
+
+
 def test_cost_is_told_against_the_full_grid() -> None:
     result = SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.1, 2.0, steps=2, ending="stopped early")))
     assert cost_in_words(result, 12.0, 4) == (

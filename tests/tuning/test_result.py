@@ -20,6 +20,22 @@ def test_the_best_trial_counts_its_lowest_point_not_its_last() -> None:
     assert result.best.name == "a"
 
 
+def test_a_metric_that_is_better_when_higher_ranks_the_other_way_round() -> None:
+    def answering(name: str, *values: float) -> Trial:
+        curve = [{"global_step": float(n), "eval_rouge": value} for n, value in enumerate(values, start=1)]
+        return Trial(name, {"lora_r": int(name)}, "finished", curve)
+
+    trials = (answering("4", 0.0, 0.25), answering("8", 0.5, 0.125), answering("16", 0.25))
+    result = SweepResult("eval_rouge", trials)
+    assert [trial.name for trial in result.ranked] == ["8", "16", "4"]
+    assert result.to_json()["best"]["eval_rouge"] == 0.5
+    repeats = tuple(
+        Trial(f"{rank}s", {"lora_r": rank, "seed": 1}, "finished", [{"global_step": 1.0, "eval_rouge": value}])
+        for rank, value in ((8, 0.0), (16, 0.75))
+    )
+    assert SweepResult("eval_rouge", trials, repeats).best.name == "16"  # means 0.25 and 0.5
+
+
 def test_a_sweep_without_any_metric_lists_every_trials_reason() -> None:
     result = SweepResult("eval_loss", (trial("a", ending="failed", error="out of memory"), trial("b", ending="failed")))
     with pytest.raises(RunError, match=r"out of memory; .*reported nothing"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import GUIDE, grid_size, settings_at
 
@@ -51,6 +52,56 @@ def test_sampling_needs_a_random_search_and_a_number_of_trials() -> None:
     with pytest.raises(ConfigError, match="num_trials"):
         sweep(space=space, searcher="random")
     assert sweep(space=space, searcher="random", num_trials=3).num_trials == 3
+
+
+OF_ANSWERS = {**COMMON["training"], "eval_generation_rows": 8, "eval_generation_metric": "rouge"}
+
+
+def test_a_sweep_compares_by_what_answers_are_measured_by_and_its_trials_keep_their_best_by_it() -> None:
+    config = sweep(metric="eval_rouge", training=OF_ANSWERS)
+    assert (config.goal.mode, config.training.metric_for_best_model) == ("max", "eval_rouge")
+    as_object = sweep(metric="eval_rouge", mode="max", training=FineTuningConfig(**OF_ANSWERS, output_dir="elsewhere"))
+    assert (as_object.training.metric_for_best_model, as_object.training.output_dir) == ("eval_rouge", "elsewhere")
+    shorter = sweep(metric="eval_length", training={**OF_ANSWERS, "eval_generation_metric": "length"})
+    assert shorter.goal.mode == "min"
+    assert sweep(metric="eval_perplexity").training.metric_for_best_model == "eval_perplexity"
+    assert sweep(training=OF_ANSWERS).training.metric_for_best_model == "eval_loss"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "eval_rouge"}, r"no trial reports eval_rouge, only loss, eval_loss, eval_perplexity; answers are"),
+        ({"metric": "accuracy"}, "no trial reports accuracy"),
+        (
+            {"metric": "eval_bleu", "training": OF_ANSWERS},
+            "reports eval_bleu, only loss, .*, eval_rouge;",
+        ),
+        ({"mode": "max"}, "mode: lower values of eval_loss are better; leave it out or say min"),
+        (
+            {"metric": "eval_rouge", "mode": "min", "training": OF_ANSWERS},
+            "higher values of eval_rouge are better",
+        ),
+        (
+            {"metric": "eval_rouge", "training": {**OF_ANSWERS, "metric_for_best_model": "eval_loss"}},
+            "trials keep their best by eval_loss, but are compared by eval_rouge",
+        ),
+        ({"space": {"eval_generation_rows": [1, 2]}}, "cannot be searched; all trials of a sweep share it"),
+        (
+            {"training": {**COMMON["training"], "offload": "optimizer"}},
+            "training.offload: trials on one worker",
+        ),
+        ({"training": {**COMMON["training"], "cpus_per_worker": 2}}, "is given cpus_per_trial; set that"),
+        ({"training": {**COMMON["training"], "resume_from_checkpoint": "x"}}, "the same command goes on with a sweep"),
+        (
+            {"training": {**COMMON["training"], "deepspeed_config": {"zero_optimization": {"stage": 2}}}},
+            "training.deepspeed_config: trials on one worker go without",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_contradicts_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep(**changes)
 
 
 def test_a_metric_that_no_trial_would_report_is_refused() -> None:

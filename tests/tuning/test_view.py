@@ -49,6 +49,14 @@ def test_a_terminal_has_one_table_with_the_best_trial_first() -> None:
     ]
 
 
+def test_of_a_metric_that_is_better_when_higher_the_highest_is_the_best() -> None:
+    view = SweepView("eval_exact_match")
+    for name, values in (("a", [0.0, 0.0]), ("b", [0.5, 0.25]), ("c", [float("nan")])):
+        for step, value in enumerate(values, start=1):
+            view.hear(name, f"trial {name}", state="running", step=step, value=value)
+    assert [list(column.cells) for column in view.table().columns][4] == ["0.5000", "0.0000", "-"]
+
+
 def test_trials_beyond_the_first_24_are_counted() -> None:
     view = SweepView("loss")
     for number in range(30):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -11,7 +12,9 @@ from typing import Literal
 import torch
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.training import matrix
+from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.base import FrozenBase
 from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.bank.packed_linear import PassSeat
@@ -21,10 +24,12 @@ from raytune_ft.training.bank.slot import SlotSettings, SlotState
 from raytune_ft.training.bank.snapshot import slot_state, snapshot_of
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.template import AdapterTemplate
-from raytune_ft.training.bank.trial import Progress, Rows, Status, Trial
+from raytune_ft.training.bank.trial import Progress, Status, Trial
 from raytune_ft.training.bank.turns import next_group
+from raytune_ft.training.batches import Rows
 from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
+from raytune_ft.training.loop import Metrics
 from raytune_ft.training.schedule import Timetable
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
@@ -45,6 +50,7 @@ class AdapterBank:
         train: Rows,
         validation: Rows | None = None,
         *,
+        answers: AnswerCheck | None = None,
         token_budget: int | None = None,
         arithmetic: Arithmetic | None = None,
     ) -> None:
@@ -54,11 +60,12 @@ class AdapterBank:
             base: what they share; its linear layers are wrapped as trials need them.
             train: rows that they train on, each in its own order.
             validation: rows that they are evaluated on.
+            answers: what measures the answers that they generate, upon the same base, at each evaluation.
             token_budget: most tokens computed at the same time; trials that don't fit take turns.
             arithmetic: a loop over adapters of exact rank, or all stacked to the highest rank; by default the former
                 on CPUs, the latter on GPUs.
         """
-        self._base, self._train, self._validation = base, train, validation
+        self._base, self._train, self._validation, self._answers = base, train, validation, answers
         self._budget = token_budget or TOKEN_BUDGET["cuda" if base.device.type == "cuda" else "cpu"]
         self._template = AdapterTemplate(base.model, base.name)
         self._seat = PassSeat(base.model)
@@ -99,6 +106,8 @@ class AdapterBank:
                 raise ConfigError(f"trial {name}: adapter_path: trials of a bank start from fresh adapters")
             if not len(self._train):
                 raise ConfigError(f"trial {name}: there are no training rows")
+            if config.eval_generation_rows and self._validation is not None and self._answers is None:
+                raise ConfigError(f"trial {name}: eval_generation_rows: this bank measures no answers")
             timetable = Timetable.of(config, len(self._train), has_validation=self._validation is not None)
             trial = Trial(name, config, timetable, self._train)
             self._seat_trial(trial, snapshot)
@@ -257,8 +266,9 @@ class AdapterBank:
         if not trials or self._validation is None:
             return
         losses = self._evaluate(trials, self._validation)
+        answered = self._answered([trial.name for trial in trials if math.isfinite(losses[trial.name])])
         for trial in trials:
-            if trial.evaluated(losses[trial.name]):
+            if trial.evaluated({"eval_loss": losses[trial.name], **answered.get(trial.name, {})}):
                 trial.best = self._slots.weights(trial.name)
 
     def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, float]:
@@ -267,3 +277,16 @@ class AdapterBank:
             return self._passes.score(self._slots.order([trial.name for trial in trials]), rows, self._budget)
         finally:
             self._base.model.train()
+
+    def _answered(self, names: Sequence[str]) -> dict[str, Metrics]:
+        """What the answers of these trials measure; nothing where none are asked for."""
+        if self._answers is None or not names:
+            return {}
+        adapters = AdapterSlots(self._base.model, slots=len(names))
+        try:
+            for slot, name in enumerate(names, start=1):
+                adapters.put(slot, self._slots.settings(name).factors(self._slots.weights(name)))
+            each = self._answers.measure_each(adapters, range(1, len(names) + 1), token_budget=self._budget)
+        finally:
+            adapters.close()
+        return dict(zip(names, each, strict=True))

@@ -17,8 +17,8 @@ from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.ragged import RaggedSlots
 from raytune_ft.training.bank.stacked import StackedSlots
-from raytune_ft.training.bank.trial import Rows
 from raytune_ft.training.bank.turns import next_group, row_chunks
+from raytune_ft.training.batches import Rows
 
 PASS_TOKENS = 1024
 """Tokens of a pass of ragged slots: on a CPU, larger batches only leave the caches."""

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from raytune_ft.models.adapter_slots import Factors
 from raytune_ft.training.config import FineTuningConfig
 
 State = dict[str, Tensor]
@@ -48,6 +49,14 @@ class SlotSettings:
     def size(self) -> int:
         """Numbers in the factors of all targets."""
         return sum(self.rank * (target.inputs + target.outputs) for target in self.targets)
+
+    def factors(self, weights: State) -> Factors:
+        """A and scaled B of every target, of a slot with these weights."""
+        found = {}
+        for target in self.targets:
+            a, b = target.factors
+            found[target.name] = weights[a], weights[b] * self.scale
+        return found
 
     @classmethod
     def of(cls, config: FineTuningConfig, targets: Sequence[Target]) -> SlotSettings:

@@ -6,24 +6,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training.bank.slot import State
-from raytune_ft.training.batches import step_rows
+from raytune_ft.training.batches import Rows, step_rows
 from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.loop import Metrics
+from raytune_ft.training.loop import Metrics, with_perplexity
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 from raytune_ft.training.stopping import Patience
-
-
-class Rows(Protocol):
-    """Tokenized rows, read one at a time (`TokenRows`, or a list)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Encoded: ...
 
 
 class Status(StrEnum):
@@ -36,7 +28,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Progress:
-    """A trial's optimizer step: its metrics (and ``eval_loss`` where due), and whether it goes on."""
+    """A trial's optimizer step: its metrics (with those of an evaluation where due), and whether it goes on."""
 
     name: str
     step: int
@@ -64,7 +56,7 @@ class Trial:
     _ahead: list[Encoded] | None = None
 
     def __post_init__(self) -> None:
-        self.patience.patience = self.config.early_stopping_patience
+        self.patience = Patience(self.config.early_stopping_patience, self.config.goal)
 
     def upcoming(self) -> list[Encoded]:
         """The rows of the next step."""
@@ -117,15 +109,16 @@ class Trial:
             return False
         return "eval_loss" not in self.history[-1]
 
-    def evaluated(self, loss: float) -> bool:
+    def evaluated(self, metrics: Metrics) -> bool:
         """Takes in an evaluation after the last step; whether it is the best so far."""
-        self.history[-1]["eval_loss"] = loss
-        if not math.isfinite(loss):
-            self.fail(f"the validation loss of step {self.step} is {loss}")
+        metrics = with_perplexity(metrics)
+        self.history[-1] |= metrics
+        if not math.isfinite(metrics["eval_loss"]):
+            self.fail(f"the validation loss of step {self.step} is {metrics['eval_loss']}")
             return False
-        improved = self.patience.improved(loss, self.step)
+        improved = self.patience.improved(metrics[self.patience.goal.metric], self.step)
         if self.patience.spent and self.status is Status.RUNNING:
-            self.finish(f"no lower validation loss in {self.patience.patience} evaluations")
+            self.finish(self.patience.reason)
         return improved
 
     def finish(self, reason: str) -> None:
@@ -143,16 +136,16 @@ class Trial:
 
     def remembered(self) -> dict[str, Any]:
         """What a snapshot keeps besides tensors; JSON-ready but for numbers that are not finite."""
-        patience = {"best": self.patience.best, "best_step": self.patience.best_step, "waited": self.patience.waited}
         history = [dict(row) for row in self.history]  # the trial steps on while its snapshot is written
-        return {"history": history, "patience": patience, "status": self.status, "reason": self.reason}
+        status = {"status": self.status, "reason": self.reason}
+        return {"history": history, "patience": self.patience.remembered(), **status}
 
     def recall(self, snapshot: Checkpoint) -> None:
         """Stands where a snapshot says; with settings of more steps, a finished trial goes on."""
         kept = snapshot.progress
         self.step = snapshot.step
         self.history = [dict(row) for row in kept["history"]]
-        self.patience = Patience(self.config.early_stopping_patience, **kept["patience"])
+        self.patience = Patience(self.config.early_stopping_patience, self.config.goal, **kept["patience"])
         self.best = {
             key.removeprefix("best."): tensor for key, tensor in snapshot.moments.items() if key.startswith("best.")
         } or None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raytune_ft.models.chat import Encoded
+from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import frozen_base
 from raytune_ft.training.config import FineTuningConfig
@@ -66,11 +67,15 @@ def trial(tiny_model: Path) -> Settings:
 def make_bank(tiny_model: Path, rows: list[Encoded]) -> MakeBank:
     """An empty bank on the tiny base."""
 
-    def make(validation: list[Encoded] | None = None, **options: Any) -> AdapterBank:
+    def make(
+        validation: list[Encoded] | None = None, *, answers_of: FineTuningConfig | None = None, **options: Any
+    ) -> AdapterBank:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         base = frozen_base(model, AutoTokenizer.from_pretrained(tiny_model), str(tiny_model))
+        if answers_of is not None:
+            options["answers"] = AnswerCheck.wanted(answers_of, validation, base.model, base.tokenizer, "cpu")
         return AdapterBank(base, rows, validation, **options)
 
     return make

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.core.storage import Location
@@ -17,6 +20,9 @@ from raytune_ft.training.bank.refusal import why_not_packed
 from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Status
 from raytune_ft.training.bank.turns import next_group, row_chunks
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.loop import Decision
+from raytune_ft.training.session import Seat, train_in_process
 
 from .conftest import MakeBank, Settings, losses_of
 
@@ -209,3 +215,56 @@ def test_a_second_bank_takes_the_base_over_and_the_first_says_so(
     alone = make_bank()
     alone.admit("t", trial())
     assert losses_of(second) == losses_of(alone)
+
+
+@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
+def test_answers_of_trials_are_those_of_the_same_trial_alone(
+    arithmetic: str, make_bank: MakeBank, trial: Settings, validation_rows, rows, tmp_path: Path
+) -> None:
+    """All trials answer in one batch; alone each answers with PEFT's own layers."""
+    common = {"eval_strategy": "steps", "eval_steps": 2, "eval_generation_rows": 4, "learning_rate": 2e-2}
+    common |= {"eval_generation_metric": "chrf", "metric_for_best_model": "eval_chrf"}
+    configs = {
+        "a": trial(**common),
+        "b": trial(**common, lora_r=4, seed=3, use_rslora=True),
+        "c": trial(**common, lora_r=2, lora_target_modules=["down_proj"], max_steps=4),
+    }
+    bank = make_bank(validation_rows, arithmetic=arithmetic, answers_of=configs["a"])
+    for name, config in configs.items():
+        bank.admit(name, config)
+    losses_of(bank)
+    for name, config in configs.items():
+        history = bank.trial(name).history
+        found = {row["step"]: row["eval_chrf"] for row in history if "eval_chrf" in row}
+        expected, best = alone(config, {"train": rows, "validation": validation_rows}, tmp_path / name)
+        assert found == pytest.approx(expected, abs=1e-9) and len(set(expected.values())) > 1
+        kept = bank.trial(name).best
+        assert kept is not None and len(kept) == len(best)
+        for key, tensor in best.items():
+            assert torch.allclose(kept[key.replace(".weight", ".default.weight")], tensor, atol=1e-4), key
+
+
+def alone(config: FineTuningConfig, rows: dict[str, list[Encoded]], folder: Path) -> tuple[dict, dict]:
+    """``eval_chrf`` by step, and the weights that were kept, of a training run with PEFT's layers."""
+    folder.mkdir()
+    told = {}
+    for name, some in rows.items():
+        table = {"input_ids": [row.input_ids for row in some], "supervised": [row.supervised for row in some]}
+        pq.write_table(pa.table(table), folder / f"{name}.parquet")
+
+    def hear(step: int, metrics: dict) -> Decision:
+        if "eval_chrf" in metrics:
+            told[step] = metrics["eval_chrf"]
+        return Decision.CONTINUE
+
+    splits = {name: [str(folder / f"{name}.parquet")] for name in rows}
+    quiet = config.with_overrides(report_to=[], save_strategy="no")
+    train_in_process(quiet, splits, Seat(), output=Location.at(folder / "out"), report=hear, golden=False)
+    return told, load_file(folder / "out/adapter_model.safetensors")
+
+
+def test_a_bank_without_a_check_of_answers_refuses_trials_that_want_one(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    with pytest.raises(ConfigError, match="this bank measures no answers"):
+        make_bank(validation_rows).admit("t", trial(eval_strategy="steps", eval_steps=2, eval_generation_rows=2))
