@@ -211,14 +211,8 @@ def test_a_base_whose_layers_do_not_see_rows_apart_is_not_shared_where_answers_a
     folder = tmp_path / "opt"
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.save_pretrained(folder)
-    shape = {
-        "hidden_size": 16,
-        "ffn_dim": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "word_embed_proj_dim": 16,
-    }
-    config = OPTConfig(vocab_size=len(tokenizer), dropout=0.0, word_embed_proj_dim=16, **shape)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32}
+    config = OPTConfig(vocab_size=len(tokenizer), num_hidden_layers=1, num_attention_heads=2, dropout=0.0, **sizes)
     OPTForCausalLM(config).save_pretrained(folder)
     opt = {**settings, "model_path": str(folder)}
     assert BankHost(opt, splits, str(tmp_path / "a"), device="cpu", threads=2).fault() is None
