@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,9 @@ class Patience:
     waited: int = 0
 
     def improved(self, value: float, step: int) -> bool:
-        """Takes in the goal's value in an evaluation; whether it is the best so far."""
-        if self.best is None or self.goal.cost(value) < self.goal.cost(self.best):
+        """Takes in the goal's value in an evaluation; whether it is the best so far, which no infinite one is."""
+        best = self.goal.worst if self.best is None else self.best
+        if math.isfinite(value) and self.goal.cost(value) < self.goal.cost(best):
             self.best, self.best_step, self.waited = value, step, 0
             return True
         self.waited += 1

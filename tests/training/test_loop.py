@@ -84,6 +84,14 @@ def test_with_a_goal_that_is_better_when_higher_the_loss_decides_nothing() -> No
     assert summary.reason == "no higher Exact match of answers in 2 evaluations"
 
 
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_rouge"])
+def test_an_evaluation_that_is_no_number_is_never_the_best(metric: str) -> None:
+    patience = Patience(2, Goal.of(metric))
+    assert not patience.improved(math.nan, 1) and not patience.improved(math.inf, 2)
+    assert patience.spent and patience.best is None
+    assert patience.improved(0.5, 3) and not patience.improved(math.nan, 4)
+
+
 def test_what_a_checkpoint_keeps_of_patience_goes_on_where_it_was() -> None:
     before = Patience(3, Goal.of("eval_rouge"))
     assert [before.improved(value, step) for step, value in enumerate([0.25, 0.5, 0.125], start=1)] == [
