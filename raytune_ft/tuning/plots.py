@@ -62,7 +62,7 @@ def parallel(result: SweepResult) -> str:
         shades = mpl.colormaps[_SHADES]
         for number in range(len(scored)):
             heights = [column[number] for column in places] + [1 - order[number]]
-            best = metric[number] == min(metric)
+            best = scored[number][0] is result.best
             axes.plot(
                 range(len(names) + 1),
                 heights,
@@ -97,8 +97,9 @@ def heat_map(result: SweepResult) -> str | None:
 
     def paint(axes: Any) -> None:
         grid = [[cells.get((rank, rate), math.nan) for rate in rates] for rank in ranks]
-        axes.imshow(grid, cmap=_SHADES, aspect="auto", origin="lower")
-        middle = (min(cells.values()) + max(cells.values())) / 2
+        costs = [[result.goal.cost(value) for value in row] for row in grid]
+        axes.imshow(costs, cmap=_SHADES.removesuffix("_r"), aspect="auto", origin="lower")  # the better, the darker
+        middle = result.goal.cost((min(cells.values()) + max(cells.values())) / 2)
         for y, row in enumerate(grid):
             for x, value in enumerate(row):
                 if not math.isnan(value):
@@ -109,7 +110,7 @@ def heat_map(result: SweepResult) -> str | None:
                         ha="center",
                         va="center",
                         size=9,
-                        color="white" if value > middle else "black",
+                        color="white" if costs[y][x] < middle else "black",
                     )
         axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         axes.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])

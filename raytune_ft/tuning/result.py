@@ -75,10 +75,14 @@ class SweepResult:
 
     @property
     def ranked(self) -> list[Trial]:
-        """The feasible trials that reported the metric, best first."""
+        """The feasible trials that reported the metric, best first; of equal ones, the one of lower validation loss."""
         feasible = [trial for trial in self.trials if trial.ending != "infeasible"]
-        scored = [(value, trial.name, trial) for trial in feasible if (value := trial.best(self.metric)) is not None]
-        return [trial for _, _, trial in sorted(scored, key=lambda item: (self.goal.cost(item[0]), item[1]))]
+        return sorted((trial for trial in feasible if trial.best(self.metric) is not None), key=self._place)
+
+    def _place(self, trial: Trial) -> tuple[float, float, str]:
+        value, loss = trial.best(self.metric), trial.best("eval_loss")
+        assert value is not None
+        return self.goal.cost(value), math.inf if loss is None else loss, trial.name
 
     @property
     def best(self) -> Trial:

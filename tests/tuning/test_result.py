@@ -36,6 +36,14 @@ def test_a_metric_that_is_better_when_higher_ranks_the_other_way_round() -> None
     assert SweepResult("eval_rouge", trials, repeats).best.name == "16"  # means 0.25 and 0.5
 
 
+def test_of_trials_with_equal_answers_the_one_of_the_lower_loss_is_the_best() -> None:
+    def answering(name: str, loss: float) -> Trial:
+        return Trial(name, {}, "finished", [{"global_step": 1.0, "eval_exact_match": 0.75, "eval_loss": loss}])
+
+    result = SweepResult("eval_exact_match", (answering("a", 0.5), answering("b", 0.25), answering("c", 1.0)))
+    assert [trial.name for trial in result.ranked] == ["b", "a", "c"]
+
+
 def test_a_sweep_without_any_metric_lists_every_trials_reason() -> None:
     result = SweepResult("eval_loss", (trial("a", ending="failed", error="out of memory"), trial("b", ending="failed")))
     with pytest.raises(RunError, match=r"out of memory; .*reported nothing"):
