@@ -82,8 +82,15 @@ class PipelineConfig(Config):
         return Location.at(self.storage_path)
 
 
+_OF_WORKERS = frozenset({"offload", "deepspeed_config", "cpus_per_worker"})
+
+
 def _on_one_worker(train: Mapping[str, Any]) -> dict[str, Any]:
-    """The training on one worker that accumulates what the others would have computed: the global batch is the same."""
+    """The training on one worker that accumulates what the others would have computed: the global batch is the same.
+
+    What only workers under DeepSpeed have a use for is left out.
+    """
+    train = {key: value for key, value in train.items() if key not in _OF_WORKERS}
     workers, steps = train.get("num_workers", 1), train.get("gradient_accumulation_steps", 1)
     if not (isinstance(workers, int) and isinstance(steps, int)):
         return {**train}  # refused where its turn comes
@@ -103,6 +110,7 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("tune"), Mapping):
         own = settings["tune"].get("training") or {}
         shared = dict(train) if isinstance(train, Mapping) else {}
+        shared.pop("resume_from_checkpoint", None)  # trials start afresh
         trials = {**(shared if "num_workers" in own else _on_one_worker(shared)), **own, **training}
         trials["output_dir"] = (storage / "sweep" / "trials").uri
         _fill(settings, "tune", output_dir=places["sweep"], training=trials)

@@ -98,3 +98,16 @@ def test_shipped_data_is_placed_on_the_runs_storage(tmp_path: Path) -> None:
     assert placed("mine.jsonl", Location.at(tmp_path)) == "mine.jsonl"
     with pytest.raises(DataError, match=r"did you mean quickstart:orders.jsonl"):
         placed("quickstart:order.jsonl", Location.at(tmp_path))
+
+
+def test_trials_leave_out_what_only_the_training_on_workers_has_a_use_for() -> None:
+    train = {
+        **SETTINGS["train"],  # type: ignore[dict-item]
+        **{"offload": "optimizer", "cpus_per_worker": 0.5, "resume_from_checkpoint": "elsewhere/step-00000010"},
+        "deepspeed_config": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    }
+    config = PipelineConfig(**{**SETTINGS, "train": train})
+    assert config.tune is not None and config.train.offload == "optimizer"
+    trial = config.tune.training
+    assert (trial.offload, trial.cpus_per_worker, trial.deepspeed_config) == ("none", None, None)
+    assert trial.resume_from_checkpoint == "auto"
