@@ -13,6 +13,13 @@ class RunError(RaytuneError):
     """A run started and could not be finished; its folder keeps what was done and why it stopped."""
 
 
+class InfeasibleError(RunError):
+    """A run cannot be carried out with its settings: another attempt would end in the same way."""
+
+    step = 0
+    """The step that could not be made, where that is known."""
+
+
 class StoppedError(RunError):
     """A run was asked to stop and saved what it had; the same command goes on from there."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.stopping import Patience
 
@@ -25,7 +25,7 @@ class Decision(StrEnum):
     """Save a checkpoint and end, to go on later."""
 
 
-class NotFiniteError(RunError):
+class NotFiniteError(InfeasibleError):
     """A loss or gradient norm that is no finite number: the weights are lost from this step on."""
 
     def __init__(self, step: int, metrics: Metrics, last_good: str = "") -> None:

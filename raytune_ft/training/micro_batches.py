@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import InfeasibleError, RunError
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.loop import Learner, Metrics
@@ -25,8 +25,24 @@ logger = logging.getLogger("raytune_ft")
 DIVISOR = "micro_batch_divisor"
 
 
+_HOPELESS = (
+    "Not even one row at a time fits: lower max_length, take method=qlora, a smaller model, or gradient_checkpointing"
+)
+
+
 class OutOfMemoryError(RunError):
     """A step needed more memory than there is."""
+
+
+class NotOneRowError(OutOfMemoryError, InfeasibleError):
+    """Memory does not hold a single row."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}. {_HOPELESS}")
+        self._given = where, reason
+
+    def __reduce__(self) -> tuple[type[NotOneRowError], tuple[str, str]]:
+        return type(self), self._given
 
 
 class GradientsOutOfMemoryError(OutOfMemoryError):
@@ -95,7 +111,7 @@ class ShrinkingLearner:
         """Makes an optimizer step, in as small parts as memory wants.
 
         Raises:
-            OutOfMemoryError: if not even one row fits.
+            NotOneRowError: if not even one row fits.
         """
         while True:
             parts = divided(batch, self.divisor)
@@ -104,7 +120,7 @@ class ShrinkingLearner:
             except GradientsOutOfMemoryError as error:
                 reason = str(error)
             if max(part.rows for part in parts) == 1:
-                raise OutOfMemoryError(f"step {step}: {reason}. {HOPELESS}")
+                raise NotOneRowError(f"step {step}", reason)
             self.divisor *= 2
             release_memory()
             logger.warning("step %d: out of memory; made again with micro-batches of half the rows", step)
@@ -124,7 +140,7 @@ class Held:
         """The sum over a batch, in as small parts as memory wants; smaller parts stay for the batches that follow.
 
         Raises:
-            OutOfMemoryError: if not even one row fits.
+            NotOneRowError: if not even one row fits.
         """
         while True:
             parts = divided([batch], self.divisor)
@@ -135,15 +151,10 @@ class Held:
                     raise
                 reason = str(error).splitlines()[0]
             if max(part.rows for part in parts) == 1:
-                raise OutOfMemoryError(f"evaluation: {reason}. {HOPELESS}")
+                raise NotOneRowError("evaluation", reason)
             self.divisor *= 2
             release_memory()
             logger.warning("evaluation: out of memory; goes on with batches of half the rows")
-
-
-HOPELESS = (
-    "Not even one row at a time fits: lower max_length, take method=qlora, a smaller model, or gradient_checkpointing"
-)
 
 
 def release_memory() -> None:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_claim
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import ArtifactError, RaytuneError, RunError, StoppedError
+from raytune_ft.core.errors import ArtifactError, InfeasibleError, RaytuneError, RunError, StoppedError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
@@ -33,7 +33,7 @@ from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, r
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.interruption import StopBoard, is_noted, note_sigterm
 from raytune_ft.training.loop import Metrics, NotFiniteError
-from raytune_ft.training.micro_batches import OutOfMemoryError
+from raytune_ft.training.micro_batches import NotOneRowError, OutOfMemoryError
 from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.trackers import refuse_missing
 
@@ -195,7 +195,8 @@ def run_workers(
 
     Raises:
         StoppedError: if SIGTERM came, here or to a worker; a checkpoint is saved then.
-        RunError: if training failed.
+        InfeasibleError: if a loss was no number, or memory does not hold a single row.
+        RunError: if training failed otherwise.
     """
     (output / _ENDED).delete()
     with _stop_on_sigterm() as board:
@@ -203,16 +204,18 @@ def run_workers(
             try:
                 _fit(config, splits, output, board, use_gpu=use_gpu, reported=reported)
                 break
+            except NotOneRowError:
+                raise
             except OutOfMemoryError as error:
-                if "the next attempt" not in str(error):
-                    raise
                 logger.warning("%s", error)
                 (output / RAY_STATE).delete()
     if (output / _ENDED).exists():
         ended = json.loads((output / _ENDED).read())
         if ended["kind"] == "stopped":
             raise StoppedError(f"{ended['message']}; the same command goes on from there")
-        raise RunError(ended["message"])
+        infeasible = InfeasibleError(ended["message"])
+        infeasible.step = ended["step"]
+        raise infeasible
 
 
 def _fit(
@@ -269,8 +272,8 @@ def _worker(settings: dict[str, Any]) -> None:
             report.model_is_written()
     except (StoppedError, NotFiniteError) as error:
         if seat.rank == 0:
-            kind = "stopped" if isinstance(error, StoppedError) else "failed"
-            (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error)}).encode())
+            kind, step = ("stopped", 0) if isinstance(error, StoppedError) else ("infeasible", error.step)
+            (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error), "step": step}).encode())
 
 
 @dataclass

@@ -31,7 +31,7 @@ from raytune_ft.training.keeper import Keeper
 from raytune_ft.training.loop import Decision, Learner, Metrics, NotFiniteError, TrainingSummary, fit
 from raytune_ft.training.micro_batches import (
     DIVISOR,
-    HOPELESS,
+    NotOneRowError,
     OutOfMemoryError,
     ShrinkingLearner,
     is_out_of_memory,
@@ -260,7 +260,7 @@ class _RestartingLearner:
     def _wish(self, where: str, reason: str) -> OutOfMemoryError:
         rows = self.config.per_device_train_batch_size
         if rows == 1 or self.output is None:
-            return OutOfMemoryError(f"{where}: {reason}. {HOPELESS}")
+            return NotOneRowError(where, reason)
         (self.output / CHECKPOINTS / _SHRUNK).write(json.dumps({"divisor": self.divisor * 2}).encode())
         return OutOfMemoryError(
             f"{where}: out of memory with {rows} rows at a time ({reason}); the next attempt goes on from the "

@@ -6,7 +6,8 @@ Meets Ray, beside `run.py`, because such a trial is a function of Ray Tune's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,10 +16,12 @@ from typing import Any
 from ray import tune as ray_tune
 
 from raytune_ft.core import cluster
+from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.core.placement import Demand, ResourcePlan, misfit
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.folder import CHECKPOINTS
+from raytune_ft.training.goal import Goal
 from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.run import RAY_STATE, Reported, run_workers, worker_demand
 from raytune_ft.training.session import Seat, train_in_process
@@ -46,7 +49,7 @@ def start_alone(
         ClusterError: if the cluster has no room for one.
     """
     training = config.training
-    given = {"settings": training.model_dump(mode="json"), "splits": splits, "output": output.uri}
+    given = {"settings": training.model_dump(mode="json"), "splits": splits, "output": output.uri, "goal": config.goal}
     if training.num_workers == 1:
         together = concurrency(config, connected, trials)
         threads = max(1, math.floor(config.cpus_per_trial))
@@ -75,24 +78,40 @@ def concurrency(config: SweepConfig, connected: cluster.Cluster, trials: int) ->
     return max(1, min(trials, room, config.max_concurrent_trials or trials))
 
 
-def in_process(space: dict[str, Any], *, settings: dict[str, Any], splits: Splits, output: str, threads: int) -> None:
+def in_process(
+    space: dict[str, Any], *, settings: dict[str, Any], splits: Splits, output: str, goal: Goal, threads: int
+) -> None:
     """One trial in this process: a training run that reports its evaluations to Tune."""
     import torch
 
     torch.set_num_threads(threads)
     config, where = _trial_settings(space, settings), _folder(output)
     report = EvaluationReport(config, ray_tune.report)
-    train_in_process(config, splits[config.max_length], Seat(), output=where, report=report, golden=False)
-    report.model_is_written()
+    with _told_if_infeasible(goal, report):
+        train_in_process(config, splits[config.max_length], Seat(), output=where, report=report, golden=False)
+        report.model_is_written()
 
 
-def on_workers(space: dict[str, Any], *, settings: dict[str, Any], splits: Splits, output: str, use_gpu: bool) -> None:
+def on_workers(
+    space: dict[str, Any], *, settings: dict[str, Any], splits: Splits, output: str, goal: Goal, use_gpu: bool
+) -> None:
     """One trial on Ray Train workers: this process only drives it, and passes its evaluations on to Tune."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
     config, where = _trial_settings(space, settings), _folder(output)
     reported = Reported(callbacks=(TuneReportCallback(),))
-    run_workers(config, splits[config.max_length], where, use_gpu=use_gpu, reported=reported)
+    with _told_if_infeasible(goal):
+        run_workers(config, splits[config.max_length], where, use_gpu=use_gpu, reported=reported)
+
+
+@contextmanager
+def _told_if_infeasible(goal: Goal, report: EvaluationReport | None = None) -> Iterator[None]:
+    """A trial that diverges, or that memory does not hold, says so as its last word: no attempt would end otherwise."""
+    try:
+        yield
+    except InfeasibleError as error:
+        step = error.step or (report.step if report is not None else 0)
+        ray_tune.report({goal.metric: goal.worst, "global_step": step, "infeasible": str(error)})
 
 
 def _trial_settings(space: dict[str, Any], settings: dict[str, Any]) -> FineTuningConfig:

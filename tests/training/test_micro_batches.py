@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.training.micro_batches import (
     Held,
+    NotOneRowError,
     OutOfMemoryError,
     ShrinkingLearner,
     before_the_optimizer,
@@ -174,3 +177,9 @@ def test_an_evaluation_that_all_ranks_share_asks_for_another_attempt(settings, t
         _RestartingLearner(Cramped(9), config, 1, Location.at(tmp_path)).evaluate()
     assert json.loads((tmp_path / "checkpoints/micro_batches.json").read_text()) == {"divisor": 2}
     assert shrunk(config.with_overrides(per_device_eval_batch_size=5), 2).per_device_eval_batch_size == 3
+
+
+def test_that_not_even_one_row_fits_is_still_known_as_such_in_another_process() -> None:
+    error = pickle.loads(pickle.dumps(NotOneRowError("step 3", "CUDA out of memory")))  # as Ray hands it over
+    assert isinstance(error, OutOfMemoryError) and isinstance(error, InfeasibleError)
+    assert str(error).startswith("step 3: CUDA out of memory. Not even one row at a time fits: lower max_length")

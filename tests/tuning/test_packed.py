@@ -230,8 +230,14 @@ def test_a_killed_proxy_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model,
 
 @pytest.mark.soak
 @pytest.mark.ray
-def test_a_trial_that_diverges_is_infeasible_and_hurts_no_other(ray_cluster, tiny_model, orders, tmp_path) -> None:
-    config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", space={"learning_rate": [1e-2, 1e30]})
+@pytest.mark.parametrize(
+    "how", [{"packed": "auto"}, {"packed": "never"}, {"training": {"num_workers": 2, "cpus_per_worker": 0.5}}]
+)
+def test_a_trial_that_diverges_is_infeasible_and_hurts_no_other(
+    how: dict, ray_cluster, tiny_model, orders, tmp_path
+) -> None:
+    how = {**how, "scheduler": "none", "space": {"learning_rate": [1e-2, 1e30]}}
+    config = sweep(tiny_model, orders, tmp_path / "sweep", **how)
     artifact = HyperparameterSweep(config).run()
     result = SweepResult.from_json(artifact.read_json("result.json"))
     endings = {trial.settings["learning_rate"]: trial for trial in result.trials}
