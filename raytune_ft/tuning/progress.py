@@ -68,10 +68,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
-        last = trial.last_result or {}
-        state = "infeasible" if last.get("infeasible") else "done"
-        if state == "done" and self._view.last_step and last.get("global_step", 0) < self._view.last_step:
-            state = "stopped early"
+        state = self._state_of(trial)
         self._view.hear(trial.trial_id, _label(trial), state=state)
         self._trackers.end(trial.trial_id, state)
 
@@ -80,9 +77,21 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         self._view.hear(trial.trial_id, _label(trial), state="failed")
         self._trackers.end(trial.trial_id, "failed")
 
+    def _state_of(self, trial: Any) -> str:
+        """How a trial ended that did not fail."""
+        last = trial.last_result or {}
+        if last.get("infeasible"):
+            return "infeasible"
+        early = self._view.last_step is not None and last.get("global_step", 0) < self._view.last_step
+        return "stopped early" if early else "done"
+
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Ray Tune's hook: the curves go into a file."""
+        """Ray Tune's hook: the curves go into a file; trackers hear of trials whose end an earlier driver saw."""
         self._view.close()
+        for trial in trials:
+            if trial.trial_id in self._curves and not self._trackers.knows(trial.trial_id):
+                self._trackers.log(trial.trial_id, _label(trial), trial.config, self._curves[trial.trial_id])
+                self._trackers.end(trial.trial_id, "failed" if trial.status == "ERROR" else self._state_of(trial))
         self._trackers.close()
         (self._folder / _TRACKER_FAILURES).write(json.dumps(self._trackers.failures).encode())
         (self._folder / _CURVES).write(json.dumps(self._curves).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +61,8 @@ class Tracked:
             MissingDependencyError: if one is not installed.
             ConfigError: if one cannot start.
         """
+        if not self.output.is_local:  # what an attempt left that was killed
+            shutil.rmtree(self.folder, ignore_errors=True)
         trackers, status = self.start("sweep", settings), "failed"
         try:
             yield trackers
@@ -78,11 +81,18 @@ class TrackedTrials:
     tracked: Tracked
     failures: dict[str, int] = field(default_factory=dict)
     _running: dict[str, Trackers] = field(default_factory=dict)
+    _known: set[str] = field(default_factory=set)
+
+    def knows(self, trial: str) -> bool:
+        """Whether anything was heard of a trial."""
+        return trial in self._known
 
     def log(self, trial: str, label: str, settings: Mapping[str, Any], curve: Sequence[Mapping[str, float]]) -> None:
         """Takes the last row of a trial's curve; of one that is not known here, those before it, too."""
+        self._known.add(trial)
         if trial not in self._running:
-            name = f"{trial} {label}".replace("/", "_")[:_LONGEST]
+            # Some object stores take no blanks in a path.
+            name = re.sub(r"[^\w.,=+]+", "_", f"{trial} {label}".replace(", ", ","))[:_LONGEST]
             self._running[trial] = self._started(name, settings_at(dict(settings), dict(self.tracked.settings)))
             self._running[trial].recall([_row(point) for point in curve[:-1]])
         self._running[trial].log(_row(curve[-1]))

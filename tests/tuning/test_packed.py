@@ -110,8 +110,9 @@ def test_packed_trials_have_the_curves_of_trials_with_a_base_of_their_own(
     assert packed.best.best("eval_chrf") == together.numbers["best_eval_chrf"] == highest > 0
     assert packed.best.settings == solo.best.settings == together.numbers["best_settings"]
     for folder, result in (("packed", packed), ("alone", solo)):
-        events = {path.parent.name.partition(" ")[0] for path in (tmp_path / folder).glob("tensorboard/*/events.out*")}
-        assert events == {"sweep", *(trial.name for trial in result.trials)}
+        events = {path.parent.name for path in (tmp_path / folder).glob("tensorboard/*/events.out*")}
+        names = {f"{trial.name}_{trial.label().replace(', ', ',')}" for trial in result.trials}
+        assert events == {"sweep", *names}
         assert (tmp_path / folder / "best/adapter_model.safetensors").exists()
         assert not (tmp_path / folder / "trials").exists()
 

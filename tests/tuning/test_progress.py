@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import tune
 
 from raytune_ft.core.storage import Location
-from raytune_ft.tuning.progress import Progress, curves_in
+from raytune_ft.training.config import Tracking
+from raytune_ft.tuning.progress import Progress, curves_in, tracker_failures_in
 from raytune_ft.tuning.tracking import Tracked
+
+from ..training.test_trackers import scalars  # noqa: TID252 - tests are no installed package
 
 
 def counts() -> type[tune.Trainable]:
@@ -82,3 +86,22 @@ def test_a_step_that_was_reported_again_counts_once(tmp_path) -> None:
     told = [{"global_step": step, "eval_loss": loss} for step, loss in [(4, 3.0), (2, 5.0), (4, 2.0)]]
     (folder / "curves.json").write(json.dumps({"a": told}).encode())
     assert curves_in(folder) == {"a": [told[1], told[2]]}
+
+
+def test_trackers_hear_of_trials_that_ended_before_this_driver_went_on(tmp_path) -> None:
+    """What an earlier driver wrote was cleared away when this one took over; its curves came with Tune's state."""
+    folder = Location.at(tmp_path / "ray")
+    progress = Progress(folder, "eval_loss", 4, Tracked((Tracking.TENSORBOARD,), Location.at(tmp_path), {}))
+    curve = [{"global_step": 2.0, "eval_loss": 3.0}, {"global_step": 4.0, "eval_loss": 2.0}]
+    progress.set_state({"curves": {"a": curve}})
+    ended, going = (
+        SimpleNamespace(trial_id=name, config={"lora_r": rank}, last_result={"global_step": 4}, status="TERMINATED")
+        for name, rank in (("a", 4), ("b", 8))
+    )
+    progress.on_trial_result(0, [ended, going], going, {"global_step": 2, "eval_loss": 5.0, "pid": 7})
+    progress.on_trial_complete(0, [ended, going], going)
+    progress.on_experiment_end([ended, going])
+    assert scalars(tmp_path / "tensorboard/a_lora_r=4") == [(2, "eval_loss", 3.0), (4, "eval_loss", 2.0)]
+    assert scalars(tmp_path / "tensorboard/b_lora_r=8") == [(2, "eval_loss", 5.0)]
+    assert curves_in(folder) == {"a": curve, "b": [{"global_step": 2.0, "eval_loss": 5.0}]}
+    assert tracker_failures_in(folder) == {}

@@ -27,12 +27,26 @@ def test_each_trial_has_event_files_with_its_whole_curve_also_after_a_restart(tm
     before.log("t1", "lora_r=4", {"lora_r": 4}, POINTS[:1])
     after = TrackedTrials(tracked(tmp_path))  # another process, which knows the curve so far
     after.log("t1", "lora_r=4", {"lora_r": 4}, POINTS)
-    after.log("t2", "adapter=a/b", {}, POINTS[:1])
+    after.log("t2", "adapter=a/b, lora_target_modules=['q_proj']", {}, POINTS[:1])
     after.end("t1", "done")
     after.close()
-    assert scalars(tmp_path / "tensorboard/t1 lora_r=4") == [(2, "eval_loss", 2.0), (4, "eval_loss", 1.0)]
-    assert scalars(tmp_path / "tensorboard/t2 adapter=a_b") == [(2, "eval_loss", 2.0)]
+    assert scalars(tmp_path / "tensorboard/t1_lora_r=4") == [(2, "eval_loss", 2.0), (4, "eval_loss", 1.0)]
+    assert scalars(tmp_path / "tensorboard/t2_adapter=a_b,lora_target_modules=_q_proj_") == [(2, "eval_loss", 2.0)]
     assert after.failures == {}
+
+
+def test_event_files_of_a_sweep_on_an_object_store_come_there_at_its_end(gs_bucket: str, tmp_path: Path) -> None:
+    output = Location.at(f"{gs_bucket}/sweep")
+    remote = Tracked((Tracking.TENSORBOARD,), output, {})
+    with remote.sweep({}) as told:
+        trials = TrackedTrials(remote)
+        trials.log("t1", "lora_r=4", {}, POINTS)
+        trials.close()
+        told.log({"step": 1, "best_eval_loss": 1.0})
+    assert not remote.folder.exists()
+    (output / "tensorboard").download(tmp_path)
+    assert scalars(tmp_path / "t1_lora_r=4")[-1] == (4, "eval_loss", 1.0)
+    assert scalars(tmp_path / "sweep") == [(1, "best_eval_loss", 1.0)]
 
 
 def test_a_tracker_that_cannot_start_ends_the_sweep_before_it_began(tmp_path: Path) -> None:
@@ -81,8 +95,8 @@ def test_mlflow_has_a_run_for_each_trial_with_its_own_settings(tmp_path: Path, m
     by_name = {run.info.run_name: run for run in runs}
     assert {name: run.info.status for name, run in by_name.items()} == {
         "sweep": "FINISHED",
-        "t1 lora_alpha.times_rank=2": "KILLED",
-        "t2 lora_r=4": "FAILED",
+        "t1_lora_alpha.times_rank=2": "KILLED",
+        "t2_lora_r=4": "FAILED",
     }
-    assert by_name["t1 lora_alpha.times_rank=2"].data.params == {"lora_r": "8", "lora_alpha": "16"}
+    assert by_name["t1_lora_alpha.times_rank=2"].data.params == {"lora_r": "8", "lora_alpha": "16"}
     assert by_name["sweep"].data.metrics == {"best_eval_loss": 1.0}
