@@ -56,6 +56,7 @@ class AnswerCheck:
         self._questions = [question for question in found if question is not None]
         if not self._questions:
             raise DataError("eval_generation_rows: no validation row has anything to answer; set it to 0")
+        self.shortfall: str | None = None  # in words, if fewer rows are answered than were asked for
         self._loaded, self._name = loaded, config.eval_generation_metric
         self._metric = METRICS[self._name]()
         decode = loaded.tokenizer.decode
@@ -77,7 +78,17 @@ class AnswerCheck:
         if validation is None or not count:
             return None
         loaded = LoadedModel(model, tokenizer, Chat(tokenizer), resolve_model(config.model_path), device)
-        return cls(loaded, config, [validation[number] for number in range(count)])
+        made = cls(loaded, config, [validation[number] for number in range(count)])
+        if len(made) < config.eval_generation_rows:
+            made.shortfall = (
+                f"eval_generation_rows: {config.eval_generation_rows} asked for, {len(made)} answered: of "
+                f"{len(validation)} validation rows, {count - len(made)} have nothing to answer"
+            )
+        return made
+
+    def __len__(self) -> int:
+        """Rows that are answered."""
+        return len(self._questions)
 
     def measure(self, peers: Peers) -> Metrics:
         """``eval_<metric>`` over all rows; under several ranks each answers a share, and all call it."""

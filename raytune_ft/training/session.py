@@ -100,6 +100,8 @@ def train_in_process(
         learner = _learner(trainee, fitting, timetable, seat, validation)
         careful = _within_memory(learner, fitting, divisor, output)
         answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, seat.device)
+        if answers is not None and answers.shortfall and peers.leads:
+            logger.warning("%s", answers.shortfall)
         watched = careful if answers is None else AnsweringLearner(careful, answers, peers)
         keeper = Keeper(config, learner, output, peers)
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))

@@ -137,6 +137,8 @@ class BankHost:
         except UserError as error:
             self._refused = error
             return
+        if answers is not None and answers.shortfall:
+            logger.warning("%s", answers.shortfall)
         flat = layer_without_rows(base.model) if answers is not None else None
         if flat is not None:
             self._fault = f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ def test_answers_are_the_greedy_ones_and_wrong_references_count_nothing(tiny_mod
     wrong = [Encoded([*row.input_ids[:-1], row.input_ids[0]], row.supervised) for row in rows]
     assert check(model, tokenizer, settings(eval_generation_rows=2), wrong).measure(ALONE) == {"eval_exact_match": 0.0}
     assert model.training
+
+
+def test_fewer_rows_than_asked_for_are_said(tiny_model: Path, settings, splits, caplog) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), load_tokenizer(str(tiny_model))
+    rows = [Encoded([1, 2, 3], [False, True, True]), Encoded([1, 2], [True, True])]
+    assert check(model, tokenizer, settings(eval_generation_rows=1), rows).shortfall is None
+    short = check(model, tokenizer, settings(eval_generation_rows=5), rows)
+    assert len(short) == 1 and short.shortfall is not None
+    assert short.shortfall.endswith("5 asked for, 1 answered: of 2 validation rows, 1 have nothing to answer")
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        train_in_process(settings(eval_generation_rows=9, max_steps=1), splits, Seat(), output=None)
+    assert "9 asked for, 4 answered: of 4 validation rows, 0 have nothing" in caplog.text
 
 
 @pytest.mark.parametrize("metric", ["field_f1", "label_f1", "bleu"])
