@@ -15,7 +15,7 @@ from raytune_ft.evaluation.config import EvaluationConfig
 from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.config import OF_WORKERS, SweepConfig
 
 FOLDERS = {
     "prepare": "dataset",
@@ -82,15 +82,12 @@ class PipelineConfig(Config):
         return Location.at(self.storage_path)
 
 
-_OF_WORKERS = frozenset({"offload", "deepspeed_config", "cpus_per_worker"})
-
-
 def _on_one_worker(train: Mapping[str, Any]) -> dict[str, Any]:
     """The training on one worker that accumulates what the others would have computed: the global batch is the same.
 
     What only workers under DeepSpeed have a use for is left out.
     """
-    train = {key: value for key, value in train.items() if key not in _OF_WORKERS}
+    train = {key: value for key, value in train.items() if key not in OF_WORKERS}
     workers, steps = train.get("num_workers", 1), train.get("gradient_accumulation_steps", 1)
     if not (isinstance(workers, int) and isinstance(steps, int)):
         return {**train}  # refused where its turn comes

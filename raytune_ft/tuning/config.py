@@ -11,6 +11,9 @@ from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.goal import Goal
 from raytune_ft.tuning.space import Space, TimesRank, check_space, with_guide
 
+OF_WORKERS = {"cpus_per_worker": None, "offload": "none", "deepspeed_config": None}
+"""Training settings that trials on one worker have no use for, and their values where nothing is asked for."""
+
 
 class SweepConfig(Config):
     """A search over training settings, under Ray Tune's schedulers."""
@@ -113,16 +116,15 @@ class SweepConfig(Config):
             )
         if self.training.num_workers > 1:
             return
-        if self.training.cpus_per_worker is not None:
+        for key, unset in OF_WORKERS.items():
+            if getattr(self.training, key) == unset:
+                continue
+            if key == "cpus_per_worker":
+                raise ValueError(f"training.{key}: a trial on one worker is given cpus_per_trial; set that instead")
             raise ValueError(
-                "training.cpus_per_worker: a trial on one worker is given cpus_per_trial; set that instead"
+                f"training.{key}: trials on one worker go without DeepSpeed; leave it out, or give each trial "
+                "workers of its own with training.num_workers above 1"
             )
-        for key, unset in (("offload", "none"), ("deepspeed_config", None)):
-            if getattr(self.training, key) != unset:
-                raise ValueError(
-                    f"training.{key}: trials on one worker go without DeepSpeed; leave it out, or give each trial "
-                    "workers of its own with training.num_workers above 1"
-                )
 
     def _refuse_other_metric(self) -> None:
         known = ("loss", *self.training.evaluated_metrics)

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,13 @@ def start_banks(
             for _ in range(each)
         )
     banks = Banks(packs.keys, actors)
-    fault: str | None = "not asked yet"
-    try:
+    with ExitStack() as unless_shared:
+        unless_shared.callback(banks.close)
         fault = banks.fault()
-    finally:
         if fault is not None:
-            banks.close()
-    return fault or banks
+            return fault
+        unless_shared.pop_all()
+    return banks
 
 
 class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any

@@ -54,7 +54,7 @@ def parallel(result: SweepResult) -> str:
     columns = [[_shown(trial.settings[name]) for trial, _ in scored] for name in names]
     places = [_places(values) for values in columns]
     metric = [result.goal.cost(value) for _, value in scored]
-    order = _ranks(metric)
+    order, winner = _ranks(metric), result.best
 
     def paint(axes: Any) -> None:
         import matplotlib as mpl
@@ -62,7 +62,7 @@ def parallel(result: SweepResult) -> str:
         shades = mpl.colormaps[_SHADES]
         for number in range(len(scored)):
             heights = [column[number] for column in places] + [1 - order[number]]
-            best = scored[number][0] is result.best
+            best = scored[number][0] is winner
             axes.plot(
                 range(len(names) + 1),
                 heights,

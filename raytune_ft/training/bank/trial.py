@@ -48,7 +48,7 @@ class Trial:
     step: int = 0
     status: Status = Status.RUNNING
     reason: str = ""
-    patience: Patience = field(default_factory=Patience)
+    patience: Patience = field(init=False)
     history: list[dict[str, float]] = field(default_factory=list)
     best: State | None = None
     _order: Iterator[list[int]] | None = None
