@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raytune_ft.models.chat import Encoded
-from raytune_ft.models.collate import PackedBatch, pack_flat
+from raytune_ft.models.collate import PackedBatch, group_by_budget, pack_flat
 
 Batch = TypeVar("Batch")
 
@@ -44,6 +45,11 @@ class TokenRows:
         """These rows laid end to end, without a Python object for each token."""
         return pack_flat(*self._flat(numbers))
 
+    def lengths(self, numbers: Sequence[int]) -> list[int]:
+        """Tokens of these rows, which are not read for it."""
+        found: list[int] = pc.list_value_length(self._rows[list(numbers)]["input_ids"]).to_pylist()
+        return found
+
     def _flat(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any]]:
         """Token ids, which of them are supervised, and the rows' lengths."""
         table = self._rows[list(numbers)]
@@ -76,15 +82,55 @@ def rank_share(rows: Sequence[int], rank: int, world_size: int, micro_batches: i
     return [mine[number::micro_batches] for number in range(micro_batches)]
 
 
+def within_budget(shares: Sequence[Sequence[int]], lengths: Mapping[int, int], token_budget: int) -> list[list[int]]:
+    """The rows of each list in as few lists of at most `token_budget` tokens as it takes; a longer row has its own.
+
+    Args:
+        shares: row numbers.
+        lengths: tokens of each row, by its number.
+        token_budget: in tokens.
+    """
+    return [
+        [share[place] for place in group]
+        for share in shares
+        for group in group_by_budget([lengths[row] for row in share], token_budget)
+    ]
+
+
 def packed_steps(
-    data: TokenRows, batch_size: int, seed: int, *, start: int, rank: int, world_size: int, micro_batches: int
+    data: TokenRows,
+    batch_size: int,
+    seed: int,
+    *,
+    start: int,
+    rank: int,
+    world_size: int,
+    micro_batches: int,
+    token_budget: int | None = None,
 ) -> Iterator[list[PackedBatch]]:
-    """The micro-batches of one rank for each step after `start`, without end.
+    """The micro-batches of one rank for each step after `start`, without end; all ranks have as many.
 
     A rank without rows gets a row without targets, so that all ranks take part in every reduction.
+
+    Args:
+        data: the rows.
+        batch_size: rows of a step, over all ranks.
+        seed: of their order.
+        start: steps that were made before.
+        rank: whose micro-batches.
+        world_size: number of ranks.
+        micro_batches: into how many parts the rows of a rank are divided.
+        token_budget: most tokens of a micro-batch; those that have more are divided further (`within_budget`).
     """
     for rows in step_rows(len(data), batch_size, seed, start=start):
         shares = rank_share(rows, rank, world_size, micro_batches)
+        if token_budget is not None:
+            lengths = dict(zip(rows, data.lengths(rows), strict=True))
+            everyone = [
+                within_budget(rank_share(rows, other, world_size, micro_batches), lengths, token_budget)
+                for other in range(world_size)
+            ]
+            shares = everyone[rank] + [[]] * (max(map(len, everyone)) - len(everyone[rank]))
         yield [data.packed(share) if share else data.packed(rows[:1]).without_targets() for share in shares]
 
 

@@ -49,12 +49,14 @@ class FineTuningConfig(Config):
             "adapter_path",
             "dataset_path",
             "output_dir",
+            "logging_strategy",
             "logging_steps",
             "save_strategy",
             "save_steps",
             "num_workers",
             "per_device_train_batch_size",  # their product counts: see `identity`
             "gradient_accumulation_steps",
+            "max_tokens_per_micro_batch",
             "zero_stage",
             "offload",
             "deepspeed_config",
@@ -83,6 +85,9 @@ class FineTuningConfig(Config):
     """Number of optimizer steps; overrides `num_train_epochs`."""
     per_device_train_batch_size: int = Field(4, ge=1)
     """Rows that a worker computes at the same time."""
+    max_tokens_per_micro_batch: int | None = Field(None, ge=1)
+    """Most tokens that a worker computes at the same time, whatever the rows' lengths: more are spread over several
+    micro-batches of the same step, and a longer row is one alone. Bounds memory; the losses are the same."""
     per_device_eval_batch_size: int = Field(4, ge=1)
     """Rows that a worker evaluates at the same time."""
     gradient_accumulation_steps: int = Field(1, ge=1)
@@ -146,8 +151,8 @@ class FineTuningConfig(Config):
     eval_generation_metric: EvaluationMetric = EvaluationMetric.EXACT_MATCH
     """How these answers are measured."""
     metric_for_best_model: str = "eval_loss"
-    """What makes a checkpoint the best, and what early stopping watches: ``eval_loss``, or the answers' metric, such as
-    ``eval_exact_match``."""
+    """What makes a checkpoint the best, and what early stopping watches: ``eval_loss``, ``eval_perplexity``, or the
+    answers' metric, such as ``eval_exact_match``."""
     save_strategy: Literal["no", "epoch", "steps"] = "epoch"
     """When a checkpoint is written, from which an interrupted run goes on."""
     save_steps: int = Field(500, ge=1)
@@ -155,8 +160,11 @@ class FineTuningConfig(Config):
     save_total_limit: int = Field(2, ge=1)
     """Checkpoints that are kept, the best evaluation's among them; older ones are deleted once a newer one was read and
     found whole."""
+    logging_strategy: Literal["no", "epoch", "steps"] = "steps"
+    """When a progress line is said, besides the first and the last step's; with ``no``, evaluations have one only.
+    `history.jsonl` has every step."""
     logging_steps: int = Field(10, ge=1)
-    """Steps between progress lines."""
+    """Steps between progress lines, with strategy ``steps``."""
     report_to: list[Tracking] = Field(default_factory=lambda: [Tracking.TENSORBOARD])
     """Where curves go besides `history.jsonl`: tensorboard (event files in the artifact), mlflow, wandb."""
     resume_from_checkpoint: str = Field("auto", min_length=1)

@@ -87,7 +87,7 @@ def deepspeed_settings(config: FineTuningConfig, precision: str) -> dict[str, An
         settings.pop(block, None)
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_accumulation_steps": _accumulated(config),
         "gradient_clipping": config.max_grad_norm,
         "zero_optimization": {"stage": config.zero_stage},
         "bf16": {"enabled": precision == "bf16"},
@@ -102,6 +102,12 @@ def deepspeed_settings(config: FineTuningConfig, precision: str) -> dict[str, An
     if precision == "bf16":  # the loop stops at a norm that is no number; looking into each gradient for one takes long
         ours_by_default["bf16"] = {"check_grad_overflow": False}
     return _joined(_joined(ours_by_default, settings), own)
+
+
+def _accumulated(config: FineTuningConfig) -> int:
+    """The engine is told where a step ends; from this number it only takes whether gradients are ever added up."""
+    least = 1 if config.max_tokens_per_micro_batch is None else 2
+    return max(least, config.gradient_accumulation_steps)
 
 
 def _expected(config: FineTuningConfig) -> Iterator[tuple[str, Any, str]]:

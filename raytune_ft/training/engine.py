@@ -208,13 +208,14 @@ class ZeroLearner:
         seed_step(self._config.seed, step, self.rank)
         mine = torch.tensor([sum(len(m.targets) for m in batch), sum(m.tokens for m in batch)], dtype=torch.float64)
         counts = self._reduced(mine)
-        # DeepSpeed divides by the number of micro-batches and of ranks; the global mean wants neither.
-        scale = self.world_size * len(batch) / counts[0].clamp(min=1.0)
+        # DeepSpeed divides by the number of ranks, which the global mean does not want.
+        scale = self.world_size / counts[0].clamp(min=1.0)
         losses = []
         norm = None
         for micro in batch:
+            self.engine.set_gradient_accumulation_boundary(micro is batch[-1])  # steps may differ in their number
             loss = self.engine(micro.to(self._device))
-            self.engine.backward(loss * scale.to(loss.dtype))
+            self.engine.backward(loss * scale.to(loss.dtype), scale_wrt_gas=False)
             losses.append(loss.detach())
             if micro is batch[-1]:
                 norm = self._unsharded_norm()

@@ -41,10 +41,19 @@ class History:
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.tokens = sum(row["tokens"] for row in self.rows)
+
+    @property
+    def last(self) -> Metrics:
+        """The metrics of the last step; empty before the first."""
+        return {name: value for name, value in self.rows[-1].items() if name != "step"} if self.rows else {}
+
     def add(self, step: int, metrics: Metrics) -> dict[str, float]:
         """Keeps the metrics of a step with tokens per second."""
         row = {"step": step, **metrics, "tokens_per_s": metrics["tokens"] / max(metrics["step_s"], 1e-9)}
         self.rows.append(row)
+        self.tokens += metrics["tokens"]
         return row
 
 
@@ -76,7 +85,8 @@ class Keeper:
             cursor: what the order of the data follows from.
 
         Raises:
-            ArtifactError: if it belongs to a model of other trainable weights, or to another order of the data.
+            ArtifactError: if it belongs to a model of other trainable weights, to another order of the data, or to a
+                step that this run does not reach.
         """
         self._cursor = cursor
         found = self._starting_checkpoint()
@@ -86,6 +96,11 @@ class Keeper:
             return
         self._refuse_other_weights(found)
         cursor.refuse_other(found.progress["cursor"], f"the checkpoint of step {found.step}", self.config)
+        if found.step > total or (found.step == total and not self._is_own(found)):
+            raise ArtifactError(
+                f"{found.target}: is of step {found.step}, and this run ends at step {total}; raise max_steps or "
+                "num_train_epochs, or start from an earlier checkpoint"
+            )
         self._state.restore(found)
         set_random_state(found, self.peers)
         self._best = self._state.best_in(found)
@@ -105,6 +120,9 @@ class Keeper:
         if own is not None or self.config.resume_from_checkpoint == "auto":
             return own
         return checkpoint.named(self.config.resume_from_checkpoint, self.peers)
+
+    def _is_own(self, found: StoredCheckpoint) -> bool:
+        return self.output is not None and found.target == checkpoint.folder_of(self.output / CHECKPOINTS, found.step)
 
     def _refuse_other_weights(self, found: StoredCheckpoint) -> None:
         mine, there = self._state.shapes, found.shapes(checkpoint.WEIGHTS)

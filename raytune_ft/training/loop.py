@@ -79,29 +79,34 @@ def fit(
     timetable: Timetable,
     *,
     start: int = 0,
+    last: Metrics | None = None,
     stopping: Patience | None = None,
     on_best: Callable[[int], None] = lambda step: None,
     on_save: Callable[[int], None] = lambda step: None,
+    note: Callable[[int, Metrics], None] = lambda step, metrics: None,
     report: Callable[[int, Metrics], Decision] = lambda step, metrics: Decision.CONTINUE,
 ) -> TrainingSummary:
-    """Makes the steps of a run that are left.
+    """Makes the steps of a run that are left; of a run that was at its end, none.
 
     Args:
         learner: makes the steps.
         batches: one item a step, from the step after `start`.
         timetable: when to evaluate and save.
         start: steps that were made before.
+        last: the metrics of step `start`; they are reported again, since the run may have broken off before they were.
         stopping: early stopping; its state is kept by the caller across restarts.
         on_best: called after an evaluation that is the best so far.
-        on_save: called when a checkpoint is due, after evaluation and report.
-        report: told the metrics of each step; may ask to stop.
+        on_save: called when a checkpoint is due, after evaluation and note.
+        note: told the metrics of each step, so that a checkpoint of it holds them.
+        report: told the metrics of each step, after the save that was due; may ask to stop.
 
     Raises:
         NotFiniteError: if the loss or the gradient norm is not a finite number.
     """
     stopping = stopping or Patience()
-    step, metrics, reason, left = start, {}, "all steps made", False
-    for step, batch in enumerate(batches, start=start + 1):
+    step, metrics = start, dict(last or {})
+    over = _why_over(report(start, metrics), start, timetable, stopping) if start else None
+    for step, batch in enumerate(batches, start=start + 1) if over is None else ():
         began = time.perf_counter()
         metrics = learner.step(batch, step)
         metrics["step_s"] = time.perf_counter() - began
@@ -111,19 +116,27 @@ def fit(
             metrics |= with_perplexity(learner.evaluate())
             if stopping.improved(metrics[stopping.goal.metric], step):
                 on_best(step)
-        decision = report(step, metrics)
-        left = decision is Decision.LEAVE and step < timetable.total and not stopping.spent
-        if timetable.saves(step) or left:
+        note(step, metrics)
+        if timetable.saves(step):
             on_save(step)
-        if left:
-            reason = "asked to leave"
+        over = _why_over(report(step, metrics), step, timetable, stopping)
+        if over is _LEFT and not timetable.saves(step):
+            on_save(step)
+        if over is not None:
             break
-        if decision is Decision.STOP:
-            reason = "asked to stop"
-            break
-        if stopping.spent:
-            reason = stopping.reason
-            break
-        if step >= timetable.total:
-            break
-    return TrainingSummary(step, reason, stopping.best_step or None, stopping.best, stopping.goal.metric, metrics, left)
+    best = stopping.best_step or None, stopping.best, stopping.goal.metric
+    return TrainingSummary(step, over or _ALL_MADE, *best, metrics, over is _LEFT)
+
+
+_LEFT, _ALL_MADE = "asked to leave", "all steps made"
+
+
+def _why_over(decision: Decision, step: int, timetable: Timetable, stopping: Patience) -> str | None:
+    """Why a run ends after `step`, in words; None if it does not."""
+    if decision is Decision.LEAVE and step < timetable.total and not stopping.spent:
+        return _LEFT
+    if decision is Decision.STOP:
+        return "asked to stop"
+    if stopping.spent:
+        return stopping.reason
+    return _ALL_MADE if step >= timetable.total else None

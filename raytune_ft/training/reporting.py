@@ -17,17 +17,15 @@ class EvaluationReport:
 
     def __init__(self, config: FineTuningConfig, tell: Callable[[dict[str, Any]], None]) -> None:
         self._config, self._tell = config, tell
-        self._tokens = 0.0
         self.step = 0
         self._last: dict[str, Any] | None = None
 
     def __call__(self, step: int, metrics: Metrics) -> Decision:
         """Hears of a step."""
         self.step = step
-        self._tokens += metrics["tokens"]
         if "eval_loss" in metrics or self._config.eval_strategy == "no":
-            row = {"global_step": step, **metrics, "tokens": self._tokens}
-            if step == self._config.max_steps:
+            row = {"global_step": step, **metrics, "tokens": metrics["tokens_so_far"]}
+            if step == metrics["last_step"]:
                 self._last = row
             else:
                 self._tell(row)

@@ -38,7 +38,7 @@ class Timetable:
     warmup: int
     eval_every: int | None
     save_every: int | None
-    log_every: int
+    log_every: int | None
 
     @classmethod
     def of(cls, config: FineTuningConfig, rows: int, *, has_validation: bool) -> Timetable:
@@ -52,7 +52,7 @@ class Timetable:
             warmup=warmup,
             eval_every=_every(config.eval_strategy, config.eval_steps, per_epoch) if has_validation else None,
             save_every=_every(config.save_strategy, config.save_steps, per_epoch),
-            log_every=config.logging_steps,
+            log_every=_every(config.logging_strategy, config.logging_steps, per_epoch),
         )
 
     def evaluates(self, step: int) -> bool:
@@ -65,7 +65,7 @@ class Timetable:
 
     def logs(self, step: int) -> bool:
         """Whether a progress line is due after `step`."""
-        return step % self.log_every == 0 or step in {1, self.total}
+        return self.log_every is not None and (step % self.log_every == 0 or step in {1, self.total})
 
 
 def _every(strategy: str, steps: int, per_epoch: int) -> int | None:

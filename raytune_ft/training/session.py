@@ -66,7 +66,7 @@ def train_in_process(
     seat: Seat,
     *,
     output: Location | None,
-    report: Report = lambda step, metrics: Decision.CONTINUE,
+    report: Report | None = None,
     stop_wanted: Callable[[], bool] = is_noted,
     golden: bool = True,
 ) -> TrainingSummary:
@@ -77,7 +77,8 @@ def train_in_process(
         splits: Parquet files of the tokenized ``train`` and ``validation`` splits.
         seat: this process's place.
         output: where checkpoints, curves and the model go; None writes nothing.
-        report: told every step's metrics.
+        report: told every step's metrics, with the tokens so far and the run's last step; of a step that is saved,
+            when it lies on storage. After a restart it hears of the step that the run goes on from again.
         stop_wanted: asked after every step; any rank's yes saves a checkpoint and ends the run.
         golden: whether the model brings golden answers, which take some time to make.
 
@@ -116,6 +117,7 @@ def train_in_process(
             rank=seat.rank,
             world_size=seat.world_size,
             micro_batches=fitting.gradient_accumulation_steps,
+            token_budget=config.max_tokens_per_micro_batch,
         )
         summary = _Run(seat, timetable, keeper, monitor, report, stop_wanted).fit(watched, one_ahead(batches), trackers)
         if summary.left:
@@ -133,7 +135,7 @@ class _Run:
     timetable: Timetable
     keeper: Keeper
     monitor: Monitor | None
-    report: Report
+    report: Report | None
     stop_wanted: Callable[[], bool]
 
     def fit(self, learner: Any, batches: Iterator[Any], trackers: Trackers) -> TrainingSummary:
@@ -145,10 +147,12 @@ class _Run:
                 batches,
                 self.timetable,
                 start=keeper.start,
+                last=keeper.history.last,
                 stopping=keeper.patience,
                 on_best=keeper.keep_best,
                 on_save=keeper.save,
-                report=self._note,
+                note=self._note,
+                report=self._told,
             )
             keeper.settle()
             status = "stopped" if summary.left else "finished"
@@ -160,12 +164,18 @@ class _Run:
             trackers.close(status)
         return summary
 
-    def _note(self, step: int, metrics: Metrics) -> Decision:
+    def _note(self, step: int, metrics: Metrics) -> None:
         monitor = self.monitor
         row = self.keeper.history.add(step, {**metrics, **(monitor.measures(metrics) if monitor else {})})
         if monitor is not None:
             monitor.see(row)
-        decision = self.report(step, metrics)
+
+    def _told(self, step: int, metrics: Metrics) -> Decision:
+        decision = Decision.CONTINUE
+        if self.report is not None:
+            self.keeper.settle()  # whoever hears of a step may end this process at once
+            more = {"tokens_so_far": self.keeper.history.tokens, "last_step": float(self.timetable.total)}
+            decision = self.report(step, {**metrics, **more})
         return Decision.LEAVE if agreed(self.stop_wanted, self.seat.device, self.seat.world_size) else decision
 
 

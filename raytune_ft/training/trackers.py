@@ -50,14 +50,27 @@ def refuse_missing(names: Iterable[Tracking]) -> None:
 
 
 class Trackers:
-    """All configured trackers of a run as one."""
+    """All configured trackers of a run as one.
 
-    def __init__(self, running: dict[Tracking, Tracker]) -> None:
+    `failures` counts by tracker how often each failed; runs that share one say the first failure of all only.
+    """
+
+    def __init__(self, running: dict[Tracking, Tracker], failures: dict[str, int] | None = None) -> None:
         self._running = running
-        self.failures: dict[str, int] = dict.fromkeys(running, 0)
+        self.failures = {} if failures is None else failures
+        for name in running:
+            self.failures.setdefault(name, 0)
 
     @classmethod
-    def start(cls, names: Sequence[Tracking], *, folder: Path, run: str, settings: Mapping[str, Any]) -> Trackers:
+    def start(
+        cls,
+        names: Sequence[Tracking],
+        *,
+        folder: Path,
+        run: str,
+        settings: Mapping[str, Any],
+        failures: dict[str, int] | None = None,
+    ) -> Trackers:
         """Starts the trackers.
 
         Args:
@@ -65,6 +78,7 @@ class Trackers:
             folder: where event files are written.
             run: what the run is called; the same name goes on with the same run of MLflow and W&B.
             settings: the run's settings.
+            failures: those of other runs, which this one's are added to.
 
         Raises:
             MissingDependencyError: if one is not installed.
@@ -85,7 +99,7 @@ class Trackers:
                 raise ConfigError(
                     f"report_to: {name} cannot start: {first} Mend its settings, or leave it out; nothing was trained"
                 ) from error
-        return cls(running)
+        return cls(running, failures)
 
     def recall(self, rows: Sequence[Row]) -> None:
         """Passes a resumed run's history on to all."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raytune_ft.models.collate import pack
-from raytune_ft.training.batches import TokenRows, one_ahead, packed_steps, rank_share, step_rows
+from raytune_ft.training.batches import TokenRows, one_ahead, packed_steps, rank_share, step_rows, within_budget
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
@@ -53,6 +53,31 @@ def test_a_rank_without_rows_takes_part_without_targets(splits: dict[str, list[s
     assert len(mine.targets) > 0
     assert len(others.targets) == 0
     assert others.tokens > 0
+
+
+def test_a_token_budget_divides_what_is_too_much_and_no_row() -> None:
+    lengths = {0: 5, 1: 9, 2: 3, 3: 20, 4: 1}
+    assert within_budget([[0, 1, 2], [3, 4], []], lengths, 12) == [[1], [0, 2], [3], [4]]
+    assert within_budget([[0, 1, 2], [3, 4]], lengths, 100) == [[1, 0, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_within_a_token_budget_all_ranks_have_as_many_micro_batches_and_each_row_is_there_once(
+    splits: dict[str, list[str]], tmp_path, world_size: int
+) -> None:
+    data = TokenRows(splits["train"], str(tmp_path / "cache"))
+    longest = max(data.lengths(range(len(data))))
+    assert longest == max(len(data[number].input_ids) for number in range(len(data)))
+    where = {"batch_size": 13, "seed": 0, "start": 0, "world_size": world_size, "micro_batches": 2}
+    steps = [next(packed_steps(data, rank=rank, token_budget=longest + 30, **where)) for rank in range(world_size)]
+    assert len({len(micros) for micros in steps}) == 1
+    assert all(micro.tokens <= longest + 30 for micros in steps for micro in micros)
+    found = [micro for micros in steps for micro in micros if len(micro.targets)]
+    rows = next(step_rows(len(data), 13, 0))
+    assert sum(micro.rows for micro in found) == 13
+    assert sorted(int(token) for micro in found for token in micro.targets) == sorted(
+        int(token) for token in data.packed(rows).targets
+    )
 
 
 def test_one_ahead_gives_the_same_batches_and_has_the_next_one_ready() -> None:

@@ -72,6 +72,13 @@ def test_accumulation_gives_the_losses_of_the_whole_batch(settings: Settings, sp
     assert whole[-1] < whole[0]
 
 
+def test_a_token_budget_gives_the_losses_of_the_whole_batch(settings: Settings, splits) -> None:
+    whole = history(settings(per_device_train_batch_size=8), splits)
+    for budget in (1, 60):
+        parts = history(settings(per_device_train_batch_size=8, max_tokens_per_micro_batch=budget), splits)
+        assert parts == pytest.approx(whole, abs=1e-5)
+
+
 def test_dropout_is_a_function_of_seed_and_step(settings: Settings, splits) -> None:
     first, again, other = (history(settings(lora_dropout=0.5, seed=seed), splits) for seed in (3, 3, 4))
     assert first == again

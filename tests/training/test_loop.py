@@ -40,11 +40,34 @@ def test_all_steps_are_made_and_no_more() -> None:
     assert learner.seen == [0, 1, 2]
 
 
-def test_a_run_that_starts_later_numbers_its_steps_from_there() -> None:
-    learner = Playback([3, 2, 1, 0.5])
-    steps = []
-    fit(learner, itertools.count(), table(4), start=2, report=lambda s, m: steps.append(s) or Decision.CONTINUE)
-    assert steps == [3, 4]
+def test_a_run_that_goes_on_tells_again_of_the_step_it_goes_on_from() -> None:
+    told = []
+
+    def report(step: int, metrics: Metrics) -> Decision:
+        told.append((step, metrics["loss"]))
+        return Decision.CONTINUE
+
+    fit(Playback([3, 2, 1]), itertools.count(), table(3), start=2, last={"loss": 2.5}, report=report)
+    assert told == [(2, 2.5), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("start", "stopping", "reason"),
+    [(3, None, "all steps made"), (2, Patience(1, waited=1), "no lower validation loss in 1 evaluations")],
+)
+def test_a_run_that_broke_off_at_its_end_makes_no_step_more(start: int, stopping: Patience, reason: str) -> None:
+    learner, noted = Playback([3, 2, 1, 0]), []
+    summary = fit(
+        learner,
+        itertools.count(),
+        table(3),
+        start=start,
+        last={"loss": 1.5},
+        stopping=stopping,
+        note=lambda step, metrics: noted.append(step),
+    )
+    assert (learner.seen, noted) == ([], [])
+    assert (summary.steps, summary.reason, summary.metrics, summary.left) == (start, reason, {"loss": 1.5}, False)
 
 
 def test_patience_stops_after_so_many_worse_evaluations_and_keeps_the_best() -> None:
@@ -114,13 +137,29 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step() -> None:
         fit(Playback([1, float("nan"), 1]), itertools.count(), table(3))
 
 
-def test_checkpoints_come_after_the_evaluation_of_their_step() -> None:
+def test_a_step_is_evaluated_then_noted_then_saved_then_told() -> None:
     order = []
     fit(
         Playback([1] * 2, [1.0]),
         itertools.count(),
         table(2, evaluate=2, save=2),
-        on_best=lambda step: order.append("best"),
-        on_save=lambda step: order.append("save"),
+        on_best=lambda step: order.append(("best", step)),
+        note=lambda step, metrics: order.append(("note", step)),
+        on_save=lambda step: order.append(("save", step)),
+        report=lambda step, metrics: order.append(("report", step)) or Decision.CONTINUE,
     )
-    assert order == ["best", "save"]
+    assert order == [("note", 1), ("report", 1), ("best", 2), ("note", 2), ("save", 2), ("report", 2)]
+
+
+@pytest.mark.parametrize("save", [None, 2])
+def test_who_leaves_saves_once(save: int | None) -> None:
+    saved: list[int] = []
+    leave = {2: Decision.LEAVE}
+    summary = fit(
+        Playback([1] * 4),
+        itertools.count(),
+        table(4, save=save),
+        on_save=saved.append,
+        report=lambda step, metrics: leave.get(step, Decision.CONTINUE),
+    )
+    assert (saved, summary.steps, summary.left) == ([2], 2, True)

@@ -53,9 +53,9 @@ def test_stage_3_offloaded_equals_one_process_and_goes_on_under_another_stage(se
     plain = settings(**COMMON, method="full")
     adapter = settings(**{**COMMON, "max_steps": 2}, zero_stage=3, deepspeed_config={"zero_optimization": {"stage": 3}})
     runs = [
-        run(sharded, tmp_path / "a", cut_after=3),
+        run(sharded.with_overrides(max_tokens_per_micro_batch=60), tmp_path / "a", cut_after=3),
         run(plain.with_overrides(zero_stage=1), tmp_path / "a"),
-        run(plain, tmp_path / "b", cut_after=3),
+        run(plain.with_overrides(max_tokens_per_micro_batch=60), tmp_path / "b", cut_after=3),
         run(sharded, tmp_path / "b"),
         run(adapter, tmp_path / "lora"),
     ]

@@ -44,6 +44,13 @@ def test_without_validation_nothing_is_evaluated() -> None:
     assert not any(table.evaluates(step) for step in range(1, 6))
 
 
+@pytest.mark.parametrize(("strategy", "lines"), [("steps", [1, 4, 6]), ("epoch", [1, 3, 6]), ("no", [])])
+def test_progress_lines_come_with_steps_or_epochs_or_not_at_all(strategy: str, lines: list[int]) -> None:
+    config = settings(per_device_train_batch_size=8, num_train_epochs=2, logging_strategy=strategy, logging_steps=4)
+    table = Timetable.of(config, 18, has_validation=True)
+    assert [step for step in range(1, 7) if table.logs(step)] == lines
+
+
 def test_warmup_steps_override_the_ratio() -> None:
     assert Timetable.of(settings(max_steps=50, warmup_steps=7), 10, has_validation=False).warmup == 7
     assert Timetable.of(settings(max_steps=50, warmup_ratio=0.2), 10, has_validation=False).warmup == 10

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from raytune_ft.core.errors import ArtifactError, RunError, StoppedError
@@ -74,10 +75,36 @@ def test_a_run_starts_from_a_named_checkpoint_until_it_has_its_own(settings, spl
     steps = []
     output = Location.at(tmp_path / "b")
     train_in_process(second, splits, Seat(), output=output, report=lambda step, metrics: steps.append(step))
-    assert steps == [5, 6]
+    assert steps == [4, 5, 6]
     assert rows(tmp_path / "b")[-1]["loss"] == pytest.approx(rows(tmp_path / "a")[-1]["loss"], abs=1e-6)
     train_in_process(second, splits, Seat(), output=output, report=lambda step, metrics: steps.append(step))
-    assert steps == [5, 6, 6]
+    assert steps == [4, 5, 6, 5, 6]
+
+
+def test_a_run_killed_between_its_last_save_and_its_model_makes_no_step_more(
+    settings, splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(save_strategy="steps", save_steps=3, lora_dropout=0.2)
+    output = Location.at(tmp_path / "a")
+    with monkeypatch.context() as broken, pytest.raises(OSError, match="storage is gone"):
+        broken.setattr(Location, "upload", storage_is_gone)
+        train_in_process(config, splits, Seat(), output=output)
+    assert not (tmp_path / "a/history.jsonl").exists()
+    told = []
+    train_in_process(config, splits, Seat(), output=output, report=lambda step, metrics: told.append((step, metrics)))
+    assert [step for step, _ in told] == [6]
+    assert {"eval_loss", "tokens_so_far", "last_step"} <= told[0][1].keys()
+    train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "unbroken"))
+    expected = [row["loss"] for row in rows(tmp_path / "unbroken")]
+    assert [row["loss"] for row in rows(tmp_path / "a")] == pytest.approx(expected, abs=1e-6)
+    assert told[0][1]["tokens_so_far"] == sum(row["tokens"] for row in rows(tmp_path / "unbroken"))
+    model = "adapter_model.safetensors"
+    ours, theirs = (load_file(tmp_path / folder / model) for folder in ("a", "unbroken"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def storage_is_gone(*_: object) -> None:
+    raise OSError("storage is gone")
 
 
 def test_a_path_that_is_no_whole_checkpoint_says_what_is_wrong(settings, splits, tmp_path: Path) -> None:
@@ -93,6 +120,7 @@ def test_a_path_that_is_no_whole_checkpoint_says_what_is_wrong(settings, splits,
     assert "no such folder" in refusal(tmp_path / "missing")
     assert "name one of them: step-00000003, step-00000006" in refusal(checkpoints)
     assert "another model or method" in refusal(checkpoints / "step-00000003", lora_r=4)
+    assert "is of step 6, and this run ends at step 6; raise max_steps" in refusal(checkpoints / "step-00000006")
     damaged = next((checkpoints / "step-00000003").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert damaged.name in refusal(checkpoints / "step-00000003")
