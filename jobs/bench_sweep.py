@@ -279,7 +279,7 @@ def ours(packed: str) -> Callable[..., Found]:
             "per_device_train_batch_size": options.batch, "use_gpu": options.device == "cuda",
             "per_device_eval_batch_size": 8, "eval_strategy": "steps", "lora_dropout": 0.0,
             "eval_steps": evaluated_every(steps, options),
-            "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10), "save_strategy": "no",
+            "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10),
         }  # fmt: skip
         space = {
             "lora_r": RANKS[options.device],

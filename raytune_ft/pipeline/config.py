@@ -15,7 +15,8 @@ from raytune_ft.evaluation.config import EvaluationConfig
 from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.tuning.config import OF_WORKERS, SweepConfig
+from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS
 
 FOLDERS = {
     "prepare": "dataset",
@@ -107,7 +108,7 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("tune"), Mapping):
         own = settings["tune"].get("training") or {}
         shared = dict(train) if isinstance(train, Mapping) else {}
-        shared.pop("resume_from_checkpoint", None)  # trials start afresh
+        shared = {key: value for key, value in shared.items() if key not in OF_RUNS}
         trials = {**(shared if "num_workers" in own else _on_one_worker(shared)), **own, **training}
         trials["output_dir"] = (storage / "sweep" / "trials").uri
         _fill(settings, "tune", output_dir=places["sweep"], training=trials)

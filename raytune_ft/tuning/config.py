@@ -9,10 +9,7 @@ from pydantic import Field, model_validator
 from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.goal import Goal
-from raytune_ft.tuning.space import Space, TimesRank, check_space, with_guide
-
-OF_WORKERS = {"cpus_per_worker": None, "offload": "none", "deepspeed_config": None}
-"""Training settings that trials on one worker have no use for, and their values where nothing is asked for."""
+from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, with_guide
 
 
 class SweepConfig(Config):
@@ -60,10 +57,10 @@ class SweepConfig(Config):
     """Which values of `metric` are better, the lower or the higher; it follows from the metric, and may be left out."""
     packed: Literal["auto", "never"] = "auto"
     """``auto`` trains LoRA trials together on one frozen base; those that differ in what a base decides (precision,
-    bits, row length) on a base for each of its values. Where some can't share any, it says why, and each is a training
-    run of its own; so with ``never``."""
+    bits, row length) on a base for each of its values. Those that can't share any are training runs of their own, a
+    process each, beside the others, and it says why; with ``never``, all are."""
     cpus_per_trial: float = Field(1, gt=0)
-    """Logical CPUs, and at least as many threads, of a trial that shares no base."""
+    """Logical CPUs, and at least as many threads, of a trial that shares no base; on GPUs it has one besides."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Trials at the same time; by default as many as the cluster can hold."""
 
@@ -109,15 +106,19 @@ class SweepConfig(Config):
 
     def _refuse_unused(self) -> None:
         """Settings of a training run that trials would leave without effect."""
-        if self.training.resume_from_checkpoint != "auto":
+        for key in OF_RUNS:
+            if not self._is_set(key):
+                continue
+            if key == "resume_from_checkpoint":
+                raise ValueError(
+                    f"training.{key}: trials start afresh, and the same command goes on with a sweep; leave it out"
+                )
             raise ValueError(
-                "training.resume_from_checkpoint: trials start afresh, and the same command goes on with a "
-                "sweep; leave it out"
+                f"training.{key}: a trial saves, and tells how far it is, where it is evaluated (eval_strategy, "
+                "eval_steps); leave it out"
             )
-        if self.training.num_workers > 1:
-            return
-        for key, unset in OF_WORKERS.items():
-            if getattr(self.training, key) == unset:
+        for key in OF_WORKERS if self.training.num_workers == 1 else ():
+            if not self._is_set(key):
                 continue
             if key == "cpus_per_worker":
                 raise ValueError(f"training.{key}: a trial on one worker is given cpus_per_trial; set that instead")
@@ -125,6 +126,10 @@ class SweepConfig(Config):
                 f"training.{key}: trials on one worker go without DeepSpeed; leave it out, or give each trial "
                 "workers of its own with training.num_workers above 1"
             )
+
+    def _is_set(self, key: str) -> bool:
+        """Whether a training setting is another than where nothing is said."""
+        return bool(getattr(self.training, key) != FineTuningConfig.model_fields[key].get_default())
 
     def _refuse_other_metric(self) -> None:
         known = ("loss", *self.training.evaluated_metrics)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from raytune_ft.core.placement import Node
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.placement import Demand, Node
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 
@@ -15,16 +17,64 @@ POINTERS_KEPT = 4
 _MOST_TOGETHER = 64
 _TOGETHER_PER_CPU = 4
 """A core that computes whole trials is as fast with four as with more, and each has a process of 200 MB."""
+_LEAST_CPUS = 0.5
+"""A bank with less of a node is not worth it."""
 _PAUSING = frozenset({"hyperband", "pbt"})
 
 
-def why_alone(config: SweepConfig, packs: Packs) -> str | None:
-    """Why the trials of a sweep share no bases, as far as its settings tell; None if they do."""
+def apart(config: SweepConfig, packs: Packs) -> dict[str, str]:
+    """The packs whose trials share no base, as far as settings tell, by their names, and why."""
     if config.packed == "never":
-        return "packed: never"
+        return dict.fromkeys(packs.settings, "packed: never")
     if config.training.num_workers > 1:
-        return f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
-    return packs.why_alone()
+        why = f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
+        return dict.fromkeys(packs.settings, why)
+    return packs.apart()
+
+
+def refuse_pausing(config: SweepConfig, apart: Mapping[str, str]) -> None:
+    """Checks that trials which share no base, for the reasons in `apart`, need not be paused, or changed on their way.
+
+    Raises:
+        ConfigError: if the scheduler does that.
+    """
+    for name, why in apart.items():
+        if config.scheduler in _PAUSING:
+            raise ConfigError(
+                f"scheduler: {config.scheduler} pauses trials, which only those on a shared base can be, and {name} "
+                f"cannot share one ({why}); set scheduler: asha"
+            )
+
+
+def left_for_banks(config: SweepConfig, nodes: Sequence[Node], *, use_gpu: bool) -> list[Node]:
+    """What banks may take where trials with runs of their own need room beside them; nothing if that is too little.
+
+    On GPUs one of them is left to such a trial, on CPUs `cpus_per_trial` of each of the largest nodes.
+    """
+    largest = max(nodes, key=lambda node: (node.gpus if use_gpu else 0, node.cpus))
+    smaller = replace(largest, cpus=largest.cpus - config.cpus_per_trial, gpus=largest.gpus - use_gpu, count=1)
+    others = [node for node in nodes if node is not largest]
+    if not use_gpu:
+        return [*others, replace(smaller, count=largest.count)] if smaller.cpus >= _LEAST_CPUS else []
+    if largest.count > 1:
+        others.append(replace(largest, count=largest.count - 1))
+    left = [*others, smaller] if smaller.gpus else others
+    return left if any(node.gpus for node in left) else []
+
+
+def own_runs(config: SweepConfig, together: int, *, use_gpu: bool) -> Demand:
+    """What trials with runs of their own hold, a process each."""
+    threads = max(1, math.floor(config.cpus_per_trial))
+    return Demand("trial with a base of its own", together, config.cpus_per_trial, int(use_gpu), threads)
+
+
+def own_together(config: SweepConfig, nodes: Sequence[Node], trials: int, *, use_gpu: bool) -> int:
+    """Trials with runs of their own at the same time: as many as the nodes have room for, at least one."""
+    room = 0
+    for node in nodes:
+        here = math.floor(node.cpus / config.cpus_per_trial)
+        room += min(here, math.floor(node.gpus) if use_gpu else here) * min(node.count, trials)
+    return max(1, min(trials, room, config.max_concurrent_trials or trials))
 
 
 def together(config: SweepConfig, nodes: Sequence[Node], trials: int) -> int:

@@ -105,7 +105,7 @@ class BankHost:
             snapshots: folder or URI that every node reaches.
             device: of the base and all adapters.
             threads: CPU threads.
-            token_budget: most tokens computed at the same time.
+            token_budget: most tokens computed at the same time; by default what the settings say.
             own_process: whether this process is there for the bank alone: then its lines go to the driver, and it ends
                 when the bank breaks, so that Ray starts it anew.
         """
@@ -143,7 +143,8 @@ class BankHost:
         if flat is not None:
             self._fault = f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"
             return
-        self._bank = AdapterBank(base, train, validation, answers=answers, token_budget=token_budget)
+        budget = token_budget or config.max_tokens_per_micro_batch
+        self._bank = AdapterBank(base, train, validation, answers=answers, token_budget=budget)
         threading.Thread(target=self._step_on, name="bank", daemon=True).start()
 
     def fault(self) -> str | None:
@@ -288,7 +289,8 @@ class BankHost:
             if not (due or self._bank.trial(progress.name).timetable.eval_every is None):
                 return
             line.writing += 1
-            metrics = {**progress.metrics, "tokens": line.tokens}
+            last = self._bank.trial(progress.name).timetable.total
+            metrics = {**progress.metrics, "tokens": line.tokens, "last_step": float(last)}
         line.unwritten.append((progress, metrics, self._bank.snapshot(progress.name, on_device=True)))
         self._writers.submit(self._publish, line)
 

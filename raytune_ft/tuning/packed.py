@@ -1,4 +1,6 @@
-"""Packed trials under Ray Tune: light proxies that ask a bank for evaluations; one bank a GPU, or a machine without.
+"""Trials under Ray Tune: light proxies that ask a bank for evaluations; one bank a GPU, or a machine without.
+
+One whose base is not shared has a training run of its own in its process.
 
 Meets Ray, beside `run.py`, because a proxy is a class of Ray Tune's and a bank is an actor. Proxies load no torch.
 """
@@ -9,22 +11,24 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.tune import Trainable
+from ray.tune import PlacementGroupFactory, Trainable, with_parameters, with_resources
 
 from raytune_ft.core import cluster
 from raytune_ft.core.errors import RunError
-from raytune_ft.core.placement import Demand, ResourcePlan
+from raytune_ft.core.placement import Demand, Node, ResourcePlan
 from raytune_ft.core.storage import Location
 from raytune_ft.training.goal import Goal
 from raytune_ft.tuning.homes import PROXY_CPUS, bank_count, bank_cpus
+from raytune_ft.tuning.own import Own, OwnRun, Splits
 from raytune_ft.tuning.packs import Packs, name_of
+from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import settings_at
 
 logger = logging.getLogger("raytune_ft")
@@ -36,23 +40,42 @@ _PATIENCE_S = 20
 
 @dataclass(frozen=True)
 class Banks:
-    """Actors that hold a bank each, by the pack whose trials they train; `keys` tell a trial's pack."""
+    """Actors that hold a bank each, by the pack whose trials they train; `keys` tell a trial's pack.
+
+    A pack without any is one whose trials share no base.
+    """
 
     keys: tuple[str, ...]
     actors: Mapping[str, tuple[Any, ...]]
+
+    def share(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a trial of these settings shares a base."""
+        return name_of(self.keys, settings) in self.actors
 
     def of(self, settings: Mapping[str, Any]) -> tuple[Any, ...]:
         """The banks for a trial of these settings."""
         return self.actors[name_of(self.keys, settings)]
 
-    def save(self, settings: Mapping[str, Any], snapshot: str, folder: Location) -> None:
-        """Writes the best adapter of a snapshot as a PEFT folder.
+    def leave_best(self, shared: Mapping[str, Any], folder: Location, best: Trial) -> bool:
+        """Writes the best adapter of a trial's last snapshot as a PEFT folder.
+
+        Args:
+            shared: the settings that all trials have in common.
+            folder: where to.
+            best: the trial.
+
+        Returns:
+            Whether there is one: a trial that told nothing has none.
 
         Raises:
             RunError: if there is no whole snapshot where it should be.
         """
+        if best.snapshot is None:
+            return False
+        settings = {**shared, **best.settings}
         with cluster.own_errors():
-            ray.get(self.of(settings)[0].save.remote(settings, snapshot, folder.uri))
+            ray.get(self.of(settings)[0].save.remote(settings, best.snapshot, folder.uri))
+        return True
 
     def fault(self) -> str | None:
         """Why trials of some pack cannot share their base; None if all can.
@@ -111,33 +134,37 @@ class BankHostActor:
         self._host.save(settings, snapshot, folder)
 
 
-def start_banks(
-    connected: cluster.Cluster,
-    packs: Packs,
-    splits: Mapping[int, Mapping[str, list[str]]],
-    snapshots: str,
-    trials: int,
-) -> Banks | str:
+@dataclass(frozen=True)
+class Room:
+    """What banks may take of a cluster (`nodes`), for how many trials at the same time, and what runs beside them."""
+
+    connected: cluster.Cluster
+    nodes: Sequence[Node]
+    trials: int
+    others: tuple[Demand, ...] = ()
+
+
+def start_banks(room: Room, packs: Packs, splits: Splits, snapshots: str) -> Banks | str:
     """Starts the banks of a sweep, one per GPU (without any, one per node) and pack; or says why a base is not shared.
 
     More packs than GPUs share these evenly, as those on CPUs share a node.
 
     Args:
-        connected: where to.
+        room: where to.
         packs: what the trials of each have in common.
-        splits: Parquet files of the tokenized splits, by the longest row.
+        splits: see `Splits`.
         snapshots: folder or URI that every node reaches.
-        trials: trials at the same time.
     """
+    connected, nodes, trials = room.connected, room.nodes, room.trials
     use_gpu = next(iter(packs.settings.values())).on_gpu(connected.gpus)
-    homes = bank_count(connected.nodes, trials, use_gpu=use_gpu)
+    homes = bank_count(nodes, trials, use_gpu=use_gpu)
     number = len(packs.settings)
     each, share = (max(1, homes // number), -(-number // homes)) if use_gpu else (homes, number)
-    cpus, threads = bank_cpus(connected.nodes, trials, homes if use_gpu else 0, share)
+    cpus, threads = bank_cpus(nodes, trials, homes if use_gpu else 0, share)
     gpus = (1.0 if share == 1 else math.floor(100 / share) / 100) if use_gpu else 0.0
     demand = Demand("bank of adapters", each * number, cpus, gpus, threads)
     proxies = Demand("light trial", trials, PROXY_CPUS)
-    connected.admit(ResourcePlan("tune", (demand, proxies)))
+    connected.admit(ResourcePlan("tune", (demand, proxies, *room.others)))
     make = ray.remote(BankHostActor).options(
         num_cpus=cpus,
         num_gpus=gpus,
@@ -166,13 +193,14 @@ def start_banks(
 
 
 class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
-    """A trial as Ray Tune sees it: each step is the wait for its next evaluation in a bank."""
+    """A trial as Ray Tune sees it: each step is the wait for its next evaluation, in a bank or a run of its own."""
 
     _snapshot: str | None
+    _run: OwnRun | None
 
-    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: Banks, goal: Goal) -> None:
-        """Ray Tune's hook: the trial's part of the space; what all share, their banks, what they are compared by."""
-        self._shared, self._banks, self._goal = settings, banks, goal
+    def setup(self, config: dict[str, Any], settings: dict[str, Any], banks: Banks, own: Own, goal: Goal) -> None:
+        """Ray Tune's hook: the trial's part of the space; what all share, where they train, what they compare by."""
+        self._shared, self._banks, self._own, self._goal = settings, banks, own, goal
         self._start_over(config)
 
     def step(self) -> dict[str, Any]:
@@ -190,7 +218,10 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Ray Tune's hook: where the bank left the trial's state on storage, as JSON; the state itself stays there."""
+        """Ray Tune's hook: where the bank left the trial's state on storage, as JSON; the state itself stays there.
+
+        A run of its own finds its newest state itself.
+        """
         pointer = {"snapshot": self._snapshot, "step": self._step}
         (Path(checkpoint_dir) / _POINTER).write_text(json.dumps(pointer), encoding="utf-8")
 
@@ -213,16 +244,24 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
     def _start_over(self, config: dict[str, Any]) -> None:
         self._space = dict(config)
         self._bank: Any = None
+        self._run = None
         self._name = ""
         self._step = self._seen = 0
         self._snapshot = None
 
     def _next_report(self) -> dict[str, Any]:
+        settings = {**self._shared, **settings_at(self._space, self._shared)}
+        if self._banks.share(settings):
+            return self._next_in_bank(settings)
+        self._run = self._run or self._own.start(self.trial_id, settings)
+        return self._run.next_report()
+
+    def _next_in_bank(self, settings: dict[str, Any]) -> dict[str, Any]:
         lost = 0
         while True:
             try:
                 if self._bank is None:
-                    self._enter()
+                    self._enter(settings)
                 report = ray.get(self._bank.report.remote(self._name, self._seen))
                 if report is not None:
                     self._seen = report["number"]
@@ -236,13 +275,12 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
             except KeyError:  # a bank that was started anew knows no trial
                 self._bank = None
 
-    def _enter(self) -> None:
+    def _enter(self, settings: dict[str, Any]) -> None:
         """Takes a seat in the bank with the fewest trials, of those with its base, from the last state on storage.
 
         Raises:
             RayActorError: if no bank answers.
         """
-        settings = {**self._shared, **settings_at(self._space, self._shared)}
         banks = self._banks.of(settings)
         asked = {bank.load.remote(): bank for bank in banks}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PATIENCE_S)
@@ -262,9 +300,23 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
         self._bank, self._seen = bank, 0
 
     def _leave(self) -> None:
+        if self._run is not None:
+            self._run.leave()
+            self._run = None
         if self._bank is not None:
             try:
                 ray.get(self._bank.evict.remote(self._name))
             except ray.exceptions.RayActorError:
                 logger.info("the bank of trial %s is gone already", self._name)
             self._bank = None
+
+
+def proxies(settings: dict[str, Any], banks: Banks, own: Own, goal: Goal) -> Any:
+    """What Ray Tune starts for each trial: a light process where it shares a base, else one that trains itself."""
+
+    def resources(space: dict[str, Any]) -> PlacementGroupFactory:
+        shares = banks.share({**settings, **settings_at(space, settings)})
+        return PlacementGroupFactory([{"CPU": PROXY_CPUS} if shares else {"CPU": own.cpus, "GPU": own.gpus}])
+
+    given = {"settings": settings, "banks": banks, "own": own, "goal": goal}
+    return with_resources(with_parameters(Proxy, **given), resources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -46,15 +46,20 @@ class Packs:
                 raise ConfigError(f"space: {name} do not go together: {said}") from None
         return cls(keys, found)
 
-    def why_alone(self) -> str | None:
-        """Why trials of some pack cannot share a base; None if all can."""
+    def apart(self) -> dict[str, str]:
+        """The packs whose trials cannot share a base, by their names, and why."""
+        found = {}
         for name, training in self.settings.items():
             reason = matrix.refusal(replace(training.cell, packed=True))
             if reason is None and training.adapter_path is not None:
                 reason = "adapter_path: the trials of a pack start from fresh adapters"
             if reason is not None:
-                return f"{name}: {reason}" if self.keys else reason
-        return None
+                found[name] = reason
+        return found
+
+    def without(self, names: Collection[str]) -> Packs:
+        """The other packs."""
+        return Packs(self.keys, {name: training for name, training in self.settings.items() if name not in names})
 
     def lengths(self) -> list[int]:
         """The row lengths for which data is needed."""

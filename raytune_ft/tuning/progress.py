@@ -14,7 +14,7 @@ from raytune_ft.tuning.tracking import Tracked, TrackedTrials
 from raytune_ft.tuning.view import SweepView
 
 _CURVES, _TRACKER_FAILURES = "curves.json", "tracker_failures.json"
-_COLUMNS = ("global_step", "loss", "learning_rate", "tokens", "time_total_s")
+_COLUMNS = ("global_step", "last_step", "loss", "learning_rate", "tokens", "time_total_s")
 _EVALUATED = "eval_"
 
 Curves = dict[str, list[dict[str, float]]]
@@ -27,20 +27,19 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
     not: when a trial goes on after a pause, they are put back to how they were last uploaded.
     """
 
-    def __init__(self, folder: Location, metric: str, last_step: int | None, tracked: Tracked) -> None:
+    def __init__(self, folder: Location, metric: str, tracked: Tracked) -> None:
         """Without any curve.
 
         Args:
             folder: where Ray Tune keeps its state.
             metric: what trials are compared by.
-            last_step: where a trial ends if nothing stops it.
             tracked: the trackers that are told.
         """
-        self._folder, self._view, self._curves = folder, SweepView(metric, last_step=last_step), Curves()
+        self._folder, self._view, self._curves = folder, SweepView(metric), Curves()
         self._trackers = TrackedTrials(tracked)
 
     def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal or a tracker cannot be kept
-        return Progress, (self._folder, self._view.metric, self._view.last_step, self._trackers.tracked)
+        return Progress, (self._folder, self._view.metric, self._trackers.tracked)
 
     def get_state(self) -> dict[str, Any]:
         """Ray Tune's hook: what it keeps with the trials."""
@@ -59,7 +58,8 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
     ) -> None:
         """Ray Tune's hook."""
         step, value = result["global_step"], result.get(self._view.metric, math.nan)
-        self._view.hear(trial.trial_id, _label(trial), state="running", step=step, value=value)
+        last = int(result.get("last_step", 0))
+        self._view.hear(trial.trial_id, _label(trial), state="running", step=step, last_step=last, value=value)
         kept = {name: told for name, told in result.items() if name in _COLUMNS or name.startswith(_EVALUATED)}
         row = {name: float(told) for name, told in kept.items() if math.isfinite(told)}
         curve = self._curves.setdefault(trial.trial_id, [])
@@ -77,13 +77,13 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         self._view.hear(trial.trial_id, _label(trial), state="failed")
         self._trackers.end(trial.trial_id, "failed")
 
-    def _state_of(self, trial: Any) -> str:
+    @staticmethod
+    def _state_of(trial: Any) -> str:
         """How a trial ended that did not fail."""
         last = trial.last_result or {}
         if last.get("infeasible"):
             return "infeasible"
-        early = self._view.last_step is not None and last.get("global_step", 0) < self._view.last_step
-        return "stopped early" if early else "done"
+        return "stopped early" if last.get("global_step", 0) < last.get("last_step", 0) else "done"
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Ray Tune's hook: the curves go into a file; trackers hear of trials whose end an earlier driver saw."""

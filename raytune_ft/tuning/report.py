@@ -10,13 +10,12 @@ from raytune_ft.tuning import plots
 from raytune_ft.tuning.result import SweepResult
 
 
-def render(result: SweepResult, seconds: float, last_step: int | None) -> str:
+def render(result: SweepResult, seconds: float) -> str:
     """The self-contained page.
 
     Args:
         result: all trials.
         seconds: how long the search took.
-        last_step: the step that a trial ends at when nothing stops it; None if that differs between trials.
     """
     ranked = result.ranked
     worst_last = [*ranked, *(trial for trial in result.trials if trial not in ranked)]
@@ -34,7 +33,7 @@ def render(result: SweepResult, seconds: float, last_step: int | None) -> str:
     return str(
         page_template("raytune_ft.tuning", "report.html.j2").render(
             title="Search for the settings that train best",
-            words=cost_in_words(result, seconds, last_step),
+            words=cost_in_words(result, seconds),
             result=result,
             trials=worst_last,
             images=[(image(svg), caption) for svg, caption in pictures],
@@ -69,14 +68,14 @@ def importance(result: SweepResult) -> dict[str, float]:
     return shares
 
 
-def cost_in_words(result: SweepResult, seconds: float, last_step: int | None) -> str:
+def cost_in_words(result: SweepResult, seconds: float) -> str:
     """What the search spent, and against what every trial to its last step would have."""
     spent = sum(trial.tokens for trial in result.trials)
     words = f"{len(result.trials)} trials, {sum(t.steps for t in result.trials):,} steps, {spent:,.0f} tokens"
     words += f" in {seconds:,.0f} s"
-    if last_step is None or not spent:
+    ends = {trial.last_step for trial in result.trials if trial.last_step is not None}
+    whole = sum(trial.tokens * (trial.last_step or 0) / trial.steps for trial in result.trials if trial.steps)
+    if not whole:
         return words
-    whole = sum(trial.tokens * last_step / trial.steps for trial in result.trials if trial.steps)
-    return (
-        f"{words}; all of them to step {last_step}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"
-    )
+    where = f"step {ends.pop()}" if len(ends) == 1 else "their last steps"
+    return f"{words}; all of them to {where}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"

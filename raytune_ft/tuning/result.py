@@ -35,9 +35,14 @@ class Trial:
         return int(self.curve[-1]["global_step"]) if self.curve else 0
 
     @property
+    def last_step(self) -> int | None:
+        """The step that it ends at if nothing stops it; None if it was never evaluated."""
+        return next((int(row["last_step"]) for row in reversed(self.curve) if "last_step" in row), None)
+
+    @property
     def tokens(self) -> float:
         """Tokens that it was trained on."""
-        return self.curve[-1].get("tokens", 0.0) if self.curve else 0.0
+        return next((row["tokens"] for row in reversed(self.curve) if "tokens" in row), 0.0)
 
     def label(self) -> str:
         """The settings in a few words."""

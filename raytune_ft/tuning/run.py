@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,8 +21,9 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training.run import data_parent
-from raytune_ft.training.trackers import refuse_missing
-from raytune_ft.tuning import alone, homes, packed
+from raytune_ft.training.trackers import Trackers, refuse_missing
+from raytune_ft.tuning import homes
+from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
 from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
@@ -37,11 +38,7 @@ logger = logging.getLogger("raytune_ft")
 
 _RAY_STATE = "ray"
 _RAY_REPEATS = "ray-repeats"
-_SNAPSHOTS = "snapshots"
-_TRIALS = "trials"
-_BEST = "best"
-_KEPT = (_RAY_STATE, _RAY_REPEATS, _SNAPSHOTS, _TRIALS)
-_FAILURES = 2
+_KEPT = (_RAY_STATE, _RAY_REPEATS, SNAPSHOTS, TRIALS)
 _ENDINGS: dict[str, Ending] = {"stopped_early": "stopped early", "failed": "failed", "infeasible": "infeasible"}
 
 
@@ -66,6 +63,7 @@ class HyperparameterSweep:
 def tune(config: SweepConfig) -> Artifact:
     """The verb: see `HyperparameterSweep.run`."""
     refuse_missing(config.training.report_to)
+    homes.refuse_pausing(config, homes.apart(config, Packs.of(config.space, config.training)))
     connected = cluster.connect()
     output = Location.at(config.output_dir)
     model_path = shared_model(config.training.model_path, output.parent)
@@ -93,10 +91,12 @@ def tune(config: SweepConfig) -> Artifact:
         trials = config.num_trials or grid_size(config.space)
         refuse_small_budget(config, trials, next(iter(splits.values()))["train"])
         started = time.perf_counter()
-        with _arranged(config, packs, splits, output, connected, trials=trials) as arrangement:
+        ground = Ground(config, packs, splits, output, connected, trials)
+        with ground.arranged() as arrangement:
             result = _search(config, arrangement, output, tracked)
         _keep(draft, result, config, round(time.perf_counter() - started, 1))
         told.log({"step": len(result.trials), f"best_{config.metric}": draft.numbers[f"best_{config.metric}"]})
+        _count_failures(draft, told, [_RAY_STATE, *([_RAY_REPEATS] if config.repeat_top else [])])
         for leftover in (*_KEPT, "tokens"):
             (output / leftover).delete()
     return draft.artifact
@@ -105,7 +105,7 @@ def tune(config: SweepConfig) -> Artifact:
 def _keep(draft: Draft, result: SweepResult, config: SweepConfig, seconds: float) -> None:
     """Writes what was found: every trial, the page, and the numbers of the manifest."""
     draft.write_json("result.json", result.to_json())
-    page = render(result, seconds, config.training.max_steps)
+    page = render(result, seconds)
     (draft.folder / "report.html").write_text(page, encoding="utf-8")
     best = result.best
     draft.numbers |= {
@@ -118,52 +118,16 @@ def _keep(draft: Draft, result: SweepResult, config: SweepConfig, seconds: float
         "best_settings": best.settings,
         **({"repeats": [asdict(again) for again in result.repeated]} if result.repeats else {}),
     }
-    failures = tracker_failures_in(draft.location / _RAY_STATE)
-    if failures:
-        draft.numbers["tracker_failures"] = failures
     logger.info("tune: best trial %s, %s %.4f", best.label(), config.metric, best.best(config.metric))
 
 
-@dataclass(frozen=True)
-class _Arrangement:
-    """How trials run: what Ray Tune starts for each, how many at a time, and the banks that they share, if any."""
-
-    trainable: Any
-    together: int
-    banks: packed.Banks | None = None
-
-
-@contextmanager
-def _arranged(
-    config: SweepConfig,
-    packs: Packs,
-    splits: alone.Splits,
-    output: Location,
-    connected: cluster.Cluster,
-    *,
-    trials: int,
-) -> Iterator[_Arrangement]:
-    """Trials on shared bases where all can share one, else each a training run of its own; says which, and why."""
-    why = homes.why_alone(config, packs)
-    if why is None:
-        together = homes.together(config, connected.nodes, trials)
-        banks = packed.start_banks(connected, packs, splits, (output / _SNAPSHOTS).uri, together)
-        if isinstance(banks, packed.Banks):
-            bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"
-            logger.info("tune: %d trials, %d at a time on %s, %s", trials, together, bases, config.scheduler)
-            settings = config.training.model_dump(mode="json")
-            proxy = ray_tune.with_parameters(packed.Proxy, settings=settings, banks=banks, goal=config.goal)
-            trainable = ray_tune.with_resources(proxy, {"CPU": homes.PROXY_CPUS})
-            try:
-                yield _Arrangement(trainable, together, banks)
-            finally:
-                banks.close()
-            return
-        why = banks
-    trainable, together = alone.start_alone(config, splits, output / _TRIALS, connected, trials)
-    where = "in a process" if config.training.num_workers == 1 else f"on {config.training.num_workers} workers"
-    logger.info("tune: %d trials, %d at a time, each %s and with a base of its own (%s)", trials, together, where, why)
-    yield _Arrangement(trainable, together)
+def _count_failures(draft: Draft, told: Trackers, stages: Sequence[str]) -> None:
+    """Notes how often each tracker failed that did, for trials, repeats and the sweep itself."""
+    failures = Counter({name: count for name, count in told.failures.items() if count})
+    for stage in stages:
+        failures += Counter(tracker_failures_in(draft.location / stage))
+    if failures:
+        draft.numbers["tracker_failures"] = dict(failures)
 
 
 @dataclass(frozen=True)
@@ -176,22 +140,18 @@ class _Stage:
     stop: Any = None
 
 
-def _search(config: SweepConfig, arrangement: _Arrangement, output: Location, tracked: Tracked) -> SweepResult:
+def _search(config: SweepConfig, arrangement: Arrangement, output: Location, tracked: Tracked) -> SweepResult:
     """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
 
     def trials(stage: _Stage) -> tuple[Trial, ...]:
-        told = Progress(output / stage.name, config.metric, config.training.max_steps, tracked)
+        told = Progress(output / stage.name, config.metric, tracked)
         return _trials(config, arrangement, output, stage, told)
 
     result = SweepResult(config.metric, trials(_first_stage(config, output)))
     if config.repeat_top:
         result = replace(result, repeats=trials(_second_stage(config, result)))
-    best = result.best
-    if arrangement.banks is not None and best.snapshot is not None:
-        settings = {**config.training.model_dump(mode="json"), **best.settings}
-        arrangement.banks.save(settings, best.snapshot, output / _BEST)
-    elif not alone.keep_best(output / _TRIALS, best.name, output / _BEST):
-        logger.warning("tune: the best trial was stopped early and left no model; train with its settings to get one")
+    if not arrangement.leave_best(result.best):
+        logger.warning("tune: the best trial was stopped before it saved a model; train with its settings to get one")
     return result
 
 
@@ -216,7 +176,7 @@ def _second_stage(config: SweepConfig, result: SweepResult) -> _Stage:
     return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, TuneConfig(scheduler=FIFOScheduler()))
 
 
-def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:
+def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:
     where = (output / stage.name).uri
     if Tuner.can_restore(where):
         logger.info("tune: resumes the trials that are left")
@@ -230,8 +190,8 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
         run_config=RunConfig(
             name=stage.name,
             storage_path=output.uri,
-            checkpoint_config=pointers if arrangement.banks else CheckpointConfig(),
-            failure_config=FailureConfig(max_failures=_FAILURES),
+            checkpoint_config=pointers if arrangement.proxies else CheckpointConfig(),
+            failure_config=FailureConfig(max_failures=config.training.max_failures),
             stop=stage.stop,
             callbacks=[told],
             verbose=0,
@@ -240,27 +200,25 @@ def _tuner(config: SweepConfig, arrangement: _Arrangement, output: Location, sta
 
 
 def _trials(
-    config: SweepConfig, arrangement: _Arrangement, output: Location, stage: _Stage, told: Progress
+    config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress
 ) -> tuple[Trial, ...]:
     grid = _tuner(config, arrangement, output, stage, told).fit()
     curves, trials = curves_in(output / stage.name), []
     for result in grid:
         last = result.metrics or {}
-        curve = curves.get(last.get("trial_id", ""), [])
-        shared = config.training.model_dump(mode="json")
-        settings = settings_at(result.config, shared)
-        ending, error = _ending(config, result, curve)
-        trials.append(Trial(last.get("trial_id", ""), settings, ending, curve, error, last.get("snapshot")))
+        name, shared = last.get("trial_id", ""), config.training.model_dump(mode="json")
+        trial = Trial(name, settings_at(result.config, shared), "finished", curves.get(name, []))
+        ending, error = _ending(trial, result)
+        trials.append(replace(trial, ending=ending, error=error, snapshot=last.get("snapshot")))
     return tuple(trials)
 
 
-def _ending(config: SweepConfig, result: Any, curve: list[dict[str, float]]) -> tuple[Ending, str | None]:
+def _ending(trial: Trial, result: Any) -> tuple[Ending, str | None]:
     if result.error is not None:
         return "failed", str(result.error).strip().splitlines()[-1]
     infeasible = (result.metrics or {}).get("infeasible")
     if infeasible:
         return "infeasible", str(infeasible)
-    made = curve[-1]["global_step"] if curve else 0
-    if config.training.max_steps is not None and made < config.training.max_steps:
+    if trial.last_step is not None and trial.steps < trial.last_step:
         return "stopped early", None
     return "finished", None

@@ -11,9 +11,17 @@ from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 
+OF_WORKERS = ("cpus_per_worker", "zero_stage", "offload", "deepspeed_config")
+"""Training settings that trials on one worker have no use for."""
+OF_RUNS = (
+    *("resume_from_checkpoint", "save_strategy", "save_steps", "save_total_limit"),
+    *("logging_strategy", "logging_steps"),
+)
+"""Training settings that no trial has a use for: trials start afresh, and save and speak where they are evaluated."""
 _FIXED = {
-    *("model_path", "output_dir", "dataset_path", "num_workers", "use_gpu", "cpus_per_worker"),
-    *("zero_stage", "offload", "deepspeed_config"),
+    *("model_path", "output_dir", "dataset_path", "num_workers", "use_gpu", "max_failures", "report_to"),
+    "max_tokens_per_micro_batch",
+    *(*OF_WORKERS, *OF_RUNS),
     *("eval_generation_rows", "eval_generation_metric", "metric_for_best_model"),
 }
 

@@ -43,15 +43,18 @@ class Tracked:
         key = hashlib.sha256(self.output.uri.encode()).hexdigest()[:16]
         return Path(tempfile.gettempdir()) / f"raytune-ft-events-{key}"
 
-    def start(self, name: str, settings: Mapping[str, Any]) -> Trackers:
+    def start(self, name: str, settings: Mapping[str, Any], failures: dict[str, int] | None = None) -> Trackers:
         """The trackers of a run below the sweep's; started again, they go on with it.
+
+        `failures` of other runs are what this one's are added to.
 
         Raises:
             MissingDependencyError: if one is not installed.
             ConfigError: if one cannot start.
         """
         together = {**self.settings, **settings}
-        return Trackers.start(self.names, folder=self.folder / name, run=f"{self.output}/{name}", settings=together)
+        folder, run = self.folder / name, f"{self.output}/{name}"
+        return Trackers.start(self.names, folder=folder, run=run, settings=together, failures=failures)
 
     @contextmanager
     def sweep(self, settings: Mapping[str, Any]) -> Iterator[Trackers]:
@@ -79,9 +82,14 @@ class TrackedTrials:
     """The trackers of all trials that reported anything; what fails is said once, counted, and stops nothing."""
 
     tracked: Tracked
-    failures: dict[str, int] = field(default_factory=dict)
+    _failures: dict[str, int] = field(default_factory=dict)
     _running: dict[str, Trackers] = field(default_factory=dict)
     _known: set[str] = field(default_factory=set)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How often each tracker failed that did."""
+        return {name: count for name, count in self._failures.items() if count}
 
     def knows(self, trial: str) -> bool:
         """Whether anything was heard of a trial."""
@@ -103,9 +111,6 @@ class TrackedTrials:
         if trackers is None:
             return
         trackers.close(_STATUS.get(ending, "finished"))
-        for tracker, count in trackers.failures.items():
-            if count:
-                self.failures[tracker] = self.failures.get(tracker, 0) + count
 
     def close(self) -> None:
         """Ends what is left as stopped."""
@@ -114,15 +119,16 @@ class TrackedTrials:
 
     def _started(self, name: str, settings: Mapping[str, Any]) -> Trackers:
         try:
-            return self.tracked.start(name, settings)
+            return self.tracked.start(name, settings, self._failures)
         except ConfigError as error:
             if not self.failures:
                 logger.warning("%s; the sweep goes on, further failures are only counted", error)
             for tracker in self.tracked.names:
-                self.failures[tracker] = self.failures.get(tracker, 0) + 1
+                self._failures[tracker] = self._failures.get(tracker, 0) + 1
             return Trackers({})
 
 
 def _row(point: Mapping[str, float]) -> dict[str, float]:
     """A point of a curve as trackers take it."""
-    return {"step" if name == "global_step" else name: value for name, value in point.items()}
+    names = {"global_step": "step"}
+    return {names.get(name, name): value for name, value in point.items() if name != "last_step"}

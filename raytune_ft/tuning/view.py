@@ -20,11 +20,12 @@ _SHOWN = 24
 
 @dataclass
 class Row:
-    """What a trial said last; `best` is its best value of the metric."""
+    """What a trial said last; `best` is its best value of the metric, `last_step` where it ends if nothing stops it."""
 
     label: str
     state: str = "waiting"
     step: int = 0
+    last_step: int = 0
     value: float = math.nan
     best: float = math.nan
 
@@ -32,18 +33,20 @@ class Row:
 class SweepView:
     """Hears of trials and shows them."""
 
-    def __init__(self, metric: str, *, last_step: int | None = None) -> None:
-        self.metric, self.last_step = metric, last_step
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
         self._goal = Goal.of(metric)
         self.rows: dict[str, Row] = {}
         self._live: Live | None = None
 
-    def hear(self, name: str, label: str, *, state: str, step: int = 0, value: float = math.nan) -> None:
+    def hear(
+        self, name: str, label: str, *, state: str, step: int = 0, last_step: int = 0, value: float = math.nan
+    ) -> None:
         """Takes note of a trial; without a terminal its news is a line of the log."""
         row = self.rows.setdefault(name, Row(label))
         row.state = state
         if step:
-            row.step, row.value = step, value
+            row.step, row.last_step, row.value = step, last_step, value
             if math.isfinite(value) and not self._goal.cost(row.best) <= self._goal.cost(value):
                 row.best = value
         if self._shown():
@@ -60,7 +63,7 @@ class SweepView:
         table = Table("trial", "state", "step", self.metric, "best", box=None, pad_edge=False)
         ranked = sorted(self.rows.values(), key=self._place)
         for row in ranked[:_SHOWN]:
-            step = f"{row.step}/{self.last_step}" if self.last_step else str(row.step)
+            step = f"{row.step}/{row.last_step}" if row.last_step else str(row.step)
             table.add_row(row.label, row.state, step, _number(row.value), _number(row.best))
         if len(ranked) > _SHOWN:
             table.add_row(f"and {len(ranked) - _SHOWN} more")

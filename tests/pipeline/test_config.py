@@ -104,10 +104,12 @@ def test_trials_leave_out_what_only_the_training_on_workers_has_a_use_for() -> N
     train = {
         **SETTINGS["train"],  # type: ignore[dict-item]
         **{"offload": "optimizer", "cpus_per_worker": 0.5, "resume_from_checkpoint": "elsewhere/step-00000010"},
-        "deepspeed_config": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        **{"zero_stage": 1, "save_strategy": "steps", "save_steps": 7, "logging_steps": 3},
+        "deepspeed_config": {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
     }
     config = PipelineConfig(**{**SETTINGS, "train": train})
     assert config.tune is not None and config.train.offload == "optimizer"
     trial = config.tune.training
     assert (trial.offload, trial.cpus_per_worker, trial.deepspeed_config) == ("none", None, None)
-    assert trial.resume_from_checkpoint == "auto"
+    assert (trial.resume_from_checkpoint, trial.zero_stage) == ("auto", 2)
+    assert (trial.save_strategy, trial.save_steps, trial.logging_steps) == ("epoch", 500, 10)

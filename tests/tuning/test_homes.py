@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 
+from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.placement import Node
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.homes import bank_count, bank_cpus, together, why_alone
+from raytune_ft.tuning.homes import (
+    apart,
+    bank_count,
+    bank_cpus,
+    left_for_banks,
+    own_together,
+    refuse_pausing,
+    together,
+)
 from raytune_ft.tuning.packs import Packs
 
 
@@ -67,17 +76,57 @@ def test_as_many_trials_run_at_a_time_as_keep_the_banks_busy(nodes, changes, tri
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "which", "reason"),
     [
-        ({"packed": "never"}, "packed: never"),
-        ({"space": {"precision": ["fp32", "bf16"]}}, None),
-        ({"space": {"use_dora": [False, True]}}, "use_dora True: a packed sweep adds low-rank products"),
-        ({"training": {"method": "full"}}, "method full trains the base"),
-        ({"training": {"num_workers": 2}}, "num_workers is 2"),
-        ({}, None),
+        ({"packed": "never"}, ["all trials"], "packed: never"),
+        ({"space": {"precision": ["fp32", "bf16"]}}, [], ""),
+        ({"space": {"use_dora": [False, True]}}, ["use_dora True"], "a packed sweep adds low-rank products"),
+        ({"training": {"method": "full"}}, ["all trials"], "method full trains the base"),
+        ({"training": {"num_workers": 2}}, ["all trials"], "num_workers is 2"),
+        ({}, [], ""),
     ],
 )
-def test_what_keeps_trials_apart_is_named(changes, reason) -> None:
+def test_what_keeps_trials_apart_is_named(changes, which, reason) -> None:
     config = sweep(**changes)
-    told = why_alone(config, Packs.of(config.space, config.training))
-    assert (told is None) if reason is None else (reason in told)
+    told = apart(config, Packs.of(config.space, config.training))
+    assert list(told) == which and all(reason in why for why in told.values())
+
+
+@pytest.mark.parametrize("scheduler", ["pbt", "hyperband"])
+def test_a_scheduler_that_pauses_trials_is_refused_where_some_share_no_base(scheduler: str) -> None:
+    config = sweep(space={"use_dora": [False, True]}, scheduler=scheduler)
+    with pytest.raises(ConfigError, match=f"scheduler: {scheduler} pauses .* use_dora True .*set scheduler: asha"):
+        refuse_pausing(config, apart(config, Packs.of(config.space, config.training)))
+    refuse_pausing(config, {})
+    refuse_pausing(sweep(), {"all trials": "packed: never"})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "use_gpu", "left"),
+    [
+        ([Node(2)], False, [Node(1)]),
+        ([Node(1)], False, []),  # a trial of its own takes all of it
+        ([Node(4), Node(16, 0, 3)], False, [Node(4), Node(15, 0, 3)]),
+        ([Node(16, 1)], True, []),  # one GPU holds a bank or a run
+        ([Node(16, 2)], True, [Node(15, 1)]),
+        ([Node(16, 1, 3), Node(4)], True, [Node(4), Node(16, 1, 2)]),
+        ([Node(16, 8, 2)], True, [Node(16, 8), Node(15, 7)]),
+    ],
+)
+def test_banks_leave_room_for_a_trial_that_shares_no_base(nodes, use_gpu, left) -> None:
+    assert left_for_banks(sweep(), nodes, use_gpu=use_gpu) == left
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "use_gpu", "at_a_time"),
+    [
+        ([Node(2)], {}, False, 2),
+        ([Node(2)], {"cpus_per_trial": 0.5}, False, 4),
+        ([Node(2)], {"cpus_per_trial": 4}, False, 1),  # the resource plan says that there is no room
+        ([Node(16, 2, 2)], {}, True, 4),
+        ([Node(4, 8)], {"cpus_per_trial": 2}, True, 2),
+        ([Node(16, 2, 2)], {"max_concurrent_trials": 3}, True, 3),
+    ],
+)
+def test_as_many_runs_of_their_own_as_there_are_cpus_or_gpus(nodes, changes, use_gpu, at_a_time) -> None:
+    assert own_together(sweep(**changes), nodes, 100, use_gpu=use_gpu) == at_a_time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -145,6 +146,34 @@ def test_trials_of_other_row_lengths_have_a_base_and_rows_of_their_own(
         assert [row["eval_loss"] for row in trial.curve] == pytest.approx(losses, abs=1e-4)
 
 
+@pytest.mark.ray
+def test_trials_that_share_a_base_train_beside_one_that_cannot(
+    ray_cluster, tiny_model, orders, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    space = {"use_dora": [True, False], "learning_rate": [2e-2, 1e-4]}
+    config = sweep(tiny_model, orders, tmp_path / "sweep", space=space, scheduler="none", repeat_top=1, repeat_seeds=1)
+    with caplog.at_level(logging.INFO, logger="raytune_ft"):
+        artifact = HyperparameterSweep(config).run()
+    result = SweepResult.from_json(artifact.read_json("result.json"))
+    assert "4 trials, 4 at a time on one frozen base" in caplog.text
+    assert "the trials with use_dora True train in a process each (a packed sweep adds low-rank products" in caplog.text
+    assert [trial.ending for trial in result.trials] == ["finished"] * 4
+    for trial in result.trials:
+        settings = {**trial.settings, "output_dir": str(tmp_path / trial.name)}
+        _, losses = alone(config.training.with_overrides(**settings))
+        assert [row["eval_loss"] for row in trial.curve] == pytest.approx(losses, abs=1e-4), trial.label()
+    [again] = result.repeats
+    assert {**again.settings, "seed": None} == {**result.best.settings, "seed": None}
+    adapter = json.loads((tmp_path / "sweep/best/adapter_config.json").read_text())
+    assert adapter["use_dora"] == result.best.settings["use_dora"]
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2.0
+
+
 def alone(config: FineTuningConfig) -> tuple[list[dict[str, float]], list[float]]:
     """Every step, and the validation losses, of a run in this process."""
     from raytune_ft.core.storage import Location
@@ -162,6 +191,41 @@ def alone(config: FineTuningConfig) -> tuple[list[dict[str, float]], list[float]
     splits = tokenized_splits(config.dataset_path, config.model_path, where, max_length=config.max_length)
     train_in_process(config, splits, Seat(), output=None, report=note, golden=False)
     return steps, [row["eval_loss"] for row in steps if "eval_loss" in row]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"packed": "never"},
+        pytest.param({"training": {"num_workers": 2, "cpus_per_worker": 0.5}}, marks=pytest.mark.soak),
+    ],
+)
+def test_the_best_trial_leaves_its_model_also_where_the_budget_ended_it(
+    how: dict, ray_cluster, tiny_model, orders, tmp_path
+) -> None:
+    """Trials of an epoch's length of their own each: six and three steps, of which the budget allows fewer."""
+    from raytune_ft.core.storage import Location
+    from raytune_ft.data.run import tokenized_splits
+    from raytune_ft.models.loading import load_model
+    from raytune_ft.models.scoring import sequence_scores
+    from raytune_ft.training.batches import TokenRows
+
+    training = {"max_steps": None, "num_train_epochs": 3, "eval_steps": 1, "learning_rate": 1e-2}
+    space = {"per_device_train_batch_size": [4, 8]}
+    more = {"space": space, "scheduler": "none", "max_tokens": 3000, "grace_steps": 1}
+    how = {**how, "training": {**training, **how.get("training", {})}}
+    config = sweep(tiny_model, orders, tmp_path / "sweep", **more, **how)
+    result = SweepResult.from_json(HyperparameterSweep(config).run().read_json("result.json"))
+    assert {trial.ending for trial in result.trials} == {"stopped early"}
+    assert all(0 < trial.steps < trial.last_step for trial in result.trials)
+    where = Location.at(tmp_path / "tokens")
+    splits = tokenized_splits(str(orders), str(tiny_model), where, max_length=config.training.max_length)
+    rows = TokenRows(splits["validation"], str(tmp_path / "cache"))
+    found = sequence_scores(load_model(str(tmp_path / "sweep/best")), [rows[number] for number in range(len(rows))])
+    loss = sum(score.nll for score in found) / sum(score.tokens for score in found)
+    assert loss == pytest.approx(result.best.best("eval_loss"), abs=1e-4)
+    assert not (tmp_path / "sweep/trials").exists()
 
 
 @pytest.mark.soak  # two minutes

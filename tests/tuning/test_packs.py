@@ -14,7 +14,7 @@ TRAINING = FineTuningConfig(model_path="m", dataset_path="d", output_dir="o")
 def test_settings_that_adapters_may_differ_in_make_no_packs() -> None:
     packs = Packs.of({"lora_r": [4, 8], "learning_rate": [1e-4, 1e-3]}, TRAINING)
     assert (packs.keys, list(packs.settings)) == ((), ["all trials"])
-    assert packs.why_alone() is None
+    assert packs.apart() == {}
     assert name_of(packs.keys, {"lora_r": 4}) == "all trials"
 
 
@@ -34,9 +34,10 @@ def test_every_combination_of_what_a_base_decides_is_a_pack() -> None:
 
 
 def test_a_pack_that_cannot_share_a_base_is_named() -> None:
-    why = Packs.of({"method": ["lora", "full"]}, TRAINING).why_alone()
-    assert why is not None
-    assert why.startswith("method full: a packed sweep shares one frozen base")
+    packs = Packs.of({"method": ["lora", "full"]}, TRAINING)
+    [(name, why)] = packs.apart().items()
+    assert name == "method full" and why.startswith("a packed sweep shares one frozen base")
+    assert list(packs.without(packs.apart()).settings) == ["method lora"]
 
 
 def test_values_that_do_not_go_together_are_refused() -> None:

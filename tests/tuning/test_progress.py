@@ -70,7 +70,7 @@ def test_a_trial_that_was_paused_keeps_all_of_its_curve(ray_cluster, tmp_path) -
             name="ray",
             storage_path=str(tmp_path),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=4),
-            callbacks=[Progress(folder, "eval_loss", 9, Tracked((), folder, {})), ears],
+            callbacks=[Progress(folder, "eval_loss", Tracked((), folder, {})), ears],
             verbose=0,
         ),
     ).fit()
@@ -91,7 +91,7 @@ def test_a_step_that_was_reported_again_counts_once(tmp_path) -> None:
 def test_trackers_hear_of_trials_that_ended_before_this_driver_went_on(tmp_path) -> None:
     """What an earlier driver wrote was cleared away when this one took over; its curves came with Tune's state."""
     folder = Location.at(tmp_path / "ray")
-    progress = Progress(folder, "eval_loss", 4, Tracked((Tracking.TENSORBOARD,), Location.at(tmp_path), {}))
+    progress = Progress(folder, "eval_loss", Tracked((Tracking.TENSORBOARD,), Location.at(tmp_path), {}))
     curve = [{"global_step": 2.0, "eval_loss": 3.0}, {"global_step": 4.0, "eval_loss": 2.0}]
     progress.set_state({"curves": {"a": curve}})
     ended, going = (

@@ -10,9 +10,9 @@ from raytune_ft.tuning.report import cost_in_words, importance, render
 from raytune_ft.tuning.result import SweepResult, Trial
 
 
-def trial(rank: int, rate: float, loss: float, *, steps: int = 4, ending: str = "finished") -> Trial:
+def trial(rank: int, rate: float, loss: float, *, steps: int = 4, last: float = 4.0, ending: str = "finished") -> Trial:
     curve = [
-        {"global_step": float(step), "eval_loss": loss * (1 + steps - step), "tokens": 100.0 * step}
+        {"global_step": float(step), "last_step": last, "eval_loss": loss * (1 + steps - step), "tokens": 100.0 * step}
         for step in range(2, steps + 1, 2)
     ]
     return Trial(f"{rank}-{rate}", {"lora_r": rank, "learning_rate": rate}, ending, curve)
@@ -40,21 +40,32 @@ def test_a_metric_of_answers_is_drawn_and_explained_as_it_is() -> None:
     )
     result = SweepResult("eval_f1", trials)
     assert importance(result) == pytest.approx({"lora_r": 0.2, "learning_rate": 0.8})
-    page = render(result, 1.0, 2)
+    page = render(result, 1.0)
     assert page.index("lora_r=8, learning_rate=0.2") < page.index("lora_r=4, learning_rate=0.1")
     assert "Best eval_f1 at each rank" in page and page.count("data:image/svg+xml") == 4
 
 
 def test_cost_is_told_against_the_full_grid() -> None:
     result = SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.1, 2.0, steps=2, ending="stopped early")))
-    assert cost_in_words(result, 12.0, 4) == (
+    assert cost_in_words(result, 12.0) == (
         "2 trials, 6 steps, 600 tokens in 12 s; all of them to step 4: about 800 tokens (75% of that was spent)"
+    )
+
+
+def test_cost_of_trials_that_end_at_steps_of_their_own_is_told_against_all_of_these() -> None:
+    told = trial(4, 0.1, 1.0).curve
+    infeasible = Trial("bad", {}, "infeasible", [told[0], {"global_step": 3.0, "eval_loss": math.inf}])
+    result = SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.1, 2.0, steps=2, last=8.0), infeasible))
+    assert (infeasible.last_step, infeasible.tokens, infeasible.steps) == (4, 200.0, 3)
+    assert cost_in_words(result, 12.0) == (
+        "3 trials, 9 steps, 800 tokens in 12 s; all of them to their last steps: about 1,467 tokens (55% of that was "
+        "spent)"
     )
 
 
 def test_the_page_stands_alone_and_keeps_hostile_text_as_text() -> None:
     bad = Trial("x", {"lora_r": 4, "learning_rate": 9.0}, "infeasible", [], "loss <script>alert(1)</script>")
-    page = render(SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.2, 0.5), trial(8, 0.1, 0.7), bad)), 1.0, 4)
+    page = render(SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.2, 0.5), trial(8, 0.1, 0.7), bad)), 1.0)
     assert "<script>" not in page
     assert "loss &lt;script&gt;" in page
     assert page.count("data:image/svg+xml") == 4  # curves, parallel coordinates, heat map, importance

@@ -91,6 +91,12 @@ def test_a_sweep_compares_by_what_answers_are_measured_by_and_its_trials_keep_th
             {"training": {**COMMON["training"], "offload": "optimizer"}},
             "training.offload: trials on one worker",
         ),
+        *(
+            ({"training": {**COMMON["training"], key: value}}, f"training.{key}: a trial saves, .*evaluated .eval_str")
+            for key, value in [("save_steps", 2), ("save_strategy", "no"), ("logging_steps", 1)]
+        ),
+        ({"training": {**COMMON["training"], "zero_stage": 3}}, "training.zero_stage: trials on one worker go without"),
+        ({"space": {"save_steps": [1, 2]}}, "space.save_steps: cannot be searched"),
         ({"training": {**COMMON["training"], "cpus_per_worker": 2}}, "is given cpus_per_trial; set that"),
         ({"training": {**COMMON["training"], "resume_from_checkpoint": "x"}}, "the same command goes on with a sweep"),
         (

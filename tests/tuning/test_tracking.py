@@ -11,6 +11,7 @@ import pytest
 from raytune_ft.core.errors import ConfigError, MissingDependencyError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
+from raytune_ft.training.trackers import TensorBoard
 from raytune_ft.tuning.tracking import Tracked, TrackedTrials
 
 from ..training.test_trackers import scalars  # noqa: TID252 - tests are no installed package
@@ -74,6 +75,22 @@ def test_a_trials_tracker_that_cannot_start_is_said_once_and_counted(
     trials.close()
     assert trials.failures == {"tensorboard": 2}
     assert caplog.text.count("the sweep goes on") == 1
+
+
+def test_a_tracker_that_fails_later_is_said_once_for_all_trials_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: TensorBoard, row: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(TensorBoard, "log", full)
+    trials = TrackedTrials(tracked(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        for name in ("t1", "t2", "t2"):
+            trials.log(name, name, {}, POINTS[:1])
+        trials.close()
+    assert trials.failures == {"tensorboard": 3}
+    assert caplog.text.count("No space left") == 1
 
 
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="the extra `trackers` is not installed")

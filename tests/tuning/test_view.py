@@ -11,16 +11,16 @@ from raytune_ft.tuning.view import SweepView
 
 
 def told(view: SweepView) -> None:
-    view.hear("a", "lora_r=4", state="running", step=2, value=1.5)
-    view.hear("b", "lora_r=8", state="running", step=2, value=1.25)
-    view.hear("a", "lora_r=4", state="running", step=4, value=1.75)
+    view.hear("a", "lora_r=4", state="running", step=2, last_step=8, value=1.5)
+    view.hear("b", "lora_r=8", state="running", step=2, last_step=6, value=1.25)
+    view.hear("a", "lora_r=4", state="running", step=4, last_step=8, value=1.75)
     view.hear("a", "lora_r=4", state="stopped early")
     view.hear("c", "lora_r=16", state="failed")
 
 
 def test_a_log_has_a_line_for_each_evaluation_and_ending(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="raytune_ft"):
-        told(SweepView("eval_loss", last_step=8))
+        told(SweepView("eval_loss"))
     assert caplog.messages == [
         "trial lora_r=4: step 2, eval_loss 1.5000",
         "trial lora_r=8: step 2, eval_loss 1.2500",
@@ -36,16 +36,16 @@ def test_a_terminal_has_one_table_with_the_best_trial_first() -> None:
     logger = logging.getLogger("raytune_ft")
     logger.addHandler(handler)
     try:
-        view = SweepView("eval_loss", last_step=8)
+        view = SweepView("eval_loss")
         told(view)
         view.close()
     finally:
         logger.removeHandler(handler)
     last = console.file.getvalue().split("trial ")[-1]
     assert [line.split()[:3] for line in last.splitlines()[1:4]] == [
-        ["lora_r=8", "running", "2/8"],
+        ["lora_r=8", "running", "2/6"],
         ["lora_r=4", "stopped", "early"],
-        ["lora_r=16", "failed", "0/8"],
+        ["lora_r=16", "failed", "0"],
     ]
 
 

@@ -1,0 +1,126 @@
+"""Trials that share no base: a training run each, in the process of the trial itself.
+
+Such a run tells of its evaluations as a bank does, and waits with each until somebody asks for the next one.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raytune_ft.core.errors import InfeasibleError
+from raytune_ft.core.storage import Location
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.reporting import EvaluationReport
+
+Splits = Mapping[int, dict[str, list[str]]]
+"""Parquet files of the tokenized splits, by the longest row."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """What runs of one process each have in common: their rows, the folder below which each has its own, a device."""
+
+    splits: Splits
+    output: str
+    device: str
+    cpus: float
+    threads: int
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of a run."""
+        return int(self.device != "cpu")
+
+    def start(self, name: str, settings: Mapping[str, Any]) -> OwnRun:
+        """The run of a trial; it goes on from its newest checkpoint, if it has one."""
+        return OwnRun(self, saving_where_evaluated(FineTuningConfig(**settings)), Location(self.output) / name)
+
+    def train(self, config: FineTuningConfig, output: Location, report: EvaluationReport | None = None) -> None:
+        """Makes the steps that are left, and writes the model."""
+        import torch  # not with the module: the light trials of banks do without
+
+        from raytune_ft.training.session import Seat, train_in_process
+
+        torch.set_num_threads(self.threads)  # a thread's own setting, where OpenMP keeps one
+        seat = Seat(device=self.device)
+        train_in_process(config, self.splits[config.max_length], seat, output=output, report=report, golden=False)
+
+
+def saving_where_evaluated(config: FineTuningConfig) -> FineTuningConfig:
+    """A trial's settings: it saves where it is evaluated, and leaves trackers to the sweep."""
+    return config.with_overrides(
+        save_strategy=config.eval_strategy, save_steps=config.eval_steps, save_total_limit=1, report_to=[]
+    )
+
+
+class _LeftError(Exception):
+    """Nobody asks for the next evaluation any more."""
+
+
+class OwnRun:
+    """A training run in a thread of its own."""
+
+    def __init__(self, own: Own, config: FineTuningConfig, output: Location) -> None:
+        self._own, self._config, self._output = own, config, output
+        self._reports: queue.Queue[dict[str, Any] | Exception] = queue.Queue()
+        self._asked = threading.Semaphore(0)
+        self._left = False
+        self._last: dict[str, Any] = {"step": 0, "metrics": {}, "snapshot": None}
+        self._thread = threading.Thread(target=self._run, name="training", daemon=True)
+        self._thread.start()
+
+    def next_report(self) -> dict[str, Any]:
+        """Waits for the next evaluation, or the end.
+
+        Returns:
+            `step`, `metrics`, `status` (running, finished or infeasible), `reason`, and `snapshot`, which is None: the
+            run has its checkpoints itself.
+
+        Raises:
+            Exception: whatever ended the run.
+        """
+        self._asked.release()
+        report = self._reports.get()
+        if isinstance(report, Exception):
+            raise report
+        return report
+
+    def leave(self) -> None:
+        """Ends the run where it waits; what it has saved stays."""
+        self._left = True
+        self._asked.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._asked.acquire()
+        if self._left:
+            return
+        report = EvaluationReport(self._config, self._tell)
+        try:
+            self._own.train(self._config, self._output, report)
+            report.model_is_written()
+        except _LeftError:
+            return
+        except InfeasibleError as error:
+            end = {"metrics": {}, "step": error.step or report.step, "status": "infeasible", "reason": str(error)}
+            self._reports.put({**self._last, **end})
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever asks
+            self._reports.put(error)
+        else:
+            if self._last.get("status") != "finished":
+                self._reports.put({**self._last, "status": "finished", "reason": "ended before its last step"})
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        step = row["global_step"]
+        status = "finished" if step == row["last_step"] else "running"
+        self._last = {"step": step, "metrics": row, "status": status, "reason": "", "snapshot": None}
+        self._reports.put(self._last)
+        if status == "finished":  # the model is written: nothing is left to wait for
+            return
+        self._asked.acquire()
+        if self._left:
+            raise _LeftError
