@@ -91,6 +91,8 @@ def _told_if_infeasible(goal: Goal) -> Iterator[None]:
 def leave_best(config: SweepConfig, own: Own, folder: Location, best: Trial) -> bool:
     """Copies the model of a trial to `folder`; of one that was stopped, it is made of the last state that was saved.
 
+    Ray Train workers run ahead of what Ray Tune has heard, so theirs may be of a later evaluation that was better still.
+
     Args:
         config: the sweep's.
         own: what the trials' runs have in common.

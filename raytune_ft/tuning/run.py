@@ -219,6 +219,6 @@ def _ending(trial: Trial, result: Any) -> tuple[Ending, str | None]:
     infeasible = (result.metrics or {}).get("infeasible")
     if infeasible:
         return "infeasible", str(infeasible)
-    if trial.last_step is not None and trial.steps < trial.last_step:
+    if trial.last_step is None or trial.steps < trial.last_step:  # None: the budget was spent before it began
         return "stopped early", None
     return "finished", None
