@@ -91,7 +91,7 @@ def _told_if_infeasible(goal: Goal) -> Iterator[None]:
 def leave_best(config: SweepConfig, own: Own, folder: Location, best: Trial) -> bool:
     """Copies the model of a trial to `folder`; of one that was stopped, it is made of the last state that was saved.
 
-    Ray Train workers run ahead of what Ray Tune has heard, so theirs may be of a later evaluation that was better still.
+    Ray Train workers run ahead of what Ray Tune has heard, so theirs may be of a later, better evaluation.
 
     Args:
         config: the sweep's.
