@@ -65,7 +65,7 @@ def left_for_banks(config: SweepConfig, nodes: Sequence[Node], *, use_gpu: bool)
 def own_runs(config: SweepConfig, together: int, *, use_gpu: bool) -> Demand:
     """What trials with runs of their own hold, a process each."""
     threads = max(1, math.floor(config.cpus_per_trial))
-    return Demand("trial with a base of its own", together, config.cpus_per_trial, int(use_gpu), threads)
+    return Demand("trial", together, config.cpus_per_trial, int(use_gpu), threads)
 
 
 def own_together(config: SweepConfig, nodes: Sequence[Node], trials: int, *, use_gpu: bool) -> int:
