@@ -250,10 +250,15 @@ def test_trials_of_two_workers_are_ray_train_runs_with_the_same_curves(
     assert (tmp_path / "spread/best/adapter_model.safetensors").exists()
 
 
+def states_in(folder: Path) -> list[Path]:
+    """States of trials on disk: of packed ones, and of those with a base of their own."""
+    return [*folder.glob("snapshots/*/*/manifest.json"), *folder.glob("trials/*/checkpoints/*/manifest.json")]
+
+
 def kill_first(word: str, folder: Path, killed: list[int]) -> None:
     """Kills a worker with this word in its title, with SIGKILL, as soon as a trial's state lies on disk."""
     end = time.monotonic() + 120
-    while time.monotonic() < end and not list(folder.glob("snapshots/*/*/manifest.json")):
+    while time.monotonic() < end and not states_in(folder):
         time.sleep(0.01)
     while time.monotonic() < end and not killed:
         for process in psutil.Process().children(recursive=True):
@@ -282,11 +287,12 @@ def test_a_killed_bank_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, 
 
 @pytest.mark.soak
 @pytest.mark.ray
-def test_a_killed_proxy_comes_back_and_no_trial_is_lost(ray_cluster, tiny_model, orders, tmp_path) -> None:
+@pytest.mark.parametrize("packed", ["auto", "never"])
+def test_a_killed_trial_comes_back_and_none_is_lost(packed: str, ray_cluster, tiny_model, orders, tmp_path) -> None:
     killed: list[int] = []
     killer = threading.Thread(target=kill_first, args=("Proxy", tmp_path / "sweep", killed))
     killer.start()
-    config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", training={"max_steps": 60})
+    config = sweep(tiny_model, orders, tmp_path / "sweep", scheduler="none", packed=packed, training={"max_steps": 60})
     artifact = HyperparameterSweep(config).run()
     killer.join()
     assert len(killed) == 1
@@ -317,8 +323,9 @@ def test_a_trial_that_diverges_is_infeasible_and_hurts_no_other(
 
 @pytest.mark.soak
 @pytest.mark.ray
-def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(tiny_model, orders, tmp_path) -> None:
-    config = sweep(tiny_model, orders, tmp_path / "sweep", training={"max_steps": 40})
+@pytest.mark.parametrize("packed", ["auto", "never"])
+def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(packed: str, tiny_model, orders, tmp_path) -> None:
+    config = sweep(tiny_model, orders, tmp_path / "sweep", packed=packed, training={"max_steps": 40})
     (tmp_path / "config.json").write_text(config.model_dump_json())
     program = textwrap.dedent(
         """
