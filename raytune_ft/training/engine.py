@@ -213,11 +213,12 @@ class ZeroLearner:
         losses = []
         norm = None
         for micro in batch:
-            self.engine.set_gradient_accumulation_boundary(micro is batch[-1])  # steps may differ in their number
+            is_last = micro is batch[-1]
+            self.engine.set_gradient_accumulation_boundary(is_last)  # steps may differ in their number
             loss = self.engine(micro.to(self._device))
             self.engine.backward(loss * scale.to(loss.dtype), scale_wrt_gas=False)
             losses.append(loss.detach())
-            if micro is batch[-1]:
+            if is_last:
                 norm = self._unsharded_norm()
             self.engine.step()
         # Read behind the optimizer's step, so that a GPU has it in line before the host waits.

@@ -100,10 +100,7 @@ def train_in_process(
         peers = Peers(seat.rank, seat.world_size, seat.device)
         learner = _learner(trainee, fitting, timetable, seat, validation)
         careful = _within_memory(learner, fitting, divisor, output)
-        answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, seat.device)
-        if answers is not None and answers.shortfall and peers.leads:
-            logger.warning("%s", answers.shortfall)
-        watched = careful if answers is None else AnsweringLearner(careful, answers, peers)
+        watched = _answering(careful, config, trainee, validation, peers=peers)
         keeper = Keeper(config, learner, output, peers)
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
@@ -218,6 +215,18 @@ def _learner(
         return evaluation_batches(validation, config.per_device_eval_batch_size, seat.rank, seat.world_size)
 
     return kind(trainee, config, timetable, seat.device, evaluation)
+
+
+def _answering(
+    learner: Learner, config: FineTuningConfig, trainee: Trainee, validation: TokenRows | None, *, peers: Peers
+) -> Learner:
+    """The learner, which also answers validation rows at each evaluation, if that is wished."""
+    answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, peers.device)
+    if answers is None:
+        return learner
+    if answers.shortfall and peers.leads:
+        logger.warning("%s", answers.shortfall)
+    return AnsweringLearner(learner, answers, peers)
 
 
 def _within_memory(

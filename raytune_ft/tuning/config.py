@@ -106,26 +106,22 @@ class SweepConfig(Config):
 
     def _refuse_unused(self) -> None:
         """Settings of a training run that trials would leave without effect."""
-        for key in OF_RUNS:
-            if not self._is_set(key):
-                continue
-            if key == "resume_from_checkpoint":
-                raise ValueError(
-                    f"training.{key}: trials start afresh, and the same command goes on with a sweep; leave it out"
-                )
-            raise ValueError(
-                f"training.{key}: a trial saves, and tells how far it is, where it is evaluated (eval_strategy, "
-                "eval_steps); leave it out"
+        refused = dict.fromkeys(
+            OF_RUNS,
+            "a trial saves, and tells how far it is, where it is evaluated (eval_strategy, eval_steps); leave it out",
+        )
+        afresh = "trials start afresh, and the same command goes on with a sweep; leave it out"
+        refused["resume_from_checkpoint"] = afresh
+        if self.training.num_workers == 1:
+            refused |= dict.fromkeys(
+                OF_WORKERS,
+                "trials on one worker go without DeepSpeed; leave it out, or give each trial workers of its own with "
+                "training.num_workers above 1",
             )
-        for key in OF_WORKERS if self.training.num_workers == 1 else ():
-            if not self._is_set(key):
-                continue
-            if key == "cpus_per_worker":
-                raise ValueError(f"training.{key}: a trial on one worker is given cpus_per_trial; set that instead")
-            raise ValueError(
-                f"training.{key}: trials on one worker go without DeepSpeed; leave it out, or give each trial "
-                "workers of its own with training.num_workers above 1"
-            )
+            refused["cpus_per_worker"] = "a trial on one worker is given cpus_per_trial; set that instead"
+        for key, why in refused.items():
+            if self._is_set(key):
+                raise ValueError(f"training.{key}: {why}")
 
     def _is_set(self, key: str) -> bool:
         """Whether a training setting is another than where nothing is said."""

@@ -130,5 +130,4 @@ class TrackedTrials:
 
 def _row(point: Mapping[str, float]) -> dict[str, float]:
     """A point of a curve as trackers take it."""
-    names = {"global_step": "step"}
-    return {names.get(name, name): value for name, value in point.items() if name != "last_step"}
+    return {"step" if name == "global_step" else name: value for name, value in point.items() if name != "last_step"}

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from raytune_ft.core.records import Message
-from raytune_ft.models.chat import Chat
-from raytune_ft.models.loading import load_tokenizer
+from ..rows import token_files  # noqa: TID252 - tests are no installed package
 
 
 @pytest.fixture
@@ -25,14 +21,4 @@ def settings(tiny_model: Path) -> dict:
 @pytest.fixture
 def splits(tiny_model: Path, tmp_path: Path) -> dict[str, list[str]]:
     """Eight training rows of uneven length and 4 validation rows."""
-    chat = Chat(load_tokenizer(str(tiny_model)))
-    rows = [
-        chat.encode([Message("user", f"order {i} red {i * 7}"), Message("assistant", "yes " * (i % 5 + 1))])
-        for i in range(12)
-    ]
-    splits = {}
-    for name, part in (("train", rows[:8]), ("validation", rows[8:])):
-        splits[name] = [str(tmp_path / f"{name}.parquet")]
-        table = {"input_ids": [r.input_ids for r in part], "supervised": [r.supervised for r in part]}
-        pq.write_table(pa.table(table), splits[name][0])
-    return splits
+    return token_files(tiny_model, tmp_path, train=8, validation=4)

@@ -1,0 +1,28 @@
+"""Tokenized rows as Parquet files, as the data room leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raytune_ft.core.records import Message
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.loading import load_tokenizer
+
+
+def token_files(model: Path, folder: Path, *, train: int, validation: int) -> dict[str, list[str]]:
+    """So many rows of uneven length for each split, in a file each."""
+    chat = Chat(load_tokenizer(str(model)))
+    rows = [
+        chat.encode([Message("user", f"order {i} red {i * 7}"), Message("assistant", "yes " * (i % 5 + 1))])
+        for i in range(train + validation)
+    ]
+    files = {}
+    for name, part in (("train", rows[:train]), ("validation", rows[train:])):
+        path = folder / f"{name}.parquet"
+        table = {"input_ids": [r.input_ids for r in part], "supervised": [r.supervised for r in part]}
+        pq.write_table(pa.table(table), path)
+        files[name] = [str(path)]
+    return files
