@@ -20,12 +20,11 @@ from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.core.placement import Demand, ResourcePlan, misfit
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
-from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.folder import CHECKPOINTS, SUMMARY
 from raytune_ft.training.goal import Goal
 from raytune_ft.training.run import RAY_STATE, Reported, run_workers, worker_demand
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.own import Own, Splits, saving_where_evaluated
+from raytune_ft.tuning.own import Own, as_trial
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import settings_at
 
@@ -45,19 +44,13 @@ def start_on_workers(config: SweepConfig, own: Own, connected: cluster.Cluster, 
         ClusterError: if the cluster has no room for one.
     """
     training = config.training
-    use_gpu = own.gpus > 0
-    given = {
-        "settings": training.model_dump(mode="json"),
-        "splits": own.splits,
-        "output": own.output,
-        "goal": config.goal,
-    }
-    one = worker_demand(training, use_gpu=use_gpu)
+    one = worker_demand(training, use_gpu=own.gpus > 0)
     together = min(trials, config.max_concurrent_trials or trials)
     while together > 1 and misfit(_plan(one, together), connected.nodes) is not None:
         together -= 1
     connected.admit(_plan(one, together))
-    trial = ray_tune.with_parameters(on_workers, **given, use_gpu=use_gpu)
+    settings = training.model_dump(mode="json")
+    trial = ray_tune.with_parameters(on_workers, settings=settings, own=own, goal=config.goal)
     return ray_tune.with_resources(trial, {"CPU": _DRIVER_CPUS}), together
 
 
@@ -66,17 +59,15 @@ def _plan(worker: Demand, together: int) -> ResourcePlan:
     return ResourcePlan("tune", (workers, Demand("driver of a trial", together, _DRIVER_CPUS)))
 
 
-def on_workers(
-    space: dict[str, Any], *, settings: dict[str, Any], splits: Splits, output: str, goal: Goal, use_gpu: bool
-) -> None:
+def on_workers(space: dict[str, Any], *, settings: dict[str, Any], own: Own, goal: Goal) -> None:
     """One trial on Ray Train workers: this process only drives it, and passes its evaluations on to Tune."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    config = saving_where_evaluated(FineTuningConfig(**{**settings, **settings_at(space, settings)}))
-    where = Location(output) / str(ray_tune.get_context().get_trial_id())
+    config = as_trial({**settings, **settings_at(space, settings)})
+    where = own.folder(str(ray_tune.get_context().get_trial_id()))
     reported = Reported(callbacks=(TuneReportCallback(),))
     with _told_if_infeasible(goal):
-        run_workers(config, splits[config.max_length], where, use_gpu=use_gpu, reported=reported)
+        run_workers(config, own.splits[config.max_length], where, use_gpu=own.gpus > 0, reported=reported)
 
 
 @contextmanager
@@ -89,9 +80,9 @@ def _told_if_infeasible(goal: Goal) -> Iterator[None]:
 
 
 def leave_best(config: SweepConfig, own: Own, folder: Location, best: Trial) -> bool:
-    """Copies the model of a trial to `folder`; of one that was stopped, it is made of the last state that was saved.
+    """Copies the model of a trial to `folder`; of one that was stopped, it is made of the state that it told of last.
 
-    Ray Train workers run ahead of what Ray Tune has heard, so theirs may be of a later, better evaluation.
+    Ray Train workers run further ahead of what Ray Tune has heard, so theirs may be of a later, better evaluation.
 
     Args:
         config: the sweep's.
@@ -105,8 +96,9 @@ def leave_best(config: SweepConfig, own: Own, folder: Location, best: Trial) -> 
     Raises:
         RaytuneError: if it cannot be written.
     """
-    made = Location(own.output) / best.name
+    made = own.folder(best.name)
     if not (made / SUMMARY).exists():
+        _forget_after(best.steps, made / CHECKPOINTS)
         saved = checkpoint.newest(made / CHECKPOINTS)
         if saved is None:
             return False
@@ -119,18 +111,21 @@ def leave_best(config: SweepConfig, own: Own, folder: Location, best: Trial) -> 
     return True
 
 
+def _forget_after(step: int, folder: Location) -> None:
+    """Deletes the checkpoints after that of a step, if there is one of it; else the newest knows the same best."""
+    saved = checkpoint.steps_below(folder)
+    for later in saved if step in saved else []:
+        if later > step:
+            checkpoint.folder_of(folder, later).delete()
+
+
 def _write_model(config: SweepConfig, own: Own, trial: Trial, step: int, output: Location) -> None:
-    """Ends a stopped trial's run at the step that was saved last: no step is made, and its best weights are written."""
-    settings = {**config.training.model_dump(mode="json"), **trial.settings, "max_steps": step}
-    ended = saving_where_evaluated(FineTuningConfig(**settings))
+    """Ends a stopped trial's run at a step that was saved: no step is made, and its best weights are written."""
+    ended = as_trial({**config.training.model_dump(mode="json"), **trial.settings, "max_steps": step})
     if ended.num_workers > 1:
         (output / RAY_STATE).delete()
         run_workers(ended, own.splits[ended.max_length], output, use_gpu=own.gpus > 0)
         return
-    write = ray.remote(_ended).options(num_cpus=own.cpus, num_gpus=own.gpus)
+    write = ray.remote(Own.train).options(num_cpus=own.cpus, num_gpus=own.gpus)
     with cluster.own_errors():
         ray.get(write.remote(own, ended, output))
-
-
-def _ended(own: Own, config: FineTuningConfig, output: Location) -> None:
-    own.train(config, output)

@@ -37,7 +37,11 @@ class Own:
 
     def start(self, name: str, settings: Mapping[str, Any]) -> OwnRun:
         """The run of a trial; it goes on from its newest checkpoint, if it has one."""
-        return OwnRun(self, saving_where_evaluated(FineTuningConfig(**settings)), Location(self.output) / name)
+        return OwnRun(self, as_trial(settings), self.folder(name))
+
+    def folder(self, name: str) -> Location:
+        """Where a trial keeps its checkpoints and leaves its model."""
+        return Location(self.output) / name
 
     def train(self, config: FineTuningConfig, output: Location, report: EvaluationReport | None = None) -> None:
         """Makes the steps that are left, and writes the model."""
@@ -50,10 +54,14 @@ class Own:
         train_in_process(config, self.splits[config.max_length], seat, output=output, report=report, golden=False)
 
 
-def saving_where_evaluated(config: FineTuningConfig) -> FineTuningConfig:
-    """A trial's settings: it saves where it is evaluated, and leaves trackers to the sweep."""
+def as_trial(settings: Mapping[str, Any]) -> FineTuningConfig:
+    """A trial's settings for a run of its own: it saves where it is evaluated, and leaves trackers to the sweep.
+
+    It may be stopped with an evaluation that was saved and not heard of: the state before stays, too.
+    """
+    config = FineTuningConfig(**settings)
     return config.with_overrides(
-        save_strategy=config.eval_strategy, save_steps=config.eval_steps, save_total_limit=1, report_to=[]
+        save_strategy=config.eval_strategy, save_steps=config.eval_steps, save_total_limit=2, report_to=[]
     )
 
 

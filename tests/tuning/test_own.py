@@ -10,6 +10,7 @@ import pytest
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
+from raytune_ft.tuning.alone import _forget_after
 from raytune_ft.tuning.own import Own, OwnRun
 
 
@@ -60,6 +61,18 @@ def test_nothing_is_trained_before_anybody_asks_and_a_run_ends_where_it_waits(ow
     asked.leave()
     assert not (Path(own.output) / "asked/summary.json").exists()
     assert not any(thread.name == "training" for thread in threading.enumerate())
+
+
+def test_an_evaluation_that_was_saved_and_not_heard_of_is_taken_back(own: Own, settings: dict) -> None:
+    run = own.start("t", settings)
+    heard, unheard = (run.next_report() for _ in range(2))
+    run.leave()
+    folder = own.folder("t") / "checkpoints"
+    assert checkpoint.newest(folder).step == unheard["step"] == 4
+    _forget_after(3, folder)  # no state of that step: nothing is taken back
+    assert checkpoint.steps_below(folder) == [2, 4]
+    _forget_after(heard["step"], folder)
+    assert checkpoint.newest(folder).step == heard["step"] == 2
 
 
 def test_a_run_whose_patience_ends_is_finished_before_its_last_step(own: Own, settings: dict) -> None:
