@@ -57,6 +57,9 @@ VERBS: Mapping[str, Verb] = {
     "quantize": Verb("compression.config:QuantizationJob", "compression.run:quantize", "Store a model in fewer bits."),
     "prune": Verb("compression.config:PruningJob", "compression.run:prune", "Remove weights that matter least."),
     "distill": Verb("training.config:DistillationConfig", "training.run:distill", "Teach a smaller model."),
+    "align": Verb(
+        "training.config_alignment:PreferenceConfig", "training.run:train", "Train on which answers people prefer."
+    ),
     "ladder": Verb("evaluation.config_ladder:LadderConfig", "evaluation.ladder:ladder", "What smaller versions cost."),
     "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
     "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),

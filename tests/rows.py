@@ -26,3 +26,27 @@ def token_files(model: Path, folder: Path, *, train: int, validation: int) -> di
         pq.write_table(pa.table(table), path)
         files[name] = [str(path)]
     return files
+
+
+def pair_files(model: Path, folder: Path, *, train: int, validation: int) -> dict[str, list[str]]:
+    """So many preferences of uneven length for each split: "yes" is preferred to "no", the longer to the shorter."""
+    chat = Chat(load_tokenizer(str(model)))
+    pairs = [
+        [
+            chat.encode([Message("user", f"order {i} red {i * 7}"), Message("assistant", answer)])
+            for answer in ("yes " * (i % 5 + 2), "no " * (i % 4 + 1))
+        ]
+        for i in range(train + validation)
+    ]
+    files = {}
+    for name, part in (("train", pairs[:train]), ("validation", pairs[train:])):
+        path = folder / f"{name}-pairs.parquet"
+        table = {
+            "input_ids": [chosen.input_ids for chosen, _ in part],
+            "supervised": [chosen.supervised for chosen, _ in part],
+            "rejected_input_ids": [rejected.input_ids for _, rejected in part],
+            "rejected_supervised": [rejected.supervised for _, rejected in part],
+        }
+        pq.write_table(pa.table(table), path)
+        files[name] = [str(path)]
+    return files

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -45,14 +45,38 @@ class PackedBatch:
         """Number of rows."""
         return self.cu_seq_lens.shape[0] - 1
 
-    def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch on another device."""
-        return PackedBatch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+    @property
+    def items(self) -> int:
+        """What the loss is a mean over: the targets."""
+        return len(self.targets)
 
-    def without_targets(self) -> PackedBatch:
+    @property
+    def units(self) -> int:
+        """What can be computed apart: the rows."""
+        return self.rows
+
+    def part(self, first: int, last: int) -> Self:
+        """The units from `first` to before `last`."""
+        start, end = int(self.cu_seq_lens[first]), int(self.cu_seq_lens[last])
+        mine = (self.row_of_target >= first) & (self.row_of_target < last)
+        return replace(
+            self,
+            input_ids=self.input_ids[:, start:end],
+            position_ids=self.position_ids[:, start:end],
+            cu_seq_lens=self.cu_seq_lens[first : last + 1] - start,
+            predictors=self.predictors[mine] - start,
+            targets=self.targets[mine],
+            row_of_target=self.row_of_target[mine] - first,
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def without_targets(self) -> Self:
         """The same tokens, none of which counts for the loss."""
         none = self.targets[:0]
-        return PackedBatch(self.input_ids, self.position_ids, self.cu_seq_lens, none, none, none)
+        return replace(self, predictors=none, targets=none, row_of_target=none)
 
 
 def pack(rows: Sequence[Encoded]) -> PackedBatch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,15 @@ class CausalParts:
 
 
 class SummedLoss(nn.Module):
-    """A causal language model as a module from a padding-free batch to its summed loss (nats)."""
+    """A causal language model as a module from a padding-free batch to its summed loss (nats).
+
+    Subclasses are other objectives. One that measures more than its loss gives all sums at once, as `measures` says.
+    """
+
+    measures: ClassVar[tuple[str, ...]] = ("loss",)
+    """What the sums are of, the loss first; divided by the batches' items they are means."""
+    is_likelihood: ClassVar[bool] = True
+    """Whether an evaluation's loss is the mean negative log-likelihood of tokens, which has a perplexity."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,33 +27,36 @@ class Rows(Protocol):
 class TokenRows:
     """Tokenized rows of a split, mapped into memory from Parquet files; rows are read when they are used."""
 
+    columns: ClassVar[tuple[str, ...]] = ("input_ids", "supervised")
+    """What is read of the files."""
+
     def __init__(self, files: Sequence[str], cache_dir: str) -> None:
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
-        rows: Any = Dataset.from_parquet(list(files), columns=["input_ids", "supervised"], cache_dir=cache_dir)
+        rows: Any = Dataset.from_parquet(list(files), columns=list(self.columns), cache_dir=cache_dir)
         self._rows = rows.with_format("arrow")
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Encoded:
-        ids, supervised, _ = self._flat([number])
+        ids, supervised, _ = self.flat([number])
         return Encoded(ids.tolist(), supervised.tolist())
 
     def packed(self, numbers: Sequence[int]) -> PackedBatch:
         """These rows laid end to end, without a Python object for each token."""
-        return pack_flat(*self._flat(numbers))
+        return pack_flat(*self.flat(numbers))
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
         """Tokens of these rows, which are not read for it."""
         found: list[int] = pc.list_value_length(self._rows[list(numbers)]["input_ids"]).to_pylist()
         return found
 
-    def _flat(self, numbers: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any]]:
-        """Token ids, which of them are supervised, and the rows' lengths."""
+    def flat(self, numbers: Sequence[int], prefix: str = "") -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[Any]]:
+        """Token ids, which of them are supervised, and the rows' lengths; `prefix` is of the columns' names."""
         table = self._rows[list(numbers)]
-        ids, supervised = (table[name].combine_chunks() for name in ("input_ids", "supervised"))
+        ids, supervised = (table[prefix + name].combine_chunks() for name in ("input_ids", "supervised"))
         return (
             ids.flatten().to_numpy(),
             supervised.flatten().to_numpy(zero_copy_only=False),  # Arrow keeps booleans as bits
@@ -144,13 +147,16 @@ def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch  # type: ignore[misc]
 
 
-def evaluation_batches(data: TokenRows, batch_size: int, rank: int, world_size: int) -> Iterator[PackedBatch]:
-    """The rows of one rank, in batches; all ranks get as many, some of them without targets.
+def evaluation_batches(
+    data: TokenRows, batch_size: int, rank: int, world_size: int, numbers: Sequence[int] | None = None
+) -> Iterator[PackedBatch]:
+    """The rows of one rank (of all, or of those with these numbers), in batches; some of them without targets.
 
-    Under ZeRO stage 3 a forward pass gathers weights from all ranks, which have to make as many of them.
+    Under ZeRO stage 3 a forward pass gathers weights from all ranks, so all get as many batches.
     """
-    mine = range(rank, len(data), world_size)
-    longest = -(-len(data) // world_size)
+    numbers = range(len(data)) if numbers is None else numbers
+    mine = numbers[rank::world_size]
+    longest = -(-len(numbers) // world_size)
     for first in range(0, longest, batch_size):
         some = mine[first : first + batch_size]
         yield data.packed(some) if some else data.packed([0]).without_targets()

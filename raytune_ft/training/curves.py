@@ -22,7 +22,9 @@ _POINTS = 2000
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[int, str]] = ()) -> str:
-    """Losses over learning rate and gradient norm, by step; findings are dotted lines. Same rows, same bytes.
+    """Losses over learning rate and gradient norm (of pairs, margins), by step; findings are dotted lines.
+
+    Same rows, same bytes.
 
     Args:
         rows: the history; of a long one every n-th step is drawn, evaluations all.
@@ -35,7 +37,10 @@ def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[in
     evaluated = [row for row in rows if "eval_loss" in row]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7, 5.4), layout="constrained")
-        losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
+        paired = any("reward_margin" in row for row in thinned)
+        losses, *margins, rates, norms = figure.subplots(
+            3 + paired, 1, sharex=True, height_ratios=(3, *[1] * (2 + paired))
+        )
         losses.plot(*_line(thinned, "loss"), color=_TRAIN, linewidth=1.2, label="training loss")
         if evaluated:
             losses.plot(*_line(evaluated, "eval_loss"), color=_VALIDATION, marker="o", markersize=3, label="validation")
@@ -43,13 +48,17 @@ def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[in
             losses.axvline(step, color=_TROUBLE, linestyle=":", linewidth=1)
             losses.annotate(kind, (step, 1), (3, -9), xycoords=("data", "axes fraction"), textcoords="offset points")
         losses.legend(frameon=False, loc="upper right")
-        losses.set_ylabel("nats per token")
+        losses.set_ylabel("loss" if paired else "nats per token")
+        for axes in margins:
+            axes.plot(*_line(thinned, "reward_margin"), color=_TRAIN, linewidth=1)
+            axes.plot(*_line(evaluated, "eval_reward_margin"), color=_VALIDATION, marker="o", markersize=3)
+            axes.set_ylabel("reward margin")
         rates.plot(*_line(thinned, "learning_rate"), color=_GREY, linewidth=1)
         rates.set_ylabel("learning rate")
         norms.plot(*_line(thinned, "grad_norm"), color=_GREY, linewidth=1)
         norms.set_ylabel("gradient norm")
         norms.set_xlabel("step")
-        for axes in (losses, rates, norms):
+        for axes in (losses, *margins, rates, norms):
             axes.grid(axis="y")
             axes.tick_params(length=0)
         figure.align_ylabels()

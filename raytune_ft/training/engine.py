@@ -20,11 +20,11 @@ from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
-from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
-from raytune_ft.training.distill import DistillationLoss, load_teacher
+from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
 from raytune_ft.training.fused_lora import fuse_lora
-from raytune_ft.training.loop import Metrics
+from raytune_ft.training.loop import Metrics, with_perplexity
 from raytune_ft.training.micro_batches import Held, before_the_optimizer
+from raytune_ft.training.objectives import make_objective
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 from raytune_ft.training.zero import deepspeed_engine
 
@@ -86,7 +86,7 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
         causal = model.get_base_model() if config.uses_adapter else model
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     use_attention(model, SEGMENTS)
-    return Trainee(_objective(model.train(), config, device), tokenizer)
+    return Trainee(make_objective(model.train(), config, device), tokenizer)
 
 
 def _with_new_adapter(model: Any, config: FineTuningConfig) -> Any:
@@ -114,13 +114,6 @@ def _with_new_adapter(model: Any, config: FineTuningConfig) -> Any:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
-
-
-def _objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
-    if not isinstance(config, DistillationConfig):
-        return SummedLoss(model)
-    teacher = load_teacher(config.teacher_path, config.precision, device, model.get_output_embeddings().weight.shape[0])
-    return DistillationLoss(model, teacher, temperature=config.temperature, hard_loss_weight=config.hard_loss_weight)
 
 
 def optimizer_for(trainee: Trainee, config: FineTuningConfig) -> torch.optim.AdamW:
@@ -162,28 +155,35 @@ class LocalLearner:
         """Makes one optimizer step over micro-batches."""
         rate = _set_rate(self.optimizer, self._config, self._timetable, step)
         seed_step(self._config.seed, step, 0)
-        count = sum(len(micro.targets) for micro in batch)
-        losses = []
+        count = sum(micro.items for micro in batch)
+        sums = []
         self.optimizer.zero_grad(set_to_none=True)
         with before_the_optimizer():
             for micro in batch:
-                loss = self.trainee.loss(micro.to(self._device)) / max(1, count)
-                loss.backward()
-                losses.append(loss.detach())
+                means = self.trainee.loss(micro.to(self._device)).reshape(-1) / max(1, count)
+                means[0].backward()
+                sums.append(means.detach())
         norm = nn.utils.clip_grad_norm_(list(self.trainee.trainable().values()), self._config.max_grad_norm)
         self.optimizer.step()
         tokens = sum(micro.tokens for micro in batch)
-        total = float(_sum(losses))
-        return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, "tokens": tokens, "supervised": count}
+        measured = _named(self.trainee, _sum(sums))
+        supervised = sum(len(micro.targets) for micro in batch)
+        return {
+            **measured,
+            "grad_norm": float(norm),
+            "learning_rate": rate,
+            "tokens": tokens,
+            "supervised": supervised,
+        }
 
     def gathered_state(self) -> State | None:
         """None: the model has its weights whole."""
         return None
 
     def evaluate(self) -> Metrics:
-        """Mean loss over the supervised tokens of the validation split."""
-        total, count = _evaluate(self.trainee, self._evaluation(), self._device)
-        return {"eval_loss": total / max(1, count)}
+        """Mean loss over the supervised tokens of the validation split, and what else the objective measures."""
+        sums = _evaluate(self.trainee, self._evaluation(), self._device)
+        return _evaluated(self.trainee, sums)
 
 
 class ZeroLearner:
@@ -206,27 +206,27 @@ class ZeroLearner:
         """Makes one optimizer step over this rank's micro-batches and those of all other ranks."""
         rate = _set_rate(self.engine.optimizer, self._config, self._timetable, step)
         seed_step(self._config.seed, step, self.rank)
-        mine = torch.tensor([sum(len(m.targets) for m in batch), sum(m.tokens for m in batch)], dtype=torch.float64)
-        counts = self._reduced(mine)
+        mine = [sum(m.items for m in batch), sum(m.tokens for m in batch), sum(len(m.targets) for m in batch)]
+        counts = self._reduced(torch.tensor(mine, dtype=torch.float64))
         # DeepSpeed divides by the number of ranks, which the global mean does not want.
         scale = self.world_size / counts[0].clamp(min=1.0)
-        losses = []
+        sums = []
         norm = None
         for micro in batch:
             is_last = micro is batch[-1]
             self.engine.set_gradient_accumulation_boundary(is_last)  # steps may differ in their number
-            loss = self.engine(micro.to(self._device))
-            self.engine.backward(loss * scale.to(loss.dtype), scale_wrt_gas=False)
-            losses.append(loss.detach())
+            found = self.engine(micro.to(self._device)).reshape(-1)
+            self.engine.backward(found[0] * scale.to(found.dtype), scale_wrt_gas=False)
+            sums.append(found.detach())
             if is_last:
                 norm = self._unsharded_norm()
             self.engine.step()
         # Read behind the optimizer's step, so that a GPU has it in line before the host waits.
-        total = float(self._reduced(_sum(losses).reshape(1)))
-        count, tokens = counts.tolist()
-        mean = total / max(1.0, count)
+        total = self._reduced(_sum(sums))
+        count, tokens, supervised = counts.tolist()
+        measured = _named(self.trainee, total / max(1.0, count))
         norm = float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm
-        return {"loss": mean, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": count}
+        return {**measured, "grad_norm": norm, "learning_rate": rate, "tokens": tokens, "supervised": supervised}
 
     def gathered_state(self) -> State | None:
         """Under stage 3 the model's whole weights (of an adapter, those alone) on rank 0; None where it has them."""
@@ -236,11 +236,10 @@ class ZeroLearner:
         return {name.removeprefix("model."): tensor for name, tensor in (found or {}).items()}
 
     def evaluate(self) -> Metrics:
-        """Mean loss over the supervised tokens of the validation split, over all ranks."""
+        """Mean loss over the supervised tokens of the validation split, over all ranks, and what else is measured."""
         # Under stage 3 a forward pass gathers weights from all ranks, and one rank cannot make it again.
         sums = _evaluate(self.trainee, self._evaluation(), self._device, may_split=self._config.zero_stage < 3)
-        total, count = self._reduced(torch.tensor(sums, dtype=torch.float64)).tolist()
-        return {"eval_loss": total / max(1.0, count)}
+        return _evaluated(self.trainee, self._reduced(sums))
 
     def _unsharded_norm(self) -> float | None:
         """Stage 0 in fp32: the norm of the reduced gradients, which DeepSpeed clips by without keeping it."""
@@ -256,23 +255,35 @@ class ZeroLearner:
         return values
 
 
-def _evaluate(
-    trainee: Trainee, batches: Iterable[PackedBatch], device: str, *, may_split: bool = True
-) -> tuple[float, int]:
-    """Summed loss and number of targets; `may_split`: batches that memory does not hold are computed in parts."""
-    total, count = 0.0, 0
+def _evaluate(trainee: Trainee, batches: Iterable[PackedBatch], device: str, *, may_split: bool = True) -> Tensor:
+    """[measures + 1] the objective's sums and the number of items, in float64.
+
+    `may_split`: batches that memory does not hold are computed in parts.
+    """
+    totals = torch.zeros(len(trainee.loss.measures) + 1, dtype=torch.float64)
     held = Held()
-    trainee.model.eval()
+    trainee.loss.eval()
     with torch.no_grad():
         for batch in batches:
-            total += held.computed(lambda part: float(trainee.loss(part.to(device))), batch, may_split=may_split)
-            count += len(batch.targets)
-    trainee.model.train()
-    return total, count
+            parts = held.computed(lambda part: trainee.loss(part.to(device)), batch, may_split=may_split)
+            totals[:-1] += _sum([part.reshape(-1) for part in parts]).cpu()
+            totals[-1] += batch.items
+    trainee.loss.train()
+    return totals
 
 
-def _sum(losses: list[Tensor]) -> Tensor:
-    return torch.stack(losses).double().sum()
+def _sum(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).double().sum(0)
+
+
+def _named(trainee: Trainee, means: Tensor) -> Metrics:
+    return dict(zip(trainee.loss.measures, means.tolist(), strict=True))
+
+
+def _evaluated(trainee: Trainee, sums: Tensor) -> Metrics:
+    means = _named(trainee, sums[:-1] / sums[-1].clamp(min=1.0))
+    found = {f"eval_{name}": mean for name, mean in means.items()}
+    return with_perplexity(found) if trainee.loss.is_likelihood else found
 
 
 def _set_rate(optimizer: Any, config: FineTuningConfig, timetable: Timetable, step: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.training.config_alignment import PreferenceConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ ADAPTER_LEARNING_RATE = Range(
     5e-4,
     "the guide's 1e-5 to 5e-5 are meant for full fine-tuning; the few weights of LoRA want about ten times more",
 )
+PREFERENCE_LEARNING_RATES = (
+    Range("learning_rate", 1e-7, 5e-6, "pairs pull on and on, and higher ones unlearn what the model could do"),
+    Range("learning_rate", 1e-6, 5e-5, "pairs pull on and on: a tenth of what examples are learned with"),
+)
+"""Of training on preferences, in full and with an adapter. The guide has none; these are the field's: the papers' 5e-7
+and 1e-6 (Zephyr, DPO) are of full fine-tuning."""
 GENERAL = (
     Range("per_device_train_batch_size", 1, 8, "limited by memory; gradient_accumulation_steps makes a batch larger"),
     Range("num_train_epochs", 2, 5, "more for smaller datasets"),
@@ -57,7 +64,11 @@ def ranges_for(config: FineTuningConfig) -> list[Range]:
         overridden.add("num_train_epochs")
     if config.warmup_steps is not None or config.lr_scheduler_type == "constant":
         overridden.add("warmup_ratio")
-    rates = [FULL_LEARNING_RATE] if config.method is FineTuningMethod.FULL else [ADAPTER_LEARNING_RATE] if lora else []
+    full = config.method is FineTuningMethod.FULL
+    rates = [FULL_LEARNING_RATE] if full else [ADAPTER_LEARNING_RATE] if lora else []
+    if isinstance(config, PreferenceConfig):
+        rates = [PREFERENCE_LEARNING_RATES[0 if full else 1]]
+        overridden |= {"num_train_epochs", "lora_dropout"}  # one pass, and no dropout, are usual there
     return [r for r in (*rates, *GENERAL, *(LORA if lora else ())) if r.setting not in overridden]
 
 

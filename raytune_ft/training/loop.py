@@ -113,7 +113,7 @@ def fit(
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics.get("grad_norm", 0.0)):
             raise NotFiniteError(step, metrics)
         if timetable.evaluates(step):
-            metrics |= with_perplexity(learner.evaluate())
+            metrics |= learner.evaluate()
             if stopping.improved(metrics[stopping.goal.metric], step):
                 on_best(step)
         note(step, metrics)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from raytune_ft.training.loop import Learner, Metrics
 
 logger = logging.getLogger("raytune_ft")
 
+Result = TypeVar("Result")
 DIVISOR = "micro_batch_divisor"
 
 
@@ -80,19 +81,10 @@ def divided(batch: Sequence[PackedBatch], divisor: int) -> list[PackedBatch]:
 
 
 def _parts(batch: PackedBatch, count: int) -> Iterator[PackedBatch]:
-    count = min(count, batch.rows)
-    bounds = [batch.rows * number // count for number in range(count + 1)]
+    count = min(count, batch.units)
+    bounds = [batch.units * number // count for number in range(count + 1)]
     for first, last in pairwise(bounds):
-        start, end = int(batch.cu_seq_lens[first]), int(batch.cu_seq_lens[last])
-        mine = (batch.row_of_target >= first) & (batch.row_of_target < last)
-        yield PackedBatch(
-            input_ids=batch.input_ids[:, start:end],
-            position_ids=batch.position_ids[:, start:end],
-            cu_seq_lens=batch.cu_seq_lens[first : last + 1] - start,
-            predictors=batch.predictors[mine] - start,
-            targets=batch.targets[mine],
-            row_of_target=batch.row_of_target[mine] - first,
-        )
+        yield batch.part(first, last)
 
 
 @dataclass
@@ -119,7 +111,7 @@ class ShrinkingLearner:
                 return {**self.learner.step(parts, step), DIVISOR: self.base * self.divisor}
             except GradientsOutOfMemoryError as error:
                 reason = str(error)
-            if max(part.rows for part in parts) == 1:
+            if max(part.units for part in parts) == 1:
                 raise NotOneRowError(f"step {step}", reason)
             self.divisor *= 2
             release_memory()
@@ -132,12 +124,14 @@ class ShrinkingLearner:
 
 @dataclass
 class Held:
-    """How many rows of a batch memory holds at a time, where nothing but a sum is computed; starts with all of them."""
+    """How many rows of a batch memory holds at a time, where no gradient is computed; starts with all of them."""
 
     divisor: int = 1
 
-    def computed(self, sum_of: Callable[[PackedBatch], float], batch: PackedBatch, *, may_split: bool = True) -> float:
-        """The sum over a batch, in as small parts as memory wants; smaller parts stay for the batches that follow.
+    def computed(
+        self, result_of: Callable[[PackedBatch], Result], batch: PackedBatch, *, may_split: bool = True
+    ) -> list[Result]:
+        """The results of a batch's parts, as small as memory wants; smaller parts stay for the batches that follow.
 
         Raises:
             NotOneRowError: if not even one row fits.
@@ -145,12 +139,12 @@ class Held:
         while True:
             parts = divided([batch], self.divisor)
             try:
-                return sum(map(sum_of, parts))
+                return list(map(result_of, parts))
             except Exception as error:
                 if not may_split or not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
-            if max(part.rows for part in parts) == 1:
+            if max(part.units for part in parts) == 1:
                 raise NotOneRowError("evaluation", reason)
             self.divisor *= 2
             release_memory()

@@ -38,6 +38,7 @@ from raytune_ft.training.micro_batches import (
     shrunk,
 )
 from raytune_ft.training.monitor import Monitor
+from raytune_ft.training.objectives import look_at_start, rows_of
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.trackers import Trackers
@@ -48,6 +49,7 @@ logger = logging.getLogger("raytune_ft")
 
 Report = Callable[[int, Metrics], Decision]
 _SHRUNK = "micro_batches.json"
+_USED = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ def train_in_process(
     with tempfile.TemporaryDirectory() as cache:
         events = _events_folder(output, cache)
         trackers = _trackers(config, seat, output, events)
-        train = TokenRows(splits["train"], cache)
-        validation = TokenRows(splits["validation"], cache) if splits.get("validation") else None
+        rows = {split: rows_of(config)(files, cache) for split, files in splits.items() if split in _USED and files}
+        train, validation = rows["train"], rows.get("validation")
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
         divisor = _earlier_divisor(output)
         fitting = shrunk(config, divisor)
@@ -101,6 +103,7 @@ def train_in_process(
         learner = _learner(trainee, fitting, timetable, seat, validation)
         careful = _within_memory(learner, fitting, divisor, output)
         watched = _answering(careful, config, trainee, validation, peers=peers)
+        look_at_start(trainee.loss, timetable, rows, peers, output / CHECKPOINTS if output else None)
         keeper = Keeper(config, learner, output, peers)
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from raytune_ft.models.loading import load_model
 from raytune_ft.training.batches import TokenRows
 from raytune_ft.training.config import DistillationConfig
 from raytune_ft.training.distill import DistillationLoss, kept_layers, refuse_other_tokens, soft_loss, write_student
-from raytune_ft.training.engine import make_trainee
+from raytune_ft.training.engine import LocalLearner, make_trainee
+from raytune_ft.training.schedule import Timetable
 
 
 @pytest.fixture
@@ -72,6 +74,18 @@ def make_trainee_loss(path: str, rows) -> float:
         count = sum(label != -100 for label in labels[1:])
         total += model(ids, labels=torch.tensor([labels])).loss.item() * count
     return total
+
+
+def test_an_evaluation_is_the_usual_loss_without_the_teacher(tiny_model, student, splits, tmp_path) -> None:
+    config = distillation(tiny_model, tmp_path, model_path=student, hard_loss_weight=0.3)
+    trainee = make_trainee(config, "cpu")
+    data = TokenRows(splits["validation"], str(tmp_path / "cache"))
+    rows = [data[number] for number in range(len(data))]
+    timetable = Timetable(1, 1, 0, None, None, 1)
+    evaluated = LocalLearner(trainee, config, timetable, "cpu", lambda: [pack(rows)]).evaluate()
+    mean = make_trainee_loss(student, rows) / len(pack(rows).targets)
+    assert evaluated["eval_loss"] == pytest.approx(mean, rel=1e-5)
+    assert evaluated["eval_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
 
 
 def test_a_batch_without_targets_still_has_a_gradient(tiny_model, student, splits, tmp_path) -> None:

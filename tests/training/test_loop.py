@@ -9,7 +9,7 @@ import pytest
 
 from raytune_ft.core.errors import RunError
 from raytune_ft.training.goal import Goal
-from raytune_ft.training.loop import Decision, Metrics, fit
+from raytune_ft.training.loop import Decision, Metrics, fit, with_perplexity
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.stopping import Patience
 
@@ -85,10 +85,8 @@ def test_patience_stops_after_so_many_worse_evaluations_and_keeps_the_best() -> 
 
 
 def test_an_evaluation_tells_perplexity_also_where_no_float_holds_it() -> None:
-    told: list[Metrics] = []
-    learner = Playback([1, 1], [math.log(8), 800.0])
-    fit(learner, itertools.count(), table(2, evaluate=1), report=lambda s, m: told.append(m) or Decision.CONTINUE)
-    assert [metrics["eval_perplexity"] for metrics in told] == [pytest.approx(8), math.inf]
+    told = [with_perplexity({"eval_loss": loss})["eval_perplexity"] for loss in (math.log(8), 800.0)]
+    assert told == [pytest.approx(8), math.inf]
 
 
 def test_with_a_goal_that_is_better_when_higher_the_loss_decides_nothing() -> None:

@@ -44,7 +44,8 @@ def on_ranks(runs: list[dict[str, Any]], splits, folder: Path, world_size: int =
 
 
 def run(config: FineTuningConfig, output: Path, **more: object) -> dict[str, Any]:
-    return {"config": config.model_dump(mode="json"), "output": str(output), **more}
+    kind = type(config).__name__
+    return {"kind": kind, "config": config.model_dump(mode="json"), "output": str(output), **more}
 
 
 @pytest.mark.ray  # no Ray, but as long as a test with it

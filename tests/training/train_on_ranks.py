@@ -1,6 +1,7 @@
 """One rank of training runs under DeepSpeed without Ray: ``python train_on_ranks.py JOBS.json RANK WORLD_SIZE``.
 
-JOBS.json: {"splits": ..., "meet": a path for the process group, "runs": [{"output", "config", "cut_after"?}]}.
+JOBS.json: {"splits": ..., "meet": a path for the process group, "runs": [{"output", "kind", "config", "cut_after"?}]};
+`kind` is the name of the settings' class.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+import raytune_ft
 from raytune_ft.core.storage import Location
-from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.loop import Decision
 from raytune_ft.training.session import Seat, train_in_process
 
@@ -41,7 +42,7 @@ def main() -> None:
 
         try:
             train_in_process(
-                FineTuningConfig(**run["config"]),
+                getattr(raytune_ft, run["kind"])(**run["config"]),
                 jobs["splits"],
                 Seat(rank, world_size, device, deepspeed=True),
                 output=Location.at(run["output"]),

@@ -1,0 +1,132 @@
+"""Preferences as batches: the chosen and the rejected row of each pair, with what the starting model says of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.storage import Location
+from raytune_ft.models.collate import PackedBatch, pack_flat
+from raytune_ft.training.batches import TokenRows
+
+REJECTED = "rejected_"
+"""What the columns of a pair's rejected row begin with; the chosen one's are those of any row."""
+
+
+@dataclass(frozen=True)
+class PairBatch(PackedBatch):
+    """Pairs in one padding-free sequence: row 2i is the chosen one of pair i, row 2i + 1 the rejected one."""
+
+    reference: Tensor
+    """[rows] float32, log-probability of each row's targets under the reference model, in nats."""
+
+    @property
+    def items(self) -> int:
+        """What the loss is a mean over: the pairs, if they count at all."""
+        return self.units if len(self.targets) else 0
+
+    @property
+    def units(self) -> int:
+        """What can be computed apart: the pairs."""
+        return self.rows // 2
+
+    def part(self, first: int, last: int) -> Self:
+        """The pairs from `first` to before `last`."""
+        return replace(super().part(2 * first, 2 * last), reference=self.reference[2 * first : 2 * last])
+
+
+class PairRows(TokenRows):
+    """Tokenized preferences of a split; a row alone is the chosen one.
+
+    Supervised are the tokens of the two answers. Turns before them, which both rows have, count for nothing.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = (*TokenRows.columns, *(REJECTED + name for name in TokenRows.columns))
+    reference: NDArray[np.float32] | None = None
+    """[pairs, 2] log-probabilities of the chosen and the rejected answers under the reference; None counts as 0."""
+
+    def packed(self, numbers: Sequence[int]) -> PairBatch:
+        """These pairs laid end to end."""
+        chosen, rejected = (_rows(*self.flat(numbers, prefix)) for prefix in ("", REJECTED))
+        pairs = [_answers_only(*pair) for pair in zip(chosen, rejected, strict=True)]
+        ids, supervised = zip(*(row for pair in pairs for row in pair), strict=True)
+        batch = pack_flat(np.concatenate(ids), np.concatenate(supervised), np.array([len(row) for row in ids]))
+        known = np.zeros((len(numbers), 2), np.float32) if self.reference is None else self.reference[list(numbers)]
+        return PairBatch(**vars(batch), reference=torch.from_numpy(known.reshape(-1)))
+
+    def lengths(self, numbers: Sequence[int]) -> list[int]:
+        """Tokens of both rows of these pairs."""
+        table = self._rows[list(numbers)]
+        both = (pc.list_value_length(table[prefix + "input_ids"]) for prefix in ("", REJECTED))
+        found: list[int] = pc.add(*both).to_pylist()
+        return found
+
+
+Row = tuple[NDArray[Any], NDArray[np.bool_]]
+"""Token ids and which of them are supervised."""
+
+
+def _rows(ids: NDArray[Any], supervised: NDArray[np.bool_], lengths: NDArray[Any]) -> list[Row]:
+    ends = np.cumsum(lengths)[:-1]
+    return list(zip(np.split(ids, ends), np.split(supervised, ends), strict=True))
+
+
+def _answers_only(chosen: Row, rejected: Row) -> tuple[Row, Row]:
+    """The pair without supervised turns that end before the first token in which its rows differ."""
+    shorter = min(len(chosen[0]), len(rejected[0]))
+    differing = np.flatnonzero(chosen[0][:shorter] != rejected[0][:shorter])
+    shared = int(differing[0]) if len(differing) else shorter
+    # A turn that the difference stands in begins behind the last token before it that is not supervised.
+    outside = np.flatnonzero(~(chosen[1][:shared] & rejected[1][:shared]))
+    begins = int(outside[-1]) + 1 if len(outside) else 0
+    return _from(chosen, begins), _from(rejected, begins)
+
+
+def _from(row: Row, begins: int) -> Row:
+    ids, supervised = row
+    return ids, supervised & (np.arange(len(ids)) >= begins)
+
+
+def refuse_unpaired(splits: dict[str, list[str]], dataset: str) -> None:
+    """Checks, by the files' footers, that every row of a dataset is a preference.
+
+    Args:
+        splits: Parquet files of each split.
+        dataset: what the message calls it.
+
+    Raises:
+        DataError: with the number of rows that have no rejected answer.
+    """
+    rows = single = 0
+    for files in splits.values():
+        for name in files:
+            single_here, rows_here = _singles(Location.at(name))
+            single, rows = single + single_here, rows + rows_here
+    if single:
+        raise DataError(
+            f"{dataset}: {single} of {rows} rows are no preferences (they have no rejected answer). Every row needs a "
+            "prompt, a chosen and a rejected answer; prepare such records apart (input_format: preference)"
+        )
+
+
+def _singles(file: Location) -> tuple[int, int]:
+    """Rows without a rejected answer, and all rows, of a Parquet file."""
+    with pq.ParquetFile(file.path, filesystem=file.filesystem) as opened:
+        footer, wanted = opened.metadata, REJECTED + "input_ids"
+        if wanted not in opened.schema_arrow.names:
+            return footer.num_rows, footer.num_rows
+        place = next(n for n in range(footer.num_columns) if footer.schema.column(n).path.split(".")[0] == wanted)
+        groups = [footer.row_group(n).column(place).statistics for n in range(footer.num_row_groups)]
+        if all(found is not None and found.has_null_count for found in groups):
+            return sum(found.null_count for found in groups), footer.num_rows
+        parts = opened.iter_batches(columns=[wanted])  # written without statistics
+        return sum(part.column(0).null_count for part in parts), footer.num_rows
