@@ -31,8 +31,9 @@ def add_lora(
     base: str,
     use_rslora: bool = False,
     use_dora: bool = False,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> Any:
-    """A PEFT model with a new LoRA adapter upon `model`; only the adapter is trainable.
+    """A PEFT model with a new LoRA adapter upon `model`; only the adapter is trainable (and a scorer's head with it).
 
     Args:
         model: a transformers causal language model; it is changed in place.
@@ -44,6 +45,7 @@ def add_lora(
         base: what the saved adapter names as its base model.
         use_rslora: scales by alpha / sqrt(rank) instead.
         use_dora: learns the size of each weight column apart from its direction.
+        task: PEFT's name of what the model does.
 
     Raises:
         ModelError: if no layer has one of the names.
@@ -57,7 +59,7 @@ def add_lora(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         use_rslora=use_rslora,
         use_dora=use_dora,
-        task_type="CAUSAL_LM",
+        task_type=task,
         base_model_name_or_path=base,
     )
     torch.manual_seed(seed)

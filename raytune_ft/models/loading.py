@@ -113,6 +113,32 @@ def _expanded(folder: Path, digest: str) -> Path:
     return target
 
 
+def gives_scores(resolved: ModelReference) -> bool:
+    """Whether a model, or the adapter upon it, gives scores and no text, by what its files say."""
+    if resolved.adapter is not None:
+        return bool(_json(resolved.adapter / "adapter_config.json").get("task_type") == "SEQ_CLS")
+    names = _json(Path(resolved.base) / "config.json").get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
+def refuse_scorer(resolved: ModelReference) -> None:
+    """Checks that a model writes text: loaded as if it did, one that gives scores would have a head of random values.
+
+    Raises:
+        ModelError: if it gives scores.
+    """
+    if gives_scores(resolved):
+        raise ModelError(
+            f"{resolved.given}: is a reward model (or another classifier), which gives scores and writes no text; give "
+            "the model that it judges"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing, where there is none (a hub id)."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def model_parent(reference: str, role: str = "model") -> Parent:
     """The entry of a model in the manifest of what is made from it."""
     resolved = resolve_model(reference)
@@ -157,6 +183,7 @@ def load_model(
 
     quiet_transformers()
     resolved = resolve_model(reference)
+    refuse_scorer(resolved)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -168,9 +195,9 @@ def load_model(
             use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_unreachable(resolved.base, "model", error)) from None
+        raise ModelError(model_problem(resolved.base, error)) from None
     if resolved.adapter is not None and with_adapter:
-        model = _with_adapter(model, resolved.adapter, device)
+        model = put_adapter(model, resolved.adapter, device)
     tokenizer = load_tokenizer(reference)
     return LoadedModel(model.eval(), tokenizer, Chat(tokenizer), resolved, device)
 
@@ -195,7 +222,12 @@ def torch_dtype(precision: Precision, device: str) -> Any:
     return torch.float32
 
 
-def _with_adapter(model: Any, folder: Path, device: str) -> Any:
+def put_adapter(model: Any, folder: Path, device: str) -> Any:
+    """A PEFT model: the adapter in `folder` upon `model`.
+
+    Raises:
+        ModelError: if it is none in safetensors, or does not fit.
+    """
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").exists():
@@ -230,6 +262,11 @@ def _local_folder(location: Location) -> tuple[Path, str]:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_problem(source: str, error: Exception) -> str:
+    """What keeps a model from loading, in words."""
+    return _unreachable(source, "model", error)
 
 
 def _unreachable(source: str, what: str, error: Exception) -> str:

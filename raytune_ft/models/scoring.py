@@ -85,6 +85,8 @@ class SummedLoss(nn.Module):
     """What the sums are of, the loss first; divided by the batches' items they are means."""
     is_likelihood: ClassVar[bool] = True
     """Whether an evaluation's loss is the mean negative log-likelihood of tokens, which has a perplexity."""
+    writes_text: ClassVar[bool] = True
+    """Whether the model can be asked for answers."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -124,23 +126,27 @@ def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
     """
     virtual = parts.virtual
     if virtual is None:
-        hidden = _hidden(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, position_ids=batch.position_ids)
+        hidden = hidden_states(
+            parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, position_ids=batch.position_ids
+        )
         return hidden.index_select(0, batch.predictors)
     extended = Extended.of(batch.cu_seq_lens, virtual.count)
     if virtual.kind == "PREFIX_TUNING":
         prefixes = virtual.prefixes(extended)
         more = {"position_ids": batch.position_ids + virtual.count, "prefixes": prefixes}
-        hidden = _hidden(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, **more)
+        hidden = hidden_states(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, **more)
         prefixes.check()
         return hidden.index_select(0, batch.predictors)
     decoder: Any = parts.decoder
     tokens = decoder.get_input_embeddings()(batch.input_ids)
     embeddings = extended.join(virtual.embeddings(), tokens, 1)
-    hidden = _hidden(parts.decoder, extended.cu_seq_lens, inputs_embeds=embeddings, position_ids=extended.position_ids)
+    hidden = hidden_states(
+        parts.decoder, extended.cu_seq_lens, inputs_embeds=embeddings, position_ids=extended.position_ids
+    )
     return hidden.index_select(0, extended.tokens[batch.predictors])
 
 
-def _hidden(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
+def hidden_states(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
     """[tokens, width] hidden states of rows that start at `starts`."""
     longest = int((starts[1:] - starts[:-1]).max())  # a host that waits once a pass, not once a layer
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}

@@ -8,8 +8,10 @@ import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.kernels import use_liger
-from raytune_ft.models.loading import quiet_transformers, resolve_model, torch_dtype
+from raytune_ft.models.loading import load_tokenizer, quiet_transformers, refuse_scorer, resolve_model, torch_dtype
+from raytune_ft.models.rewarding import load_scorer
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import RewardConfig
 
 
 def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 6.0) -> Any:
@@ -35,15 +37,18 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
             "it, or merge it first (raytune-ft merge)"
         )
     dtype = torch_dtype(config.precision, device)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": None if is_deepspeed_zero3_enabled() else {"": device},  # DeepSpeed places shards itself
+        "quantization_config": _quantization(config, dtype, int8_threshold),
+    }
+    if isinstance(config, RewardConfig):
+        torch.manual_seed(config.seed)  # of a new head
+        return load_scorer(resolved.base, load_tokenizer(config.model_path), options)
+    refuse_scorer(resolved)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolved.base,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=None if is_deepspeed_zero3_enabled() else {"": device},  # DeepSpeed places shards itself
-            trust_remote_code=False,
-            use_safetensors=True,
-            quantization_config=_quantization(config, dtype, int8_threshold),
+            resolved.base, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""Settings of training on people's preferences."""
+"""Settings of training on people's preferences: directly, or through a model of their reward."""
 
 from __future__ import annotations
 
@@ -67,3 +67,37 @@ class PreferenceConfig(FineTuningConfig):
             "eval_chosen_nll",
             *answers,
         )
+
+
+class RewardConfig(FineTuningConfig):
+    """How a reward model learns which of two answers people prefer: a training run on pairs.
+
+    It is the base model with a head that gives one number for a conversation; the head begins with random values.
+    """
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the training split."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs set to zero while training."""
+    center_rewards_weight: float = Field(0.0, ge=0)
+    """Adds so much of the squared sum of a pair's rewards, which keeps rewards around 0 (Eisenstein et al. 2023)."""
+    metric_for_best_model: str = "eval_loss"
+    """What makes a checkpoint the best, and what early stopping watches: ``eval_loss``, ``eval_reward_accuracy`` (pairs
+    ranked right), or ``eval_reward_margin``."""
+
+    @model_validator(mode="after")
+    def _gives_scores(self) -> Self:
+        if self.method in _PROMPT_METHODS:
+            raise ValueError(f"method: {self.method} trains no head for a reward; take lora, qlora or full")
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage 3 shards a head before it has its first values; take zero_stage 2")
+        if self.eval_generation_rows:
+            raise ValueError("eval_generation_rows: a reward model writes no answers; leave it at 0")
+        return self
+
+    @property
+    def evaluated_metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        return ("eval_loss", "eval_reward_accuracy", "eval_reward_margin")

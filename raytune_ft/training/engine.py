@@ -21,6 +21,7 @@ from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.training.config_alignment import RewardConfig
 from raytune_ft.training.fused_lora import fuse_lora
 from raytune_ft.training.loop import Metrics, with_perplexity
 from raytune_ft.training.micro_batches import Held, before_the_optimizer
@@ -113,6 +114,7 @@ def _with_new_adapter(model: Any, config: FineTuningConfig) -> Any:
         base=base,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        task="SEQ_CLS" if isinstance(config, RewardConfig) else "CAUSAL_LM",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
-from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def ranges_for(config: FineTuningConfig) -> list[Range]:
     rates = [FULL_LEARNING_RATE] if full else [ADAPTER_LEARNING_RATE] if lora else []
     if isinstance(config, PreferenceConfig):
         rates = [PREFERENCE_LEARNING_RATES[0 if full else 1]]
+    if isinstance(config, PreferenceConfig | RewardConfig):
         overridden |= {"num_train_epochs", "lora_dropout"}  # one pass, and no dropout, are usual there
     return [r for r in (*rates, *GENERAL, *(LORA if lora else ())) if r.setting not in overridden]
 

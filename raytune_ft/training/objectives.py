@@ -11,11 +11,12 @@ from raytune_ft.core.storage import Location
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.training.batches import TokenRows, step_rows
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
 from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.preference import PairwiseLoss, set_reference
+from raytune_ft.training.reward import RewardLoss
 from raytune_ft.training.schedule import Timetable
 
 logger = logging.getLogger("raytune_ft")
@@ -29,12 +30,14 @@ def make_objective(model: Any, config: FineTuningConfig, device: str) -> SummedL
         return DistillationLoss(
             model, teacher, temperature=config.temperature, hard_loss_weight=config.hard_loss_weight
         )
+    if isinstance(config, RewardConfig):
+        return RewardLoss(model, config.center_rewards_weight)
     return PairwiseLoss(model, config) if isinstance(config, PreferenceConfig) else SummedLoss(model)
 
 
 def rows_of(config: FineTuningConfig) -> type[TokenRows]:
     """How the rows of a split are read."""
-    return PairRows if isinstance(config, PreferenceConfig) else TokenRows
+    return PairRows if isinstance(config, PreferenceConfig | RewardConfig) else TokenRows
 
 
 def look_at_start(

@@ -27,7 +27,7 @@ from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
 from raytune_ft.training.cursor import other_batch
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
@@ -127,7 +127,7 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         connected.admit(ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = _with_starting_model(config, output)
         splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)
-        if isinstance(config, PreferenceConfig):
+        if isinstance(config, PreferenceConfig | RewardConfig):
             refuse_unpaired(splits, config.dataset_path)
         run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)

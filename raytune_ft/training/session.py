@@ -123,7 +123,8 @@ def train_in_process(
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
         whole = partial(golden_of, trainee.model, trainee.tokenizer, config, validation, seat.device)
-        keeper.finish(summary, monitor, events, whole if golden and config.zero_stage != 3 else None)
+        golden = golden and trainee.loss.writes_text and config.zero_stage != 3
+        keeper.finish(summary, monitor, events, whole if golden else None)
     return summary
 
 

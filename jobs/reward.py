@@ -1,0 +1,14 @@
+"""Trains a reward model on which answers people prefer, as a job on a cluster.
+
+ray job submit --working-dir . -- python jobs/reward.py jobs/configs/reward.yaml [dotted.key=value ...]
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # This checkout, in the place of jobs/, where evaluate.py would stand in for the package of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from raytune_ft.cli import run_verb
+
+    sys.exit(run_verb("reward", sys.argv[1:]))
