@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from raytune_ft.serving.config import ServingConfig
     from raytune_ft.serving.run import ModelServer
     from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
-    from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, RewardConfig
+    from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
     from raytune_ft.training.recommend import recommend_method
     from raytune_ft.training.run import FineTuner, distill_model
     from raytune_ft.tuning.config import SweepConfig
@@ -76,7 +76,7 @@ _ROOMS = {
     "serving.config": ("ServingConfig",),
     "serving.run": ("ModelServer",),
     "training.config": ("DistillationConfig", "FineTuningConfig", "FineTuningMethod"),
-    "training.config_alignment": ("PreferenceConfig", "PreferenceLoss", "RewardConfig"),
+    "training.config_alignment": ("PreferenceConfig", "PreferenceLoss", "ReinforcementConfig", "RewardConfig"),
     "training.recommend": ("recommend_method",),
     "training.run": ("FineTuner", "distill_model"),
     "tuning.config": ("SweepConfig",),
@@ -114,6 +114,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationMethod",
     "RaytuneError",
+    "ReinforcementConfig",
     "RewardConfig",
     "RunError",
     "ServingConfig",

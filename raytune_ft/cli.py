@@ -61,6 +61,9 @@ VERBS: Mapping[str, Verb] = {
         "training.config_alignment:PreferenceConfig", "training.run:train", "Train on which answers people prefer."
     ),
     "reward": Verb("training.config_alignment:RewardConfig", "training.run:train", "Train a model of preferences."),
+    "reinforce": Verb(
+        "training.config_alignment:ReinforcementConfig", "training.run:train", "Learn from rewards for own answers."
+    ),
     "ladder": Verb("evaluation.config_ladder:LadderConfig", "evaluation.ladder:ladder", "What smaller versions cost."),
     "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
     "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),

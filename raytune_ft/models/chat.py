@@ -145,6 +145,13 @@ class Chat:
         return tuple(sorted(found))
 
     @cached_property
+    def tail_ids(self) -> tuple[int, ...]:
+        """Tokens that the template puts behind the one that ends an answer; most have a line break, or none."""
+        encoded = self.encode([Message("user", "a"), Message("assistant", "b")])
+        last = max(place for place, kept in enumerate(encoded.supervised) if kept)
+        return tuple(encoded.input_ids[last + 1 :])
+
+    @cached_property
     def fingerprint(self) -> str:
         """16 hex digits that change when the vocabulary, the special tokens or the template change."""
         content = [

@@ -67,6 +67,8 @@ class Row:
     delta: str = ""
     """Text that the last step made showable."""
     finish_reason: Literal["stop", "length"] | None = None
+    stop_token: int | None = None
+    """The token that ended the answer, if one did."""
 
     @property
     def tokens(self) -> int:
@@ -76,6 +78,7 @@ class Row:
     def push(self, token: int, stop_ids: frozenset[int]) -> None:
         """Takes the next token, and says whether the answer ends with it."""
         if token in stop_ids:
+            self.stop_token = token
             return self._end("stop")
         self.token_ids.append(token)
         self.delta = self.stream.push(token)

@@ -26,11 +26,12 @@ from raytune_ft.models.scoring import context_tokens
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer: its text without stop tokens, its token ids, and why it ended."""
+    """An answer: its text without stop tokens, its token ids, why it ended, and by which token, if by one."""
 
     text: str
     token_ids: list[int]
     finish_reason: Literal["stop", "length"]
+    stop_token: int | None = None
 
 
 @torch.inference_mode()
@@ -137,7 +138,7 @@ def _refilled(
         else:
             stepped = decoder.step()
         done = {
-            numbers.pop(id(row)): Completion(row.stream.text, row.token_ids, row.finish_reason)
+            numbers.pop(id(row)): Completion(row.stream.text, row.token_ids, row.finish_reason, row.stop_token)
             for row in stepped
             if row.finish_reason is not None
         }
@@ -187,4 +188,5 @@ def _completion(loaded: LoadedModel, tokens: list[int], decoding: DecodingConfig
     cuts = [text.find(stop) for stop in decoding.stop if stop in text]
     if cuts:
         text = text[: min(cuts)]
-    return Completion(text, kept, "stop" if end is not None or cuts else "length")
+    ended = tokens[end] if end is not None and tokens[end] in loaded.chat.stop_ids else None
+    return Completion(text, kept, "stop" if end is not None or cuts else "length", ended)

@@ -14,7 +14,7 @@ from raytune_ft.training import matrix
 from raytune_ft.training.deepspeed_settings import refuse_contradictions
 from raytune_ft.training.goal import Goal
 
-_OF_ANSWERS = frozenset(metric for metric in EvaluationMetric if metric.needs_answers) - {
+OF_ANSWERS = frozenset(metric for metric in EvaluationMetric if metric.needs_answers) - {
     EvaluationMetric.JSON_SCHEMA,
     EvaluationMetric.CUSTOM,
 }
@@ -210,8 +210,8 @@ class FineTuningConfig(Config):
             raise ValueError(f"prompt_tuning_init_text belongs to method prompt_tuning (got {self.method})")
         if self.adapter_path is not None and not self.uses_adapter:
             raise ValueError("adapter_path: method full trains no adapter; merge it first (raytune-ft merge), or lora")
-        if self.eval_generation_metric not in _OF_ANSWERS:
-            known = ", ".join(metric for metric in EvaluationMetric if metric in _OF_ANSWERS)
+        if self.eval_generation_metric not in OF_ANSWERS:
+            known = ", ".join(metric for metric in EvaluationMetric if metric in OF_ANSWERS)
             raise ValueError(
                 f"eval_generation_metric: {self.eval_generation_metric} is not measured on answers alone; take one of "
                 f"{known}"
@@ -247,6 +247,11 @@ class FineTuningConfig(Config):
         """What an evaluation measures."""
         answers = (f"eval_{self.eval_generation_metric}",) if self.eval_generation_rows else ()
         return ("eval_loss", "eval_perplexity", *answers)
+
+    @property
+    def loss_has_level(self) -> bool:
+        """Whether the loss tells by its height how much is learned."""
+        return True
 
     @property
     def goal(self) -> Goal:

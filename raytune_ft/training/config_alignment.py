@@ -1,13 +1,14 @@
-"""Settings of training on people's preferences: directly, or through a model of their reward."""
+"""Settings of training on people's preferences, of reward models, and of learning from rewards."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.training.config import OF_ANSWERS, FineTuningConfig, FineTuningMethod
 
 _PROMPT_METHODS = {FineTuningMethod.PREFIX_TUNING, FineTuningMethod.PROMPT_TUNING}
 
@@ -101,3 +102,72 @@ class RewardConfig(FineTuningConfig):
     def evaluated_metrics(self) -> tuple[str, ...]:
         """What an evaluation measures."""
         return ("eval_loss", "eval_reward_accuracy", "eval_reward_margin")
+
+
+class ReinforcementConfig(FineTuningConfig):
+    """How a model learns from rewards for its own answers: those above the mean of their prompt become likelier.
+
+    Each step answers its prompts `num_generations` times as the model is now, and takes one optimizer step on them
+    (GRPO: Shao et al. 2024, arXiv:2402.03300). A step's rows are prompts: `per_device_train_batch_size` counts these.
+    """
+
+    reward_model_path: str | None = None
+    """A reward model that judges the answers (`raytune-ft reward` trains one), of the model's own tokens."""
+    reward_metric: EvaluationMetric | None = None
+    """A metric that judges each answer by the row's own, where what is right can be checked (numbers, JSON, labels)."""
+    num_generations: int = Field(8, ge=2)
+    """Answers to each prompt; each is compared with the mean of all."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Most tokens of an answer; a longer one is cut off, counted, and judged as it is."""
+    scale_rewards: bool = True
+    """Divides a prompt's advantages by their deviation, so that easy and hard prompts count alike; without it, prompts
+    count by how far their answers are apart (Liu et al. 2025, Dr. GRPO, arXiv:2503.20783)."""
+    beta: float = Field(0.0, ge=0)
+    """Adds so much of the divergence from the model that the run starts from; 0 asks for no second model."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Highest learning rate."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Passes over the prompts."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs set to zero while training; answers are given without."""
+    eval_generation_rows: int = Field(64, ge=0)
+    """So many rows of the validation split are answered (greedily) and judged at each evaluation."""
+    metric_for_best_model: str = "eval_reward"
+    """What makes a checkpoint the best, and what early stopping watches: ``eval_reward``."""
+
+    not_identity: ClassVar[frozenset[str]] = FineTuningConfig.not_identity | {"reward_model_path"}
+
+    @model_validator(mode="after")
+    def _one_judge(self) -> Self:
+        if (self.reward_model_path is None) == (self.reward_metric is None):
+            raise ValueError(
+                "give either reward_model_path (a model judges) or reward_metric (by the row's own answer)"
+            )
+        if self.reward_metric is not None and self.reward_metric not in OF_ANSWERS:
+            known = ", ".join(metric for metric in EvaluationMetric if metric in OF_ANSWERS)
+            raise ValueError(
+                f"reward_metric: {self.reward_metric} is not measured on answers alone; take one of {known}"
+            )
+        if self.zero_stage == 3:
+            raise ValueError("answering wants the whole weights on every worker, which zero_stage 3 shards; take 2")
+        if not self.eval_generation_rows and self.eval_strategy != "no":
+            raise ValueError("eval_generation_rows: 0 leaves evaluations nothing to judge; set eval_strategy: no, too")
+        if self.beta and self.method in _PROMPT_METHODS:
+            raise ValueError(
+                f"beta: method {self.method} starts from random virtual tokens, which are no reference; set 0"
+            )
+        if self.beta and self.method is FineTuningMethod.QLORA and self.adapter_path is not None:
+            raise ValueError(
+                "beta: the reference of a quantized base with an adapter is not held; merge the adapter first"
+            )
+        return self
+
+    @property
+    def evaluated_metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        return ("eval_reward",)
+
+    @property
+    def loss_has_level(self) -> bool:
+        """It has not: advantages are around 0 however good the answers are."""
+        return False

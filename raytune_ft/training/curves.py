@@ -22,7 +22,7 @@ _POINTS = 2000
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[int, str]] = ()) -> str:
-    """Losses over learning rate and gradient norm (of pairs, margins), by step; findings are dotted lines.
+    """Losses over learning rate and gradient norm (and rewards, if there are any), by step; findings are dotted lines.
 
     Same rows, same bytes.
 
@@ -37,10 +37,9 @@ def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[in
     evaluated = [row for row in rows if "eval_loss" in row]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(7, 5.4), layout="constrained")
-        paired = any("reward_margin" in row for row in thinned)
-        losses, *margins, rates, norms = figure.subplots(
-            3 + paired, 1, sharex=True, height_ratios=(3, *[1] * (2 + paired))
-        )
+        shown = next((name for name in ("reward", "reward_margin") if any(name in row for row in thinned)), None)
+        panels = 3 + (shown is not None)
+        losses, *rewards, rates, norms = figure.subplots(panels, 1, sharex=True, height_ratios=(3, *[1] * (panels - 1)))
         losses.plot(*_line(thinned, "loss"), color=_TRAIN, linewidth=1.2, label="training loss")
         if evaluated:
             losses.plot(*_line(evaluated, "eval_loss"), color=_VALIDATION, marker="o", markersize=3, label="validation")
@@ -48,17 +47,17 @@ def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[in
             losses.axvline(step, color=_TROUBLE, linestyle=":", linewidth=1)
             losses.annotate(kind, (step, 1), (3, -9), xycoords=("data", "axes fraction"), textcoords="offset points")
         losses.legend(frameon=False, loc="upper right")
-        losses.set_ylabel("loss" if paired else "nats per token")
-        for axes in margins:
-            axes.plot(*_line(thinned, "reward_margin"), color=_TRAIN, linewidth=1)
-            axes.plot(*_line(evaluated, "eval_reward_margin"), color=_VALIDATION, marker="o", markersize=3)
-            axes.set_ylabel("reward margin")
+        losses.set_ylabel("loss" if shown else "nats per token")
+        for axes in rewards:
+            axes.plot(*_line(thinned, str(shown)), color=_TRAIN, linewidth=1)
+            axes.plot(*_line(rows, f"eval_{shown}"), color=_VALIDATION, marker="o", markersize=3)
+            axes.set_ylabel(str(shown).replace("_", " "))
         rates.plot(*_line(thinned, "learning_rate"), color=_GREY, linewidth=1)
         rates.set_ylabel("learning rate")
         norms.plot(*_line(thinned, "grad_norm"), color=_GREY, linewidth=1)
         norms.set_ylabel("gradient norm")
         norms.set_xlabel("step")
-        for axes in (losses, *margins, rates, norms):
+        for axes in (losses, *rewards, rates, norms):
             axes.grid(axis="y")
             axes.tick_params(length=0)
         figure.align_ylabels()

@@ -28,6 +28,7 @@ _FLAT = 0.01
 _HIGH = 0.8
 _LEARNED = 0.5
 _PLATEAU = 30
+_NO_SIGNAL = 0.9
 
 
 class Trouble(StrEnum):
@@ -92,7 +93,9 @@ class Watch:
         if "eval_loss" in row:
             found.append(overfitting(self._evaluations, self.config))
         self._recent = [*self._recent[-(_PLATEAU - 1) :], row]
-        found.append(underfitting(self._recent, self._start, self._evaluations, self.config))
+        if self.config.loss_has_level:
+            found.append(underfitting(self._recent, self._start, self._evaluations, self.config))
+        found.append(no_signal(self._recent))
         return [finding for finding in found if finding is not None and self._is_new(finding)]
 
     def _is_new(self, finding: Finding) -> bool:
@@ -125,7 +128,7 @@ def instability(row: Row, before: Sequence[Row], config: FineTuningConfig) -> Fi
         return None
     middle = median(r["loss"] for r in recent)
     spread = 1.4826 * median(abs(r["loss"] - middle) for r in recent)
-    if loss > _SPIKE * middle and loss > middle + _DEVIATIONS * spread:
+    if config.loss_has_level and loss > _SPIKE * middle and loss > middle + _DEVIATIONS * spread:
         sign = f"the loss jumped to {loss:.4g}, {loss / middle:.1f} times the median of the last {len(recent)} steps"
         return Finding(Trouble.INSTABILITY, step, sign, {"loss": loss, "median_loss": middle}, remedy)
     usual = median(r.get("grad_norm", 0.0) for r in recent)
@@ -190,6 +193,21 @@ def underfitting(
         numbers |= {"eval_loss": values[-1], "eval_loss_at_start": values[0]}
         sign += f", validation loss at {values[-1]:.4f}"
     return Finding(Trouble.UNDERFITTING, int(recent[-1]["step"]), sign, numbers, _more_capacity(config))
+
+
+def no_signal(recent: Sequence[Row]) -> Finding | None:
+    """Rewards that were the same for all answers to a prompt, at nine of ten prompts of the last 8 steps."""
+    shares = [row["equal_rewards_share"] for row in recent[-_FEWEST:] if "equal_rewards_share" in row]
+    if len(shares) < _FEWEST or fmean(shares) < _NO_SIGNAL:
+        return None
+    rewards = fmean(row["reward"] for row in recent[-_FEWEST:])
+    sign = f"at {fmean(shares):.0%} of the prompts all answers have the same reward (mean {rewards:.4g})"
+    remedy = (
+        "Nothing is learned from these. Take prompts that are neither always nor never answered well, raise "
+        "num_generations, or take a reward that tells answers apart"
+    )
+    numbers = {"equal_rewards_share": fmean(shares), "reward": rewards}
+    return Finding(Trouble.UNDERFITTING, int(recent[-1]["step"]), sign, numbers, remedy)
 
 
 def _rising(recent: Sequence[Row]) -> bool:

@@ -10,13 +10,14 @@ from typing import Literal
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 
 _TITLES = {"eval_loss": "validation loss", "eval_perplexity": "validation perplexity", "loss": "training loss"}
-_OF_PAIRS = {
+_OF_REWARDS = {
     "eval_reward_accuracy": ("share of validation pairs ranked right", True),
     "eval_reward_margin": ("reward margin of validation pairs", True),
     "eval_chosen_reward": ("reward of the chosen answers", True),
     "eval_chosen_nll": ("loss of the chosen answers", False),
+    "eval_reward": ("reward of answers", True),
 }
-"""What an evaluation on preferences measures: in words, and whether higher is better."""
+"""What evaluations on preferences, and of rewards, measure: in words, and whether higher is better."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Goal:
         """
         if metric in _TITLES:
             return cls(metric)
-        if metric in _OF_PAIRS:
-            return cls(metric, higher=_OF_PAIRS[metric][1])
+        if metric in _OF_REWARDS:
+            return cls(metric, higher=_OF_REWARDS[metric][1])
         return cls(metric, higher=not EvaluationMetric(metric.removeprefix("eval_")).facts.lower_is_better)
 
     @property
@@ -54,8 +55,8 @@ class Goal:
         """The number in words."""
         if self.is_loss:
             return _TITLES[self.metric]
-        if self.metric in _OF_PAIRS:
-            return _OF_PAIRS[self.metric][0]
+        if self.metric in _OF_REWARDS:
+            return _OF_REWARDS[self.metric][0]
         return f"{EvaluationMetric(self.metric.removeprefix('eval_')).facts.title} of answers"
 
     @property

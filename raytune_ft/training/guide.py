@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
-from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ PREFERENCE_LEARNING_RATES = (
 )
 """Of training on preferences, in full and with an adapter. The guide has none; these are the field's: the papers' 5e-7
 and 1e-6 (Zephyr, DPO) are of full fine-tuning."""
+REINFORCEMENT_LEARNING_RATES = (
+    Range("learning_rate", 1e-7, 5e-6, "rewards are noisy, and larger steps lose what the model could do"),
+    Range("learning_rate", 1e-6, 1e-4, "rewards are noisy, and larger steps lose what the model could do"),
+)
 GENERAL = (
     Range("per_device_train_batch_size", 1, 8, "limited by memory; gradient_accumulation_steps makes a batch larger"),
     Range("num_train_epochs", 2, 5, "more for smaller datasets"),
@@ -68,7 +72,9 @@ def ranges_for(config: FineTuningConfig) -> list[Range]:
     rates = [FULL_LEARNING_RATE] if full else [ADAPTER_LEARNING_RATE] if lora else []
     if isinstance(config, PreferenceConfig):
         rates = [PREFERENCE_LEARNING_RATES[0 if full else 1]]
-    if isinstance(config, PreferenceConfig | RewardConfig):
+    if isinstance(config, ReinforcementConfig):
+        rates = [REINFORCEMENT_LEARNING_RATES[0 if full else 1]]
+    if isinstance(config, PreferenceConfig | ReinforcementConfig | RewardConfig):
         overridden |= {"num_train_epochs", "lora_dropout"}  # one pass, and no dropout, are usual there
     return [r for r in (*rates, *GENERAL, *(LORA if lora else ())) if r.setting not in overridden]
 

@@ -54,7 +54,7 @@ class Monitor:
     def see(self, row: dict[str, float]) -> None:
         """Takes in a row of the history: says it when a line is due, and whatever is found."""
         self.trackers.log(row)
-        if self.timetable.logs(int(row["step"])) or "eval_loss" in row:
+        if self.timetable.logs(int(row["step"])) or any(name.startswith("eval_") for name in row):
             logger.info("%s", progress_line(row, self.timetable.total))
         for finding in self._watch.see(row):
             self.findings.append(finding)
@@ -73,15 +73,19 @@ class Monitor:
         }
 
 
+_OF_REWARDS = ("reward", "reward_accuracy", "reward_margin", "answer_tokens", "cut_off_share", "kl")
+
+
 def progress_line(row: dict[str, float], total: int) -> str:
     """A step's metrics in words."""
     parts = [f"step {row['step']:.0f}/{total}", f"loss {row['loss']:.4f}"]
+    parts += [f"{name.replace('_', ' ')} {row[name]:.3f}" for name in _OF_REWARDS if name in row]
     if "eval_loss" in row:
         parts.append(f"validation loss {row['eval_loss']:.4f}")
     if "eval_perplexity" in row:
         parts.append(f"perplexity {row['eval_perplexity']:.2f}")
     answered = [name for name in row if name.startswith("eval_") and name not in {"eval_loss", "eval_perplexity"}]
-    parts += [f"{name.removeprefix('eval_')} {row[name]:.3f}" for name in answered]
+    parts += [f"{_evaluated_words(name, row)} {row[name]:.3f}" for name in answered]
     parts += [
         f"lr {row['learning_rate']:.2e}",
         f"grad norm {row['grad_norm']:.2f}",
@@ -92,3 +96,9 @@ def progress_line(row: dict[str, float], total: int) -> str:
     if "cuda_peak_gib" in row:
         parts.append(f"{row['cuda_peak_gib']:.1f} GiB")
     return ", ".join(parts)
+
+
+def _evaluated_words(name: str, row: dict[str, float]) -> str:
+    """The name of what an evaluation measured; said to be of the validation split where the step measures it, too."""
+    bare = name.removeprefix("eval_")
+    return f"validation {bare.replace('_', ' ')}" if bare in row else bare

@@ -11,10 +11,11 @@ from raytune_ft.core.storage import Location
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.training.batches import TokenRows, step_rows
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
 from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.peers import Peers
+from raytune_ft.training.policy import PolicyLoss
 from raytune_ft.training.preference import PairwiseLoss, set_reference
 from raytune_ft.training.reward import RewardLoss
 from raytune_ft.training.schedule import Timetable
@@ -30,6 +31,8 @@ def make_objective(model: Any, config: FineTuningConfig, device: str) -> SummedL
         return DistillationLoss(
             model, teacher, temperature=config.temperature, hard_loss_weight=config.hard_loss_weight
         )
+    if isinstance(config, ReinforcementConfig):
+        return PolicyLoss(model, config.beta)
     if isinstance(config, RewardConfig):
         return RewardLoss(model, config.center_rewards_weight)
     return PairwiseLoss(model, config) if isinstance(config, PreferenceConfig) else SummedLoss(model)

@@ -27,7 +27,7 @@ from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
 from raytune_ft.training.cursor import other_batch
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
@@ -107,6 +107,8 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     students = [model_parent(shared_model(config.model_path, output.parent))] if config.model_path else []
     if config.adapter_path is not None:
         students.append(model_parent(config.adapter_path, "adapter"))
+    if isinstance(config, ReinforcementConfig) and config.reward_model_path is not None:
+        students.append(model_parent(config.reward_model_path, "reward model"))
     draft = begin(
         output,
         ArtifactKind.MODEL,
@@ -154,6 +156,8 @@ def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuni
     """The settings with a model that every node can load; a student is made of its teacher's layers first."""
     if config.adapter_path is not None:
         config = config.with_overrides(adapter_path=shared_model(config.adapter_path, output.parent))
+    if isinstance(config, ReinforcementConfig) and config.reward_model_path is not None:
+        config = config.with_overrides(reward_model_path=shared_model(config.reward_model_path, output.parent))
     if not isinstance(config, DistillationConfig) or config.student_layers is None:
         return config.with_overrides(model_path=shared_model(config.model_path, output.parent))
     from raytune_ft.training.distill import write_student

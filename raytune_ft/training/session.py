@@ -22,6 +22,7 @@ from raytune_ft.models.loading import torch_dtype
 from raytune_ft.training.answers import AnswerCheck, AnsweringLearner
 from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import ReinforcementConfig
 from raytune_ft.training.cursor import Cursor
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
 from raytune_ft.training.folder import CHECKPOINTS, TENSORBOARD
@@ -40,6 +41,7 @@ from raytune_ft.training.micro_batches import (
 from raytune_ft.training.monitor import Monitor
 from raytune_ft.training.objectives import look_at_start, rows_of
 from raytune_ft.training.peers import Peers
+from raytune_ft.training.rollouts import RolloutLearner, Rollouts, prompt_steps
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.trackers import Trackers
 from raytune_ft.training.utilization import Work, device_peak
@@ -102,23 +104,14 @@ def train_in_process(
         peers = Peers(seat.rank, seat.world_size, seat.device)
         learner = _learner(trainee, fitting, timetable, seat, validation)
         careful = _within_memory(learner, fitting, divisor, output)
-        watched = _answering(careful, config, trainee, validation, peers=peers)
+        watched = _answering(careful, fitting, trainee, rows, peers=peers)
         look_at_start(trainee.loss, timetable, rows, peers, output / CHECKPOINTS if output else None)
         keeper = Keeper(config, learner, output, peers)
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
         if monitor is not None:
             monitor.recall(keeper.history.rows)
-        batches = packed_steps(
-            train,
-            config.global_batch_size,
-            config.seed,
-            start=keeper.start,
-            rank=seat.rank,
-            world_size=seat.world_size,
-            micro_batches=fitting.gradient_accumulation_steps,
-            token_budget=config.max_tokens_per_micro_batch,
-        )
+        batches = _steps(fitting, train, keeper.start, peers)
         summary = _Run(seat, timetable, keeper, monitor, report, stop_wanted).fit(watched, one_ahead(batches), trackers)
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
@@ -221,10 +214,31 @@ def _learner(
     return kind(trainee, config, timetable, seat.device, evaluation)
 
 
+def _steps(config: FineTuningConfig, train: TokenRows, start: int, peers: Peers) -> Iterator[Any]:
+    """What the learner takes at each step after `start`: this rank's micro-batches, or the prompts of its answers."""
+    micro_batches = config.gradient_accumulation_steps
+    if isinstance(config, ReinforcementConfig):
+        return prompt_steps(len(train), config, start=start, peers=peers, micro_batches=micro_batches)
+    return packed_steps(
+        train,
+        config.global_batch_size,
+        config.seed,
+        start=start,
+        rank=peers.rank,
+        world_size=peers.world_size,
+        micro_batches=micro_batches,
+        token_budget=config.max_tokens_per_micro_batch,
+    )
+
+
 def _answering(
-    learner: Learner, config: FineTuningConfig, trainee: Trainee, validation: TokenRows | None, *, peers: Peers
+    learner: Learner, config: FineTuningConfig, trainee: Trainee, rows: dict[str, TokenRows], *, peers: Peers
 ) -> Learner:
-    """The learner, which also answers validation rows at each evaluation, if that is wished."""
+    """The learner, which also answers validation rows at each evaluation, or learns from answers, if that is wished."""
+    validation = rows.get("validation")
+    if isinstance(config, ReinforcementConfig):
+        rollouts = Rollouts(trainee.model, trainee.tokenizer, config, peers)
+        return RolloutLearner(learner, rollouts, rows["train"], validation, config.eval_generation_rows)
     answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, peers.device)
     if answers is None:
         return learner

@@ -1,0 +1,80 @@
+"""Who rewards an answer: a metric, by the row's own answer, or a reward model, by what people preferred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from raytune_ft.core.errors import ModelError
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.generation import Completion
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.rewarding import load_reward_model, rewards
+from raytune_ft.training.answers import Question
+from raytune_ft.training.config_alignment import ReinforcementConfig
+
+
+class Judge(Protocol):
+    """Gives a reward to each of several answers; higher is better."""
+
+    def rewards(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[float]:
+        """One number for each question and its answer."""
+
+
+class MetricJudge:
+    """Each answer's metric, by the row's own answer; where lower is better, with its sign turned."""
+
+    def __init__(self, config: ReinforcementConfig, chat: Chat) -> None:
+        from raytune_ft.evaluation.metrics import METRICS  # only a run that asks for one waits for metrics to load
+
+        assert config.reward_metric is not None
+        self._metric = METRICS[config.reward_metric]()
+        self._sign = -1.0 if config.reward_metric.facts.lower_is_better else 1.0
+        self._tokenizer = chat.tokenizer
+
+    def rewards(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[float]:
+        """The metric of each answer.
+
+        Raises:
+            DataError: if it does not fit a row's own answer.
+        """
+        references = [str(self._tokenizer.decode(q.answer, skip_special_tokens=True)).strip() for q in questions]
+        self._metric.check(references)
+        columns = self._metric.columns(predictions=[answer.text for answer in answers], references=references)
+        return [self._sign * float(score) for score in self._metric.row_scores(columns)]
+
+
+class ModelJudge:
+    """A reward model's score of the whole conversation, as the chat template writes it."""
+
+    def __init__(self, config: ReinforcementConfig, chat: Chat, device: str) -> None:
+        """Loads the model.
+
+        Raises:
+            ModelError: if it is no reward model, or reads other tokens than the model writes.
+        """
+        assert config.reward_model_path is not None
+        if load_tokenizer(config.reward_model_path).get_vocab() != chat.tokenizer.get_vocab():
+            raise ModelError(
+                f"reward_model_path: {config.reward_model_path} has other tokens than {config.model_path}; train a "
+                "reward model upon a base of the same family (`raytune-ft reward`)"
+            )
+        self._loaded = load_reward_model(config.reward_model_path, precision=config.precision, device=device)
+        self._tail = list(chat.tail_ids)
+
+    def rewards(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[float]:
+        """The scores; an answer that was cut off is judged as it is."""
+        rows = [
+            [
+                *question.prompt,
+                *answer.token_ids,
+                *([] if answer.stop_token is None else [answer.stop_token, *self._tail]),
+            ]
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        return rewards(self._loaded, rows)
+
+
+def make_judge(config: ReinforcementConfig, chat: Chat, device: str) -> Judge:
+    """The judge that the settings ask for."""
+    return MetricJudge(config, chat) if config.reward_metric is not None else ModelJudge(config, chat, device)

@@ -1,0 +1,218 @@
+"""Reinforcement: a model that says yes or no learns which is rewarded, by a metric and by a reward model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from raytune_ft.core.errors import ConfigError, ModelError, StoppedError
+from raytune_ft.core.records import Message
+from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import ReinforcementConfig, RewardConfig
+from raytune_ft.training.diagnosis import Trouble, diagnose
+from raytune_ft.training.guide import departures_from_guide
+from raytune_ft.training.session import Seat, train_in_process
+
+from ..conftest import make_tiny_model  # noqa: TID252 - tests are no installed package
+from ..rows import pair_files  # noqa: TID252
+from .test_preference import history
+from .test_ranks import on_ranks, run
+
+
+def token_file(model: Path, path: Path, turns: list[tuple[str, str]]) -> str:
+    chat = Chat(load_tokenizer(str(model)))
+    rows = [chat.encode([Message("user", asked), Message("assistant", said)]) for asked, said in turns]
+    table = {"input_ids": [row.input_ids for row in rows], "supervised": [row.supervised for row in rows]}
+    pq.write_table(pa.table(table), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def undecided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers every order with yes or with no, each about half of the time."""
+    folder = tmp_path_factory.mktemp("undecided")
+    model = make_tiny_model(folder / "tiny")
+    turns = [(f"order {n // 2}", ("yes", "no")[n % 2]) for n in range(32)]
+    settings = {
+        **{"model_path": str(model), "output_dir": str(folder), "dataset_path": "given", "method": "full"},
+        **{"per_device_train_batch_size": 16, "num_train_epochs": 30, "learning_rate": 3e-3, "report_to": []},
+        **{"save_strategy": "no", "logging_strategy": "no"},
+    }
+    files = {"train": [token_file(model, folder / "train.parquet", turns)]}
+    train_in_process(FineTuningConfig(**settings), files, Seat(), output=Location.at(folder / "model"), golden=False)
+    return folder / "model"
+
+
+@pytest.fixture
+def prompts(undecided: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """Twelve prompts to learn from and four to be judged by; the row's own answer is no, the less likely one."""
+    train = [(f"order {n}", "no") for n in range(12)]
+    return {
+        "train": [token_file(undecided, tmp_path / "train-prompts.parquet", train)],
+        "validation": [token_file(undecided, tmp_path / "validation-prompts.parquet", train[:4])],
+    }
+
+
+@pytest.fixture
+def reinforcement(undecided: Path, tmp_path: Path):
+    def make(**changes: object) -> ReinforcementConfig:
+        common = {
+            **{"model_path": str(undecided), "output_dir": str(tmp_path / "out"), "dataset_path": "given as splits"},
+            **{"reward_metric": "exact_match", "num_generations": 8, "max_new_tokens": 4, "max_steps": 16},
+            **{"learning_rate": 2e-3, "method": "full", "lr_scheduler_type": "constant", "eval_generation_rows": 4},
+            **{"per_device_train_batch_size": 4, "report_to": [], "warmup_steps": 0, "eval_strategy": "steps"},
+            **{"eval_steps": 5, "save_strategy": "no"},
+        }
+        merged = {**common, **changes}
+        return ReinforcementConfig(**{name: value for name, value in merged.items() if value is not None})
+
+    return make
+
+
+def test_what_is_rewarded_becomes_likelier(reinforcement, prompts, tmp_path: Path) -> None:
+    summary = train_in_process(reinforcement(), prompts, Seat(), output=Location.at(tmp_path / "a"))
+    rewards = history(tmp_path / "a", "reward")
+    assert 0.2 < fmean(rewards[:4]) < 0.6
+    assert fmean(rewards[-4:]) > 0.8
+    assert (history(tmp_path / "a", "eval_reward")[0], history(tmp_path / "a", "eval_reward")[-1]) == (0, 1)
+    assert (summary.metric, summary.best) == ("eval_reward", 1)
+    assert not history(tmp_path / "a", "eval_loss")
+    assert history(tmp_path / "a", "kl") == [0] * 16
+    assert all(0 <= share <= 1 for share in history(tmp_path / "a", "cut_off_share"))
+    assert "reward" in (tmp_path / "a/curves.svg").read_text()
+
+
+def test_a_reward_model_judges_as_well(reinforcement, undecided, prompts, tmp_path: Path) -> None:
+    pairs = pair_files(undecided, tmp_path, train=18, validation=4)  # yes before no
+    settings = {"method": "full", "learning_rate": 2e-3, "num_train_epochs": 4, "per_device_train_batch_size": 6}
+    paths = {"model_path": str(undecided), "output_dir": str(tmp_path), "dataset_path": "given"}
+    config = RewardConfig(**settings, **paths, report_to=[])
+    train_in_process(config, pairs, Seat(), output=Location.at(tmp_path / "reward"))
+    assert history(tmp_path / "reward", "eval_reward_accuracy")[-1] == 1
+    judged = reinforcement(reward_metric=None, reward_model_path=str(tmp_path / "reward"))
+    train_in_process(judged, prompts, Seat(), output=Location.at(tmp_path / "a"))
+    rewards = history(tmp_path / "a", "reward")
+    assert fmean(rewards[-8:]) > rewards[0] + 0.3
+
+
+def test_the_divergence_holds_the_model_back(reinforcement, prompts, tmp_path: Path) -> None:
+    lora = {"method": "lora", "lora_target_modules": "all-linear", "learning_rate": 3e-3}
+    for name, changes in (("lora", lora), ("free", {"beta": 0.01}), ("held", {"beta": 5.0})):
+        config = reinforcement(**{"beta": 0.01, "max_steps": 16, **changes})
+        train_in_process(config, prompts, Seat(), output=Location.at(tmp_path / name))
+        apart = history(tmp_path / name, "kl")
+        assert apart[0] == pytest.approx(0, abs=1e-5)
+        assert max(apart) > 1e-5
+    assert history(tmp_path / "held", "kl")[-1] < 0.2 * history(tmp_path / "free", "kl")[-1]
+
+
+def test_a_stopped_run_gives_the_answers_of_the_unbroken_one(reinforcement, prompts, tmp_path: Path) -> None:
+    config = reinforcement(max_steps=6, method="lora", beta=0.1)
+    train_in_process(config, prompts, Seat(), output=Location.at(tmp_path / "unbroken"))
+    steps: list[int] = []
+    with pytest.raises(StoppedError):
+        train_in_process(
+            config,
+            prompts,
+            Seat(),
+            output=Location.at(tmp_path / "b"),
+            report=lambda step, metrics: steps.append(step),
+            stop_wanted=lambda: len(steps) == 3,
+        )
+    train_in_process(config, prompts, Seat(), output=Location.at(tmp_path / "b"))
+    for name in ("reward", "loss", "grad_norm"):
+        assert history(tmp_path / "b", name) == pytest.approx(history(tmp_path / "unbroken", name), abs=1e-6)
+
+
+@pytest.mark.ray  # no Ray, but as long as a test with it
+def test_layouts_give_the_same_answers_and_steps(reinforcement, prompts, tmp_path: Path) -> None:
+    common = {"max_steps": 5, "beta": 0.1}
+    whole = reinforcement(**common, per_device_train_batch_size=8)
+    train_in_process(whole, prompts, Seat(), output=Location.at(tmp_path / "whole"))
+    small = reinforcement(**common, gradient_accumulation_steps=2, max_tokens_per_micro_batch=40)
+    train_in_process(small, prompts, Seat(), output=Location.at(tmp_path / "small"))
+    two = reinforcement(**common, num_workers=2, max_tokens_per_micro_batch=60)
+    on_ranks([run(two, tmp_path / "two")], prompts, tmp_path, world_size=2)
+    for name in ("small", "two"):
+        for metric in ("reward", "answer_tokens", "loss", "kl", "eval_reward"):
+            expected = history(tmp_path / "whole", metric)
+            assert history(tmp_path / name, metric) == pytest.approx(expected, abs=1e-5), (name, metric)
+
+
+def test_equal_rewards_are_said_to_teach_nothing(reinforcement) -> None:
+    row = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 1e-5, "reward": 1.0}
+    rows = [{**row, "step": step, "equal_rewards_share": 1.0} for step in range(1, 41)]
+    (finding,) = diagnose(rows, reinforcement())
+    assert (finding.kind, finding.step) == (Trouble.UNDERFITTING, 8)
+    assert "100% of the prompts all answers have the same reward (mean 1)" in str(finding)
+    assert not diagnose([{**row, "equal_rewards_share": 0.5} for row in rows], reinforcement())
+
+
+def test_a_judge_of_other_tokens_is_refused(reinforcement, undecided, prompts, tmp_path: Path) -> None:
+    pairs = pair_files(undecided, tmp_path, train=4, validation=2)
+    paths = {"model_path": str(undecided), "output_dir": str(tmp_path), "dataset_path": "given", "report_to": []}
+    train_in_process(
+        RewardConfig(**paths, method="full", max_steps=1), pairs, Seat(), output=Location.at(tmp_path / "r")
+    )
+    tokenizer = load_tokenizer(str(tmp_path / "r"))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "r")
+    judged = reinforcement(reward_metric=None, reward_model_path=str(tmp_path / "r"))
+    with pytest.raises(ModelError, match="has other tokens than"):
+        train_in_process(judged, prompts, Seat(), output=Location.at(tmp_path / "a"))
+    with pytest.raises(ModelError, match="writes text; a reward model gives scores"):
+        again = judged.with_overrides(reward_model_path=str(undecided))
+        train_in_process(again, prompts, Seat(), output=Location.at(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward_metric": None}, "give either reward_model_path"),
+        ({"reward_model_path": "x"}, "give either reward_model_path"),
+        ({"reward_metric": "perplexity"}, "reward_metric: perplexity is not measured on answers alone"),
+        ({"zero_stage": 3, "eval_generation_rows": 0, "eval_strategy": "no"}, "answering wants the whole weights"),
+        ({"num_generations": 1}, "num_generations"),
+        ({"eval_generation_rows": 0}, "leaves evaluations nothing to judge"),
+        ({"method": "prompt_tuning", "beta": 0.1}, "which are no reference"),
+        ({"method": "qlora", "beta": 0.1, "adapter_path": "a"}, "merge the adapter first"),
+        ({"metric_for_best_model": "eval_loss"}, "eval_loss is not among what is measured"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes, message, reinforcement) -> None:
+    with pytest.raises(ConfigError, match=message):
+        reinforcement(**changes)
+
+
+def test_the_guide_has_ranges_of_its_own_for_rewards(reinforcement) -> None:
+    said = departures_from_guide(reinforcement(method="lora", learning_rate=1e-5))
+    assert not [words for words in said if words.startswith("learning_rate is")]
+
+
+@pytest.mark.ray
+def test_the_verb_reinforces_on_workers(ray_cluster, undecided, tmp_path: Path) -> None:
+    from raytune_ft.cli import run_verb
+
+    records = tmp_path / "orders.jsonl"
+    rows = [{"prompt": f"order {n}", "completion": "no"} for n in range(16)]
+    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        **{"model_path": str(undecided), "dataset_path": str(records), "output_dir": str(tmp_path / "a")},
+        **{"reward_metric": "exact_match", "num_generations": 8, "max_new_tokens": 4, "max_steps": 12},
+        **{"learning_rate": 2e-3, "method": "full", "per_device_train_batch_size": 2, "save_strategy": "no"},
+        **{"num_workers": 2, "warmup_steps": 0, "lr_scheduler_type": "constant", "eval_strategy": "steps"},
+        **{"eval_steps": 12, "report_to": []},
+    }
+    file = tmp_path / "reinforce.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    assert run_verb("reinforce", [str(file)]) == 0
+    assert json.loads((tmp_path / "a/manifest.json").read_text())["numbers"]["best_eval_reward"] == 1
