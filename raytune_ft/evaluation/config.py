@@ -147,13 +147,15 @@ class EvaluationConfig(MeasureConfig):
     URL of an endpoint (``http://host:8000/v1#name``), whose own answers then count."""
     base_model_path: ModelPath | None = None
     """A model to compare it with, usually its base; the two are then labelled ``base`` and ``tuned``."""
+    previous_model_path: ModelPath | None = None
+    """The model that it is to replace, which is compared with it, too, and labelled ``previous``."""
 
     @property
     def models(self) -> dict[str, str]:
         """Label and path of each model, in the order of the report."""
-        if self.base_model_path is None:
-            return {"model": self.model_path}
-        return {"base": self.base_model_path, "tuned": self.model_path}
+        others = {"base": self.base_model_path, "previous": self.previous_model_path}
+        named = {label: path for label, path in others.items() if path is not None}
+        return {**named, "tuned" if named else "model": self.model_path}
 
 
 class ComparisonConfig(MeasureConfig):

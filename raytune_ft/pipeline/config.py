@@ -11,7 +11,7 @@ from raytune_ft.compression.config import PruningJob, QuantizationJob
 from raytune_ft.core.config import Config
 from raytune_ft.core.storage import Location
 from raytune_ft.data.config import DataCollectionConfig
-from raytune_ft.evaluation.config import EvaluationConfig
+from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
 from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
@@ -30,6 +30,17 @@ FOLDERS = {
     "serve": "endpoint",
 }
 """The steps in their order, and the folder of each below the pipeline's storage."""
+
+
+class GateConfig(Config):
+    """When a model may take the place of the one before it."""
+
+    metric: EvaluationMetric | None = None
+    """What counts; by default the strictest that the evaluation measures."""
+    max_drop: float = Field(0.0, ge=0)
+    """How much worse will do, in the metric's own units; 0 wants the new model shown to be better."""
+    confidence: float = Field(0.95, ge=0.5, lt=1)
+    """With which that has to be shown."""
 
 
 class PipelineConfig(Config):
@@ -51,6 +62,12 @@ class PipelineConfig(Config):
     """Training; the settings that the search found best replace these."""
     evaluate: EvaluationConfig | None = None
     """Evaluation of the base model and the tuned one on the test split."""
+    previous_path: str | None = Field(None, min_length=1)
+    """The model in use, from an earlier round: it is evaluated, too, and the new one goes no further than the
+    evaluation unless `gate` opens. To go on from an adapter, name it as ``train.adapter_path``, too."""
+    gate: GateConfig | None = None
+    """What the tuned model has to show against the previous one (without one, against the base) before it is shrunk
+    and served. With `previous_path` there is always a gate."""
     prune: PruningJob | None = None
     """Pruning of the tuned model, an adapter merged."""
     heal: FineTuningConfig | None = None
@@ -73,9 +90,22 @@ class PipelineConfig(Config):
     def _in_order(self) -> PipelineConfig:
         if self.heal is not None and self.prune is None:
             raise ValueError("heal: trains what prune made; name prune, too, or leave heal out")
+        if (self.gate is not None or self.previous_path is not None) and self.evaluate is None:
+            raise ValueError("gate, previous_path: models are compared by their evaluation; name evaluate, too")
+        if self.evaluate is not None and self.gate is not None and self.gate.metric is not None:
+            measured = self.evaluate.metrics
+            if self.gate.metric not in measured:
+                raise ValueError(
+                    f"gate.metric: {self.gate.metric} is not among evaluate.metrics ({', '.join(measured)})"
+                )
         if self.ladder is not None and self.prune is None and self.quantize is None:
             raise ValueError("ladder: there is no smaller version to measure; name prune or quantize, too")
         return self
+
+    @property
+    def gate_settings(self) -> GateConfig | None:
+        """What opens the gate; None if there is none."""
+        return self.gate or (GateConfig() if self.previous_path is not None else None)
 
     @property
     def storage(self) -> Location:
@@ -117,6 +147,7 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
         "evaluate",
         model_path=places["tuned"],
         base_model_path=model,
+        previous_model_path=settings.get("previous_path"),
         dataset_path=places["dataset"],
         output_dir=places["evaluation"],
     )

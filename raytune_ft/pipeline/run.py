@@ -22,8 +22,9 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.data.run import prepare
 from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.gate import GateDecision, gate
 from raytune_ft.evaluation.ladder import ladder
-from raytune_ft.evaluation.results import read_result
+from raytune_ft.evaluation.results import leading_metric, read_result
 from raytune_ft.evaluation.run import evaluate
 from raytune_ft.models.loading import shared_model
 from raytune_ft.pipeline.config import FOLDERS, PipelineConfig
@@ -49,7 +50,8 @@ class Pipeline:
 
         Raises:
             UserError: for what the user can mend.
-            RunError: if a step failed; the finished steps stay, and the same command goes on from there.
+            RunError: if a step failed; the finished steps stay, and the same command goes on from there. Also if the
+                gate stays shut: the pipeline's artifact is there then, with the figures.
         """
         return run_pipeline(self.config)
 
@@ -91,11 +93,36 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
     if config.evaluate is not None:
         evaluation = config.evaluate.with_overrides(base_model_path=base)
         steps.take("evaluate", lambda: evaluate(evaluation))
-    _shrink(config, steps)
-    if config.serve is not None:
-        serving = config.serve
-        steps.take("serve", lambda: ask_endpoint(serving, steps.made, storage / "endpoint"))
-    return _conclude(config, steps)
+    decision = _decision(config, steps)
+    if decision is None or decision.passed:
+        _shrink(config, steps)
+        if config.serve is not None:
+            serving = config.serve
+            steps.take("serve", lambda: ask_endpoint(serving, steps.made, storage / "endpoint"))
+    artifact = _conclude(config, steps, decision)
+    if decision is not None and not decision.passed:
+        raise RunError(f"the new model goes no further: {decision.words} What was measured: {artifact.location}")
+    return artifact
+
+
+def _decision(config: PipelineConfig, steps: _Steps) -> GateDecision | None:
+    """Whether the tuned model may take the place of the one before it; None if nobody asks."""
+    asked = config.gate_settings
+    if asked is None:
+        return None
+    result = read_result(steps.made["evaluate"])
+    other = result["previous" if config.previous_path is not None else "base"]
+    decision = gate(
+        result["tuned"],
+        other,
+        asked.metric or leading_metric(result),
+        max_drop=asked.max_drop,
+        confidence=asked.confidence,
+        seed=int(result.settings["seed"]),
+        settings=result.settings,
+    )
+    logger.info("gate: %s", decision.words)
+    return decision
 
 
 def _shrink(config: PipelineConfig, steps: _Steps) -> None:
@@ -120,7 +147,7 @@ def plan(config: PipelineConfig, names: list[str]) -> list[str]:
         "prepare": f"clean, split and tokenize {', '.join(config.prepare.sources)}",
         "tune": f"search {', '.join(config.tune.space)}" if config.tune else "",
         "train": f"{config.train.method} with {config.train.num_workers} worker(s), ZeRO-{config.train.zero_stage}",
-        "evaluate": "the base and the tuned model on the test split",
+        "evaluate": f"{_evaluated(config)} on the test split",
         "prune": f"{config.prune.method}, {config.prune.target_sparsity:.0%} of the weights" if config.prune else "",
         "heal": "full fine-tuning of the pruned model, its zeros held",
         "ladder": "quality, size and speed of the smaller versions",
@@ -132,6 +159,12 @@ def plan(config: PipelineConfig, names: list[str]) -> list[str]:
         state = " (finished before)" if has_manifest(config.storage / FOLDERS[name]) else ""
         lines.append(f"  {number}. {name}: {words[name]} -> {FOLDERS[name]}/{state}")
     return lines
+
+
+def _evaluated(config: PipelineConfig) -> str:
+    if config.previous_path is None:
+        return "the base and the tuned model"
+    return f"the base, the tuned and the previous model ({config.previous_path})"
 
 
 def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Location) -> Artifact:
@@ -201,12 +234,12 @@ def _based(search: SweepConfig, base: str) -> SweepConfig:
     return search.with_overrides(training=search.training.with_overrides(model_path=base).model_dump())
 
 
-def _conclude(config: PipelineConfig, steps: _Steps) -> Artifact:
+def _conclude(config: PipelineConfig, steps: _Steps, decision: GateDecision | None) -> Artifact:
     draft = begin(
         config.storage / "pipeline",
         ArtifactKind.PIPELINE,
         settings=config.resolved(),
-        identity={"steps": steps.names},
+        identity={"steps": steps.names} if decision is None else {"steps": steps.names, "gate": decision.words},
         parents=[artifact.as_parent(name) for name, artifact in steps.made.items()],
     )
     if draft.finished:
@@ -215,6 +248,8 @@ def _conclude(config: PipelineConfig, steps: _Steps) -> Artifact:
         story = Story.of(steps.made)
         (draft.folder / "report.html").write_text(render(story), encoding="utf-8")
         draft.numbers |= headline(steps.made)
+        if decision is not None:
+            draft.numbers |= {"Promoted": decision.passed, "Gate": decision.words}
         draft.write_json("summary.json", draft.numbers)
     return draft.artifact
 

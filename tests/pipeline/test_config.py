@@ -8,7 +8,7 @@ import pytest
 
 from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.storage import Location
-from raytune_ft.pipeline.config import PipelineConfig
+from raytune_ft.pipeline.config import GateConfig, PipelineConfig
 from raytune_ft.pipeline.sources import placed
 
 SETTINGS = {
@@ -31,6 +31,29 @@ def test_what_one_step_makes_is_what_the_next_one_takes() -> None:
     assert config.evaluate.base_model_path == "m"
     assert config.quantize is not None and config.quantize.model_path == config.train.output_dir
     assert config.serve is not None and config.serve.model_path == config.quantize.output_dir
+
+
+def test_a_further_round_is_compared_with_the_model_in_use_and_has_a_gate() -> None:
+    config = PipelineConfig(**SETTINGS, previous_path="/runs/before/tuned")
+    assert config.evaluate is not None
+    assert config.evaluate.models == {"base": "m", "previous": "/runs/before/tuned", "tuned": "/runs/a/tuned"}
+    assert config.gate_settings == GateConfig(max_drop=0.0)
+    assert PipelineConfig(**SETTINGS).gate_settings is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate": None, "gate": {}}, "gate, previous_path: models are compared by their evaluation"),
+        ({"evaluate": None, "previous_path": "x"}, "name evaluate, too"),
+        ({"gate": {"metric": "rouge"}}, r"gate.metric: rouge is not among evaluate.metrics \(perplexity\)"),
+        ({"gate": {"max_drop": -1}}, "max_drop"),
+        ({"gate": {"drop": 1}}, "drop"),
+    ],
+)
+def test_a_gate_without_figures_is_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PipelineConfig(**{**SETTINGS, **changes})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.core.artifacts import open_artifact
+from raytune_ft.core.errors import RunError
+from raytune_ft.evaluation.results import read_result
 from raytune_ft.pipeline.config import PipelineConfig
 from raytune_ft.pipeline.run import Pipeline
 
@@ -43,3 +46,47 @@ def test_the_circle_closes_and_a_second_run_redoes_nothing(
     assert len(manifests) == 7
     assert Pipeline(config).run().digest == artifact.digest
     assert {path: path.stat().st_mtime_ns for path in manifests} == manifests
+
+
+def test_a_further_round_learns_from_feedback_and_goes_on_only_through_the_gate(
+    ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in orders.open()]
+    old, test = tmp_path / "old.jsonl", tmp_path / "test.jsonl"
+    old.write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows[16:]))
+    feedback = tmp_path / "feedback"
+    feedback.mkdir()
+    said = [
+        {"messages": [{"role": "user", "content": f"order {n} blue"}], "response": "no", "correction": f"yes {n}"}
+        for n in range(100, 104)
+    ]
+    (feedback / "replica.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+
+    def settings(name: str, sources: list[str], train: dict[str, object], **more: object) -> PipelineConfig:
+        return PipelineConfig(
+            storage_path=str(tmp_path / name),
+            model_path=str(tiny_model),
+            prepare={"sources": sources, "test_sources": [str(test)], "test_split": 0.0, "validation_split": 0.1},
+            train={"lora_target_modules": "all-linear", "eval_strategy": "no", "warmup_steps": 0, **train},
+            evaluate={"metrics": ["perplexity"]},
+            prune={"target_sparsity": 0.3},
+            **more,
+        )
+
+    Pipeline(settings("one", [str(old)], {"max_steps": 6, "learning_rate": 1e-2}, gate={})).run()
+    first = json.loads((tmp_path / "one/pipeline/summary.json").read_text())
+    assert first["Promoted"] is True and (tmp_path / "one/pruned/manifest.json").exists()
+
+    both, before = [str(old), str(feedback)], str(tmp_path / "one/tuned")
+    ruined = {"adapter_path": before, "max_steps": 3, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    worse = settings("two", both, ruined, previous_path=before, gate={"max_drop": 1.0})
+    with pytest.raises(RunError, match="the new model goes no further: failed: Perplexity: not shown that tuned is at"):
+        Pipeline(worse).run()
+    kept = json.loads((tmp_path / "two/pipeline/summary.json").read_text())
+    assert kept["Promoted"] is False and kept["Gate"].startswith("failed")
+    assert not (tmp_path / "two/pruned").exists()
+    dataset = json.loads((tmp_path / "two/dataset/manifest.json").read_text())
+    assert dataset["numbers"]["rows_train"] + dataset["numbers"]["rows_validation"] == 20
+    result = read_result(open_artifact(str(tmp_path / "two/evaluation")))
+    assert [model.label for model in result.models] == ["base", "previous", "tuned"]
