@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import ROLES, Message, Record
 from raytune_ft.core.storage import Location, source_digest
 
-COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices")
+logger = logging.getLogger("raytune_ft")
+
+COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices", "label")
 """Columns of a file that a record is made of."""
 
 
@@ -54,12 +57,20 @@ def read_rows(dataset_path: str, split: str, max_rows: int | None = None) -> Eva
         files, taken = split_files(location, list(location.files()), split), split
         parent = Parent(role="dataset", where=str(location), digest="-".join(source_digest(file) for file in files))
     records: list[Record] = []
+    disliked = 0
     for file in files:
-        records += _read(file)
+        found = _read(file)
+        liked = [record for record in found if record.label is not False]
+        disliked += len(found) - len(liked)
+        records += liked
         if max_rows is not None and len(records) >= max_rows:
             break
+    where = f"{location}, split {taken}" if taken else str(location)
+    if disliked:
+        logger.warning(
+            "%s: %d rows are answers that people disliked: left out, since they are no references", where, disliked
+        )
     if not records:
-        where = f"{location}, split {taken}" if taken else str(location)
         raise DataError(f"{where}: holds no rows, so there is nothing to evaluate on")
     return EvaluationRows(tuple(records[:max_rows]), taken, parent)
 
@@ -182,7 +193,8 @@ def record_of(row: Any, where: str) -> Record:
     tools, metadata = _json_text(row.get("tools")), _metadata(row.get("metadata"), where)
     if row.get("choices") is not None:
         metadata = {**metadata, "choices": _choices(row["choices"], where)}
-    return Record(messages=messages, text=text, reference=reference, tools=tools, metadata=metadata)
+    label = row["label"] if isinstance(row.get("label"), bool) else None  # other files have labels of other kinds
+    return Record(messages=messages, text=text, label=label, reference=reference, tools=tools, metadata=metadata)
 
 
 def _message(turn: Any, where: str) -> Message:

@@ -47,7 +47,8 @@ def use_liger(model: Any, device: str, *, wanted: bool | None) -> bool:
     reason = _why_not(model, device)
     if reason is None:
         _put_in_place(model)
-        _heads.add(model.get_output_embeddings())
+        if (head := model.get_output_embeddings()) is not None:  # a reward model's gives one number
+            _heads.add(head)
         logger.info("kernels: Liger %s for %s", importlib.metadata.version("liger-kernel"), type(model).__name__)
         return True
     if wanted:

@@ -26,7 +26,6 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
     Raises:
         ModelError: if it cannot be loaded, is an adapter, or has no Liger kernels where the settings insist on them.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     quiet_transformers()
@@ -44,18 +43,25 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
     }
     if isinstance(config, RewardConfig):
         torch.manual_seed(config.seed)  # of a new head
-        return load_scorer(resolved.base, load_tokenizer(config.model_path), options)
-    refuse_scorer(resolved)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolved.base, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True, **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{resolved.base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
+        model = load_scorer(resolved.base, load_tokenizer(config.model_path), options)
+    else:
+        refuse_scorer(resolved)
+        model = _load_writer(resolved.base, options)
     if config.base_bits == 4:
         _keep_differentiable(model)
     use_liger(model, device, wanted=config.use_liger_kernel)
     return model
+
+
+def _load_writer(base: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
 
 
 def _keep_differentiable(model: Any) -> None:
@@ -73,11 +79,13 @@ def _quantization(config: FineTuningConfig, dtype: torch.dtype, int8_threshold: 
         return None
     from transformers import BitsAndBytesConfig
 
+    whole: dict[str, Any] = {"llm_int8_skip_modules": ["score"]} if isinstance(config, RewardConfig) else {}
     if config.base_bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold, **whole)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
+        **whole,
     )

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack_flat
 
+logger = logging.getLogger("raytune_ft")
+
 Batch = TypeVar("Batch")
+LABEL = "label"
+"""Column that says whether people liked an answer; null where nobody was asked."""
 
 
 class Rows(Protocol):
@@ -25,16 +33,37 @@ class Rows(Protocol):
 
 
 class TokenRows:
-    """Tokenized rows of a split, mapped into memory from Parquet files; rows are read when they are used."""
+    """Tokenized rows of a split, mapped into memory from Parquet files; rows are read when they are used.
+
+    Answers that people disliked (label false) are no examples: they are left out, and counted in `disliked`.
+    """
 
     columns: ClassVar[tuple[str, ...]] = ("input_ids", "supervised")
     """What is read of the files."""
 
     def __init__(self, files: Sequence[str], cache_dir: str) -> None:
+        """Opens the files.
+
+        Raises:
+            DataError: if there is no row but disliked answers.
+        """
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
-        rows: Any = Dataset.from_parquet(list(files), columns=list(self.columns), cache_dir=cache_dir)
+        labelled = LABEL in _columns_of(files[0])
+        columns = [*self.columns, *([LABEL] if labelled and LABEL not in self.columns else [])]
+        rows: Any = Dataset.from_parquet(list(files), columns=columns, cache_dir=cache_dir)
+        self.disliked = 0
+        if labelled and LABEL not in self.columns:
+            liked = pc.fill_null(rows.data.column(LABEL), fill_value=True).to_numpy()
+            self.disliked = int(len(liked) - liked.sum())
+            if self.disliked == len(liked):
+                raise DataError(
+                    f"{files[0]}: all {len(liked)} rows are answers that people disliked: there is no example to learn "
+                    "from. `raytune-ft align` with loss_type: kto learns from such rows"
+                )
+            if self.disliked:
+                rows = rows.select(np.flatnonzero(liked))
         self._rows = rows.with_format("arrow")
 
     def __len__(self) -> int:
@@ -62,6 +91,11 @@ class TokenRows:
             supervised.flatten().to_numpy(zero_copy_only=False),  # Arrow keeps booleans as bits
             ids.value_lengths().to_numpy(),
         )
+
+
+def _columns_of(file: str) -> list[str]:
+    where = Location.at(file)
+    return list(pq.read_schema(where.path, filesystem=where.filesystem).names)
 
 
 def step_rows(rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[list[int]]:
@@ -135,6 +169,17 @@ def packed_steps(
             ]
             shares = everyone[rank] + [[]] * (max(map(len, everyone)) - len(everyone[rank]))
         yield [data.packed(share) if share else data.packed(rows[:1]).without_targets() for share in shares]
+
+
+def say_disliked(splits: Mapping[str, TokenRows]) -> None:
+    """Warns of rows that are left out because people disliked the answer."""
+    found = [f"{rows.disliked} {split}" for split, rows in splits.items() if rows.disliked]
+    if found:
+        logger.warning(
+            "%s rows are answers that people disliked: left out, since they are no examples (raytune-ft align with "
+            "loss_type: kto learns from them)",
+            " and ".join(found),
+        )
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -104,6 +104,9 @@ class RewardConfig(FineTuningConfig):
         return ("eval_loss", "eval_reward_accuracy", "eval_reward_margin")
 
 
+_OF_OTHERS = ("eval_generation_metric", "per_device_eval_batch_size")
+
+
 class ReinforcementConfig(FineTuningConfig):
     """How a model learns from rewards for its own answers: those above the mean of their prompt become likelier.
 
@@ -150,6 +153,9 @@ class ReinforcementConfig(FineTuningConfig):
             )
         if self.zero_stage == 3:
             raise ValueError("answering wants the whole weights on every worker, which zero_stage 3 shards; take 2")
+        for name in _OF_OTHERS:
+            if getattr(self, name) != FineTuningConfig.model_fields[name].default:
+                raise ValueError(f"{name}: has no effect here, where the judge measures answers; leave it out")
         if not self.eval_generation_rows and self.eval_strategy != "no":
             raise ValueError("eval_generation_rows: 0 leaves evaluations nothing to judge; set eval_strategy: no, too")
         if self.beta and self.method in _PROMPT_METHODS:

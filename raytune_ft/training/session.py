@@ -20,7 +20,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
 from raytune_ft.training.answers import AnswerCheck, AnsweringLearner
-from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps
+from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps, say_disliked
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import ReinforcementConfig
 from raytune_ft.training.cursor import Cursor
@@ -95,6 +95,8 @@ def train_in_process(
         trackers = _trackers(config, seat, output, events)
         rows = {split: rows_of(config)(files, cache) for split, files in splits.items() if split in _USED and files}
         train, validation = rows["train"], rows.get("validation")
+        if seat.rank == 0:
+            say_disliked(rows)
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
         divisor = _earlier_divisor(output)
         fitting = shrunk(config, divisor)

@@ -31,7 +31,7 @@ from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
 from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Progress, Status
-from raytune_ft.training.batches import TokenRows
+from raytune_ft.training.batches import TokenRows, say_disliked
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.micro_batches import release_memory
 from raytune_ft.tuning.homes import POINTERS_KEPT
@@ -130,9 +130,11 @@ class BankHost:
             self._fault = str(error)
             return
         adopt_template(base.tokenizer, splits["train"])
-        train = TokenRows(splits["train"], self._cache.name)
-        validation = TokenRows(splits["validation"], self._cache.name) if splits.get("validation") else None
+        used = [split for split in ("train", "validation") if splits.get(split)]
         try:
+            rows = {split: TokenRows(splits[split], self._cache.name) for split in used}
+            say_disliked(rows)
+            train, validation = rows["train"], rows.get("validation")
             answers = AnswerCheck.wanted(config, validation, base.model, base.tokenizer, device)
         except UserError as error:
             self._refused = error

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -35,6 +37,23 @@ def test_a_split_of_an_artifact_is_read_in_order(tmp_path: Path) -> None:
     assert [record.id for record in rows.records] == [ASKED.id, OPEN.id]
     assert (rows.split, rows.parent.role) == ("test", "dataset")
     assert read_rows(str(tmp_path / "d"), "test", max_rows=1).records == rows.records[:1]
+
+
+def test_answers_that_people_disliked_are_no_references(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = (
+        replace(ASKED, label=True),
+        replace(ASKED, messages=(*ASKED.prompt, Message("assistant", "5")), label=False),
+    )
+    folder = dataset(tmp_path / "d", test=[bad, good, OPEN])
+    with caplog.at_level(logging.WARNING, "raytune_ft"):
+        rows = read_rows(str(folder), "test")
+    assert [record.answer for record in rows.records] == ["4", "Paris"]
+    assert "1 rows are answers that people disliked" in caplog.text
+    with pytest.raises(DataError, match="holds no rows"):
+        read_rows(str(dataset(tmp_path / "e", test=[bad])), "test")
+    turns = [{"role": "user", "content": "How was it?"}, {"role": "assistant", "content": "bad"}]
+    other = jsonl(tmp_path / "f.jsonl", {"messages": turns, "label": "bad"})
+    assert len(read_rows(str(other), "test").records) == 1
 
 
 def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:

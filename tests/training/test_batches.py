@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from raytune_ft.core.errors import DataError
 from raytune_ft.models.collate import pack
-from raytune_ft.training.batches import TokenRows, one_ahead, packed_steps, rank_share, step_rows, within_budget
+from raytune_ft.training.batches import (
+    TokenRows,
+    one_ahead,
+    packed_steps,
+    rank_share,
+    say_disliked,
+    step_rows,
+    within_budget,
+)
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
@@ -106,3 +119,30 @@ def test_one_ahead_passes_on_what_went_wrong() -> None:
     assert next(found) == 1
     with pytest.raises(ValueError, match="row 2"):
         next(found)
+
+
+def labelled(path: Path, labels: list[bool | None]) -> str:
+    ids = [[1, 10 + number] for number in range(len(labels))]
+    kept = [[False, True]] * len(labels)
+    columns = {"input_ids": ids, "supervised": kept, "label": pa.array(labels, pa.bool_())}
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def test_answers_that_people_disliked_are_no_examples(tmp_path: Path, caplog) -> None:
+    file = labelled(tmp_path / "a.parquet", [True, False, None, False, True])
+    rows = TokenRows([file], str(tmp_path / "cache"))
+    assert (len(rows), rows.disliked) == (3, 2)
+    assert [rows[number].input_ids[1] for number in range(3)] == [10, 12, 14]
+    assert rows.packed([2, 0]).input_ids.tolist() == [[1, 14, 1, 10]]
+    with caplog.at_level(logging.WARNING, "raytune_ft"):
+        say_disliked(
+            {"train": rows, "validation": TokenRows([labelled(tmp_path / "b.parquet", [None])], str(tmp_path))}
+        )
+    assert "2 train rows are answers that people disliked" in caplog.text
+
+
+def test_nothing_but_disliked_answers_is_refused(tmp_path: Path) -> None:
+    file = labelled(tmp_path / "a.parquet", [False, False])
+    with pytest.raises(DataError, match="all 2 rows are answers that people disliked"):
+        TokenRows([file], str(tmp_path / "cache"))

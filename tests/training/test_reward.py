@@ -110,6 +110,18 @@ def test_what_is_trained_ranks_pairs_and_plain_libraries_give_its_scores(
     assert all(a > b for a, b in zip(ours[::2], ours[1::2], strict=True))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_over_a_quantized_base_the_head_is_whole_and_training_goes_on_after_an_evaluation(
+    bits, reward, pairs, tmp_path: Path
+) -> None:
+    config = reward(method="qlora", bits=bits, num_train_epochs=4, precision="fp32")
+    head = make_trainee(config, "cpu").model.get_base_model().score
+    assert head.weight.dtype is torch.float32 and head.weight.shape == (1, 64)
+    train_in_process(config, pairs, Seat(), output=Location.at(tmp_path / "a"))
+    assert history(tmp_path / "a")[-1] < 0.5 * history(tmp_path / "a")[0]
+    assert history(tmp_path / "a", "eval_reward_accuracy")[-1] == 1
+
+
 @pytest.mark.ray  # no Ray, but as long as a test with it
 def test_two_ranks_train_the_same_head_as_one_process(reward, pairs, tmp_path: Path) -> None:
     common = {"num_train_epochs": 2, "learning_rate": 1e-3}

@@ -182,6 +182,8 @@ def test_a_judge_of_other_tokens_is_refused(reinforcement, undecided, prompts, t
         ({"reward_metric": "perplexity"}, "reward_metric: perplexity is not measured on answers alone"),
         ({"zero_stage": 3, "eval_generation_rows": 0, "eval_strategy": "no"}, "answering wants the whole weights"),
         ({"num_generations": 1}, "num_generations"),
+        ({"eval_generation_metric": "bleu"}, "eval_generation_metric: has no effect here"),
+        ({"per_device_eval_batch_size": 9}, "per_device_eval_batch_size: has no effect here"),
         ({"eval_generation_rows": 0}, "leaves evaluations nothing to judge"),
         ({"method": "prompt_tuning", "beta": 0.1}, "which are no reference"),
         ({"method": "qlora", "beta": 0.1, "adapter_path": "a"}, "merge the adapter first"),
