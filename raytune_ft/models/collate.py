@@ -69,9 +69,10 @@ class PackedBatch:
             row_of_target=self.row_of_target[mine] - first,
         )
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Self:
         """The same batch on another device."""
-        return type(self)(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        return type(self)(**moved)
 
     def without_targets(self) -> Self:
         """The same tokens, none of which counts for the loss."""

@@ -14,10 +14,11 @@ _PROMPT_METHODS = {FineTuningMethod.PREFIX_TUNING, FineTuningMethod.PROMPT_TUNIN
 
 
 class PreferenceLoss(StrEnum):
-    """What is made smaller over pairs of answers."""
+    """What is made smaller: over pairs of answers, or (KTO) over single ones that people liked or disliked."""
 
     DPO = "dpo"
     IPO = "ipo"
+    KTO = "kto"
 
 
 class PreferenceConfig(FineTuningConfig):
@@ -34,16 +35,21 @@ class PreferenceConfig(FineTuningConfig):
     """Share of the adapter's inputs set to zero while training; what the reference says is without."""
     loss_type: PreferenceLoss = PreferenceLoss.DPO
     """``dpo``: the chosen answer becomes likelier than the rejected one, without end; ``ipo``: by a set distance, which
-    is safer where pairs are few or nearly certain."""
+    is safer where pairs are few or nearly certain; ``kto``: rows are single answers with a label, as ratings are."""
     beta: float = Field(0.1, gt=0)
     """How strongly the model is held to its reference: lower lets it go farther."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """DPO: share of the pairs that are taken to be the wrong way round."""
     chosen_nll_weight: float = Field(0.0, ge=0)
     """Adds the usual loss of the chosen answer (a mean over its tokens), so that it does not become unlikely, too."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """KTO: weight of the answers that people liked; raise it where they are the fewer."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """KTO: weight of the answers that people disliked."""
     metric_for_best_model: str = "eval_loss"
     """What makes a checkpoint the best, and what early stopping watches: ``eval_loss``, ``eval_reward_accuracy`` (pairs
-    ranked right), ``eval_reward_margin``, ``eval_chosen_nll``, or the answers' metric."""
+    ranked right, or rated answers on the right side), ``eval_reward_margin``, ``eval_chosen_nll``, or the answers'
+    metric."""
 
     @model_validator(mode="after")
     def _has_reference(self) -> Self:
@@ -54,12 +60,22 @@ class PreferenceConfig(FineTuningConfig):
             )
         if self.label_smoothing and self.loss_type is not PreferenceLoss.DPO:
             raise ValueError(f"label_smoothing belongs to loss_type dpo (got {self.loss_type})")
+        rated = self.loss_type is PreferenceLoss.KTO
+        if rated and self.chosen_nll_weight:
+            raise ValueError("chosen_nll_weight belongs to pairs, and loss_type kto has none; raise desirable_weight")
+        if not rated and (self.desirable_weight, self.undesirable_weight) != (1.0, 1.0):
+            raise ValueError(
+                f"desirable_weight and undesirable_weight belong to loss_type kto (got {self.loss_type}), since every "
+                "pair has one answer of each"
+            )
         return self
 
     @property
     def evaluated_metrics(self) -> tuple[str, ...]:
         """What an evaluation measures."""
         answers = (f"eval_{self.eval_generation_metric}",) if self.eval_generation_rows else ()
+        if self.loss_type is PreferenceLoss.KTO:
+            return ("eval_loss", "eval_reward_accuracy", *answers)
         return (
             "eval_loss",
             "eval_reward_accuracy",

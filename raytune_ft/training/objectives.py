@@ -11,12 +11,14 @@ from raytune_ft.core.storage import Location
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.training.batches import TokenRows, step_rows
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
 from raytune_ft.training.distill import DistillationLoss, load_teacher
 from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.policy import PolicyLoss
-from raytune_ft.training.preference import PairwiseLoss, set_reference
+from raytune_ft.training.preference import PairwiseLoss
+from raytune_ft.training.ratings import RatedLoss, RatedRows
+from raytune_ft.training.reference import set_reference
 from raytune_ft.training.reward import RewardLoss
 from raytune_ft.training.schedule import Timetable
 
@@ -35,18 +37,22 @@ def make_objective(model: Any, config: FineTuningConfig, device: str) -> SummedL
         return PolicyLoss(model, config.beta)
     if isinstance(config, RewardConfig):
         return RewardLoss(model, config.center_rewards_weight)
-    return PairwiseLoss(model, config) if isinstance(config, PreferenceConfig) else SummedLoss(model)
+    if isinstance(config, PreferenceConfig):
+        return RatedLoss(model, config) if config.loss_type is PreferenceLoss.KTO else PairwiseLoss(model, config)
+    return SummedLoss(model)
 
 
 def rows_of(config: FineTuningConfig) -> type[TokenRows]:
     """How the rows of a split are read."""
+    if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
+        return RatedRows
     return PairRows if isinstance(config, PreferenceConfig | RewardConfig) else TokenRows
 
 
 def look_at_start(
     loss: SummedLoss, timetable: Timetable, splits: dict[str, TokenRows], peers: Peers, kept: Location | None
 ) -> None:
-    """What has to be known of the model before its first step: its own scores of all pairs that the run will see.
+    """What has to be known of the model before its first step: its own scores of all answers that the run will see.
 
     Args:
         loss: of the model before its first step; all ranks call it.
@@ -55,16 +61,16 @@ def look_at_start(
         peers: the ranks.
         kept: the folder that an earlier attempt of this run left its scores in.
     """
-    if not isinstance(loss, PairwiseLoss):
+    if not isinstance(loss, PairwiseLoss | RatedLoss):
         return
     config = loss.config
     for split, rows in splits.items():
-        if not isinstance(rows, PairRows):
-            raise TypeError(f"expected PairRows, got {type(rows).__name__}")
+        if not isinstance(rows, PairRows | RatedRows):
+            raise TypeError(f"expected pairs or rated answers, got {type(rows).__name__}")
         seen: Sequence[int] = range(len(rows))
         if split == "train" and timetable.total * config.global_batch_size < len(rows):
             steps = islice(step_rows(len(rows), config.global_batch_size, config.seed), timetable.total)
             seen = sorted(chain.from_iterable(steps))
         if peers.leads:
-            logger.info("reference: what the model says of %d %s pairs before its first step", len(seen), split)
+            logger.info("reference: what the model says of %d %s rows before its first step", len(seen), split)
         set_reference(rows, seen, loss, peers, kept / f"reference-{split}.npy" if kept is not None else None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.collate import PackedBatch, pack_flat
-from raytune_ft.training.batches import TokenRows
+from raytune_ft.training.batches import LABEL, TokenRows
 
 REJECTED = "rejected_"
 """What the columns of a pair's rejected row begin with; the chosen one's are those of any row."""
@@ -96,6 +96,21 @@ def _from(row: Row, begins: int) -> Row:
     return ids, supervised & (np.arange(len(ids)) >= begins)
 
 
+def refuse_unrated(splits: dict[str, list[str]], dataset: str) -> None:
+    """Checks that every row of a dataset is an answer that people liked or disliked; arguments as `refuse_unpaired`.
+
+    Raises:
+        DataError: with the number of rows that have no label.
+    """
+    missing, rows = _missing(splits, LABEL)
+    if missing:
+        raise DataError(
+            f"{dataset}: {missing} of {rows} rows are not rated (they have no label). loss_type: kto needs answers "
+            "with label true or false, or feedback with a rating; prepare such records apart, or take loss_type: dpo "
+            "for pairs"
+        )
+
+
 def refuse_unpaired(splits: dict[str, list[str]], dataset: str) -> None:
     """Checks, by the files' footers, that every row of a dataset is a preference.
 
@@ -106,11 +121,7 @@ def refuse_unpaired(splits: dict[str, list[str]], dataset: str) -> None:
     Raises:
         DataError: with the number of rows that have no rejected answer.
     """
-    rows = single = 0
-    for files in splits.values():
-        for name in files:
-            single_here, rows_here = _singles(Location.at(name))
-            single, rows = single + single_here, rows + rows_here
+    single, rows = _missing(splits, REJECTED + "input_ids")
     if single:
         raise DataError(
             f"{dataset}: {single} of {rows} rows are no preferences (they have no rejected answer). Every row needs a "
@@ -118,10 +129,15 @@ def refuse_unpaired(splits: dict[str, list[str]], dataset: str) -> None:
         )
 
 
-def _singles(file: Location) -> tuple[int, int]:
-    """Rows without a rejected answer, and all rows, of a Parquet file."""
+def _missing(splits: dict[str, list[str]], wanted: str) -> tuple[int, int]:
+    """Rows without a value in a column, and all rows, of all splits."""
+    found = [_missing_of(Location.at(name), wanted) for files in splits.values() for name in files]
+    return sum(missing for missing, _ in found), sum(rows for _, rows in found)
+
+
+def _missing_of(file: Location, wanted: str) -> tuple[int, int]:
     with pq.ParquetFile(file.path, filesystem=file.filesystem) as opened:
-        footer, wanted = opened.metadata, REJECTED + "input_ids"
+        footer = opened.metadata
         if wanted not in opened.schema_arrow.names:
             return footer.num_rows, footer.num_rows
         place = next(n for n in range(footer.num_columns) if footer.schema.column(n).path.split(".")[0] == wanted)

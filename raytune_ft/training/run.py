@@ -27,7 +27,7 @@ from raytune_ft.data.run import tokenized_splits
 from raytune_ft.models.loading import model_parent, shared_model
 from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
 from raytune_ft.training.cursor import other_batch
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
@@ -35,7 +35,7 @@ from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.interruption import StopBoard, is_noted, note_sigterm
 from raytune_ft.training.loop import Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import NotOneRowError, OutOfMemoryError
-from raytune_ft.training.pairs import refuse_unpaired
+from raytune_ft.training.pairs import refuse_unpaired, refuse_unrated
 from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.trackers import refuse_missing
 
@@ -129,7 +129,9 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         connected.admit(ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = _with_starting_model(config, output)
         splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)
-        if isinstance(config, PreferenceConfig | RewardConfig):
+        if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
+            refuse_unrated(splits, config.dataset_path)
+        elif isinstance(config, PreferenceConfig | RewardConfig):
             refuse_unpaired(splits, config.dataset_path)
         run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)

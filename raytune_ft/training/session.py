@@ -41,6 +41,7 @@ from raytune_ft.training.micro_batches import (
 from raytune_ft.training.monitor import Monitor
 from raytune_ft.training.objectives import look_at_start, rows_of
 from raytune_ft.training.peers import Peers
+from raytune_ft.training.ratings import RatedLearner, RatedLoss
 from raytune_ft.training.rollouts import RolloutLearner, Rollouts, prompt_steps
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.trackers import Trackers
@@ -241,6 +242,14 @@ def _answering(
     if isinstance(config, ReinforcementConfig):
         rollouts = Rollouts(trainee.model, trainee.tokenizer, config, peers)
         return RolloutLearner(learner, rollouts, rows["train"], validation, config.eval_generation_rows)
+    if isinstance(trainee.loss, RatedLoss):
+        size = config.per_device_eval_batch_size
+        learner = RatedLearner(
+            learner,
+            trainee.loss,
+            peers,
+            lambda: () if validation is None else evaluation_batches(validation, size, peers.rank, peers.world_size),
+        )
     answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, peers.device)
     if answers is None:
         return learner

@@ -22,7 +22,8 @@ from raytune_ft.training.engine import make_trainee
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.peers import Peers
-from raytune_ft.training.preference import direct_loss, identity_loss, set_reference
+from raytune_ft.training.preference import direct_loss, identity_loss
+from raytune_ft.training.reference import set_reference
 from raytune_ft.training.session import Seat, train_in_process
 
 from ..rows import pair_files  # noqa: TID252 - tests are no installed package
