@@ -64,6 +64,11 @@ class Answer:
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def sent_id(self) -> str:
+        """The id as the client gets it, and names it in feedback."""
+        return f"{'chatcmpl' if self.chat else 'cmpl'}-{self.id}"
+
     def usage(self, completion_tokens: int) -> dict[str, int]:
         """Tokens of the prompts (with the template's) and of the answers (without the one that ends each)."""
         return {
@@ -113,8 +118,7 @@ class Answer:
         return event({**head, "choices": [{"index": index, **content, "logprobs": logprobs, "finish_reason": reason}]})
 
     def _head(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        return {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+        return {"id": self.sent_id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(
         self, choice: Choice, first: int | None, prompt: Sequence[TokenLogprob], generated: Sequence[TokenLogprob]

@@ -146,7 +146,11 @@ def _placed(config: ServingConfig) -> ServingConfig:
         if (where := getattr(config, name)) is not None
     }
     adapters = {name: absolute(where) for name, where in config.adapters.items()}
-    changes = {"model_path": absolute(config.model_path), "name": config.served_name, "adapters": adapters}
+    changes: dict[str, Any] = {
+        "model_path": absolute(config.model_path), "name": config.served_name, "adapters": adapters
+    }  # fmt: skip
+    if config.ab_test is not None:
+        changes["ab_test"] = config.ab_test.with_overrides(log_path=Location.at(config.ab_test.log_path).uri)
     return config.with_overrides(**changes, **folders)
 
 

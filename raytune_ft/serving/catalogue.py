@@ -13,6 +13,7 @@ from raytune_ft.models.loading import resolve_model
 from raytune_ft.serving.answers import model_card
 from raytune_ft.serving.board import Bulletin, Posted
 from raytune_ft.serving.config import ADAPTER_NAME, ServingConfig
+from raytune_ft.serving.config_ab import BASE
 from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.metrics import Metrics, Series, exposition
@@ -31,15 +32,20 @@ class Catalogue:
         self._config, self._engine, self._metrics, self._board = config, engine, metrics, board
         self._rates = rates
         self._loaded = dict(config.adapters)
+        self._variants = config.ab_test.variants if config.ab_test else {}
+        self._whole = {config.served_name}
+        """Ids of the model without an adapter."""
+        if config.tested_name:
+            self._whole |= {f"{config.served_name}:{BASE}", config.tested_name}
         self._epoch: str | None = None
         self._others: list[Series] = []
         self._changing = asyncio.Lock()
         self._failed: dict[str, str] = {}
 
     def cards(self, created: int) -> list[dict[str, Any]]:
-        """The base and its adapters, as ``GET /v1/models`` lists them."""
+        """The base, an A/B test upon it, and its adapters, as ``GET /v1/models`` lists them."""
         base = self._config.served_name
-        names = [f"{base}:{name}" for name in self._engine.adapters.names]
+        names = sorted(self._whole - {base}) + [f"{base}:{name}" for name in self._engine.adapters.names]
         return [model_card(base, created), *(model_card(name, created, parent=base) for name in names)]
 
     async def adapter_of(self, model: str) -> str | None:
@@ -49,7 +55,7 @@ class Catalogue:
             ApiError: 404, naming what is served.
         """
         base = self._config.served_name
-        if model == base:
+        if model in self._whole:
             return None
         adapter = model.removeprefix(f"{base}:")
         if adapter != model and re.fullmatch(ADAPTER_NAME, adapter):
@@ -110,11 +116,13 @@ class Catalogue:
         """Drops an adapter here at once, and from the other replicas when they next look.
 
         Raises:
-            ApiError: 404 if it is not loaded.
+            ApiError: 404 if it is not loaded, 409 if an A/B test has it.
         """
         async with self._changing:
             if name not in self._loaded:
                 raise ApiError(404, "there is no adapter of this name", param="name")
+            if name in self._variants:
+                raise ApiError(409, f"the adapter {name!r} is a variant of the A/B test that runs", param="name")
             await self._board.take_down(name)
             await self._drop(name)
 

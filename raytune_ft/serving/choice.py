@@ -14,6 +14,7 @@ from raytune_ft.serving.config import Engine, ServingConfig
 logger = logging.getLogger("raytune_ft")
 
 _OURS_ALONE = (
+    "ab_test",
     "adapters",
     "adapters_path",
     "api_keys",

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raytune_ft.core.config import Config
 from raytune_ft.models.config import Precision
+from raytune_ft.serving.config_ab import BASE, ABTestConfig
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
@@ -92,6 +93,8 @@ class ServingConfig(Config):
     the replicas' machines have mounted."""
     request_log_path: str | None = Field(None, min_length=1)
     """Folder for a log of prompts and answers as JSON lines. Without it prompts are written nowhere."""
+    ab_test: ABTestConfig | None = None
+    """Splits the requests for this model between itself and its adapters, and writes down who got which."""
     playground: bool = True
     """Whether ``/playground`` is served: a page to chat, compare and give feedback."""
 
@@ -99,6 +102,13 @@ class ServingConfig(Config):
     def served_name(self) -> str:
         """The model's id in requests."""
         return self.name or self.model_path.rstrip("/").rpartition("/")[2].rpartition(":")[2]
+
+    @property
+    def tested_name(self) -> str | None:
+        """The model id whose requests the A/B test splits; None without a test."""
+        if self.ab_test is None:
+            return None
+        return self.ab_test.model or self.served_name
 
     @property
     def most_replicas(self) -> int:
@@ -143,6 +153,28 @@ class ServingConfig(Config):
     def _limited_by_key(self) -> Self:
         if self.requests_per_minute is not None and not self.api_keys:
             raise ValueError("requests_per_minute: counts by key; set api_keys (`raytune-ft key` makes one)")
+        return self
+
+    @model_validator(mode="after")
+    def _served_variants(self) -> Self:
+        if self.ab_test is None:
+            return self
+        if BASE in self.adapters:
+            raise ValueError(
+                f"adapters: with ab_test, {BASE!r} names the model without an adapter; give this adapter another name"
+            )
+        for name in self.ab_test.variants:
+            if name != BASE and name not in self.adapters:
+                known = ", ".join([BASE, *self.adapters])
+                raise ValueError(
+                    f"ab_test.variants: {name!r} is not served here (there is {known}); add it to adapters, so that "
+                    "every replica has it from its start"
+                )
+        if (self.tested_name or "").startswith(f"{self.served_name}:"):
+            raise ValueError(
+                f"ab_test.model: {self.tested_name!r} would ask for one adapter; name an id without "
+                f"'{self.served_name}:'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LABELS = ("replica", "model", "adapter")
+_TEST_LABELS = ("replica", "test", "variant")
 Series = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 """Of each metric its name, help, type, and samples (name, labels, value): what replicas tell each other."""
 
@@ -27,6 +28,20 @@ class Metrics:
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers.")
         self.feedback = Counter(
             "raytune_ft_feedback", "Feedback records written.", ("replica",), registry=self.registry
+        )
+        self.ab_requests = Counter(
+            "raytune_ft_ab_requests", "Requests of an A/B test, by variant and HTTP status.", (*_TEST_LABELS, "status"),
+            registry=self.registry,
+        )  # fmt: skip
+        self.ab_lost = Counter(
+            "raytune_ft_ab_lost", "Lines of an A/B test's log that could not be written.", ("replica",),
+            registry=self.registry,
+        )  # fmt: skip
+        self.ab_duration = self._histogram(
+            "ab_request_duration_seconds", "From a test's request to the end of its answer.", _TEST_LABELS
+        )
+        self.ab_first_token = self._histogram(
+            "ab_time_to_first_token_seconds", "From a test's request to the first token.", _TEST_LABELS
         )
         self.first_token = self._histogram("time_to_first_token_seconds", "From a request's entry to its first token.")
         self.per_token = self._histogram("time_per_output_token_seconds", "Mean time of an answer's further tokens.")
@@ -51,8 +66,8 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"raytune_ft_{name}", text, (*_LABELS, *labels), registry=self.registry)
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"raytune_ft_{name}", text, _LABELS, buckets=_LATENCIES, registry=self.registry)
+    def _histogram(self, name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Histogram:
+        return Histogram(f"raytune_ft_{name}", text, labels, buckets=_LATENCIES, registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"raytune_ft_{name}", text, ("replica",), registry=self.registry)

@@ -25,7 +25,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 """Options that are not implemented, with the values under which they change nothing."""
-_PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "name"}
+_PASSED_OVER = {"metadata", "store", "service_tier", "prompt_cache_key", "name"}
 """Options that never change an answer."""
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -74,6 +74,8 @@ class _Request(BaseModel):
     n: int | None = Field(None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
 
     @field_validator("model", "stop")
     @classmethod
@@ -96,6 +98,11 @@ class _Request(BaseModel):
             ApiError: 400, naming the option.
         """
         _refuse_extra(self.model_extra or {}, "")
+
+    @property
+    def subject(self) -> str | None:
+        """Who asks, as A/B tests tell apart; None where the request does not say. It never changes an answer."""
+        return self.user or self.safety_identifier or None
 
     @property
     def choices(self) -> int:

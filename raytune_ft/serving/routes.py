@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: FastAPI reads the routes' annotations, which are names of this function.
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from raytune_ft.serving.config import ADAPTER_NAME
+from raytune_ft.serving.experiment import Exposure
 from raytune_ft.serving.faults import ApiError, validation_error
 from raytune_ft.serving.feedback import Feedback
 from raytune_ft.serving.gate import Gate
@@ -22,6 +23,8 @@ from raytune_ft.serving.service import Job, Service
 
 _IN_STEP_EVERY_S = 1.0
 _EVENTS = "text/event-stream"
+Make = Callable[[Any, Any, Exposure | None], Coroutine[Any, Any, Job]]
+"""From a request's body, its state and its exposure to what it asks of the engine."""
 
 
 class AdapterName(BaseModel):
@@ -98,20 +101,25 @@ def _add_errors(api: FastAPI) -> None:
 
 
 def _add_answers(api: FastAPI, service: Service) -> None:
-    async def answered(job: Job, stream: bool | None, request: Request) -> Response:
-        if stream:
-            return StreamingResponse(service.streamed(job, service.enter(job)), media_type=_EVENTS)
-        return JSONResponse(await _unless_gone(service.whole(job), request))
+    async def answered(make: Make, body: Any, request: Request) -> Response:
+        exposure = service.experiment.enter(body.model, body.subject)
+        headers = service.experiment.headers(exposure)
+        with service.experiment.watched(exposure):
+            job = await make(body, request.state, exposure)
+            if body.stream:
+                events = service.streamed(job, service.enter(job))
+                return StreamingResponse(events, media_type=_EVENTS, headers=headers)
+            return JSONResponse(await _unless_gone(service.whole(job), request), headers=headers)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """The answer to a conversation; with ``stream``, as server-sent events."""
-        return await answered(await service.chat_job(body, request.state), body.stream, request)
+        return await answered(service.chat_job, body, request)
 
     @api.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What the model goes on with after a text, or after token ids."""
-        return await answered(await service.completion_job(body, request.state), body.stream, request)
+        return await answered(service.completion_job, body, request)
 
     @api.post("/v1/feedback", status_code=201)
     async def feedback(body: Feedback) -> dict[str, str]:

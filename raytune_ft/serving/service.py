@@ -15,6 +15,7 @@ from raytune_ft.serving.board import Bulletin
 from raytune_ft.serving.catalogue import Catalogue
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.engines import TransformersEngine
+from raytune_ft.serving.experiment import Experiment, Exposure
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
@@ -34,6 +35,8 @@ class Job:
     include_usage: bool
     prompts: Sequence[dict[str, Any]]
     """What the request log keeps of each choice's prompt."""
+    exposure: Exposure | None = None
+    """Of a request that an A/B test has given a variant."""
     tickets: dict[int, int] = field(default_factory=dict)
     """The index of the choice that a ticket (by its identity) belongs to."""
 
@@ -53,31 +56,34 @@ class Service:
         self.prompts = Prompts(engine)
         self.catalogue = Catalogue(config, engine, self.metrics, board, self.rates)
         self.feedback = Journal(config.feedback_path, f"feedback-{replica}") if config.feedback_path else None
+        self.experiment = Experiment(config, self.metrics)
         self.log = Journal(config.request_log_path, f"requests-{replica}") if config.request_log_path else None
 
-    async def chat_job(self, request: ChatRequest, state: Any) -> Job:
-        """What a chat request asks for.
+    async def chat_job(self, request: ChatRequest, state: Any, exposure: Exposure | None = None) -> Job:
+        """What a chat request asks for, of the variant that `exposure` gives it, where it is in an A/B test.
 
         Raises:
             ApiError: for an unknown model, an unsupported option, or a prompt beyond the limits.
         """
-        adapter = await self._adapter(request.model, state)
+        model = exposure.model if exposure else request.model
+        adapter = await self._adapter(model, state)
         request.refuse_unsupported()
         messages = [message.to_message() for message in request.messages]
         ids = await self.prompts.of_chat(messages)
-        answer = Answer(request.model, self.engine.loaded.tokenizer, True, len(ids), request.top is not None)
+        answer = Answer(model, self.engine.loaded.tokenizer, True, len(ids), request.top is not None)
         logged = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
         requests = self._spread(request, ids, adapter, request.top)
         choices = [Choice(index) for index in range(len(requests))]
-        return Job(requests, answer, choices, request.include_usage, [logged] * len(requests))
+        return Job(requests, answer, choices, request.include_usage, [logged] * len(requests), exposure)
 
-    async def completion_job(self, request: CompletionRequest, state: Any) -> Job:
+    async def completion_job(self, request: CompletionRequest, state: Any, exposure: Exposure | None = None) -> Job:
         """What a completion request asks for; every prompt has its choices, in order.
 
         Raises:
             ApiError: as `chat_job`.
         """
-        adapter = await self._adapter(request.model, state)
+        model = exposure.model if exposure else request.model
+        adapter = await self._adapter(model, state)
         request.refuse_unsupported()
         tokenizer, echo = self.engine.loaded.tokenizer, bool(request.echo)
         requests: list[GenerationRequest] = []
@@ -94,9 +100,9 @@ class Service:
                 requests.append(one)
                 prompts.append({"prompt": text})
         answer = Answer(
-            request.model, tokenizer, False, total, request.logprobs is not None, without_text=request.max_tokens == 0
+            model, tokenizer, False, total, request.logprobs is not None, without_text=request.max_tokens == 0
         )
-        return Job(requests, answer, choices, request.include_usage, prompts)
+        return Job(requests, answer, choices, request.include_usage, prompts, exposure)
 
     async def whole(self, job: Job) -> dict[str, Any]:
         """The finished body.
@@ -108,17 +114,20 @@ class Service:
             async for _ in found:
                 pass
         await self._logged(job)
+        await self.experiment.answered(job.exposure, job.answer, job.choices)
         return job.answer.body(job.choices)
 
     async def streamed(self, job: Job, entered: tuple[Events, list[Ticket]]) -> AsyncGenerator[str, None]:
         """The answer as server-sent events; an error comes as an event, since the status has gone out."""
         try:
-            async with aclosing(self._progress(job, entered)) as found:
-                async for choice, progress in found:
-                    told = job.answer.event(choice, progress)
-                    if told:
-                        yield told
-            await self._logged(job)
+            with self.experiment.watched(job.exposure):
+                async with aclosing(self._progress(job, entered)) as found:
+                    async for choice, progress in found:
+                        told = job.answer.event(choice, progress)
+                        if told:
+                            yield told
+                await self._logged(job)
+                await self.experiment.answered(job.exposure, job.answer, job.choices)
         except ApiError as error:
             yield event(error.body)
             return
@@ -170,6 +179,7 @@ class Service:
     def close(self) -> None:
         """Ends the engine and closes the files."""
         self.engine.close()
+        self.experiment.close()
         for journal in (self.feedback, self.log):
             if journal is not None:
                 journal.close()
@@ -196,6 +206,8 @@ class Service:
                     if progress.finish_reason is not None:
                         open_ones -= 1
                         self._measure(ticket, choice)
+                        if job.exposure is not None and ticket.began is not None:
+                            job.exposure.began_at(ticket.began)
                     yield choice, progress
         except TimeoutError:
             limit = self.config.request_timeout_s
