@@ -25,6 +25,8 @@ import pytest
 
 from raytune_ft.core.errors import ModelError, ServingError
 from raytune_ft.core.records import Message
+from raytune_ft.evaluation.ab import analyse_test
+from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
 from raytune_ft.models.loading import load_model
@@ -38,10 +40,15 @@ QUESTIONS = ["What is the capital of France?", "red", "The quick brown fox jumps
 
 
 @pytest.fixture(scope="module")
-def server(ray_cluster: object, tiny_model: Path, adapters: Path) -> Iterator[ModelServer]:
+def server(
+    ray_cluster: object, tiny_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ModelServer]:
+    kept = tmp_path_factory.mktemp("kept")
     settings = ServingConfig(
         model_path=str(tiny_model), name="tiny", port=0, max_new_tokens=64, max_batch_size=4, num_replicas=2,
         adapters={"b": str(adapters / "b")}, adapters_path=str(adapters), admin_keys=[hashed("root")],
+        feedback_path=str(kept / "feedback"),
+        ab_test={"name": "spring", "variants": {"base": 0.5, "b": 0.5}, "log_path": str(kept / "ab"), "model": "split"},
     )  # fmt: skip
     with ModelServer(settings) as running:
         yield running
@@ -155,6 +162,48 @@ def test_every_replica_loads_and_drops_adapters_and_is_counted(server: ModelServ
     while gone < 8 and time.monotonic() < deadline:
         gone = gone + 1 if told(server, "/v1/models/tiny:a")[0] == 404 else 0
     assert gone == 8, "a replica kept the adapter"
+
+
+@pytest.mark.ray
+def test_an_ab_test_keeps_users_with_their_variant_on_all_replicas_and_their_ratings_decide(
+    server: ModelServer, client: openai.OpenAI, tmp_path: Path
+):
+    def answered(job: tuple[str, bool]) -> tuple[str, str]:
+        user, stream = job
+        found = ask(client, "red", model="split", user=user, stream=stream)
+        answer = list(found)[-1] if stream else found
+        return answer.model.removeprefix("tiny:"), answer.id
+
+    users = [f"user-{number}" for number in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        rounds = [list(pool.map(answered, [(user, stream) for user in users])) for stream in (False, True)]
+    variants = [[variant for variant, _ in found] for found in rounds]
+    assert variants[0] == variants[1]
+    assert set(variants[0]) == {"base", "b"}
+    # The adapter's answers are liked, the model's own are not; the feedback names nothing but the answer.
+    said = {"messages": [{"role": "user", "content": "red"}], "response": "?"}
+    for variant, answer in rounds[1]:
+        body = {**said, "rating": "up" if variant == "b" else "down", "id": answer}
+        assert told(server, "/v1/feedback", "POST", json.dumps(body).encode())[0] == 201
+
+    assert server.config.ab_test is not None
+    logs = [file.read_text() for file in Path(server.config.ab_test.log_path).glob("exposures-*.jsonl")]
+    assert len(logs) == 2, "both replicas had requests of the test"
+    ids = [json.loads(line)["id"] for log in logs for line in log.splitlines()]
+    assert sorted(ids) == sorted(answer for found in rounds for _, answer in found)
+    assert not any("user-" in log for log in logs)
+
+    settings = ABAnalysisConfig(
+        exposures_path=server.config.ab_test.log_path, feedback_path=server.config.feedback_path, min_subjects=20,
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    content = analyse_test(settings).read_json("ab.json")
+    counted = {one["name"]: (one["subjects"], one["requests"], one["ratings"]) for one in content["variants"]}
+    of_b = variants[0].count("b")
+    assert counted == {"base": (60 - of_b, 120 - 2 * of_b, 60 - of_b), "b": (of_b, 2 * of_b, of_b)}
+    good = next(one for one in content["contrasts"] if one["measure"]["name"] == "good")
+    assert (good["difference"], good["verdict"]) == (1.0, "better")
+    assert content["decisions"][0]["action"] != "cannot conclude"
 
 
 def under_load(server: ModelServer, expected: dict[tuple[str, int], str], act: Callable[[], None], *, retries: int,
