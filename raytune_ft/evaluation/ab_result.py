@@ -98,7 +98,7 @@ def analysed(exposures: Exposures, ratings: Ratings, config: ABAnalysisConfig) -
         mismatch_p=p_value,
         contrasts=contrasts,
         decisions=tuple(decisions),
-        notes=_notes(exposures, ratings, contrasts),
+        notes=_notes(exposures, ratings, contrasts, decisions),
     )
 
 
@@ -233,7 +233,9 @@ def _quantiles(seconds: Floats, subject: Ints) -> dict[str, Span]:
     return {f"p{100 * q:g}": quantile_interval(seconds[known], subject[known], q) for q in QUANTILES}
 
 
-def _notes(exposures: Exposures, ratings: Ratings, contrasts: Sequence[Contrast]) -> tuple[str, ...]:
+def _notes(
+    exposures: Exposures, ratings: Ratings, contrasts: Sequence[Contrast], decisions: Sequence[Decision]
+) -> tuple[str, ...]:
     """What a reader has to know before believing the numbers."""
     found = []
     if exposures.unsticky:
@@ -256,4 +258,9 @@ def _notes(exposures: Exposures, ratings: Ratings, contrasts: Sequence[Contrast]
                 f"{one.words} Those who rate may be others than those who rate the control's answers: the share of "
                 "good ratings compares different people."
             )
+    promoted = [decision.variant for decision in decisions if decision.action == "promote"]
+    if len(promoted) > 1:
+        found.append(
+            f"{', '.join(promoted)} are each better than {exposures.variants[0]}; which of them is best was not tested."
+        )
     return tuple(found)

@@ -6,7 +6,9 @@ probability of at most alpha (Ville's inequality). Robbins, "Statistical methods
 logarithm", Annals of Mathematical Statistics 41 (1970); for A/B tests with estimated variances Johari, Koomen, Pekelis
 and Walsh, "Always valid inference", Operations Research 70 (2022), and, for what estimated variances cost,
 Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, "Time-uniform central limit theory and asymptotic confidence
-sequences", Annals of Statistics 52 (2024): the guarantee is asymptotic, so from few subjects nothing is concluded.
+sequences", Annals of Statistics 52 (2024): the guarantee is asymptotic, so from few subjects nothing is concluded. Nor
+does the theory cover subjects that come back, whose means change after they were counted; that this makes no more false
+findings was simulated, and is in the tests.
 
 `scale` is chosen before the data: near the differences that one wants to find, results come soonest.
 """

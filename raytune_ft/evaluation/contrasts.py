@@ -45,7 +45,7 @@ class Measure:
     def difference_text(self, difference: float) -> str:
         """A difference for people: of times as a share of the control's."""
         if not math.isfinite(difference):
-            return "unbounded"
+            return "unknown" if math.isnan(difference) else "unbounded"
         return f"{math.expm1(difference):+.1%}" if self.times else signed(difference)
 
 
@@ -180,21 +180,29 @@ def _judged(found: Contrast, p_adjusted: float, tests: int, config: ABAnalysisCo
         verdict = "worse" if found.measure.role == "guardrail" or found.difference < 0 else "better"
     elif found.enough and found.measure.role == "guardrail" and found.high <= found.measure.tolerance:
         verdict = "holds"
-    needed = None
-    if verdict == "cannot tell":
-        needed = _share_to_tell(found, alpha if found.measure.role == "guardrail" else alpha / tests, config)
+    needed = _share_to_tell(found, tests, config) if verdict == "cannot tell" else None
     return replace(found, p_adjusted=p_adjusted, tests=tests, verdict=verdict, share_to_tell=needed)
 
 
-def _share_to_tell(found: Contrast, alpha: float, config: ABAnalysisConfig) -> float | None:
-    """Of a guardrail, until it is told to hold (or not); of the others, until the difference is told."""
+def _share_to_tell(found: Contrast, tests: int, config: ABAnalysisConfig) -> float | None:
+    """Of a guardrail, until it is told to hold (or not); of the others, until the difference is told, or, of the goal,
+    until a gain that is worth a change is ruled out, whichever comes first."""
     fewest = min(found.sample.subjects, found.control_sample.subjects)
     if fewest < 2:
         return None
-    distance = found.difference - found.measure.tolerance if found.measure.role == "guardrail" else found.difference
     units = found.sample.subjects + found.control_sample.subjects
-    needed = units_to_tell(distance, found.standard_error, units, found.measure.scale, alpha=alpha)
-    return None if needed is None else max(needed / units, config.min_subjects / fewest, 1.0)
+    alpha = 1 - config.confidence
+    distances = [(found.difference, alpha / tests)]
+    if found.measure.role == "guardrail":
+        distances = [(found.difference - found.measure.tolerance, alpha)]
+    elif found.measure.role == "goal" and found.difference < config.min_effect:
+        distances.append((config.min_effect - found.difference, alpha))
+    needed = [
+        units_to_tell(distance, found.standard_error, units, found.measure.scale, alpha=level)
+        for distance, level in distances
+    ]
+    known = [number for number in needed if number is not None]
+    return max(min(known) / units, config.min_subjects / fewest, 1.0) if known else None
 
 
 def _log(seconds: Floats) -> Floats:

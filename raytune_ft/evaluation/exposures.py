@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import math
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -137,8 +138,9 @@ class _Collected:
     def __init__(self, test: str) -> None:
         self._test = test
         self._settings: tuple[str, dict[str, float]] | None = None
-        self._columns: dict[str, list[float]] = {
-            name: [] for name in ("variant", "subject", "time", "status", "latency_s", "first_token_s", "tokens")
+        self._columns = {
+            name: array("d")
+            for name in ("variant", "subject", "time", "status", "latency_s", "first_token_s", "tokens")
         }
         self._subjects: dict[str, int] = {}
         self._first: list[int] = []

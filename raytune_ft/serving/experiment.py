@@ -82,7 +82,10 @@ class Experiment:
         """Writes down, soon, that there was no answer; nothing here can wait, since its task may be cancelled."""
         if exposure is not None and not exposure.told:
             line = self._line(exposure, status)
-            asyncio.get_running_loop().run_in_executor(None, self._append, line)
+            try:
+                asyncio.get_running_loop().run_in_executor(None, self._append, line)
+            except RuntimeError:  # the loop is being closed
+                self._append(line)
 
     async def answered(self, exposure: Exposure | None, answer: Answer, choices: Sequence[Choice]) -> None:
         """Writes an answered request down; it is on the disk before the answer ends, so that feedback finds it."""

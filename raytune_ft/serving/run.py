@@ -69,6 +69,7 @@ class ModelServer:
             raise
         self.url = f"{root}/v1"
         logger.info("Serving %s as %r at %s", self.config.model_path, self.config.served_name, self.url)
+        _tell_test(self.config)
         return self.url
 
     def update(self, config: ServingConfig) -> None:
@@ -86,6 +87,7 @@ class ModelServer:
         _replace(self.config, config)
         self.config = config
         logger.info("Serving %s as %r at %s", config.model_path, config.served_name, self.url)
+        _tell_test(config)
 
     def stop(self) -> None:
         """Takes the endpoint down; requests in flight are answered first, for at most `drain_timeout_s`."""
@@ -133,6 +135,18 @@ def serve(config: ServingConfig) -> None:
         return
     _replace(running, config)
     logger.info("%r is served with these settings, by the program that started it", config.served_name)
+
+
+def _tell_test(config: ServingConfig) -> None:
+    if config.ab_test is None:
+        return
+    test = config.ab_test
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in test.variants.items())
+    logger.info(
+        "A/B test %r splits requests for %r: %s; log in %s", test.name, config.tested_name, shares, test.log_path
+    )
+    if config.feedback_path is None:
+        logger.warning("feedback_path is not set: the A/B test will know errors and times, but no ratings")
 
 
 def _running() -> ServingConfig | None:
