@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,15 @@ def test_what_clients_say_stays_text_in_the_page(tmp_path: Path) -> None:
     assert "<script>alert" not in (artifact / "report.html").read().decode()
 
 
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """Gives back what the command line makes of our logger."""
+    logger = logging.getLogger("raytune_ft")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
+
+
 def settings(tmp_path: Path, text: str) -> str:
     path = tmp_path / "ab.yaml"
     path.write_text(text)
@@ -83,7 +94,7 @@ def settings(tmp_path: Path, text: str) -> str:
 
 
 def test_the_command_prints_the_decision_and_is_done(
-    config: ABAnalysisConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    own_logging: None, config: ABAnalysisConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = settings(tmp_path, f"exposures_path: {config.exposures_path}\nfeedback_path: {config.feedback_path}\n")
     assert run_verb("ab", [path, f"output_dir={config.output_dir}"]) == 0
@@ -104,7 +115,7 @@ def test_the_command_prints_the_decision_and_is_done(
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, said: str
+    own_logging: None, tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
     assert run_verb("ab", [settings(tmp_path, text)]) == 2
     message = capfd.readouterr().err

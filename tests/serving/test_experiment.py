@@ -22,6 +22,7 @@ from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.experiment import Experiment
 from raytune_ft.serving.keys import hashed
 from raytune_ft.serving.metrics import Metrics
+from raytune_ft.serving.run import _tell_test
 
 ASKED: Any = [{"role": "user", "content": "What is the capital of France?"}]
 SECRET = "ada@example.org"
@@ -178,6 +179,7 @@ def test_a_client_that_goes_away_is_written_down(tested: Any, stream: bool):
     until(lambda: len(lines(tested)) > before)
     (line,) = lines(tested)[before:]
     assert (line["status"], "id" in line) == (499, False)
+    until(lambda: tested.service.engine.load_now == (0, 0))
 
 
 def test_a_variant_cannot_be_dropped_while_the_test_runs(tested: Any):
@@ -266,6 +268,16 @@ def test_a_replica_gets_an_absolute_folder_and_the_salt():
     assert Path(placed.ab_test.log_path).is_absolute()
     assert placed.ab_test.salt.get_secret_value() == "pepper"
     assert "pepper" not in repr(placed)
+
+
+def test_the_endpoint_says_what_it_splits_and_that_ratings_will_be_missing(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO", logger="raytune_ft"):
+        _tell_test(serving())
+        _tell_test(ServingConfig(model_path="m"))
+    assert caplog.messages == [
+        "A/B test 't' splits requests for 'm': base 50%, new 50%; log in log",
+        "feedback_path is not set: the A/B test will know errors and times, but no ratings",
+    ]
 
 
 def test_without_a_test_nobody_is_given_a_variant():
