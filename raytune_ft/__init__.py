@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     )
     from raytune_ft.data.config import DataCollectionConfig, DatasetFormat
     from raytune_ft.data.run import DataCollector
+    from raytune_ft.evaluation.ab import analyse_ab_test
     from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
+    from raytune_ft.evaluation.config_ab import ABAnalysisConfig
     from raytune_ft.evaluation.config_inference import BatchGenerationConfig, EndpointConfig
     from raytune_ft.evaluation.generate import generate
     from raytune_ft.evaluation.run import ModelEvaluator, compare_models, generate_evaluation_report
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from raytune_ft.pipeline.config import PipelineConfig
     from raytune_ft.pipeline.run import Pipeline
     from raytune_ft.serving.config import ServingConfig
+    from raytune_ft.serving.config_ab import ABTestConfig
     from raytune_ft.serving.run import ModelServer
     from raytune_ft.training.config import DistillationConfig, FineTuningConfig, FineTuningMethod
     from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
@@ -65,7 +68,9 @@ _ROOMS = {
     ),
     "data.config": ("DataCollectionConfig", "DatasetFormat"),
     "data.run": ("DataCollector",),
+    "evaluation.ab": ("analyse_ab_test",),
     "evaluation.config": ("EvaluationConfig", "EvaluationMetric"),
+    "evaluation.config_ab": ("ABAnalysisConfig",),
     "evaluation.config_inference": ("BatchGenerationConfig", "EndpointConfig"),
     "evaluation.generate": ("generate",),
     "evaluation.run": ("ModelEvaluator", "compare_models", "generate_evaluation_report"),
@@ -74,6 +79,7 @@ _ROOMS = {
     "pipeline.config": ("PipelineConfig",),
     "pipeline.run": ("Pipeline",),
     "serving.config": ("ServingConfig",),
+    "serving.config_ab": ("ABTestConfig",),
     "serving.run": ("ModelServer",),
     "training.config": ("DistillationConfig", "FineTuningConfig", "FineTuningMethod"),
     "training.config_alignment": ("PreferenceConfig", "PreferenceLoss", "ReinforcementConfig", "RewardConfig"),
@@ -85,6 +91,8 @@ _ROOMS = {
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "ABAnalysisConfig",
+    "ABTestConfig",
     "ArtifactError",
     "BatchGenerationConfig",
     "ClusterError",
@@ -122,6 +130,7 @@ __all__ = [
     "SweepConfig",
     "UserError",
     "__version__",
+    "analyse_ab_test",
     "combine_adapters",
     "compare_models",
     "distill_model",

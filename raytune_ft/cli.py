@@ -66,7 +66,9 @@ VERBS: Mapping[str, Verb] = {
     ),
     "ladder": Verb("evaluation.config_ladder:LadderConfig", "evaluation.ladder:ladder", "What smaller versions cost."),
     "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
-    "ab": Verb("evaluation.config_ab:ABAnalysisConfig", "evaluation.ab:analyse_test", "What an A/B test says so far."),
+    "ab": Verb(
+        "evaluation.config_ab:ABAnalysisConfig", "evaluation.ab:analyse_ab_test", "What an A/B test says so far."
+    ),
     "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -57,7 +58,7 @@ class Look:
         return f"{moment}-{digest[:6]}"
 
 
-def analyse_test(config: ABAnalysisConfig) -> Artifact:
+def analyse_ab_test(config: ABAnalysisConfig) -> Artifact:
     """Analyses the logs of `config` as they are now; leaves ``ab.json``, ``report.html`` and plots in a folder of
     `output_dir`, and says what to do.
 
@@ -76,13 +77,18 @@ def analyse_test(config: ABAnalysisConfig) -> Artifact:
     )
     if draft.finished is not None:
         logger.info("A/B test: nothing came since the report in %s", draft.location)
+        _tell(decision["words"] for decision in draft.finished.read_json(RESULT)["decisions"])
         return draft.finished
     with draft:
         result = analysed(look.exposures, look.ratings, config)
         _write(draft, config, look, result)
-    for decision in result.decisions:
-        logger.info("%s", decision.words)
+    _tell(decision.words for decision in result.decisions)
     return draft.artifact
+
+
+def _tell(decisions: Iterable[str]) -> None:
+    for words in decisions:
+        logger.info("%s", words)
 
 
 def _write(draft: Draft, config: ABAnalysisConfig, look: Look, result: ABResult) -> None:
@@ -115,7 +121,7 @@ def _write(draft: Draft, config: ABAnalysisConfig, look: Look, result: ABResult)
     draft.numbers.update(
         requests=len(look.exposures.variant),
         subjects=len(look.exposures.subject_variant),
-        decision={decision.variant: decision.words.partition(": ")[2] for decision in result.decisions},
+        decision={decision.variant: decision.action for decision in result.decisions},
         gain={c.variant: c.difference for c in result.contrasts if c.measure.role == "goal" and c.enough},
     )
 

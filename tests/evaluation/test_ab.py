@@ -14,7 +14,7 @@ from raytune_ft.cli import run_verb
 from raytune_ft.core.artifacts import open_artifact
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.manifest import ArtifactKind
-from raytune_ft.evaluation.ab import analyse_test
+from raytune_ft.evaluation.ab import analyse_ab_test
 from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 
 from .ab_logs import exposure, feedback, write_lines, write_test
@@ -31,7 +31,7 @@ def config(tmp_path: Path) -> ABAnalysisConfig:
 
 
 def test_a_report_says_what_to_do_and_brings_its_numbers_and_plots(config: ABAnalysisConfig) -> None:
-    artifact = open_artifact(analyse_test(config).location, ArtifactKind.REPORT)
+    artifact = open_artifact(analyse_ab_test(config).location, ArtifactKind.REPORT)
     assert set(artifact.manifest.files) == {
         "ab.json", "report.html", "plots/gain.svg", "plots/gain.png", "plots/latency.svg", "plots/latency.png"
     }  # fmt: skip
@@ -48,23 +48,23 @@ def test_a_report_says_what_to_do_and_brings_its_numbers_and_plots(config: ABAna
 
 
 def test_the_same_logs_give_the_same_report_and_new_lines_another(config: ABAnalysisConfig) -> None:
-    first = analyse_test(config).location
-    assert analyse_test(config).location == first
+    first = analyse_ab_test(config).location
+    assert analyse_ab_test(config).location == first
     write_lines(Path(config.exposures_path) / "exposures-r3.jsonl", [
         exposure(9000, "new", "late", shares={"base": 0.4, "new": 0.3, "slow": 0.3})
     ])  # fmt: skip
-    second = analyse_test(config)
+    second = analyse_ab_test(config)
     assert second.location != first
     assert second.location.parent == first.parent
     assert second.numbers["requests"] == 7201
     open_artifact(first)
     write_lines(Path(config.feedback_path or "") / "feedback-r2.jsonl", [feedback(9000, "up")])
-    assert analyse_test(config).location not in {first, second.location}
+    assert analyse_ab_test(config).location not in {first, second.location}
 
 
 def test_unknown_numbers_are_null_in_json(tmp_path: Path) -> None:
     folder = write_lines(tmp_path / "ab/e.jsonl", [exposure(1, "new", "x", status=500, id=None, first_token_s=None)])
-    artifact = analyse_test(ABAnalysisConfig(exposures_path=str(folder), output_dir=str(tmp_path / "out")))
+    artifact = analyse_ab_test(ABAnalysisConfig(exposures_path=str(folder), output_dir=str(tmp_path / "out")))
     text = (artifact / "ab.json").read().decode()
     content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert content["contrasts"][0]["sample"]["mean"] is None
@@ -74,7 +74,7 @@ def test_unknown_numbers_are_null_in_json(tmp_path: Path) -> None:
 def test_what_clients_say_stays_text_in_the_page(tmp_path: Path) -> None:
     lines = [exposure(n, "base", f"s{n}", test="<script>alert(1)</script>") for n in range(3)]
     folder = write_lines(tmp_path / "ab/e.jsonl", lines)
-    artifact = analyse_test(ABAnalysisConfig(exposures_path=str(folder), output_dir=str(tmp_path / "out")))
+    artifact = analyse_ab_test(ABAnalysisConfig(exposures_path=str(folder), output_dir=str(tmp_path / "out")))
     assert "<script>alert" not in (artifact / "report.html").read().decode()
 
 
@@ -99,8 +99,12 @@ def test_the_command_prints_the_decision_and_is_done(
     path = settings(tmp_path, f"exposures_path: {config.exposures_path}\nfeedback_path: {config.feedback_path}\n")
     assert run_verb("ab", [path, f"output_dir={config.output_dir}"]) == 0
     said = capfd.readouterr()
-    assert "new: promote it in the place of base" in said.err
-    assert "decision.slow" in said.out and "regression of latency" in said.out
+    assert "new: promote it in the place of base" in said.err and "regression of latency" in said.err
+    shown = dict(line.split()[:2] for line in said.out.splitlines()[1:])
+    assert (shown["decision.new"], shown["decision.slow"], shown["requests"]) == ("promote", "keep", "7200")
+    assert run_verb("ab", [path, f"output_dir={config.output_dir}"]) == 0
+    again = capfd.readouterr().err
+    assert "nothing came since the report in" in again and "new: promote it in the place of base" in again
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_mistakes_are_one_message_and_exit_code_2(
 def test_a_feedback_folder_that_is_not_there_is_refused(config: ABAnalysisConfig) -> None:
     changes: dict[str, Any] = {"feedback_path": "nowhere"}
     with pytest.raises(Exception, match=r"feedback_path: .*nowhere: there is no such") as refused:
-        analyse_test(config.with_overrides(**changes))
+        analyse_ab_test(config.with_overrides(**changes))
     assert refused.value.exit_code == 2  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="there is no test 'autumn'"):
-        analyse_test(config.with_overrides(test="autumn"))
+        analyse_ab_test(config.with_overrides(test="autumn"))

@@ -25,7 +25,7 @@ import pytest
 
 from raytune_ft.core.errors import ModelError, ServingError
 from raytune_ft.core.records import Message
-from raytune_ft.evaluation.ab import analyse_test
+from raytune_ft.evaluation.ab import analyse_ab_test
 from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
@@ -197,7 +197,7 @@ def test_an_ab_test_keeps_users_with_their_variant_on_all_replicas_and_their_rat
         exposures_path=server.config.ab_test.log_path, feedback_path=server.config.feedback_path, min_subjects=20,
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip
-    content = analyse_test(settings).read_json("ab.json")
+    content = analyse_ab_test(settings).read_json("ab.json")
     counted = {one["name"]: (one["subjects"], one["requests"], one["ratings"]) for one in content["variants"]}
     of_b = variants[0].count("b")
     assert counted == {"base": (60 - of_b, 120 - 2 * of_b, 60 - of_b), "b": (of_b, 2 * of_b, of_b)}
