@@ -19,6 +19,7 @@ from raytune_ft.evaluation.subjects import quantile_interval
 MISMATCH = 0.001
 """Below this p-value of the chi-square test the split counts as broken, as Fabijan et al. (2019) have it."""
 _MOST_SUBJECTS = 10_000_000
+_WEEK = 7  # days
 QUANTILES = (0.5, 0.95)
 
 Action = Literal["promote", "keep", "go on", "cannot conclude"]
@@ -103,11 +104,12 @@ def analysed(exposures: Exposures, ratings: Ratings, config: ABAnalysisConfig) -
 
 
 def mismatch_p(counts: Sequence[int], shares: Sequence[float]) -> float:
-    """The p-value of a chi-square test that so many subjects of each variant came of these shares."""
+    """The p-value of a chi-square test that so many subjects of each variant came of these shares; 1 where fewer than
+    five were to be expected of one, of which the test says nothing."""
     from scipy.stats import chisquare
 
-    whole = sum(shares)
-    return float(chisquare(counts, [sum(counts) * share / whole for share in shares]).pvalue)
+    expected = [sum(counts) * share / sum(shares) for share in shares]
+    return float(chisquare(counts, expected).pvalue) if min(expected) >= 5 else 1.0
 
 
 def decided(contrasts: Sequence[Contrast], config: ABAnalysisConfig, subjects: int) -> Decision:
@@ -152,7 +154,7 @@ def _going_on(goal: Contrast, guardrails: Sequence[Contrast], config: ABAnalysis
     shares = [found.share_to_tell for found in waiting]
     if any(share is None for share in shares):
         return Decision(goal.variant, "go on", f"{words}. How many more subjects it takes cannot be said yet.")
-    more = math.ceil((max(share for share in shares if share is not None) - 1) * subjects)
+    more = max(1, math.ceil((max(share for share in shares if share is not None) - 1) * subjects))
     if more > _MOST_SUBJECTS:
         words += f". If things are what they seem, it takes more than {_MOST_SUBJECTS:,} further subjects"
         return Decision(goal.variant, "go on", f"{words}.", None)
@@ -246,7 +248,7 @@ def _notes(
         )
     gone = int((exposures.status == 499).sum())
     if gone:
-        found.append(f"{gone} requests have no answer because the client went away; they count as neither.")
+        found.append(f"{gone} requests have no answer because the client went away; they are no errors.")
     if ratings.others:
         found.append(
             f"{ratings.others} of {ratings.others + ratings.attributed} lines of feedback do not count: they name no "
@@ -258,6 +260,9 @@ def _notes(
                 f"{one.words} Those who rate may be others than those who rate the control's answers: the share of "
                 "good ratings compares different people."
             )
+    days = (float(exposures.time.max()) - float(exposures.time.min())) / 86400
+    if days < _WEEK:
+        found.append(f"The test has run for {days:.1f} days: people of other hours and weekdays are not in it.")
     promoted = [decision.variant for decision in decisions if decision.action == "promote"]
     if len(promoted) > 1:
         found.append(

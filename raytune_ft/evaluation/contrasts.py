@@ -194,7 +194,8 @@ def _share_to_tell(found: Contrast, tests: int, config: ABAnalysisConfig) -> flo
     alpha = 1 - config.confidence
     distances = [(found.difference, alpha / tests)]
     if found.measure.role == "guardrail":
-        distances = [(found.difference - found.measure.tolerance, alpha)]
+        beyond = found.difference - found.measure.tolerance
+        distances = [(beyond, alpha / tests if beyond > 0 else alpha)]
     elif found.measure.role == "goal" and found.difference < config.min_effect:
         distances.append((config.min_effect - found.difference, alpha))
     needed = [

@@ -105,6 +105,7 @@ def test_the_split_is_tested_by_chi_square() -> None:
     # 5200 and 4800 for 5000 each: 2 * 200^2 / 5000 = 16, of one degree of freedom p = 6.3e-5.
     assert mismatch_p([5200, 4800], [0.5, 0.5]) == pytest.approx(6.334e-5, rel=1e-3)
     assert mismatch_p([500, 300, 200], [0.5, 0.3, 0.2]) == 1.0
+    assert mismatch_p([38, 2], [0.999, 0.001]) == 1.0, "0.04 were expected: too few to test"
 
 
 def test_a_split_that_is_not_what_was_set_refuses_to_conclude(tmp_path: Path) -> None:
@@ -142,6 +143,7 @@ def test_who_rates_more_is_told_before_ratings_are_believed(tmp_path: Path) -> N
     found = analysed(exposures, ratings, ABAnalysisConfig(exposures_path="ab"))
     told = " ".join(found.notes)
     assert "10 requests (0%) did not say who asks" in told
+    assert "The test has run for 0.1 days" in told
     assert "1 requests have no answer because the client went away" in told
     assert "Rated answers: new differs from base" in told
     assert "compares different people" in told

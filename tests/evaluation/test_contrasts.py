@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raytune_ft.evaluation.always_valid import units_to_tell
 from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 from raytune_ft.evaluation.contrasts import contrast, contrasts_of, measures_of, values_by_subject
 from raytune_ft.evaluation.exposures import read_exposures
@@ -44,6 +45,18 @@ def test_with_too_few_subjects_nothing_is_told_of_the_largest_difference() -> No
     assert (found.p_value, found.verdict, found.enough) == (1.0, "cannot tell", False)
     assert "too few subjects" in found.words
     assert found.share_to_tell == pytest.approx(100 / 99)
+
+
+def test_what_it_takes_is_to_tell_the_difference_or_to_rule_a_gain_out_whichever_comes_first() -> None:
+    # Next to no difference: to tell it would take thousands of times the subjects, to rule 0.05 out a few times.
+    little = contrast(GOOD, "new", "base", (sample(0.601, 0.015), sample(0.6, 0.015)), CONFIG)
+    error = math.hypot(0.015, 0.015)
+    needed = units_to_tell(0.049, error, 2000, 0.05, alpha=1 - CONFIG.confidence)
+    assert needed is not None
+    assert little.share_to_tell == pytest.approx(needed / 2000, rel=1e-6)
+    large = contrast(GOOD, "new", "base", (sample(0.655, 0.015), sample(0.6, 0.015)), CONFIG)
+    assert large.verdict == "cannot tell"
+    assert large.share_to_tell is not None and 1 < large.share_to_tell < little.share_to_tell
 
 
 def test_a_guardrail_is_broken_only_by_a_rise_beyond_what_is_allowed() -> None:

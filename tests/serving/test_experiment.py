@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 
+from raytune_ft.cli import run_verb
 from raytune_ft.core.errors import ConfigError, ServingError
 from raytune_ft.serving.app import _placed
 from raytune_ft.serving.assignment import assign
@@ -251,6 +252,25 @@ def test_a_test_of_what_is_not_served_is_refused_in_one_line(changes: dict[str, 
         serving(**changes)
     assert refused.value.exit_code == 2
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ("{name: t, variants: {base: 0.5, new: 0.5}}", "ab_test.log_path: is required and was not given"),
+        ("{name: t, variants: {base: 50, new: 50}, log_path: x}", "ab_test.variants: base: a share must be above 0"),
+        ("{name: t, variants: {base: 0.5, newer: 0.5}, log_path: x}", "ab_test.variants: 'newer' is not served here"),
+        ("{name: t, variant: {}, log_path: x}", "ab_test.variant: there is no such setting; did you mean variants?"),
+    ],
+)
+def test_a_settings_file_with_a_mistake_is_told_and_exit_code_2(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, test: str, said: str
+):
+    monkeypatch.setattr("raytune_ft.cli.set_up_logging", lambda: None)
+    (tmp_path / "serve.yaml").write_text(f"model_path: m\nadapters: {{new: x}}\nab_test: {test}\n")
+    assert run_verb("serve", [str(tmp_path / "serve.yaml")]) == 2
+    message = capfd.readouterr().err
+    assert said in message and "Traceback" not in message
 
 
 def test_vllm_runs_no_test(tiny_model: Path, adapters: Path):
