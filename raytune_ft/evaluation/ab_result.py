@@ -262,7 +262,8 @@ def _notes(
             )
     days = (float(exposures.time.max()) - float(exposures.time.min())) / 86400
     if days < _WEEK:
-        found.append(f"The test has run for {days:.1f} days: people of other hours and weekdays are not in it.")
+        ran = f"{days:.1f} days" if days >= 1 else f"{24 * days:.1f} hours"
+        found.append(f"The test has run for {ran}: people of other hours and weekdays are not in it.")
     promoted = [decision.variant for decision in decisions if decision.action == "promote"]
     if len(promoted) > 1:
         found.append(

@@ -143,7 +143,7 @@ def test_who_rates_more_is_told_before_ratings_are_believed(tmp_path: Path) -> N
     found = analysed(exposures, ratings, ABAnalysisConfig(exposures_path="ab"))
     told = " ".join(found.notes)
     assert "10 requests (0%) did not say who asks" in told
-    assert "The test has run for 0.1 days" in told
+    assert "The test has run for 1.4 hours" in told
     assert "1 requests have no answer because the client went away" in told
     assert "Rated answers: new differs from base" in told
     assert "compares different people" in told
