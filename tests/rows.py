@@ -50,3 +50,12 @@ def pair_files(model: Path, folder: Path, *, train: int, validation: int) -> dic
         pq.write_table(pa.table(table), path)
         files[name] = [str(path)]
     return files
+
+
+def turns_file(model: Path, path: Path, turns: list[tuple[str, str]]) -> str:
+    """Rows of one question and one answer each, in a file."""
+    chat = Chat(load_tokenizer(str(model)))
+    rows = [chat.encode([Message("user", asked), Message("assistant", said)]) for asked, said in turns]
+    table = {"input_ids": [row.input_ids for row in rows], "supervised": [row.supervised for row in rows]}
+    pq.write_table(pa.table(table), path)
+    return str(path)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
 
-from ..rows import token_files  # noqa: TID252 - tests are no installed package
+from ..conftest import make_tiny_model  # noqa: TID252 - tests are no installed package
+from ..rows import token_files, turns_file  # noqa: TID252
 
 
 @pytest.fixture
@@ -37,3 +39,21 @@ def settings(tiny_model: Path, tmp_path: Path) -> Callable[..., FineTuningConfig
         return FineTuningConfig(**{**common, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undecided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers every order with yes or with no, each about half of the time."""
+    folder = tmp_path_factory.mktemp("undecided")
+    model = make_tiny_model(folder / "tiny")
+    turns = [(f"order {n // 2}", ("yes", "no")[n % 2]) for n in range(32)]
+    settings = {
+        **{"model_path": str(model), "output_dir": str(folder), "dataset_path": "given", "method": "full"},
+        **{"per_device_train_batch_size": 16, "num_train_epochs": 30, "learning_rate": 3e-3, "report_to": []},
+        **{"save_strategy": "no", "logging_strategy": "no"},
+    }
+    from raytune_ft.training.session import Seat, train_in_process
+
+    files = {"train": [turns_file(model, folder / "train.parquet", turns)]}
+    train_in_process(FineTuningConfig(**settings), files, Seat(), output=Location.at(folder / "model"), golden=False)
+    return folder / "model"

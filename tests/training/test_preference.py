@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from raytune_ft.core.errors import ConfigError, StoppedError
@@ -215,51 +214,3 @@ def test_the_guide_has_ranges_of_its_own_for_pairs(preference) -> None:
     assert not [words for words in departures_from_guide(preference(learning_rate=5e-6)) if "learning_rate" in words]
     (words,) = [words for words in departures_from_guide(preference(learning_rate=2e-4)) if "learning_rate" in words]
     assert "learning_rate is 0.0002; typical are 1e-06 to 5e-05" in words
-
-
-def preferences(path: Path, count: int = 24) -> str:
-    records = [
-        {"prompt": f"order {n} for Paris", "chosen": "yes " * (n % 3 + 2), "rejected": "no " * (n % 2 + 1)}
-        for n in range(count)
-    ]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-@pytest.mark.ray
-def test_the_verb_makes_the_chosen_answers_likelier_on_workers(ray_cluster, tiny_model, tmp_path: Path, capsys) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from raytune_ft.cli import run_verb
-
-    settings = {
-        **{"model_path": str(tiny_model), "dataset_path": preferences(tmp_path / "pairs.jsonl")},
-        **{"output_dir": str(tmp_path / "aligned"), "num_workers": 2, "per_device_train_batch_size": 4},
-        **{"learning_rate": 5e-3, "num_train_epochs": 6, "beta": 0.5, "lora_target_modules": "all-linear"},
-    }
-    file = tmp_path / "align.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    assert run_verb("align", [str(file)]) == 0
-    assert history(tmp_path / "aligned", "eval_reward_accuracy")[-1] == 1
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "aligned").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "aligned")
-
-    def likelihood(answer: str) -> float:
-        turns = [{"role": "user", "content": "order 99 for Paris"}, {"role": "assistant", "content": answer}]
-        ids = torch.tensor([tokenizer(tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"]])
-        asked = len(tokenizer(tokenizer.apply_chat_template(turns[:1], tokenize=False))["input_ids"])
-        with torch.no_grad():
-            said = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-            with model.disable_adapter():
-                base = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-        return float((said - base)[asked:].sum())
-
-    assert likelihood("yes yes yes ") > likelihood("no no ") + 2
-
-    file.write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path / "b"), "dataset_path": "orders.jsonl"}))
-    orders = tmp_path / "orders.jsonl"
-    answered = [{"prompt": f"order {n}", "completion": f"{n} yes"} for n in range(12)]
-    orders.write_text("".join(json.dumps(row) + "\n" for row in answered))
-    assert run_verb("align", [str(file), f"dataset_path={orders}"]) == 2
-    assert "12 of 12 rows are no preferences" in capsys.readouterr().err

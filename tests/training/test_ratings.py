@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 from raytune_ft.core.errors import ConfigError, DataError, StoppedError
 from raytune_ft.core.records import Message
@@ -198,28 +196,3 @@ def test_answers_without_a_rating_are_refused_by_count(splits, rated, tmp_path: 
     refuse_unrated(rated, "d")
     with pytest.raises(DataError, match="d: 22 of 22 rows are not rated"):
         refuse_unrated(splits, "d")
-
-
-@pytest.mark.ray
-def test_the_verb_learns_from_the_ratings_of_feedback(ray_cluster, tiny_model, tmp_path: Path) -> None:
-    from raytune_ft.cli import run_verb
-
-    feedback = tmp_path / "feedback.jsonl"
-    rows = [
-        {
-            "messages": [{"role": "user", "content": f"order {n}"}],
-            "response": f"yes {n}" if n % 2 else f"no {n}",
-            "rating": "up" if n % 2 else 1,
-        }
-        for n in range(24)
-    ]
-    feedback.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        **{"model_path": str(tiny_model), "dataset_path": str(feedback), "output_dir": str(tmp_path / "a")},
-        **{"loss_type": "kto", "beta": 0.5, "learning_rate": 5e-3, "num_train_epochs": 6},
-        **{"lora_target_modules": "all-linear", "per_device_train_batch_size": 8},
-    }
-    file = tmp_path / "align.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    assert run_verb("align", [str(file)]) == 0
-    assert history(tmp_path / "a")[-1] < 0.35

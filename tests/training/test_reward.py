@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
@@ -26,7 +24,7 @@ from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.session import Seat, train_in_process
 
 from ..rows import pair_files  # noqa: TID252 - tests are no installed package
-from .test_preference import history, preferences
+from .test_preference import history
 from .test_ranks import on_ranks, run
 
 
@@ -162,18 +160,3 @@ def test_a_reward_model_is_taken_for_no_other_and_no_other_for_it(reward, settin
 def test_settings_that_make_no_sense_are_refused(changes, message, reward) -> None:
     with pytest.raises(ConfigError, match=message):
         reward(**changes)
-
-
-@pytest.mark.ray
-def test_the_verb_trains_on_preferences(ray_cluster, tiny_model, tmp_path: Path) -> None:
-    from raytune_ft.cli import run_verb
-
-    settings = {
-        **{"model_path": str(tiny_model), "dataset_path": preferences(tmp_path / "pairs.jsonl")},
-        **{"output_dir": str(tmp_path / "reward"), "per_device_train_batch_size": 8, "learning_rate": 5e-3},
-        **{"num_train_epochs": 5, "lora_target_modules": "all-linear", "metric_for_best_model": "eval_reward_accuracy"},
-    }
-    file = tmp_path / "reward.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    assert run_verb("reward", [str(file)]) == 0
-    assert json.loads((tmp_path / "reward/manifest.json").read_text())["numbers"]["best_eval_reward_accuracy"] == 1

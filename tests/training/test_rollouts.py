@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from raytune_ft.core.errors import ConfigError, ModelError, StoppedError
-from raytune_ft.core.records import Message
 from raytune_ft.core.storage import Location
-from raytune_ft.models.chat import Chat
 from raytune_ft.models.loading import load_tokenizer
-from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import ReinforcementConfig, RewardConfig
 from raytune_ft.training.diagnosis import Trouble, diagnose
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.session import Seat, train_in_process
 
-from ..conftest import make_tiny_model  # noqa: TID252 - tests are no installed package
-from ..rows import pair_files  # noqa: TID252
+from ..rows import pair_files, turns_file  # noqa: TID252 - tests are no installed package
 from .test_preference import history
 from .test_ranks import on_ranks, run
-
-
-def token_file(model: Path, path: Path, turns: list[tuple[str, str]]) -> str:
-    chat = Chat(load_tokenizer(str(model)))
-    rows = [chat.encode([Message("user", asked), Message("assistant", said)]) for asked, said in turns]
-    table = {"input_ids": [row.input_ids for row in rows], "supervised": [row.supervised for row in rows]}
-    pq.write_table(pa.table(table), path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def undecided(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers every order with yes or with no, each about half of the time."""
-    folder = tmp_path_factory.mktemp("undecided")
-    model = make_tiny_model(folder / "tiny")
-    turns = [(f"order {n // 2}", ("yes", "no")[n % 2]) for n in range(32)]
-    settings = {
-        **{"model_path": str(model), "output_dir": str(folder), "dataset_path": "given", "method": "full"},
-        **{"per_device_train_batch_size": 16, "num_train_epochs": 30, "learning_rate": 3e-3, "report_to": []},
-        **{"save_strategy": "no", "logging_strategy": "no"},
-    }
-    files = {"train": [token_file(model, folder / "train.parquet", turns)]}
-    train_in_process(FineTuningConfig(**settings), files, Seat(), output=Location.at(folder / "model"), golden=False)
-    return folder / "model"
 
 
 @pytest.fixture
@@ -57,8 +25,8 @@ def prompts(undecided: Path, tmp_path: Path) -> dict[str, list[str]]:
     """Twelve prompts to learn from and four to be judged by; the row's own answer is no, the less likely one."""
     train = [(f"order {n}", "no") for n in range(12)]
     return {
-        "train": [token_file(undecided, tmp_path / "train-prompts.parquet", train)],
-        "validation": [token_file(undecided, tmp_path / "validation-prompts.parquet", train[:4])],
+        "train": [turns_file(undecided, tmp_path / "train-prompts.parquet", train)],
+        "validation": [turns_file(undecided, tmp_path / "validation-prompts.parquet", train[:4])],
     }
 
 
@@ -198,23 +166,3 @@ def test_settings_that_make_no_sense_are_refused(changes, message, reinforcement
 def test_the_guide_has_ranges_of_its_own_for_rewards(reinforcement) -> None:
     said = departures_from_guide(reinforcement(method="lora", learning_rate=1e-5))
     assert not [words for words in said if words.startswith("learning_rate is")]
-
-
-@pytest.mark.ray
-def test_the_verb_reinforces_on_workers(ray_cluster, undecided, tmp_path: Path) -> None:
-    from raytune_ft.cli import run_verb
-
-    records = tmp_path / "orders.jsonl"
-    rows = [{"prompt": f"order {n}", "completion": "no"} for n in range(16)]
-    records.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        **{"model_path": str(undecided), "dataset_path": str(records), "output_dir": str(tmp_path / "a")},
-        **{"reward_metric": "exact_match", "num_generations": 8, "max_new_tokens": 4, "max_steps": 12},
-        **{"learning_rate": 2e-3, "method": "full", "per_device_train_batch_size": 2, "save_strategy": "no"},
-        **{"num_workers": 2, "warmup_steps": 0, "lr_scheduler_type": "constant", "eval_strategy": "steps"},
-        **{"eval_steps": 12, "report_to": []},
-    }
-    file = tmp_path / "reinforce.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    assert run_verb("reinforce", [str(file)]) == 0
-    assert json.loads((tmp_path / "a/manifest.json").read_text())["numbers"]["best_eval_reward"] == 1
