@@ -148,7 +148,7 @@ def test_on_a_full_disk_the_run_goes_on_and_the_same_call_goes_on_from_the_newes
         train_in_process(config, splits, Seat(), output=Location.at(disk), report=cut)
     refused = [int(step) for step in re.findall(r"checkpoint of step (\d+) could not be written", caplog.text)]
     kept = sorted(path.name for path in (disk / "checkpoints").iterdir())
-    assert refused == list(range(refused[0], 8))
+    assert refused == list(range(refused[0], 9))  # who hears of a step finds it saved, or refused
     assert kept == [f"step-{step:08d}" for step in range(1, refused[0])]
     caplog.clear()
     enlarge()
