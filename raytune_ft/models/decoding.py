@@ -6,6 +6,7 @@ tuning are one more kind of prompt here: after the first step they are keys and 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -109,6 +110,12 @@ class _Reading:
         return self.place >= len(self.row.prompt_ids)
 
 
+def _cache_argument(model: Any) -> str:
+    """How a model's forward calls its keys and values: ``cache``, or ``past_key_values`` in older transformers."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(type(causal).forward).parameters else "past_key_values"
+
+
 class Decoder:
     """Rows in the midst of being answered by one model."""
 
@@ -130,6 +137,7 @@ class Decoder:
                 f"{loaded.reference.given}: {type(self._model).__name__} keeps a recurrent state, not keys and values, "
                 "and cannot be served by the transformers engine"
             )
+        self._cache_argument = _cache_argument(self._model)
         self._slots = slots
         self._stop_ids = frozenset(loaded.chat.stop_ids if stop_ids is None else stop_ids)
         self._prefill_tokens = prefill_tokens
@@ -293,9 +301,9 @@ class Decoder:
             **inputs,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{self._cache_argument: cache},
         )
         logits: Tensor = out.logits
         return logits

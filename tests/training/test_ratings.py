@@ -173,9 +173,12 @@ def test_layouts_and_a_stop_make_no_difference(kto, rated, tmp_path: Path) -> No
     two = kto(per_device_train_batch_size=4, num_workers=2)
     on_ranks([run(two, tmp_path / "two")], rated, tmp_path, world_size=2)
     for name in ("small", "two"):
-        for metric in ("loss", "kl", "reward_accuracy", "eval_loss"):
+        for metric in ("loss", "kl", "eval_loss"):
             expected = history(tmp_path / "whole", metric)
             assert history(tmp_path / name, metric) == pytest.approx(expected, abs=1e-5), (name, metric)
+        # At the first step nothing is apart from its reference, and rounding says on which side of it.
+        expected = history(tmp_path / "whole", "reward_accuracy")[1:]
+        assert history(tmp_path / name, "reward_accuracy")[1:] == pytest.approx(expected, abs=1e-5), name
 
 
 @pytest.mark.parametrize(
