@@ -130,6 +130,15 @@ def test_before_the_first_step_every_pair_costs_ln_2_and_learning_ranks_them(pre
     assert not history(tmp_path / "a", "eval_perplexity")
 
 
+@pytest.mark.parametrize("changes", [{"method": "full"}, {"method": "qlora"}, {"use_dora": True}], ids=str)
+def test_other_methods_start_from_their_reference_and_learn(changes, preference, pairs, tmp_path: Path) -> None:
+    config = preference(num_train_epochs=3, learning_rate=2e-3, beta=0.3, **changes)
+    train_in_process(config, pairs, Seat(), output=Location.at(tmp_path / "a"))
+    losses = history(tmp_path / "a")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] < 0.9 * losses[0]
+
+
 @pytest.mark.ray  # no Ray, but as long as a test with it
 def test_layouts_make_no_difference(preference, pairs, tmp_path: Path) -> None:
     train_in_process(preference(), pairs, Seat(), output=Location.at(tmp_path / "whole"))
