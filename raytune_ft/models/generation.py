@@ -33,6 +33,11 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     stop_token: int | None = None
 
+    @property
+    def said_ids(self) -> list[int]:
+        """All that the model said: the tokens, and the one that ended the answer."""
+        return self.token_ids if self.stop_token is None else [*self.token_ids, self.stop_token]
+
 
 @torch.inference_mode()
 def generate(

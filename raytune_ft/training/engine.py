@@ -24,7 +24,7 @@ from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
 from raytune_ft.training.config_alignment import RewardConfig
 from raytune_ft.training.fused_lora import fuse_lora
 from raytune_ft.training.loop import Metrics, with_perplexity
-from raytune_ft.training.micro_batches import Held, before_the_optimizer
+from raytune_ft.training.micro_batches import before_the_optimizer, computed_without_gradient
 from raytune_ft.training.objectives import make_objective
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 from raytune_ft.training.zero import deepspeed_engine
@@ -263,14 +263,13 @@ def _evaluate(trainee: Trainee, batches: Iterable[PackedBatch], device: str, *, 
     `may_split`: batches that memory does not hold are computed in parts.
     """
     totals = torch.zeros(len(trainee.loss.measures) + 1, dtype=torch.float64)
-    held = Held()
-    trainee.loss.eval()
-    with torch.no_grad():
-        for batch in batches:
-            parts = held.computed(lambda part: trainee.loss(part.to(device)), batch, may_split=may_split)
-            totals[:-1] += _sum([part.reshape(-1) for part in parts]).cpu()
-            totals[-1] += batch.items
-    trainee.loss.train()
+
+    def sums_of(batch: PackedBatch) -> Tensor:
+        return trainee.loss(batch.to(device)).reshape(-1)  # type: ignore[no-any-return]
+
+    for batch, parts in computed_without_gradient(trainee.loss, sums_of, batches, may_split=may_split):
+        totals[:-1] += _sum(parts).cpu()
+        totals[-1] += batch.items
     return totals
 
 

@@ -65,11 +65,7 @@ class ModelJudge:
     def rewards(self, questions: Sequence[Question], answers: Sequence[Completion]) -> list[float]:
         """The scores; an answer that was cut off is judged as it is."""
         rows = [
-            [
-                *question.prompt,
-                *answer.token_ids,
-                *([] if answer.stop_token is None else [answer.stop_token, *self._tail]),
-            ]
+            [*question.prompt, *answer.said_ids, *(self._tail if answer.stop_token is not None else [])]
             for question, answer in zip(questions, answers, strict=True)
         ]
         return rewards(self._loaded, rows)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from raytune_ft.core.errors import InfeasibleError, RunError
 from raytune_ft.models.collate import PackedBatch
@@ -149,6 +150,33 @@ class Held:
             self.divisor *= 2
             release_memory()
             logger.warning("evaluation: out of memory; goes on with batches of half the rows")
+
+
+def computed_without_gradient(
+    module: nn.Module,
+    result_of: Callable[[PackedBatch], Result],
+    batches: Iterable[PackedBatch],
+    *,
+    may_split: bool = True,
+) -> Iterator[tuple[PackedBatch, list[Result]]]:
+    """Each batch with the results of its parts, as small as memory wants; in eval mode, and afterwards in train mode.
+
+    Args:
+        module: what is put into these modes.
+        result_of: computes a batch, or a part of one.
+        batches: any number of them.
+        may_split: whether a batch that memory does not hold is computed in parts.
+
+    Raises:
+        NotOneRowError: if not even one row fits.
+    """
+    held = Held()
+    module.eval()
+    for batch in batches:
+        with torch.no_grad():  # not around the yield, which would hand it to whoever asks
+            parts = held.computed(result_of, batch, may_split=may_split)
+        yield batch, parts
+    module.train()
 
 
 def release_memory() -> None:

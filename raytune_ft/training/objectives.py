@@ -18,7 +18,7 @@ from raytune_ft.training.peers import Peers
 from raytune_ft.training.policy import PolicyLoss
 from raytune_ft.training.preference import PairwiseLoss
 from raytune_ft.training.ratings import RatedLoss, RatedRows
-from raytune_ft.training.reference import set_reference
+from raytune_ft.training.reference import ReferencedLoss, ScoredRows, set_reference
 from raytune_ft.training.reward import RewardLoss
 from raytune_ft.training.schedule import Timetable
 
@@ -61,11 +61,11 @@ def look_at_start(
         peers: the ranks.
         kept: the folder that an earlier attempt of this run left its scores in.
     """
-    if not isinstance(loss, PairwiseLoss | RatedLoss):
+    if not isinstance(loss, ReferencedLoss):
         return
     config = loss.config
     for split, rows in splits.items():
-        if not isinstance(rows, PairRows | RatedRows):
+        if not isinstance(rows, ScoredRows):
             raise TypeError(f"expected pairs or rated answers, got {type(rows).__name__}")
         seen: Sequence[int] = range(len(rows))
         if split == "train" and timetable.total * config.global_batch_size < len(rows):

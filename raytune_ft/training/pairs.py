@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from raytune_ft.core.errors import DataError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.collate import PackedBatch, pack_flat
 from raytune_ft.training.batches import LABEL, TokenRows
+from raytune_ft.training.reference import ScoredRows
 
 REJECTED = "rejected_"
 """What the columns of a pair's rejected row begin with; the chosen one's are those of any row."""
@@ -44,24 +44,20 @@ class PairBatch(PackedBatch):
         return replace(super().part(2 * first, 2 * last), reference=self.reference[2 * first : 2 * last])
 
 
-class PairRows(TokenRows):
+class PairRows(ScoredRows):
     """Tokenized preferences of a split; a row alone is the chosen one.
 
     Supervised are the tokens of the two answers. Turns before them, which both rows have, count for nothing.
     """
 
     columns: ClassVar[tuple[str, ...]] = (*TokenRows.columns, *(REJECTED + name for name in TokenRows.columns))
-    reference: NDArray[np.float32] | None = None
-    """[pairs, 2] log-probabilities of the chosen and the rejected answers under the reference; None counts as 0."""
 
     def packed(self, numbers: Sequence[int]) -> PairBatch:
         """These pairs laid end to end."""
-        chosen, rejected = (_rows(*self.flat(numbers, prefix)) for prefix in ("", REJECTED))
+        chosen, rejected = (rows_apart(*self.flat(numbers, prefix)) for prefix in ("", REJECTED))
         pairs = [_answers_only(*pair) for pair in zip(chosen, rejected, strict=True)]
-        ids, supervised = zip(*(row for pair in pairs for row in pair), strict=True)
-        batch = pack_flat(np.concatenate(ids), np.concatenate(supervised), np.array([len(row) for row in ids]))
-        known = np.zeros((len(numbers), 2), np.float32) if self.reference is None else self.reference[list(numbers)]
-        return PairBatch(**vars(batch), reference=torch.from_numpy(known.reshape(-1)))
+        batch = packed_rows([row for pair in pairs for row in pair])
+        return PairBatch(**vars(batch), reference=self.known(numbers).reshape(-1))
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
         """Tokens of both rows of these pairs."""
@@ -75,7 +71,14 @@ Row = tuple[NDArray[Any], NDArray[np.bool_]]
 """Token ids and which of them are supervised."""
 
 
-def _rows(ids: NDArray[Any], supervised: NDArray[np.bool_], lengths: NDArray[Any]) -> list[Row]:
+def packed_rows(rows: Sequence[Row]) -> PackedBatch:
+    """Lays rows end to end."""
+    ids, supervised = zip(*rows, strict=True)
+    return pack_flat(np.concatenate(ids), np.concatenate(supervised), np.array([len(row) for row in ids]))
+
+
+def rows_apart(ids: NDArray[Any], supervised: NDArray[np.bool_], lengths: NDArray[Any]) -> list[Row]:
+    """The rows of what `TokenRows.flat` gives."""
     ends = np.cumsum(lengths)[:-1]
     return list(zip(np.split(ids, ends), np.split(supervised, ends), strict=True))
 

@@ -7,30 +7,26 @@ answers is computed once, by the model before its first step: no second model is
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from raytune_ft.models.collate import PackedBatch
-from raytune_ft.models.scoring import SummedLoss, target_losses
-from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss
+from raytune_ft.models.scoring import target_losses
+from raytune_ft.training.config_alignment import PreferenceLoss
 from raytune_ft.training.pairs import PairBatch
+from raytune_ft.training.reference import ReferencedLoss
 
 
-class PairwiseLoss(SummedLoss):
+class PairwiseLoss(ReferencedLoss):
     """A model as a module from a `PairBatch` to the sums of what `measures` names, over its pairs.
 
     A reward is beta times how many nats likelier an answer is than under the reference model.
     """
 
     measures: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy", "reward_margin", "chosen_reward", "chosen_nll")
-    is_likelihood: ClassVar[bool] = False
-
-    def __init__(self, model: Any, config: PreferenceConfig) -> None:
-        super().__init__(model)
-        self.config = config
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[5] sums over the pairs: losses, pairs ranked right, margins, rewards and mean token losses of the chosen."""

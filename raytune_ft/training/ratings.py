@@ -16,15 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raytune_ft.models.collate import PackedBatch, pack_flat
-from raytune_ft.models.scoring import SummedLoss, target_losses
+from raytune_ft.models.collate import PackedBatch
+from raytune_ft.models.scoring import target_losses
 from raytune_ft.training.batches import LABEL, TokenRows
 from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.training.loop import Learner, Metrics
-from raytune_ft.training.micro_batches import Held
-from raytune_ft.training.pairs import Row
+from raytune_ft.training.micro_batches import computed_without_gradient
+from raytune_ft.training.pairs import Row, packed_rows, rows_apart
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.preference import row_sums
+from raytune_ft.training.reference import ReferencedLoss, ScoredRows
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,29 @@ class RatedBatch(PackedBatch):
         )
 
 
-class RatedRows(TokenRows):
+class RatedRows(ScoredRows):
     """Tokenized answers of a split that people liked or disliked; supervised is each row's last answer."""
 
     columns: ClassVar[tuple[str, ...]] = (*TokenRows.columns, LABEL)
-    reference: NDArray[np.float32] | None = None
-    """[rows, 2] log-probabilities of the answers and the others under the reference; None counts as 0."""
 
     def packed(self, numbers: Sequence[int]) -> RatedBatch:
         """These rows laid end to end, and beside them each prompt with the answer of the row after it."""
         after = [(number + 1) % len(self) for number in numbers]
         own, next_ones = self._answers(numbers), self._answers(after)
-        mixed = [(_joined(prompt, answer)) for (prompt, _), (_, answer) in zip(own, next_ones, strict=True)]
-        batch, others = (_packed(rows) for rows in ([_joined(*row) for row in own], mixed))
+        mixed = [_joined(prompt, answer) for (prompt, _), (_, answer) in zip(own, next_ones, strict=True)]
+        batch, others = (packed_rows(rows) for rows in ([_joined(*row) for row in own], mixed))
         liked = pc.fill_null(self._rows[list(numbers)][LABEL], fill_value=True).to_numpy(zero_copy_only=False)
-        known = np.zeros((len(numbers), 2), np.float32) if self.reference is None else self.reference[list(numbers)]
         return RatedBatch(
             **vars(batch),
             liked=torch.from_numpy(np.array(liked, np.bool_)),
-            reference=torch.from_numpy(known),
+            reference=self.known(numbers),
             others=others,
         )
 
     def _answers(self, numbers: Sequence[int]) -> list[tuple[NDArray[Any], Row]]:
         """What stands before the last answer of each row, and from there on with what is supervised."""
-        ids, supervised, lengths = self.flat(numbers)
-        found, ends = [], np.cumsum(lengths)[:-1]
-        for row, marks in zip(np.split(ids, ends), np.split(supervised, ends), strict=True):
+        found = []
+        for row, marks in rows_apart(*self.flat(numbers)):
             last = int(np.flatnonzero(marks)[-1])
             outside = np.flatnonzero(~marks[:last])
             first = int(outside[-1]) + 1 if len(outside) else 0
@@ -93,25 +90,15 @@ def _joined(prompt: NDArray[Any], answer: Row) -> Row:
     return np.concatenate([prompt, ids]), np.concatenate([np.zeros(len(prompt), np.bool_), supervised])
 
 
-def _packed(rows: Sequence[Row]) -> PackedBatch:
-    ids, supervised = zip(*rows, strict=True)
-    return pack_flat(np.concatenate(ids), np.concatenate(supervised), np.array([len(row) for row in ids]))
-
-
-class RatedLoss(SummedLoss):
+class RatedLoss(ReferencedLoss):
     """A model as a module from a `RatedBatch` to the sums of what `measures` names, over its rows.
 
     A reward is beta times how many nats likelier an answer is than under the reference model.
     """
 
     measures: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy")
-    is_likelihood: ClassVar[bool] = False
-
-    def __init__(self, model: Any, config: PreferenceConfig) -> None:
-        super().__init__(model)
-        self.config = config
-        self.point = 0.0
-        """Nats that a log-ratio is held against."""
+    point: float = 0.0
+    """Nats that a log-ratio is held against."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """[2] sums over the rows: losses, and rows on the right side of the point of reference."""
@@ -170,15 +157,11 @@ class RatedLearner:
         return self.learner.evaluate()
 
     def _point(self, batches: Iterable[RatedBatch]) -> float:
-        held, sums = Held(), torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64)
         may_split = self.loss.config.zero_stage < 3
-        self.loss.eval()
-        with torch.no_grad():
-            for batch in batches:
-                parts = held.computed(self._distance, batch, may_split=may_split)
-                if batch.items:
-                    sums += torch.stack([torch.stack(parts).sum(), torch.tensor(float(batch.items))])
-        self.loss.train()
+        for batch, parts in computed_without_gradient(self.loss, self._distance, batches, may_split=may_split):
+            if batch.items:
+                sums += torch.stack([torch.stack(parts).sum(), torch.tensor(float(batch.items))])
         total, count = map(float, self.peers.total(sums).tolist())
         return max(0.0, total / max(1.0, count))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,7 +125,7 @@ class Rollouts:
             return batch
         with torch.no_grad(), self._reference.within():
             said = -target_losses(self._reference.parts, batch.to(self._peers.device))
-        return RolloutBatch(**{**vars(batch), "reference": said.cpu()})
+        return replace(batch, reference=said.cpu())
 
     def _fill_up(self, batches: list[RolloutBatch], rows: Rows, any_row: int) -> None:
         """Adds batches without targets until every rank has as many, so that all take part in every reduction."""
@@ -169,7 +169,7 @@ def question_of(rows: Rows, number: int) -> Question:
 
 
 def _row(question: Question, answer: Completion) -> Encoded:
-    said = [*answer.token_ids, *([] if answer.stop_token is None else [answer.stop_token])]
+    said = answer.said_ids
     return Encoded([*question.prompt, *said], [False] * len(question.prompt) + [True] * len(said))
 
 

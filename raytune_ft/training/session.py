@@ -105,8 +105,12 @@ def train_in_process(
             trainee = make_trainee(fitting, seat.device)
         adopt_template(trainee.tokenizer, splits["train"])
         peers = Peers(seat.rank, seat.world_size, seat.device)
-        learner = _learner(trainee, fitting, timetable, seat, validation)
+        evaluation = partial(_evaluation, fitting, validation, peers)
+        kind = ZeroLearner if seat.deepspeed else LocalLearner
+        learner: LocalLearner | ZeroLearner = kind(trainee, fitting, timetable, seat.device, evaluation)
         careful = _within_memory(learner, fitting, divisor, output)
+        if isinstance(trainee.loss, RatedLoss):
+            careful = RatedLearner(careful, trainee.loss, peers, evaluation)
         watched = _answering(careful, fitting, trainee, rows, peers=peers)
         look_at_start(trainee.loss, timetable, rows, peers, output / CHECKPOINTS if output else None)
         keeper = Keeper(config, learner, output, peers)
@@ -204,17 +208,11 @@ def _monitor(
     return Monitor(config, timetable, seat.device, seat.world_size, trackers, work, peak)
 
 
-def _learner(
-    trainee: Trainee, config: FineTuningConfig, timetable: Timetable, seat: Seat, validation: TokenRows | None
-) -> LocalLearner | ZeroLearner:
-    kind = ZeroLearner if seat.deepspeed else LocalLearner
-
-    def evaluation() -> Any:
-        if validation is None:
-            return iter(())
-        return evaluation_batches(validation, config.per_device_eval_batch_size, seat.rank, seat.world_size)
-
-    return kind(trainee, config, timetable, seat.device, evaluation)
+def _evaluation(config: FineTuningConfig, validation: TokenRows | None, peers: Peers) -> Iterator[Any]:
+    """This rank's batches of the validation split."""
+    if validation is None:
+        return iter(())
+    return evaluation_batches(validation, config.per_device_eval_batch_size, peers.rank, peers.world_size)
 
 
 def _steps(config: FineTuningConfig, train: TokenRows, start: int, peers: Peers) -> Iterator[Any]:
@@ -242,14 +240,6 @@ def _answering(
     if isinstance(config, ReinforcementConfig):
         rollouts = Rollouts(trainee.model, trainee.tokenizer, config, peers)
         return RolloutLearner(learner, rollouts, rows["train"], validation, config.eval_generation_rows)
-    if isinstance(trainee.loss, RatedLoss):
-        size = config.per_device_eval_batch_size
-        learner = RatedLearner(
-            learner,
-            trainee.loss,
-            peers,
-            lambda: () if validation is None else evaluation_batches(validation, size, peers.rank, peers.world_size),
-        )
     answers = AnswerCheck.wanted(config, validation, trainee.model, trainee.tokenizer, peers.device)
     if answers is None:
         return learner
