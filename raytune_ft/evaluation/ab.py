@@ -23,7 +23,7 @@ from raytune_ft.evaluation.ab_tables import contrast_table, time_table, variant_
 from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 from raytune_ft.evaluation.exposures import Exposures, LogFiles, read_exposures
 from raytune_ft.evaluation.ratings import Ratings, read_ratings
-from raytune_ft.evaluation.report import image, page_template
+from raytune_ft.evaluation.report import image, page_template, write_plots
 
 logger = logging.getLogger("raytune_ft")
 
@@ -101,11 +101,7 @@ def _write(draft: Draft, config: ABAnalysisConfig, look: Look, result: ABResult)
     }
     draft.write_json(RESULT, _plain(content))
     plots = ab_plots.draw(look.exposures, look.ratings, config)
-    for name, plot in plots.items():
-        path = draft.folder / "plots" / f"{name}.svg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(plot.svg(), encoding="utf-8")
-        path.with_suffix(".png").write_bytes(plot.png())
+    write_plots(draft.folder, plots)
     page = page_template("raytune_ft.evaluation", "ab.html.j2").render(
         title=f"A/B test {result.test}",
         result=result,

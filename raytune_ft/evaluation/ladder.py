@@ -20,7 +20,7 @@ from raytune_ft.evaluation.config_ladder import LadderConfig, LadderLimits
 from raytune_ft.evaluation.inference import on_worker
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.pace import measure_apart
-from raytune_ft.evaluation.report import image, page_template
+from raytune_ft.evaluation.report import image, page_template, write_plots
 from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric, read_result
 from raytune_ft.evaluation.rows import check_rows, read_rows
 from raytune_ft.evaluation.run import compare
@@ -210,11 +210,7 @@ def _write(draft: Draft, config: LadderConfig, result: EvaluationResult, rungs: 
     }
     draft.write_json("ladder.json", content)
     plots = {cost: trade_plot(rungs, metric, cost, label, trades[cost]) for cost, label in costs.items()}
-    for name, plot in plots.items():
-        path = draft.folder / "plots" / f"{name}.svg"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(plot.svg(), encoding="utf-8")
-        path.with_suffix(".png").write_bytes(plot.png())
+    write_plots(draft.folder, plots)
     page = page_template("raytune_ft.evaluation", "ladder.html.j2").render(
         title=f"Ladder of {rungs[0].label}",
         content=content,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.core.figures import COLOURS
+from raytune_ft.core.figures import COLOURS, Plot
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.check_tables import check_tables
@@ -19,7 +20,15 @@ from raytune_ft.evaluation.markdown import render_markdown
 from raytune_ft.evaluation.results import RESULTS, EvaluationResult, leading_metric, to_json
 from raytune_ft.evaluation.tables import comparison_table, number_text, slice_table, title, value_table, verdicts
 
-__all__ = ["generate_evaluation_report", "image", "page_template", "page_values", "render_html", "write_report"]
+__all__ = [
+    "generate_evaluation_report",
+    "image",
+    "page_template",
+    "page_values",
+    "render_html",
+    "write_plots",
+    "write_report",
+]
 
 
 def generate_evaluation_report(results: EvaluationResult, path: str | os.PathLike[str]) -> str:
@@ -49,7 +58,12 @@ def write_report(folder: Path, result: EvaluationResult) -> None:
     (folder / RESULTS).write_text(json.dumps(to_json(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(render_markdown(result), encoding="utf-8")
     (folder / "report.html").write_text(render_html(result), encoding="utf-8")
-    for name, plot in plots.draw(result).items():
+    write_plots(folder, plots.draw(result))
+
+
+def write_plots(folder: Path, drawn: Mapping[str, Plot]) -> None:
+    """Writes plots, by their names, as SVG and PNG below a folder."""
+    for name, plot in drawn.items():
         path = folder / "plots" / f"{name}.svg"
         path.parent.mkdir(exist_ok=True)
         path.write_text(plot.svg(), encoding="utf-8")

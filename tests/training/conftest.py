@@ -11,13 +11,19 @@ from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
 
 from ..conftest import make_tiny_model  # noqa: TID252 - tests are no installed package
-from ..rows import token_files, turns_file  # noqa: TID252
+from ..rows import pair_files, token_files, turns_file  # noqa: TID252
 
 
 @pytest.fixture
 def splits(tiny_model: Path, tmp_path: Path) -> dict[str, list[str]]:
     """18 training rows of uneven length and 4 validation rows."""
     return token_files(tiny_model, tmp_path, train=18, validation=4)
+
+
+@pytest.fixture
+def pairs(tiny_model: Path, tmp_path: Path) -> dict[str, list[str]]:
+    """18 training pairs of uneven length and 5 validation pairs."""
+    return pair_files(tiny_model, tmp_path, train=18, validation=5)
 
 
 @pytest.fixture

@@ -23,15 +23,8 @@ from raytune_ft.training.engine import make_trainee
 from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.session import Seat, train_in_process
 
-from ..rows import pair_files  # noqa: TID252 - tests are no installed package
 from .test_preference import history
 from .test_ranks import on_ranks, run
-
-
-@pytest.fixture
-def pairs(tiny_model: Path, tmp_path: Path) -> dict[str, list[str]]:
-    """18 training pairs of uneven length and 5 validation pairs."""
-    return pair_files(tiny_model, tmp_path, train=18, validation=5)
 
 
 @pytest.fixture
