@@ -6,8 +6,9 @@ Prompts are sorted by length and share batches by a token budget; a row that is 
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -15,13 +16,17 @@ from typing import Any, Literal
 import torch
 import xxhash
 
+from raytune_ft.core.errors import RunError
 from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.attention import attention
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.memory import TokenBudget, is_out_of_memory, release_memory
 from raytune_ft.models.scoring import context_tokens
+
+logger = logging.getLogger("raytune_ft")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     decoding: DecodingConfig,
     *,
-    token_budget: int = 8192,
+    token_budget: int | TokenBudget = 8192,
     seeds: Sequence[int] | None = None,
     on_answers: Callable[[Mapping[int, Completion]], None] | None = None,
     stop_ids: Sequence[int] | None = None,
@@ -54,29 +59,62 @@ def generate(
 ) -> list[Completion]:
     """Answers to `prompts`, in their order.
 
-    An answer ends at a stop token or text, after `max_new_tokens`, or where the model's context ends.
+    An answer ends at a stop token or text, after `max_new_tokens`, or where the model's context ends. Where memory runs
+    out, what is not answered yet is begun again in smaller batches, which changes no answer.
 
     Args:
         loaded: the model.
         prompts: token ids, each ending with the generation prompt.
         decoding: length, sampling and stop texts.
-        token_budget: most tokens (prompt and answer, padding included) of one batch.
+        token_budget: most tokens (prompt and answer, padding included) of one batch; a `TokenBudget` keeps in mind what
+            memory had room for.
         seeds: of each prompt's own random stream; by default the settings' seed with the prompt's place.
         on_answers: told the answers, by the places of their prompts, as they come.
         stop_ids: tokens that end an answer; by default the chat's. an empty one lets every answer reach its limit.
         adapters: upon the model, from which each prompt has its own.
         slots: of each prompt's adapter; 0 is the bare model, and the default.
+
+    Raises:
+        RunError: if memory does not hold a single prompt with its answer.
     """
     answers: dict[int, Completion] = {}
     seeds = seeds or [row_seed(decoding.seed, str(place)) for place in range(len(prompts))]
+    budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
+    asked = _Asked(prompts, seeds, slots or [0] * len(prompts))
+    make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
     with attention(loaded.model, "sdpa"):
-        asked = _Asked(prompts, seeds, slots or [0] * len(prompts))
-        make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
-        for found in _found(loaded, asked, decoding, token_budget, make_decoder):
-            answers |= found
-            if on_answers is not None:
-                on_answers(found)
+        while waiting := [number for number in range(len(prompts)) if number not in answers]:
+            try:
+                for some in _found(loaded, asked.only(waiting), decoding, budget.tokens, make_decoder):
+                    found = {waiting[place]: answer for place, answer in some.items()}
+                    answers |= found
+                    if on_answers is not None:
+                        on_answers(found)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            else:
+                break
+            left = asked.only(number for number in waiting if number not in answers)
+            if left.prompts:
+                _make_room(budget, left, decoding, reason)
     return [answers[number] for number in range(len(prompts))]
+
+
+def _make_room(budget: TokenBudget, left: _Asked, decoding: DecodingConfig, reason: str) -> None:
+    shortest = min(map(len, left.prompts)) + decoding.max_new_tokens
+    if not budget.halve(shortest):
+        raise RunError(
+            f"answers: memory does not hold one prompt with its answer ({reason}). Lower max_new_tokens, leave long "
+            "prompts out, or take a quantized or smaller model"
+        )
+    release_memory()
+    logger.warning(
+        "answers: out of memory; the %d that are left are begun again with at most %d tokens at a time",
+        len(left.prompts),
+        budget.tokens,
+    )
 
 
 def row_seed(seed: int, row: str) -> int:
@@ -91,6 +129,12 @@ class _Asked:
     prompts: Sequence[Sequence[int]]
     seeds: Sequence[int]
     slots: Sequence[int]
+
+    def only(self, places: Iterable[int]) -> _Asked:
+        """Those at some places."""
+        taken = list(places)
+        prompts = [self.prompts[place] for place in taken]
+        return _Asked(prompts, [self.seeds[place] for place in taken], [self.slots[place] for place in taken])
 
 
 def _found(

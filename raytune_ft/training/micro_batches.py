@@ -5,7 +5,6 @@ With dropout the masks are other ones, since a micro-batch draws its own.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import nn
 
 from raytune_ft.core.errors import InfeasibleError, RunError
 from raytune_ft.models.collate import PackedBatch
+from raytune_ft.models.memory import is_out_of_memory, release_memory
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.loop import Learner, Metrics
 
@@ -49,13 +49,6 @@ class NotOneRowError(OutOfMemoryError, InfeasibleError):
 
 class GradientsOutOfMemoryError(OutOfMemoryError):
     """Memory ran out before the optimizer moved: the step can be made again."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on a GPU, in torch's CPU allocator, or in Python."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -177,13 +170,6 @@ def computed_without_gradient(
             parts = held.computed(result_of, batch, may_split=may_split)
         yield batch, parts
     module.train()
-
-
-def release_memory() -> None:
-    """Gives back what a failed step held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def shrunk(config: FineTuningConfig, divisor: int) -> FineTuningConfig:

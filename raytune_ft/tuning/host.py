@@ -25,6 +25,7 @@ from raytune_ft.core.errors import RaytuneError, RunError, UserError
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.adapter_slots import layer_without_rows
+from raytune_ft.models.memory import release_memory
 from raytune_ft.training import checkpoint
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
@@ -33,7 +34,6 @@ from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import TokenRows, say_disliked
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.micro_batches import release_memory
 from raytune_ft.tuning.homes import POINTERS_KEPT
 
 logger = logging.getLogger("raytune_ft")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from raytune_ft.core.errors import RunError
 from raytune_ft.core.records import Message
 from raytune_ft.models.adapters import add_virtual_tokens
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate, row_seed, waves
 from raytune_ft.models.loading import load_model
+from raytune_ft.models.memory import TokenBudget
 
 GREEDY = DecodingConfig(max_new_tokens=12)
 
@@ -38,6 +42,41 @@ def test_a_small_budget_splits_the_batch_and_changes_nothing(tiny_model: Path) -
     assert len(batches) > 1
     assert sum(batches) == 3
     assert split == generate(loaded, prompts(loaded), GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_memory_runs_out_the_rest_is_answered_in_smaller_batches(
+    temperature: float, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load_model(str(tiny_model))
+    settings = DecodingConfig(max_new_tokens=12, temperature=temperature)
+    asked = prompts(loaded) * 3
+    expected = generate(loaded, asked, settings)
+    budget, told = TokenBudget(512), []
+    with memory_for(loaded.model, rows=2):
+        answers = generate(loaded, asked, settings, token_budget=budget, on_answers=told.extend)
+        assert answers == expected
+        assert sorted(told) == list(range(9))
+        assert "out of memory; the 9 that are left are begun again with at most 256 tokens at a time" in caplog.text
+        assert budget.tokens < 128
+        caplog.clear()
+        assert generate(loaded, asked, settings, token_budget=budget) == expected
+        assert "out of memory" not in caplog.text
+    with memory_for(loaded.model, rows=0), pytest.raises(RunError, match=r"one prompt with its answer.*allocate"):
+        generate(loaded, asked, settings)
+
+
+@contextlib.contextmanager
+def memory_for(model, *, rows: int) -> Iterator[None]:
+    """Within it the model asks for more memory than there is, where it gets more rows than so many."""
+
+    def look(module, args, kwargs):
+        if len(kwargs["input_ids"]) > rows:
+            torch.empty(1 << 60)
+
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    yield
+    hook.remove()
 
 
 def test_an_answer_that_reaches_the_limit_says_so(tiny_model: Path) -> None:
