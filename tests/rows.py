@@ -56,6 +56,18 @@ def turns_file(model: Path, path: Path, turns: list[tuple[str, str]]) -> str:
     """Rows of one question and one answer each, in a file."""
     chat = Chat(load_tokenizer(str(model)))
     rows = [chat.encode([Message("user", asked), Message("assistant", said)]) for asked, said in turns]
-    table = {"input_ids": [row.input_ids for row in rows], "supervised": [row.supervised for row in rows]}
+    return _written(path, [(row.input_ids, row.supervised, None) for row in rows])
+
+
+def prompts_file(model: Path, path: Path, prompts: list[tuple[str, str | None]]) -> str:
+    """Rows of one question each that nobody answers, with what would be right, in a file."""
+    chat = Chat(load_tokenizer(str(model)))
+    rows = [(chat.prompt_ids([Message("user", asked)]), reference) for asked, reference in prompts]
+    return _written(path, [(ids, [False] * len(ids), reference) for ids, reference in rows])
+
+
+def _written(path: Path, rows: list[tuple[list[int], list[bool], str | None]]) -> str:
+    ids, supervised, references = zip(*rows, strict=True)
+    table = {"input_ids": ids, "supervised": supervised, "reference": pa.array(references, pa.string())}
     pq.write_table(pa.table(table), path)
     return str(path)

@@ -16,6 +16,7 @@ from raytune_ft.data.language import foreign
 from raytune_ft.data.mending import STEPS
 from raytune_ft.data.redaction import redact_value
 from raytune_ft.data.refusals import refuses
+from raytune_ft.data.rows import UNANSWERED
 from raytune_ft.data.tool_calls import unbalanced_tool_calls
 
 
@@ -57,7 +58,7 @@ def clean(record: Record, config: DataCollectionConfig) -> Cleaned:
 def _reason(record: Record, config: DataCollectionConfig) -> str | None:
     return (
         (unbalanced_tool_calls(record) if config.drop_unbalanced_tool_calls else None)
-        or wrong_roles(record)
+        or wrong_roles(record, may_ask=config.unanswered == "keep")
         or (empty(record) if config.drop_empty else None)
         or (out_of_bounds(record, config.length_bounds) if config.length_bounds else None)
         or (refuses(record) if config.drop_refusals else None)
@@ -116,11 +117,12 @@ def redact_record(record: Record, kinds: Sequence[PersonalData], found: Counter[
     )
 
 
-def wrong_roles(record: Record) -> str | None:
+def wrong_roles(record: Record, *, may_ask: bool = False) -> str | None:
     """Why the turns of a record are in no order that a chat can have; None if they are.
 
     After an optional system turn, user and assistant alternate, tools answer assistants, and the last turn is the
-    assistant's (in a preference: the user's or a tool's, and both continuations are the assistant's).
+    assistant's (in a preference: the user's or a tool's, and both continuations are the assistant's). Without an answer
+    a record has a reference, or `may_ask` lets it end with what is asked.
     """
     if not record.messages:
         return None if record.text is not None or not record.chosen else "role order: no prompt"
@@ -134,8 +136,8 @@ def wrong_roles(record: Record) -> str | None:
         for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
             if not side or side[0].role != "assistant" or side[-1].role != "assistant":
                 return f"role order: {name} is not the assistant's"
-    elif last != "assistant" and record.reference is None:
-        return f"role order: the last turn is {last}'s"
+    elif last == "system" or (last != "assistant" and record.reference is None and not may_ask):
+        return f"{'role order' if last == 'system' else UNANSWERED}: the last turn is {last}'s"
     return None
 
 

@@ -28,7 +28,8 @@ class RecordFormat(StrEnum):
     """How the rows of a source say what was asked and answered.
 
     `QUESTION_ANSWER` reads a last line ``#### 42`` of the answer (as GSM8K has it) as the reference, too;
-    `PROMPT_REFERENCE` is a prompt without an answer, for learning from rewards; `FEEDBACK` is what serving writes.
+    `PROMPT_REFERENCE` (with what would be right) and `PROMPT` are prompts without an answer, for learning from rewards;
+    `FEEDBACK` is what serving writes.
     """
 
     MESSAGES = "messages"
@@ -38,6 +39,7 @@ class RecordFormat(StrEnum):
     QUESTION_ANSWER = "question_answer"
     TEXT = "text"
     PROMPT_REFERENCE = "prompt_reference"
+    PROMPT = "prompt"
     PREFERENCE = "preference"
     KTO = "kto"
     FEEDBACK = "feedback"
@@ -117,6 +119,10 @@ class DataCollectionConfig(Config):
     """Renames columns before the format is told: standard name -> name in the source (``{prompt: ask}``)."""
     on_bad_row: Literal["raise", "reject"] = "raise"
     """A row that is no record (malformed JSON, unknown columns) stops the run, or goes to ``rejected/``."""
+    unanswered: Literal["reject", "keep"] = "reject"
+    """Rows that end with what is asked (a prompt, with or without a reference): there is no answer to learn, so they
+    are rejected (with a reference, they may be in `test_sources`); or kept for `reinforce`, which answers them itself.
+    No other training takes a dataset with such rows."""
 
     fix_encoding: bool = True
     """Repairs text that was decoded wrongly (mojibake) and brings Unicode to NFC; wording and quotes stay."""

@@ -39,6 +39,8 @@ _PREFERENCE_PROMPTS = ("prompt", "messages", "conversations", "question", "instr
 _RECORD_COLUMNS = frozenset({"id", "messages", "text", "chosen", "rejected", "source", "position", "metadata"})
 _DERIVED = frozenset({"id", "source", "position", "input_ids", "supervised"})
 """Columns of our own datasets that are worked out anew."""
+_BESIDE_A_PROMPT = frozenset({"input", "system", "tools", "id", "metadata"})
+"""Columns that a prompt alone may have beside it; with others, one of these may be an answer under another name."""
 _FINAL_ANSWER = re.compile(r"\n####\s*(\S[^\n]*?)\s*\Z")
 
 
@@ -66,10 +68,9 @@ def detect(columns: Collection[str]) -> tuple[RecordFormat, str]:
         _refuse_ambiguous([RecordFormat.FEEDBACK, *(b for b in fitting if b is not RecordFormat.MESSAGES)], columns)
         judged = sorted(present & {"rating", "correction", "preferred"})
         return RecordFormat.FEEDBACK, f"column {judged[0]!r} beside an answer"
-    asking_only = [name for name in _PROMPTS if name in present]
-    if not fitting and "reference" in present and asking_only:
-        _refuse_several(asking_only, columns)
-        return RecordFormat.PROMPT_REFERENCE, f"columns {asking_only[0]!r} and 'reference', and no answer"
+    unanswered = None if fitting else _unanswered(present)
+    if unanswered is not None:
+        return unanswered
     _refuse_ambiguous(fitting, columns)
     if not fitting:
         raise FormatFault(_unknown(columns))
@@ -77,6 +78,17 @@ def detect(columns: Collection[str]) -> tuple[RecordFormat, str]:
     if "label" in present and fitting[0] is not RecordFormat.TEXT:
         return RecordFormat.KTO, f"column 'label' beside {names}"
     return fitting[0], f"column{'s' if 'and' in names else ''} {names}"
+
+
+def _unanswered(present: Collection[str]) -> tuple[RecordFormat, str] | None:
+    """The format of a row with columns of which none answers, and the reason; None if none of them asks either."""
+    asking = [name for name in _PROMPTS if name in present]
+    if "reference" in present and asking:
+        _refuse_several(asking, present)
+        return RecordFormat.PROMPT_REFERENCE, f"columns {asking[0]!r} and 'reference', and no answer"
+    if len(asking) == 1 and set(present) <= {asking[0], *_BESIDE_A_PROMPT}:
+        return RecordFormat.PROMPT, f"column {asking[0]!r} alone"
+    return None
 
 
 def format_of(columns: Collection[str], stated: RecordFormat | None) -> tuple[RecordFormat, str]:
@@ -120,6 +132,7 @@ _TELLING: dict[RecordFormat, tuple[str, ...]] = {
     RecordFormat.KTO: ("label",),
     RecordFormat.RECORD: ("messages",),
     RecordFormat.PROMPT_REFERENCE: _PROMPTS,
+    RecordFormat.PROMPT: _PROMPTS,
     RecordFormat.FEEDBACK: ("rating", "correction", "preferred"),
 }
 
@@ -220,12 +233,18 @@ def _text_fields(take: Columns) -> dict[str, Any]:
 
 
 def _prompt_reference_fields(take: Columns) -> dict[str, Any]:
-    name = next(name for name in _PROMPTS if take.see(name) is not None)
-    prompt = (_instruction(take),) if name == "instruction" else asked(take, name)
+    fields = _prompt_alone_fields(take)
     reference = _reference(take)
     if reference is None:
         raise FormatFault("no reference: a prompt without an answer needs one, in column 'reference'")
-    return {"messages": with_system(take, prompt), "reference": reference}
+    return {**fields, "reference": reference}
+
+
+def _prompt_alone_fields(take: Columns) -> dict[str, Any]:
+    name = next((name for name in _PROMPTS if take.see(name) is not None), None)
+    if name is None:
+        raise FormatFault(f"no prompt: none of the columns {', '.join(_PROMPTS)} holds one")
+    return {"messages": with_system(take, (_instruction(take),) if name == "instruction" else asked(take, name))}
 
 
 def _reference(take: Columns) -> str | None:
@@ -288,6 +307,7 @@ _CONVERTERS: dict[RecordFormat, Callable[[Columns], dict[str, Any]]] = {
     RecordFormat.QUESTION_ANSWER: _question_fields,
     RecordFormat.TEXT: _text_fields,
     RecordFormat.PROMPT_REFERENCE: _prompt_reference_fields,
+    RecordFormat.PROMPT: _prompt_alone_fields,
     RecordFormat.PREFERENCE: _preference_fields,
     RecordFormat.KTO: _kto_fields,
     RecordFormat.FEEDBACK: feedback_fields,

@@ -33,6 +33,9 @@ ROW_SCHEMA = pa.schema(
 that was told, `file` the number of the source file, `is_test` whether it is one of `test_sources`, `notes`
 JSON text of what cleaning changed (`Cleaned.notes`), null where nothing."""
 
+UNANSWERED = "a prompt without an answer"
+"""Why a row that asks and does not answer is rejected, or, where such rows are kept, what is remarked of it."""
+
 
 def mark(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
     """The table with `reasons` set on rows that had none; rows that were rejected before keep their reason."""

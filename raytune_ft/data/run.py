@@ -41,6 +41,7 @@ from raytune_ft.data.prepared import PreparedDataset
 from raytune_ft.data.ray_blocks import RayBlocks, all_by_key, mapped, passed, ray_data, stepped
 from raytune_ft.data.report import publish, refuse_broken
 from raytune_ft.data.representativeness import FIELDS, added_counts, distances
+from raytune_ft.data.rows import UNANSWERED
 from raytune_ft.data.shards import Layout, assign_files, assign_folders
 from raytune_ft.data.sources import SourceFile, find_files, source_parents
 from raytune_ft.data.split import Tally, departures, find_cuts, tally_rows
@@ -71,6 +72,7 @@ _REMEDIES = {
         "they are near-duplicates of others; where a template makes rows alike, set near_duplicates: group, or raise "
         "near_duplicate_threshold"
     ),
+    UNANSWERED: "to have a model answer them and learn from rewards (raytune-ft reinforce), set unanswered: keep",
     "too long": "raise max_length, or set over_length to split, truncate_left or truncate_right",
     "tools": "give a chat template that writes tools (template)",
     "tool calls": "give a chat template that writes calls (template)",
@@ -133,15 +135,17 @@ def tokenized_splits(
     output: str | os.PathLike[str] | Location,
     *,
     max_length: int = 1024,
+    prompts: bool = False,
 ) -> dict[str, list[str]]:
     """Split name -> Parquet files, in order, with the columns ``input_ids`` and ``supervised`` for a model.
 
     A dataset artifact that was prepared for the same chat template and vocabulary, with no row over `max_length`
     tokens, is taken as it is; another is tokenized into an artifact at `output`; records files of any format that
-    `prepare` reads become one there, with a tenth of the rows for validation.
+    `prepare` reads become one there, with a tenth of the rows for validation. Rows that ask and do not answer are
+    among them only where `prompts` says that these are wanted.
 
     Raises:
-        DataError: if no row is left to train on.
+        DataError: if no row is left to train on, or the dataset has prompts without an answer that are not wanted.
     """
     source, target = Location.at(dataset_path), Location.at(output)
     if has_manifest(source) or (source / CLAIM).exists():
@@ -151,7 +155,14 @@ def tokenized_splits(
             dataset = _tokenized_anew(dataset, model_path, policy, target)
     else:
         settings = {"sources": (source.uri,), "output_path": target.uri, "max_length": max_length, "test_split": 0.0}
+        settings["unanswered"] = "keep" if prompts else "reject"
         dataset = prepare(DataCollectionConfig(**settings, model_path=model_path))
+    unanswered = dataset.numbers.get("remarks", {}).get(UNANSWERED, 0)
+    if unanswered and not prompts:
+        raise DataError(
+            f"{source}: {unanswered} rows are prompts without an answer, since it was prepared with unanswered: keep. "
+            "`raytune-ft reinforce` learns from these; for anything else, prepare it with unanswered: reject"
+        )
     return {split: [(dataset / name).uri for name in names] for split, names in PreparedDataset(dataset).files.items()}
 
 

@@ -21,7 +21,7 @@ from raytune_ft.core.records import RECORD_SCHEMA, Record, table_to_records
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.config import DataCollectionConfig, OverLength
 from raytune_ft.data.over_length import can_split, ends_here, split_record, truncated
-from raytune_ft.data.rows import TOKEN_FIELDS, mark, short_hash, with_remarks
+from raytune_ft.data.rows import TOKEN_FIELDS, UNANSWERED, mark, short_hash, with_remarks
 from raytune_ft.models.chat import Chat, TokenRow, conversation_of
 from raytune_ft.models.config import TrainOn
 from raytune_ft.models.layout import ToolsIgnoredError
@@ -45,11 +45,25 @@ class TokenPolicy:
     train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS
     template: str | None = None
     special_tokens: Literal["reject", "keep"] = "reject"
+    unanswered: Literal["reject", "keep"] = "reject"
 
     @classmethod
     def of(cls, config: DataCollectionConfig, template: str | None) -> TokenPolicy:
         """The policy of `prepare`; `template` is what the setting of this name led to."""
-        return cls(config.max_length, config.over_length, config.train_on, template, config.special_tokens_in_text)
+        return cls(
+            config.max_length,
+            config.over_length,
+            config.train_on,
+            template,
+            config.special_tokens_in_text,
+            config.unanswered,
+        )
+
+    def takes_as_prompt(self, record: Record) -> bool:
+        """Whether a record is kept as a prompt, since it ends with what is asked."""
+        if self.unanswered != "keep" or not record.messages or record.chosen:
+            return False
+        return record.messages[-1].role != "assistant"
 
 
 def policy_of_dataset(dataset: Artifact, max_length: int) -> TokenPolicy:
@@ -61,6 +75,7 @@ def policy_of_dataset(dataset: Artifact, max_length: int) -> TokenPolicy:
         TrainOn(settings.get("train_on", TrainOn.ALL_ASSISTANT_TURNS)),
         template_beside(dataset.location),
         settings.get("special_tokens_in_text", "reject"),
+        settings.get("unanswered", "reject"),
     )
 
 
@@ -138,7 +153,8 @@ def add_tokens(rows: pa.Table, chat: Chat, policy: TokenPolicy) -> pa.Table:
 def tokenize(chat: Chat, records: Sequence[Record], policy: TokenPolicy, tested: Sequence[bool] = ()) -> list[Tokens]:
     """The tokens of each record, within the policy's length.
 
-    Where `tested` says that a record is for the test alone, a prompt with a reference needs no supervised token.
+    Where `tested` says that a record is for the test alone, a prompt with a reference needs no supervised token. A
+    prompt that the policy keeps has none either: its tokens end where the answer begins.
 
     Raises:
         DataError: as `add_tokens`.
@@ -147,11 +163,15 @@ def tokenize(chat: Chat, records: Sequence[Record], policy: TokenPolicy, tested:
     for record, tokens, is_test in zip(records, found, tested or [False] * len(records), strict=True):
         if tokens.row is None:
             continue
-        if asks_only(record):
-            if not is_test:
-                tokens.row, tokens.reason = None, "a prompt without an answer: nothing to train on"
+        kept = policy.takes_as_prompt(record)
+        if kept or asks_only(record):
+            if not kept and not is_test:
+                tokens.row, tokens.reason = None, f"{UNANSWERED}: nothing to train on"
             elif tokens.length > policy.max_length:
+                _refuse_long(tokens, record, policy)
                 tokens.row, tokens.reason = None, f"too long: {tokens.length} tokens, at most {policy.max_length}"
+            elif kept:
+                tokens.remark = UNANSWERED
             continue
         if tokens.length > policy.max_length:
             _fit(tokens, chat, record, policy)
@@ -185,12 +205,19 @@ def _encoded(chat: Chat, records: Sequence[Record], policy: TokenPolicy) -> list
         if spelled is not None and policy.special_tokens == "reject":
             tokens.reason = f"special token in the text: {spelled}"
             continue
+        if policy.takes_as_prompt(record):
+            try:
+                ids = chat.prompt_ids(record.messages, tools=record.tools)
+            except DataError as error:
+                tokens.reason = _of_template(error)
+            else:
+                tokens.row = TokenRow(np.array(ids, np.int32), np.zeros(len(ids), np.bool_))
+            continue
         conversations += sides
         owners += [(tokens, side) for side in ("row", "rejected")[: len(sides)]]
     for (tokens, side), encoded_row in zip(owners, chat.encode_batch(conversations, policy.train_on), strict=True):
         if isinstance(encoded_row, DataError):
-            own = isinstance(encoded_row, ToolsIgnoredError)
-            tokens.reason = tokens.reason or (str(encoded_row) if own else f"chat template: {encoded_row}")
+            tokens.reason = tokens.reason or _of_template(encoded_row)
         else:
             setattr(tokens, side, encoded_row)
     for tokens in found:
@@ -199,13 +226,13 @@ def _encoded(chat: Chat, records: Sequence[Record], policy: TokenPolicy) -> list
     return found
 
 
+def _of_template(error: DataError) -> str:
+    return str(error) if isinstance(error, ToolsIgnoredError) else f"chat template: {error}"
+
+
 def _fit(tokens: Tokens, chat: Chat, record: Record, policy: TokenPolicy) -> None:
+    _refuse_long(tokens, record, policy)
     too_long = f"{tokens.length} tokens, at most {policy.max_length}"
-    if policy.over_length is OverLength.RAISE:
-        raise DataError(
-            f"{record.source}: row {record.position + 1}: has {too_long}. Raise max_length, or set over_length to "
-            "drop, truncate_left, truncate_right or split."
-        )
     if policy.over_length in {OverLength.TRUNCATE_LEFT, OverLength.TRUNCATE_RIGHT}:
         cut, bos = tokens.length - policy.max_length, chat.tokenizer.bos_token_id
         for side in ("row", "rejected"):
@@ -219,6 +246,14 @@ def _fit(tokens: Tokens, chat: Chat, record: Record, policy: TokenPolicy) -> Non
         return
     why = ", and it cannot be split" if policy.over_length is OverLength.SPLIT else ""
     tokens.reason = f"too long: {too_long}{why}"
+
+
+def _refuse_long(tokens: Tokens, record: Record, policy: TokenPolicy) -> None:
+    if policy.over_length is OverLength.RAISE:
+        raise DataError(
+            f"{record.source}: row {record.position + 1}: has {tokens.length} tokens, at most {policy.max_length}. "
+            "Raise max_length, or set over_length to drop, truncate_left, truncate_right or split."
+        )
 
 
 def split_rows(rows: pa.Table, chat: Chat, policy: TokenPolicy) -> pa.Table:

@@ -26,15 +26,21 @@ _MORE_TOKENS = 8
 
 @dataclass(frozen=True)
 class Question:
-    """What stands before a row's last answer, and that answer with the tokens that end it."""
+    """What stands before a row's last answer, and that answer with the tokens that end it.
+
+    Where a row asks and does not answer, the answer is empty; `reference` is then what would be right, if it is known.
+    """
 
     prompt: list[int]
     answer: list[int]
+    reference: str | None = None
 
     @classmethod
     def of(cls, row: Encoded) -> Question | None:
         """The question of a row; None if nothing stands before its last run of supervised tokens."""
-        last = max((place for place, kept in enumerate(row.supervised) if kept), default=-1)
+        last = max((place for place, kept in enumerate(row.supervised) if kept), default=None)
+        if last is None:
+            return cls(row.input_ids, []) if row.input_ids else None
         first = last
         while first > 0 and row.supervised[first - 1]:
             first -= 1

@@ -22,6 +22,8 @@ logger = logging.getLogger("raytune_ft")
 Batch = TypeVar("Batch")
 LABEL = "label"
 """Column that says whether people liked an answer; null where nobody was asked."""
+_AT_ONCE = 4096
+"""Rows that are looked at together."""
 
 
 class Rows(Protocol):
@@ -91,6 +93,29 @@ class TokenRows:
             supervised.flatten().to_numpy(zero_copy_only=False),  # Arrow keeps booleans as bits
             ids.value_lengths().to_numpy(),
         )
+
+
+class PromptRows(TokenRows):
+    """Rows that are to be answered anew; those without an answer may have a `reference`."""
+
+    columns: ClassVar[tuple[str, ...]] = (*TokenRows.columns, "reference")
+
+    def reference(self, number: int) -> str | None:
+        """What would be right, in words, where the row says so."""
+        found: str | None = self._rows[[number]]["reference"].to_pylist()[0]
+        return found
+
+    def unjudged(self) -> list[int]:
+        """Numbers of the rows that have neither an answer nor a reference."""
+        found: list[int] = []
+        for start in range(0, len(self), _AT_ONCE):
+            numbers = range(start, min(start + _AT_ONCE, len(self)))
+            unknown = self._rows[list(numbers)]["reference"].is_null().to_numpy()
+            if unknown.any():
+                _, supervised, lengths = self.flat(numbers)
+                answered = np.bitwise_or.reduceat(supervised, np.cumsum(lengths) - lengths)
+                found += (start + np.flatnonzero(unknown & ~answered)).tolist()
+        return found
 
 
 def _columns_of(file: str) -> list[str]:

@@ -22,7 +22,7 @@ class Judge(Protocol):
 
 
 class MetricJudge:
-    """Each answer's metric, by the row's own answer; where lower is better, with its sign turned."""
+    """Each answer's metric, by the row's own answer or reference; where lower is better, with its sign turned."""
 
     def __init__(self, config: ReinforcementConfig, chat: Chat) -> None:
         from raytune_ft.evaluation.metrics import METRICS  # only a run that asks for one waits for metrics to load
@@ -38,10 +38,15 @@ class MetricJudge:
         Raises:
             DataError: if it does not fit a row's own answer.
         """
-        references = [str(self._tokenizer.decode(q.answer, skip_special_tokens=True)).strip() for q in questions]
+        references = [self._right(question) for question in questions]
         self._metric.check(references)
         columns = self._metric.columns(predictions=[answer.text for answer in answers], references=references)
         return [self._sign * float(score) for score in self._metric.row_scores(columns)]
+
+    def _right(self, question: Question) -> str:
+        if question.reference is not None:
+            return question.reference
+        return str(self._tokenizer.decode(question.answer, skip_special_tokens=True)).strip()
 
 
 class ModelJudge:

@@ -9,7 +9,7 @@ from typing import Any
 
 from raytune_ft.core.storage import Location
 from raytune_ft.models.scoring import SummedLoss
-from raytune_ft.training.batches import TokenRows, step_rows
+from raytune_ft.training.batches import PromptRows, TokenRows, step_rows
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
 from raytune_ft.training.distill import DistillationLoss, load_teacher
@@ -46,6 +46,8 @@ def rows_of(config: FineTuningConfig) -> type[TokenRows]:
     """How the rows of a split are read."""
     if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
         return RatedRows
+    if isinstance(config, ReinforcementConfig):
+        return PromptRows
     return PairRows if isinstance(config, PreferenceConfig | RewardConfig) else TokenRows
 
 

@@ -5,7 +5,7 @@ An answer is a function of (seed, step, row, number): the same on any rank, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +20,10 @@ from raytune_ft.models.collate import group_by_budget, pack
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import Completion, generate, row_seed
 from raytune_ft.models.loading import LoadedModel, load_model, resolve_model
+from raytune_ft.models.memory import TokenBudget
 from raytune_ft.models.scoring import CausalParts, target_losses
 from raytune_ft.training.answers import Question
-from raytune_ft.training.batches import Rows, rank_share, step_rows
+from raytune_ft.training.batches import PromptRows, Rows, rank_share, step_rows
 from raytune_ft.training.config_alignment import ReinforcementConfig
 from raytune_ft.training.judges import make_judge
 from raytune_ft.training.loop import Learner, Metrics
@@ -60,6 +61,7 @@ class Rollouts:
         """
         self._config, self._peers, self._model = config, peers, model
         self._loaded = LoadedModel(model, tokenizer, Chat(tokenizer), resolve_model(config.model_path), peers.device)
+        self._budget = TokenBudget()
         self._judge = make_judge(config, self._loaded.chat, peers.device)
         self._reference = _reference_of(model, config, peers.device) if config.beta else None
 
@@ -103,7 +105,8 @@ class Rollouts:
         decoding = DecodingConfig(max_new_tokens=self._config.max_new_tokens, temperature=temperature)
         self._model.eval()
         try:
-            return generate(self._loaded, [question.prompt for question in questions], decoding, seeds=seeds)
+            prompts = [question.prompt for question in questions]
+            return generate(self._loaded, prompts, decoding, seeds=seeds, token_budget=self._budget)
         finally:
             self._model.train()
 
@@ -156,6 +159,24 @@ class Rollouts:
         }
 
 
+def refuse_unjudged(splits: Mapping[str, Rows], config: ReinforcementConfig) -> None:
+    """Checks that every row has what a metric compares answers with.
+
+    Raises:
+        DataError: with the number of rows that have neither an answer nor a reference.
+    """
+    if config.reward_metric is None:
+        return
+    for split, rows in splits.items():
+        unjudged = rows.unjudged() if isinstance(rows, PromptRows) else []
+        if unjudged:
+            raise DataError(
+                f"reward_metric: {len(unjudged)} of {len(rows)} {split} rows (the first is row {unjudged[0] + 1}) have "
+                "neither an answer nor a `reference` that answers could be compared with; give one, or have a reward "
+                "model judge (reward_model_path)"
+            )
+
+
 def question_of(rows: Rows, number: int) -> Question:
     """What a row asks.
 
@@ -165,6 +186,8 @@ def question_of(rows: Rows, number: int) -> Question:
     found = Question.of(rows[number])
     if found is None:
         raise DataError(f"row {number + 1} of a split has nothing to answer: its text is all supervised")
+    if not found.answer and isinstance(rows, PromptRows):
+        return replace(found, reference=rows.reference(number))
     return found
 
 

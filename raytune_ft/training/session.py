@@ -19,6 +19,7 @@ from raytune_ft.core.errors import RunError, StoppedError
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
+from raytune_ft.models.memory import is_out_of_memory
 from raytune_ft.training.answers import AnswerCheck, AnsweringLearner
 from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps, say_disliked
 from raytune_ft.training.config import FineTuningConfig
@@ -35,14 +36,13 @@ from raytune_ft.training.micro_batches import (
     NotOneRowError,
     OutOfMemoryError,
     ShrinkingLearner,
-    is_out_of_memory,
     shrunk,
 )
 from raytune_ft.training.monitor import Monitor
 from raytune_ft.training.objectives import look_at_start, rows_of
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.ratings import RatedLearner, RatedLoss
-from raytune_ft.training.rollouts import RolloutLearner, Rollouts, prompt_steps
+from raytune_ft.training.rollouts import RolloutLearner, Rollouts, prompt_steps, refuse_unjudged
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.trackers import Trackers
 from raytune_ft.training.utilization import Work, device_peak
@@ -98,6 +98,8 @@ def train_in_process(
         train, validation = rows["train"], rows.get("validation")
         if seat.rank == 0:
             say_disliked(rows)
+        if isinstance(config, ReinforcementConfig):
+            refuse_unjudged(rows, config)
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
         divisor = _earlier_divisor(output)
         fitting = shrunk(config, divisor)

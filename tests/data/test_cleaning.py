@@ -54,7 +54,8 @@ def test_what_says_nothing_has_a_reason(record: Record, reason: str) -> None:
     [
         ("user assistant", None),
         ("system user assistant user assistant", None),
-        ("user", "role order: the last turn is user's"),
+        ("user", "a prompt without an answer: the last turn is user's"),
+        ("system", "role order: the last turn is system's"),
         ("user user assistant", "role order: user follows user"),
         ("assistant user assistant", "role order: assistant comes first"),
         ("user assistant assistant", "role order: assistant follows assistant"),
@@ -64,6 +65,16 @@ def test_what_says_nothing_has_a_reason(record: Record, reason: str) -> None:
 )
 def test_turns_must_be_in_an_order_that_a_chat_can_have(turns: str, reason: str | None) -> None:
     assert wrong_roles(talk(*((role, "x") for role in turns.split()))) == reason
+
+
+def test_what_ends_with_a_question_is_kept_where_that_is_wanted() -> None:
+    asked, again = talk(("user", "Q")), talk(("user", "Q"), ("assistant", "A"), ("user", "Q"))
+    kept = CONFIG.with_overrides(unanswered="keep")
+    for record in (asked, again):
+        assert (clean(record, CONFIG).reason or "").startswith("a prompt without an answer: ")
+        assert clean(record, kept).reason is None
+    assert clean(talk(("user", " ")), kept).reason == "empty prompt"
+    assert clean(talk(("system", "Q")), kept).reason == "role order: the last turn is system's"
 
 
 def test_a_tool_answers_an_assistant_that_called_it() -> None:

@@ -154,6 +154,23 @@ def test_a_prompt_with_only_a_reference_has_no_answer_turn(values: dict[str, Any
     assert (record.messages, record.reference, record.answer) == (ASKED, "42", "42")
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "Q"},
+        {"prompt": [USER], "id": 3},
+        {"question": "Q", "tools": None},
+        {"instruction": "Q", "input": ""},
+        {"prompt": "Q", "completion": None, "text": None, "answer": None},
+    ],
+)
+def test_a_prompt_alone_is_one(values: dict[str, Any]) -> None:
+    assert format_of_row(values, None)[0] is RecordFormat.PROMPT
+    record = read({name: value for name, value in values.items() if value is not None})
+    assert (record.messages, record.reference, record.answer) == (ASKED, None, None)
+    assert read({"prompt": "Q", "system": "S"}).messages == (Message("system", "S"), *ASKED)
+
+
 def test_which_column_is_the_prompt_and_what_an_answer_is_are_not_guessed() -> None:
     with pytest.raises(FormatFault, match="each of prompt, question could be the prompt"):
         detect(["prompt", "question", "reference"])
@@ -161,6 +178,10 @@ def test_which_column_is_the_prompt_and_what_an_answer_is_are_not_guessed() -> N
         detect(["prompt", "answer"])
     with pytest.raises(FormatFault, match="no reference"):
         read({"prompt": "Q", "reference": None})
+    with pytest.raises(FormatFault, match="unknown columns: prompt, question"):
+        detect(["prompt", "question"])
+    with pytest.raises(FormatFault, match="no prompt: none of the columns prompt, question, instruction holds one"):
+        read({"prompt": None})
     assert detect(["prompt", "completion", "reference"])[0] is RecordFormat.PROMPT_COMPLETION
 
 

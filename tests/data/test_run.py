@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
 from raytune_ft.core.artifacts import open_artifact
@@ -114,6 +115,26 @@ def test_tokens_are_made_once_for_a_chat_template(
     assert [Path(name).read_bytes() for name in at_once["train"]] == [Path(n).read_bytes() for n in splits["train"]]
 
 
+def test_prompts_without_an_answer_are_kept_for_learning_from_rewards_alone(
+    tmp_path: Path, tiny_model: Path, ray_cluster: object
+) -> None:
+    rows = [{"prompt": f"order {n} red", **({"reference": "yes"} if n % 2 else {})} for n in range(40)]
+    source = write_jsonl(tmp_path / "source.jsonl", rows)
+    settings: dict[str, Any] = {"sources": [source], "output_path": str(tmp_path / "kept"), "near_duplicates": "keep"}
+    made = prepare(DataCollectionConfig(**settings, unanswered="keep"))
+    assert (made.numbers["rows_out"], made.numbers["rows_rejected"]) == (40, 0)
+    splits = tokenized_splits(made.location.uri, str(tiny_model), tmp_path / "tokens", prompts=True)
+    tokens = open_artifact(tmp_path / "tokens")
+    assert tokens.numbers["remarks"] == {"a prompt without an answer": 40}
+    references = [pq.read_table(files).column("reference") for files in splits.values()]
+    assert (sum(map(len, references)), sum(column.null_count for column in references)) == (40, 20)
+    for dataset in (made, tokens):
+        with pytest.raises(DataError, match=r"40 rows are prompts without an answer.*raytune-ft reinforce"):
+            tokenized_splits(dataset.location.uri, str(tiny_model), tmp_path / "tokens")
+    with pytest.raises(DataError, match=r"no row is left to train on.*40 a prompt without.*set unanswered: keep"):
+        tokenized_splits(source, str(tiny_model), tmp_path / "file")
+
+
 def test_a_broken_line_is_named_and_the_mended_file_goes_to_the_same_folder(
     tmp_path: Path, ray_cluster: object, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,8 +157,6 @@ def test_a_broken_line_is_named_and_the_mended_file_goes_to_the_same_folder(
 
 
 def _rejected(folder: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
     table = pq.read_table(folder / "rejected/00000.parquet")
     assert len(table_to_records(table)) == table.num_rows
     return list(table.to_pylist())

@@ -74,6 +74,26 @@ def test_a_prompt_with_a_reference_is_a_test_row_without_supervised_tokens(chat:
     assert len(table.column("input_ids")[0]) > 3
 
 
+def test_a_prompt_that_is_kept_ends_where_the_answer_begins(chat: Chat) -> None:
+    policy = TokenPolicy(64, over_length=OverLength.SPLIT, unanswered="keep")
+    asked = [Record(messages=(ASKED,)), Record(messages=(ASKED,), reference="yes"), Record(messages=PAIRS[:3])]
+    table = add_tokens(table_of(*asked, Record(messages=(ASKED, YES))), chat, policy)
+    assert table.column("reason").null_count == 4
+    assert [supervised(chat, table, row) for row in range(4)] == ["", "", "", "yes<|im_end|>"]
+    assert [table.column("input_ids")[row].as_py() for row in range(3)] == [
+        chat.prompt_ids(record.messages) for record in asked
+    ]
+    remarked = '{"remarks": ["a prompt without an answer"]}'
+    assert table.column("notes").to_pylist() == [remarked, remarked, remarked, None]
+    (reason,) = add_tokens(table_of(Record(messages=(ASKED,), tools="[{}]")), chat, policy).column("reason").to_pylist()
+    assert reason.startswith("tools: the chat template ignores them")
+    shorter = TokenPolicy(8, over_length=OverLength.SPLIT, unanswered="keep")
+    (reason,) = split_rows(add_tokens(table_of(asked[0]), chat, shorter), chat, shorter).column("reason").to_pylist()
+    assert reason.startswith("too long: ")
+    with pytest.raises(DataError, match="Raise max_length"):
+        add_tokens(table_of(asked[0]), chat, TokenPolicy(8, over_length=OverLength.RAISE, unanswered="keep"))
+
+
 def test_a_turn_that_spells_out_a_special_token_is_rejected_or_kept_by_policy(chat: Chat) -> None:
     asked = Message("user", "say <|im_end|> and obey")
     rows = table_of(Record(messages=(asked, YES)), Record(messages=(ASKED, Message("assistant", "<|im_start|>"))))

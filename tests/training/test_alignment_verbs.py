@@ -105,7 +105,7 @@ def test_the_verb_reinforces_on_workers(ray_cluster, undecided, tmp_path: Path) 
     from raytune_ft.cli import run_verb
 
     records = tmp_path / "orders.jsonl"
-    rows = [{"prompt": f"order {n}", "completion": "no"} for n in range(16)]
+    rows = [{"prompt": f"order {n}", "reference": "no"} for n in range(16)]  # nobody answers them
     records.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         **{"model_path": str(undecided), "dataset_path": str(records), "output_dir": str(tmp_path / "a")},

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from raytune_ft.core.errors import ConfigError, ModelError, StoppedError
+from raytune_ft.core.errors import ConfigError, DataError, ModelError, StoppedError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training.config_alignment import ReinforcementConfig, RewardConfig
@@ -15,7 +15,7 @@ from raytune_ft.training.diagnosis import Trouble, diagnose
 from raytune_ft.training.guide import departures_from_guide
 from raytune_ft.training.session import Seat, train_in_process
 
-from ..rows import pair_files, turns_file  # noqa: TID252 - tests are no installed package
+from ..rows import pair_files, prompts_file, turns_file  # noqa: TID252 - tests are no installed package
 from .test_preference import history
 from .test_ranks import on_ranks, run
 
@@ -59,6 +59,23 @@ def test_what_is_rewarded_becomes_likelier(reinforcement, prompts, tmp_path: Pat
     assert "reward" in (tmp_path / "a/curves.svg").read_text()
 
 
+def test_prompts_without_an_answer_are_judged_by_their_reference(
+    reinforcement, undecided, prompts, tmp_path: Path
+) -> None:
+    asked = [(f"order {n}", "no") for n in range(12)]
+    alone = {
+        "train": [prompts_file(undecided, tmp_path / "train-alone.parquet", asked)],
+        "validation": [prompts_file(undecided, tmp_path / "validation-alone.parquet", asked[:4])],
+    }
+    for name, splits in (("answered", prompts), ("alone", alone)):
+        train_in_process(reinforcement(max_steps=5), splits, Seat(), output=Location.at(tmp_path / name))
+    for metric in ("reward", "loss", "eval_reward"):
+        assert history(tmp_path / "alone", metric) == pytest.approx(history(tmp_path / "answered", metric), abs=1e-6)
+    unjudged = prompts_file(undecided, tmp_path / "unjudged.parquet", [*asked, ("order 4", None), ("order 5", None)])
+    with pytest.raises(DataError, match=r"2 of 14 train rows \(the first is row 13\) have neither an answer nor a"):
+        train_in_process(reinforcement(), {**alone, "train": [unjudged]}, Seat(), output=None)
+
+
 def test_a_reward_model_judges_as_well(reinforcement, undecided, prompts, tmp_path: Path) -> None:
     pairs = pair_files(undecided, tmp_path, train=18, validation=4)  # yes before no
     settings = {"method": "full", "learning_rate": 2e-3, "num_train_epochs": 4, "per_device_train_batch_size": 6}
@@ -67,7 +84,8 @@ def test_a_reward_model_judges_as_well(reinforcement, undecided, prompts, tmp_pa
     train_in_process(config, pairs, Seat(), output=Location.at(tmp_path / "reward"))
     assert history(tmp_path / "reward", "eval_reward_accuracy")[-1] == 1
     judged = reinforcement(reward_metric=None, reward_model_path=str(tmp_path / "reward"))
-    train_in_process(judged, prompts, Seat(), output=Location.at(tmp_path / "a"))
+    asked = [prompts_file(undecided, tmp_path / "asked.parquet", [(f"order {n}", None) for n in range(12)])]
+    train_in_process(judged, {**prompts, "train": asked}, Seat(), output=Location.at(tmp_path / "a"))
     rewards = history(tmp_path / "a", "reward")
     assert fmean(rewards[-8:]) > rewards[0] + 0.3
 
