@@ -63,7 +63,12 @@ class HarnessConfig(Config):
 class MeasureConfig(Config):
     """What every evaluation is told, of one model or of several."""
 
-    not_identity: ClassVar[frozenset[str]] = Config.not_identity | {"num_actors", "endpoint", "max_unanswered"}
+    not_identity: ClassVar[frozenset[str]] = Config.not_identity | {
+        "num_actors",
+        "endpoint",
+        "max_unanswered",
+        "reward_model_path",
+    }
 
     dataset_path: str = Field(min_length=1)
     """A dataset that `prepare` made, or a JSONL or Parquet file with a `messages` column."""
@@ -99,6 +104,9 @@ class MeasureConfig(Config):
     custom_functions: dict[str, str] = Field(default_factory=dict)
     """The functions of the metric custom by name, as ``package.module:function``; each takes answer and reference and
     gives a number, the higher the better. The first one's mean stands for the metric."""
+    reward_model_path: str | None = None
+    """The model that the metric reward asks (`raytune-ft reward` trains one): a folder, artifact, URI or hub id. It
+    reads the answers by its own chat template, so it may have other tokens than the models."""
     allow_leak: bool = False
     """Whether to go on, with a note in the report, where a model was trained on some of these rows."""
     near_duplicate: float = Field(0.8, gt=0.0, le=1.0)
@@ -136,6 +144,8 @@ class MeasureConfig(Config):
             raise ValueError("metrics has json_schema, which needs a schema in json_schema")
         if EvaluationMetric.CUSTOM in self.metrics and not self.custom_functions:
             raise ValueError("metrics has custom, which needs a function in custom_functions")
+        if (EvaluationMetric.REWARD in self.metrics) != (self.reward_model_path is not None):
+            raise ValueError("the metric reward and a reward model in reward_model_path belong together; give both")
         return self
 
 

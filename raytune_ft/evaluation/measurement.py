@@ -14,7 +14,7 @@ from raytune_ft.evaluation.statistics import interval
 
 Metrics = Mapping[EvaluationMetric, RowMetric]
 
-_FIELDS = {"predictions": "answer", "references": "reference"}
+_FIELDS = {"predictions": "answer", "references": "reference", "rewards": "reward"}
 """Which field of an `Answer` a metric means by the name of its input, where they differ."""
 
 

@@ -37,6 +37,7 @@ class EvaluationMetric(StrEnum):
     JSON_SCHEMA = "json_schema"
     LENGTH = "length"
     REPETITION = "repetition"
+    REWARD = "reward"
     CUSTOM = "custom"
 
     @property
@@ -57,7 +58,7 @@ class EvaluationMetric(StrEnum):
     @property
     def needs_references(self) -> bool:
         """Whether a row must say what the right answer is."""
-        return self not in {EvaluationMetric.JSON_SCHEMA, EvaluationMetric.REPETITION}
+        return self not in {EvaluationMetric.JSON_SCHEMA, EvaluationMetric.REPETITION, EvaluationMetric.REWARD}
 
 
 _FACTS = {
@@ -117,6 +118,9 @@ _FACTS = {
     ),
     EvaluationMetric.REPETITION: MetricFacts(
         "repetition", "Repetition", True, None, "share of an answer's four-word sequences that stood in it before"
+    ),
+    EvaluationMetric.REWARD: MetricFacts(
+        "reward", "Reward", False, None, "mean score that the reward model of the settings gives the answers"
     ),
     EvaluationMetric.CUSTOM: MetricFacts(
         "custom", "Custom", False, None, "mean score of the function that the settings name"

@@ -107,6 +107,24 @@ class ExactMatch(ExtractingMetric):
         return given is not None and canonical(given) == canonical(wanted)
 
 
+class Reward(RowMetric):
+    """Mean of what a reward model gives the answers."""
+
+    name_in_settings = EvaluationMetric.REWARD
+
+    def _info(self) -> Any:
+        return self._described({"rewards": datasets.Value("float64")})
+
+    def columns(self, **rows: Sequence[Any]) -> Columns:
+        """The rewards, and `rows` (1 each)."""
+        given = np.asarray(rows["rewards"], float)
+        return {"reward": given, "rows": np.ones(len(given))}
+
+    def values(self, sums: Columns) -> Values:
+        """`reward`."""
+        return {"reward": ratio(sums["reward"], sums["rows"])}
+
+
 class TokenF1(RowMetric):
     """Mean over rows of precision, recall and F1 of the words shared by answer and reference, and the F1 over all
     words (micro).
@@ -264,7 +282,7 @@ METRICS: dict[EvaluationMetric, type[RowMetric]] = {
     metric.name_in_settings: metric
     for metric in (
         *(Perplexity, Accuracy, ExactMatch, TokenF1, FieldF1, ValidJson, Rouge, Bleu, Chrf, LabelF1, SetF1),
-        *(ChoiceAccuracy, Calibration, JsonSchema, Length, Repetition, Custom),
+        *(ChoiceAccuracy, Calibration, JsonSchema, Length, Repetition, Reward, Custom),
     )
 }
 

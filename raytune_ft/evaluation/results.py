@@ -47,6 +47,8 @@ class Answer:
     """More than 1 where the row is longer than the model's context and was scored in overlapping windows."""
     choices: list[dict[str, Any]] | None = None
     """The answers to choose from, each with its text, nats and bytes."""
+    reward: float | None = None
+    """What the reward model of the settings gives the answer."""
     scores: dict[str, float] = field(default_factory=dict)
     """Per metric the headline of this row taken alone."""
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -36,11 +36,13 @@ from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.report import generate_evaluation_report, write_report
 from raytune_ft.evaluation.results import ComparisonResult, EvaluationResult, ModelScores, read_result, write_answers
+from raytune_ft.evaluation.rewards import refuse_writer, rewarded
 from raytune_ft.evaluation.row_metric import RowMetric
 from raytune_ft.evaluation.rows import EvaluationRows, check_rows, read_rows
 from raytune_ft.evaluation.slices import slice_fields, sliced
 from raytune_ft.evaluation.workload import Target, parent_of, refuse_likelihoods, targets_of, workload_of
 from raytune_ft.models.config import DecodingConfig, Precision
+from raytune_ft.models.loading import model_parent
 
 __all__ = ["ModelEvaluator", "compare", "compare_models", "evaluate", "generate_evaluation_report"]
 
@@ -141,12 +143,16 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
     if config.harness is not None:
         require_harness(config.harness)
     parents = {target.label: parent_of(target, role=target.label) for target in targets}
+    judges = []
+    if config.reward_model_path is not None:
+        refuse_writer(config.reward_model_path)
+        judges.append(model_parent(config.reward_model_path, "reward model"))
     draft = begin(
         config.output_dir,
         ArtifactKind.REPORT,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[*parents.values(), rows.parent],
+        parents=[*parents.values(), *judges, rows.parent],
         keep=(PIECES,),
     )
     if draft.finished is not None:
@@ -159,6 +165,11 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         ask(rows.records, targets, work, kept, num_actors=config.num_actors, what="evaluation")
         blanks = [ModelScores(t.label, models[t.label], parents[t.label].digest, {}, {}) for t in targets]
         scored, missing = _answered(config, rows, kept, blanks)
+        if config.reward_model_path is not None:
+            unanswered = {row.position for row in missing}
+            judged = [record for place, record in enumerate(rows.records) if place not in unanswered]
+            given = (config.reward_model_path, config.precision, draft.location.parent)
+            scored = rewarded(scored, judged, *given)
         scored = [measured(model, metrics, seed=config.seed) for model in scored]
         for model in scored:
             write_answers(draft.folder / model.file, model.answers)

@@ -16,9 +16,10 @@ from raytune_ft.training.goal import Goal
 
 OF_ANSWERS = frozenset(metric for metric in EvaluationMetric if metric.needs_answers) - {
     EvaluationMetric.JSON_SCHEMA,
+    EvaluationMetric.REWARD,
     EvaluationMetric.CUSTOM,
 }
-"""Metrics that need nothing but answers and references; a schema or a function has no place in these settings."""
+"""Metrics that need nothing but answers and references; what else they need has no place in these settings."""
 
 
 class FineTuningMethod(StrEnum):

@@ -1,0 +1,114 @@
+"""What a reward model gives the answers: the models' own, once all of them have answered."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from raytune_ft.core.errors import DataError, ModelError
+from raytune_ft.core.records import Message, Record
+from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.inference import on_worker
+from raytune_ft.evaluation.results import ModelScores
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.config import Precision
+from raytune_ft.models.loading import gives_scores, resolve_model, shared_model
+
+logger = logging.getLogger("raytune_ft")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt and an answer to it, which was cut off or ended."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    cut_off: bool = False
+    tools: str | None = None
+
+
+def refuse_writer(reward_model: str) -> None:
+    """Checks, before anything is asked, that a model gives scores.
+
+    Raises:
+        ModelError: if it writes text, or there is none.
+    """
+    if not gives_scores(resolve_model(reward_model)):
+        raise ModelError(
+            f"reward_model_path: {reward_model} writes text; a reward model gives scores (`raytune-ft reward` trains "
+            "one)"
+        )
+
+
+def rewarded(
+    models: Sequence[ModelScores], records: Sequence[Record], reward_model: str, precision: Precision, storage: Location
+) -> list[ModelScores]:
+    """The models with a reward for each of their answers.
+
+    Args:
+        models: with their answers to `records`, in this order.
+        records: what was asked.
+        reward_model: folder, artifact, URI or hub id.
+        precision: of its weights.
+        storage: where the nodes find what lies in this machine's cache.
+
+    Raises:
+        DataError: if a conversation is longer than the reward model's context, or a reward is no number.
+        ModelError: if the reward model cannot be loaded.
+    """
+    asked = [
+        Judged(record.prompt, answer.answer or "", answer.finish_reason == "length", record.tools)
+        for model in models
+        for record, answer in zip(records, model.answers, strict=True)
+    ]
+    logger.info("Evaluation: %d answers are judged by the reward model %s", len(asked), reward_model)
+    given = iter(on_worker(rewards_of, shared_model(reward_model, storage), precision, asked))
+    return [
+        replace(model, answers=tuple(replace(answer, reward=next(given)) for answer in model.answers))
+        for model in models
+    ]
+
+
+def rewards_of(reward_model: str, precision: Precision, judged: Sequence[Judged]) -> list[float]:
+    """The reward of each answer, in order; run where the weights are to be loaded.
+
+    Raises:
+        DataError: see `rewarded`.
+        ModelError: if the model cannot be loaded.
+    """
+    import torch
+
+    from raytune_ft.core.cluster import usable_cpus
+    from raytune_ft.models.rewarding import load_reward_model, rewards
+    from raytune_ft.models.scoring import context_tokens
+
+    torch.set_num_threads(usable_cpus())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_reward_model(reward_model, precision=precision, device=device)
+    rows = [conversation_ids(loaded.chat, one) for one in judged]
+    context = context_tokens(loaded.model)
+    longest = max(map(len, rows), default=0)
+    if context is not None and longest > context:
+        raise DataError(
+            f"reward: a prompt with its answer has {longest} tokens, and the reward model {reward_model} takes "
+            f"{context}; leave long rows out, lower decoding.max_new_tokens, or give another reward model"
+        )
+    found = rewards(loaded, rows)
+    bad = [reward for reward in found if not math.isfinite(reward)]
+    if bad:
+        raise DataError(f"reward: {len(bad)} of {len(found)} rewards are no numbers; check {reward_model} for NaN")
+    return found
+
+
+def conversation_ids(chat: Chat, judged: Judged) -> list[int]:
+    """Token ids of prompt and answer as the template writes them; a cut-off answer is without what would end it."""
+    messages = (*judged.prompt, Message("assistant", judged.answer))
+    ids: list[int] = list(
+        chat.tokenizer(chat.render(messages, tools=judged.tools), add_special_tokens=False)["input_ids"]
+    )
+    if judged.cut_off:
+        last = max((place for place, token in enumerate(ids) if token in chat.stop_ids), default=len(ids))
+        return ids[:last]
+    return ids
