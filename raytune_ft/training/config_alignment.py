@@ -193,3 +193,12 @@ class ReinforcementConfig(FineTuningConfig):
     def loss_has_level(self) -> bool:
         """It has not: advantages are around 0 however good the answers are."""
         return False
+
+
+OBJECTIVES: dict[str, type[FineTuningConfig]] = {
+    "train": FineTuningConfig,
+    "align": PreferenceConfig,
+    "reward": RewardConfig,
+    "reinforce": ReinforcementConfig,
+}
+"""The settings of each kind of training that a sweep may search, by its verb."""

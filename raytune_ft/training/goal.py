@@ -10,7 +10,7 @@ from typing import Literal
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 
 _TITLES = {"eval_loss": "validation loss", "eval_perplexity": "validation perplexity", "loss": "training loss"}
-_OF_REWARDS = {
+OF_REWARDS = {
     "eval_reward_accuracy": ("share of validation pairs ranked right", True),
     "eval_reward_margin": ("reward margin of validation pairs", True),
     "eval_chosen_reward": ("reward of the chosen answers", True),
@@ -36,8 +36,8 @@ class Goal:
         """
         if metric in _TITLES:
             return cls(metric)
-        if metric in _OF_REWARDS:
-            return cls(metric, higher=_OF_REWARDS[metric][1])
+        if metric in OF_REWARDS:
+            return cls(metric, higher=OF_REWARDS[metric][1])
         return cls(metric, higher=not EvaluationMetric(metric.removeprefix("eval_")).facts.lower_is_better)
 
     @property
@@ -55,8 +55,8 @@ class Goal:
         """The number in words."""
         if self.is_loss:
             return _TITLES[self.metric]
-        if self.metric in _OF_REWARDS:
-            return _OF_REWARDS[self.metric][0]
+        if self.metric in OF_REWARDS:
+            return OF_REWARDS[self.metric][0]
         return f"{EvaluationMetric(self.metric.removeprefix('eval_')).facts.title} of answers"
 
     @property

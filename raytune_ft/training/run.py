@@ -104,17 +104,12 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
     output = Location.at(config.output_dir)
     refuse_other_batch(config, output)
     connected = cluster.connect()
-    students = [model_parent(shared_model(config.model_path, output.parent))] if config.model_path else []
-    if config.adapter_path is not None:
-        students.append(model_parent(config.adapter_path, "adapter"))
-    if isinstance(config, ReinforcementConfig) and config.reward_model_path is not None:
-        students.append(model_parent(config.reward_model_path, "reward model"))
     draft = begin(
         output,
         ArtifactKind.MODEL,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[*students, *teachers, data_parent(config.dataset_path)],
+        parents=[*model_parents(config, output.parent), *teachers, data_parent(config.dataset_path)],
         keep=(CHECKPOINTS,),
     )
     if draft.finished:
@@ -128,11 +123,7 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
             config = config.with_overrides(cpus_per_worker=connected.share(worker_demand(config, use_gpu=False)))
         connected.admit(ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = _with_starting_model(config, output)
-        splits = tokenized_splits(ready.dataset_path, ready.model_path, output / "tokens", max_length=ready.max_length)
-        if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
-            refuse_unrated(splits, config.dataset_path)
-        elif isinstance(config, PreferenceConfig | RewardConfig):
-            refuse_unpaired(splits, config.dataset_path)
+        splits = splits_of(ready, output / "tokens")
         run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)
         for leftover in (RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):
@@ -154,14 +145,54 @@ def refuse_other_batch(config: FineTuningConfig, output: Location) -> None:
         raise ArtifactError(other_batch(int(wanted), f"{output}: the run that was begun here", config))
 
 
-def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuningConfig:
-    """The settings with a model that every node can load; a student is made of its teacher's layers first."""
+def splits_of(config: FineTuningConfig, where: Location) -> dict[str, list[str]]:
+    """Parquet files of each split, tokenized for a run's model, and checked to be what the run learns from.
+
+    Args:
+        config: the run's settings.
+        where: the folder for what has to be tokenized.
+
+    Raises:
+        DataError: if no row is left, or rows are not of the kind that the settings want.
+    """
+    splits = tokenized_splits(
+        config.dataset_path,
+        config.model_path,
+        where,
+        max_length=config.max_length,
+        prompts=isinstance(config, ReinforcementConfig),
+    )
+    if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
+        refuse_unrated(splits, config.dataset_path)
+    elif isinstance(config, PreferenceConfig | RewardConfig):
+        refuse_unpaired(splits, config.dataset_path)
+    return splits
+
+
+def model_parents(config: FineTuningConfig, storage: Location) -> list[Parent]:
+    """The manifest's entries for the models that a run starts from, and for the one that judges its answers."""
+    found = [model_parent(shared_model(config.model_path, storage))] if config.model_path else []
     if config.adapter_path is not None:
-        config = config.with_overrides(adapter_path=shared_model(config.adapter_path, output.parent))
+        found.append(model_parent(config.adapter_path, "adapter"))
     if isinstance(config, ReinforcementConfig) and config.reward_model_path is not None:
-        config = config.with_overrides(reward_model_path=shared_model(config.reward_model_path, output.parent))
+        found.append(model_parent(config.reward_model_path, "reward model"))
+    return found
+
+
+def reachable(config: FineTuningConfig, storage: Location) -> FineTuningConfig:
+    """The settings with models that every node can load."""
+    changes = {"adapter_path": config.adapter_path, "model_path": config.model_path or None}
+    if isinstance(config, ReinforcementConfig):
+        changes["reward_model_path"] = config.reward_model_path
+    shared = {name: shared_model(path, storage) for name, path in changes.items() if path is not None}
+    return config.with_overrides(**shared)
+
+
+def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuningConfig:
+    """The settings with models that every node can load; a student is made of its teacher's layers first."""
+    config = reachable(config, output.parent)
     if not isinstance(config, DistillationConfig) or config.student_layers is None:
-        return config.with_overrides(model_path=shared_model(config.model_path, output.parent))
+        return config
     from raytune_ft.training.distill import write_student
 
     student = output / _STUDENT

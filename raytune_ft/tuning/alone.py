@@ -24,7 +24,7 @@ from raytune_ft.training.folder import CHECKPOINTS, SUMMARY
 from raytune_ft.training.goal import Goal
 from raytune_ft.training.run import RAY_STATE, Reported, run_workers, worker_demand
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.own import Own, as_trial
+from raytune_ft.tuning.own import Own
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import settings_at
 
@@ -63,7 +63,7 @@ def on_workers(space: dict[str, Any], *, settings: dict[str, Any], own: Own, goa
     """One trial on Ray Train workers: this process only drives it, and passes its evaluations on to Tune."""
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    config = as_trial({**settings, **settings_at(space, settings)})
+    config = own.trial({**settings, **settings_at(space, settings)})
     where = own.folder(str(ray_tune.get_context().get_trial_id()))
     reported = Reported(callbacks=(TuneReportCallback(),))
     with _told_if_infeasible(goal):
@@ -121,7 +121,7 @@ def _forget_after(step: int, folder: Location) -> None:
 
 def _write_model(config: SweepConfig, own: Own, trial: Trial, step: int, output: Location) -> None:
     """Ends a stopped trial's run at a step that was saved: no step is made, and its best weights are written."""
-    ended = as_trial({**config.training.model_dump(mode="json"), **trial.settings, "max_steps": step})
+    ended = own.trial({**config.training.model_dump(mode="json"), **trial.settings, "max_steps": step})
     if ended.num_workers > 1:
         (output / RAY_STATE).delete()
         run_workers(ended, own.splits[ended.max_length], output, use_gpu=own.gpus > 0)

@@ -58,7 +58,7 @@ class Ground:
         config, apart = self.config, homes.apart(self.config, self.packs)
         one = homes.own_runs(config, 1, use_gpu=self._use_gpu)
         device = "cuda" if self._use_gpu else "cpu"
-        own = Own(self.splits, (self.output / TRIALS).uri, device, one.cpus, one.threads)
+        own = Own(self.splits, (self.output / TRIALS).uri, device, one.cpus, one.threads, config.objective)
         best = self.output / BEST
         if config.training.num_workers > 1:
             trainable, together = alone.start_on_workers(config, own, self.connected, self.trials)

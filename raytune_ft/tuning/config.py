@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, WrapValidator, model_validator
 
 from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.goal import Goal
+from raytune_ft.training.config_alignment import OBJECTIVES
+from raytune_ft.training.goal import OF_REWARDS, Goal
 from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, with_guide
+
+_DEFINING = (
+    *("beta", "loss_type", "label_smoothing", "chosen_nll_weight", "desirable_weight", "undesirable_weight"),
+    "center_rewards_weight",
+)
+"""Settings that decide what the loss of an objective is."""
+_DEFINED = frozenset({"loss", "eval_loss", "eval_reward_margin", "eval_chosen_reward"})
+"""What is measured in the units that they decide."""
+
+
+def _by_objective(value: Any, handler: Any, info: ValidationInfo) -> FineTuningConfig:
+    """The training settings as the verb has them that `objective` names."""
+    kind = OBJECTIVES.get(info.data.get("objective", ""))
+    return handler(value) if kind is None else kind.model_validate(value)
 
 
 class SweepConfig(Config):
@@ -21,7 +36,9 @@ class SweepConfig(Config):
 
     output_dir: str = Field(min_length=1)
     """Folder or URI of the sweep's artifact."""
-    training: FineTuningConfig
+    objective: Literal["train", "align", "reward", "reinforce"] = "train"
+    """What trials do: the verb whose settings `training` holds. Only those that ``train`` on examples share a base."""
+    training: Annotated[SerializeAsAny[FineTuningConfig], WrapValidator(_by_objective)]
     """What all trials have in common. Its `output_dir` may be left out: trials write below the sweep's."""
     space: Space
     """Training settings to search: a list is a grid; ``{uniform: [low, high]}``, ``loguniform``, ``quniform``
@@ -69,11 +86,13 @@ class SweepConfig(Config):
     def _trials_follow_the_sweep(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and "space" in settings:
             settings = {**settings, "space": with_guide(settings["space"])}
-        if isinstance(settings, dict) and type(settings.get("training")) is FineTuningConfig:
-            settings = {**settings, "training": settings["training"].model_dump(exclude_unset=True)}
+        if isinstance(settings, dict) and isinstance(settings.get("training"), FineTuningConfig):
+            verb = next((verb for verb, kind in OBJECTIVES.items() if type(settings["training"]) is kind), "train")
+            given = settings["training"].model_dump(exclude_unset=True)
+            settings = {"objective": verb, **settings, "training": given}
         if isinstance(settings, dict) and isinstance(settings.get("training"), dict):
             training = {"output_dir": f"{settings.get('output_dir', '')}/trials", **settings["training"]}
-            measured = {"eval_perplexity"}
+            measured = {"eval_perplexity"} if settings.get("objective", "train") == "train" else set(OF_REWARDS)
             if training.get("eval_generation_rows"):
                 measured.add(f"eval_{training.get('eval_generation_metric', 'exact_match')}")
             if settings.get("metric") in measured:
@@ -102,7 +121,18 @@ class SweepConfig(Config):
             raise ValueError("repeat_top: repeats settings with fresh seeds, but the space searches the seed; drop one")
         self._refuse_unused()
         self._refuse_other_metric()
+        self._refuse_other_losses()
         return self
+
+    def _refuse_other_losses(self) -> None:
+        """Trials whose losses are different quantities cannot be compared by them."""
+        changed = [key for key in _DEFINING if key in self.space]
+        if changed and self.metric in _DEFINED:
+            left = [name for name in self.training.evaluated_metrics if name not in _DEFINED]
+            raise ValueError(
+                f"metric: {self.metric} is another quantity for every {changed[0]}, which the space searches: trials "
+                f"cannot be compared by it; take {' or '.join(left) or 'another objective'}"
+            )
 
     def _refuse_unused(self) -> None:
         """Settings of a training run that trials would leave without effect."""
@@ -125,7 +155,7 @@ class SweepConfig(Config):
 
     def _is_set(self, key: str) -> bool:
         """Whether a training setting is another than where nothing is said."""
-        return bool(getattr(self.training, key) != FineTuningConfig.model_fields[key].get_default())
+        return bool(getattr(self.training, key) != type(self.training).model_fields[key].get_default())
 
     def _refuse_other_metric(self) -> None:
         known = ("loss", *self.training.evaluated_metrics)

@@ -26,6 +26,8 @@ def apart(config: SweepConfig, packs: Packs) -> dict[str, str]:
     """The packs whose trials share no base, as far as settings tell, by their names, and why."""
     if config.packed == "never":
         return dict.fromkeys(packs.settings, "packed: never")
+    if config.objective != "train":
+        return dict.fromkeys(packs.settings, f"objective: {config.objective}; a shared base is for trials on examples")
     if config.training.num_workers > 1:
         why = f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
         return dict.fromkeys(packs.settings, why)

@@ -14,6 +14,7 @@ from typing import Any
 from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.reporting import EvaluationReport
 
 Splits = Mapping[int, dict[str, list[str]]]
@@ -29,6 +30,7 @@ class Own:
     device: str
     cpus: float
     threads: int
+    objective: str = "train"
 
     @property
     def gpus(self) -> int:
@@ -37,7 +39,17 @@ class Own:
 
     def start(self, name: str, settings: Mapping[str, Any]) -> OwnRun:
         """The run of a trial; it goes on from its newest checkpoint, if it has one."""
-        return OwnRun(self, as_trial(settings), self.folder(name))
+        return OwnRun(self, self.trial(settings), self.folder(name))
+
+    def trial(self, settings: Mapping[str, Any]) -> FineTuningConfig:
+        """A trial's settings for a run of its own: it saves where it is evaluated, and leaves trackers to the sweep.
+
+        It may be stopped with an evaluation that was saved and not heard of: the state before stays, too.
+        """
+        config = OBJECTIVES[self.objective](**settings)
+        return config.with_overrides(
+            save_strategy=config.eval_strategy, save_steps=config.eval_steps, save_total_limit=2, report_to=[]
+        )
 
     def folder(self, name: str) -> Location:
         """Where a trial keeps its checkpoints and leaves its model."""
@@ -52,17 +64,6 @@ class Own:
         torch.set_num_threads(self.threads)  # a thread's own setting, where OpenMP keeps one
         seat = Seat(device=self.device)
         train_in_process(config, self.splits[config.max_length], seat, output=output, report=report, golden=False)
-
-
-def as_trial(settings: Mapping[str, Any]) -> FineTuningConfig:
-    """A trial's settings for a run of its own: it saves where it is evaluated, and leaves trackers to the sweep.
-
-    It may be stopped with an evaluation that was saved and not heard of: the state before stays, too.
-    """
-    config = FineTuningConfig(**settings)
-    return config.with_overrides(
-        save_strategy=config.eval_strategy, save_steps=config.eval_steps, save_total_limit=2, report_to=[]
-    )
 
 
 class _LeftError(Exception):

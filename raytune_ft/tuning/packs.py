@@ -42,7 +42,7 @@ class Packs:
             try:
                 found[name] = training.with_overrides(**chosen)
             except ConfigError as error:
-                said = str(error).removeprefix("FineTuningConfig: ")
+                said = str(error).removeprefix(f"{type(training).__name__}: ")
                 raise ConfigError(f"space: {name} do not go together: {said}") from None
         return cls(keys, found)
 

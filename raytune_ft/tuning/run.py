@@ -18,9 +18,7 @@ from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
-from raytune_ft.data.run import tokenized_splits
-from raytune_ft.models.loading import model_parent, shared_model
-from raytune_ft.training.run import data_parent
+from raytune_ft.training.run import data_parent, model_parents, reachable, splits_of
 from raytune_ft.training.trackers import Trackers, refuse_missing
 from raytune_ft.tuning import homes
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
@@ -66,13 +64,12 @@ def tune(config: SweepConfig) -> Artifact:
     homes.refuse_pausing(config, homes.apart(config, Packs.of(config.space, config.training)))
     connected = cluster.connect()
     output = Location.at(config.output_dir)
-    model_path = shared_model(config.training.model_path, output.parent)
     draft = begin(
         output,
         ArtifactKind.SWEEP,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[model_parent(model_path), data_parent(config.training.dataset_path)],
+        parents=[*model_parents(config.training, output.parent), data_parent(config.training.dataset_path)],
         keep=_KEPT,
     )
     if draft.finished:
@@ -80,12 +77,10 @@ def tune(config: SweepConfig) -> Artifact:
         return draft.finished
     tracked = Tracked(tuple(config.training.report_to), output, config.training.resolved())
     with draft, tracked.sweep(config.resolved()) as told:
-        config = config.model_copy(update={"training": config.training.with_overrides(model_path=model_path)})
+        config = config.model_copy(update={"training": reachable(config.training, output.parent)})
         packs = Packs.of(config.space, config.training)
         splits = {
-            most: tokenized_splits(
-                config.training.dataset_path, model_path, output / "tokens" / str(most), max_length=most
-            )
+            most: splits_of(config.training.with_overrides(max_length=most), output / "tokens" / str(most))
             for most in packs.lengths()
         }
         trials = config.num_trials or grid_size(config.space)

@@ -10,6 +10,7 @@ from pydantic import Field
 from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import PreferenceConfig
 
 OF_WORKERS = ("cpus_per_worker", "zero_stage", "offload", "deepspeed_config")
 """Training settings that trials on one worker have no use for."""
@@ -23,6 +24,7 @@ _FIXED = {
     "max_tokens_per_micro_batch",
     *(*OF_WORKERS, *OF_RUNS),
     *("eval_generation_rows", "eval_generation_metric", "metric_for_best_model"),
+    *("reward_model_path", "reward_metric", "max_new_tokens"),
 }
 
 
@@ -132,9 +134,10 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
     Raises:
         ValueError: if a key is unknown or cannot be searched, has no values, or has a value that is not valid.
     """
+    kind = type(training)
     for key, choice in space.items():
-        if key not in FineTuningConfig.model_fields:
-            near = difflib.get_close_matches(key, list(FineTuningConfig.model_fields), n=1)
+        if key not in kind.model_fields:
+            near = difflib.get_close_matches(key, list(kind.model_fields), n=1)
             raise ValueError(f"space.{key}: is no training setting" + (f"; did you mean {near[0]}?" if near else ""))
         if key in _FIXED:
             raise ValueError(f"space.{key}: cannot be searched; all trials of a sweep share it")
@@ -151,7 +154,13 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
             try:
                 training.with_overrides(**{key: value})
             except ConfigError as error:
-                raise ValueError(f"space.{str(error).removeprefix('FineTuningConfig: ')}") from None
+                raise ValueError(f"space.{str(error).removeprefix(f'{kind.__name__}: ')}") from None
+        rated = isinstance(training, PreferenceConfig) and training.loss_type == "kto"
+        if key == "loss_type" and any((value == "kto") != rated for value in values):
+            raise ValueError(
+                "space.loss_type: kto learns from rated answers, the others from pairs; search values of the kind that "
+                "training.loss_type is"
+            )
 
 
 def grid_size(space: dict[str, Domain]) -> int:
