@@ -17,8 +17,8 @@ class ABTestConfig(Config):
     batch. Which variant a request gets depends on the test's name, `salt` and the request's subject alone: it is the
     same on every replica and after a restart.
 
-    A request's subject is its field ``user``, else its ``safety_identifier``. Without either, every request is a
-    subject of its own, drawn at random, and the log says so.
+    A request's subject is its field ``user``, else its ``safety_identifier``, else its header `subject_header`. Without
+    any, every request is a subject of its own, drawn at random, and the log says so.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
@@ -34,6 +34,8 @@ class ABTestConfig(Config):
     prompts nor answers nor user ids. On a disk that the replicas' machines have mounted; `raytune-ft ab` reads it."""
     model: str | None = Field(None, min_length=1)
     """The model id whose requests are split; by default the endpoint's own name."""
+    subject_header: str | None = Field(None, pattern=r"^[A-Za-z0-9-]+$")
+    """HTTP header that names the subject where the request's fields do not, as a gateway before the endpoint sets."""
     salt: SecretStr = SecretStr("")
     """Mixed into the hash of subjects. With a secret one, nobody can find known user ids in the log by hashing them."""
 

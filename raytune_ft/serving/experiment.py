@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from raytune_ft.serving.assignment import Assignment, assign
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.config_ab import ABTestConfig
 from raytune_ft.serving.faults import ApiError
-from raytune_ft.serving.feedback import Journal, timestamp
+from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
 
 logger = logging.getLogger("raytune_ft")
@@ -50,10 +50,12 @@ class Experiment:
         self._served, self._tested = config.served_name, config.tested_name
         self._journal = Journal(self._test.log_path, f"exposures-{metrics.replica}") if self._test else None
 
-    def enter(self, model: str, subject: str | None) -> Exposure | None:
+    def enter(self, model: str, subject: str | None, headers: Mapping[str, str]) -> Exposure | None:
         """The exposure of a request for `model`; None for a request that is outside of any test."""
         if self._test is None or model != self._tested:
             return None
+        if subject is None and self._test.subject_header is not None:
+            subject = headers.get(self._test.subject_header) or None
         assigned = assign(self._test, subject)
         return Exposure(assigned, f"{self._served}:{assigned.variant}")
 
@@ -99,6 +101,13 @@ class Experiment:
             "completion_tokens": sum(choice.tokens for choice in choices),
         }
         await asyncio.to_thread(self._append, {**self._line(exposure, 200), **ends})
+
+    def judged(self, feedback: Feedback) -> None:
+        """Counts the feedback on an answer of one of the variants, which it names as the answer's ``model``."""
+        test = self._test
+        served, _, variant = (feedback.model or "").rpartition(":")
+        if test is not None and served == self._served and variant in test.variants:
+            self._metrics.ab_feedback.labels(self._metrics.replica, test.name, variant, feedback.verdict).inc()
 
     def close(self) -> None:
         """Closes the file."""

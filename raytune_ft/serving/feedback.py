@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from raytune_ft.serving.faults import ApiError
 
 _LONGEST = 1 << 20
+_MIDDLE = 3
+"""A rating from 1 to 5 that is neither good nor bad."""
 
 
 class Turn(BaseModel):
@@ -56,6 +58,15 @@ class Feedback(BaseModel):
         if self.response is None and self.preferred is None:
             raise ValueError("response: the answer that is judged is needed")
         return self
+
+    @property
+    def verdict(self) -> Literal["good", "bad", "neither"]:
+        """What it says of the answer: by its rating, or bad, if it is only corrected; a pair says it of neither."""
+        if self.rating is None:
+            return "bad" if self.correction else "neither"
+        if isinstance(self.rating, int):
+            return "good" if self.rating > _MIDDLE else "bad" if self.rating < _MIDDLE else "neither"
+        return "good" if self.rating == "up" else "bad"
 
     def record(self) -> dict[str, Any]:
         """The line of the feedback file.

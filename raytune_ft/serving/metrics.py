@@ -33,6 +33,10 @@ class Metrics:
             "raytune_ft_ab_requests", "Requests of an A/B test, by variant and HTTP status.", (*_TEST_LABELS, "status"),
             registry=self.registry,
         )  # fmt: skip
+        self.ab_feedback = Counter(
+            "raytune_ft_ab_feedback", "Feedback on answers of an A/B test, by variant and verdict.",
+            (*_TEST_LABELS, "verdict"), registry=self.registry,
+        )  # fmt: skip
         self.ab_lost = Counter(
             "raytune_ft_ab_lost", "Lines of an A/B test's log that could not be written.", ("replica",),
             registry=self.registry,

@@ -102,7 +102,7 @@ def _add_errors(api: FastAPI) -> None:
 
 def _add_answers(api: FastAPI, service: Service) -> None:
     async def answered(make: Make, body: Any, request: Request) -> Response:
-        exposure = service.experiment.enter(body.model, body.subject)
+        exposure = service.experiment.enter(body.model, body.subject, request.headers)
         headers = service.experiment.headers(exposure)
         with service.experiment.watched(exposure):
             job = await make(body, request.state, exposure)

@@ -175,6 +175,7 @@ class Service:
         except OSError as error:
             raise ApiError(503, f"the feedback could not be written: {error.strerror}", kind="server_error") from None
         self.metrics.feedback.labels(self.replica).inc()
+        self.experiment.judged(feedback)
 
     def close(self) -> None:
         """Ends the engine and closes the files."""

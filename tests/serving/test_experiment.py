@@ -44,7 +44,9 @@ def tested(
             "name": "spring",
             "variants": {"base": 0.5, "a": 0.5},
             "log_path": str(tmp_path_factory.mktemp("kept") / "ab"),
+            "subject_header": "X-User",
         },
+        feedback_path=str(tmp_path_factory.mktemp("feedback")),
     )
     with serve_here(config) as running:
         yield running
@@ -113,15 +115,16 @@ def test_an_answers_headers_and_its_line_name_test_variant_and_no_user(tested: A
     assert "capital" not in written
 
 
-def test_the_newer_field_for_who_asks_counts_where_user_is_not_given(tested: Any):
+def test_a_newer_field_or_a_gateways_header_says_who_asks_where_user_is_not_given(tested: Any):
     client = tested.client()
     before = len(lines(tested))
-    for options in ({"user": "ada"}, {"extra_body": {"safety_identifier": "ada"}}, {}, {}):
+    named = ({"user": "ada"}, {"extra_body": {"safety_identifier": "ada"}}, {"extra_headers": {"x-user": "ada"}})
+    for options in (*named, {"user": "ada", "extra_headers": {"x-user": "eve"}}, {}, {}):
         ask(client, **options)
-    first, second, third, fourth = lines(tested)[before:]
-    assert first["subject"] == second["subject"]
-    assert [line["sticky"] for line in (first, second, third, fourth)] == [True, True, False, False]
-    assert len({third["subject"], fourth["subject"], first["subject"]}) == 3
+    *of_ada, fifth, sixth = lines(tested)[before:]
+    assert len({line["subject"] for line in of_ada}) == 1
+    assert [line["sticky"] for line in (*of_ada, fifth, sixth)] == [True] * 4 + [False] * 2
+    assert len({fifth["subject"], sixth["subject"], of_ada[0]["subject"]}) == 3
 
 
 def test_streams_and_completions_take_part(tested: Any):
@@ -193,18 +196,37 @@ def test_a_variant_cannot_be_dropped_while_the_test_runs(tested: Any):
     assert "is a variant of the A/B test" in refused.value.read().decode()
 
 
-def test_requests_are_counted_by_variant(tested: Any):
-    def counts() -> float:
-        with urllib.request.urlopen(f"{tested.root}/metrics", timeout=30) as answer:
-            found = answer.read().decode().splitlines()
-        of_a = [line for line in found if line.startswith("raytune_ft_ab_requests_total") and 'variant="a"' in line]
-        return sum(float(line.split()[-1]) for line in of_a)
+def counted(running: Any, name: str, **labels: str) -> float:
+    """The sum of a metric's samples with these labels."""
+    with urllib.request.urlopen(f"{running.root}/metrics", timeout=30) as answer:
+        found = [line for line in answer.read().decode().splitlines() if line.startswith(f"raytune_ft_{name}_total")]
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    return sum(float(line.split()[-1]) for line in found if all(label in line for label in wanted))
 
-    before = counts()
+
+def test_requests_are_counted_by_variant(tested: Any):
+    before = counted(tested, "ab_requests", variant="a")
     ask(tested.client(), user=user_of(tested, "a"))
     ask(tested.client(), user=user_of(tested, "base"))
     ask(tested.client(), model="tiny:a")
-    assert counts() == before + 1
+    assert counted(tested, "ab_requests", variant="a") == before + 1
+
+
+def test_feedback_is_counted_by_the_variant_that_the_answer_names(tested: Any):
+    said = [
+        {"rating": "up"}, {"rating": 5}, {"rating": 1}, {"rating": 3}, {"correction": "Paris."},
+        {"preferred": "Paris", "rejected": "Rome"},
+    ]  # fmt: skip
+    answer = ask(tested.client(), user=user_of(tested, "a"))
+    for judgement in said:
+        for model in (answer.model, "tiny", "tiny:b", None):
+            body = {"messages": ASKED, "response": "x", "model": model, **judgement}
+            request = urllib.request.Request(
+                f"{tested.root}/v1/feedback", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            )
+            assert urllib.request.urlopen(request, timeout=30).status == 201
+    assert [counted(tested, "ab_feedback", verdict=verdict) for verdict in ("good", "bad", "neither")] == [2, 2, 2]
+    assert counted(tested, "ab_feedback", variant="a", test="spring") == 6
 
 
 def test_a_test_under_a_name_of_its_own_leaves_the_models_name_alone(
@@ -302,5 +324,5 @@ def test_the_endpoint_says_what_it_splits_and_that_ratings_will_be_missing(caplo
 
 def test_without_a_test_nobody_is_given_a_variant():
     experiment = Experiment(ServingConfig(model_path="m"), Metrics("r1"))
-    assert experiment.enter("m", "ada") is None
+    assert experiment.enter("m", "ada", {}) is None
     assert experiment.headers(None) == {}

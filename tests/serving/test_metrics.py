@@ -83,6 +83,7 @@ def test_the_dashboard_and_the_alerts_ask_for_series_that_exist(endpoint):
     metrics.feedback.labels("r1").inc(0)
     metrics.ab_requests.labels("r1", "spring", "base", "200").inc(0)
     metrics.ab_duration.labels("r1", "spring", "base")
+    metrics.ab_feedback.labels("r1", "spring", "base", "good").inc(0)
     there = {key[0] for key in samples(endpoint.root)}
     package = files("raytune_ft.serving")
     dashboard = json.loads((package / "grafana.json").read_text(encoding="utf-8"))
