@@ -1,7 +1,7 @@
 """Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
 
 python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--short-steps 15] [--arms peer-one,alone,packed]
-                           [--asha] [--batch 2] [--peer-trials 4] [--halves]
+                           [--asha] [--batch 2] [--peer-trials 4] [--halves] [--eval-rows 64]
 
 Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
 and ``--short-steps``) tell start-up from steady work: what a trial-token costs is the slope between them.
@@ -128,7 +128,7 @@ def scratch_folder(kept: str | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def prepare_rows(base: str, folder: Path) -> Path:
+def prepare_rows(base: str, folder: Path, eval_rows: int = 64) -> Path:
     """The rows as a dataset of ours, made once in a folder; peers read its token columns."""
     if (folder / "dataset" / "manifest.json").exists():
         return folder / "dataset"
@@ -140,7 +140,8 @@ def prepare_rows(base: str, folder: Path) -> Path:
     source = folder / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(ROWS)), encoding="utf-8")
     settings = {"sources": (str(source),), "output_path": str(folder / "dataset"), "model_path": base}
-    prepare(DataCollectionConfig(**settings, validation_split=0.05, test_split=0.0, near_duplicates="keep"))
+    settings["validation_split"] = eval_rows / ROWS
+    prepare(DataCollectionConfig(**settings, test_split=0.0, near_duplicates="keep"))
     return folder / "dataset"
 
 
@@ -319,7 +320,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     with scratch_folder(options.folder) as folder:
         base = make_base(options.base, folder / options.base)
         connect()
-        dataset = prepare_rows(base, folder)
+        dataset = prepare_rows(base, folder, options.eval_rows)
         for turn in range(options.repeats):
             for steps in lengths:
                 for arm in arms:
@@ -396,7 +397,7 @@ def table(
         marked = f"  times scaled from {trials / f['scaled_by']:.0f} trials" if f["scaled_by"] > 1 else ""
         print(f"{arm:12}" + "".join(f"{value:14.1f}" for value in values) + marked)
     result: dict[str, Any] = {"base": options.base, "device": options.device, "trials": trials, "arms": figures}
-    result["batch"] = options.batch
+    result |= {"batch": options.batch, "eval_rows": options.eval_rows}
     if "packed" in figures:
         mine = figures["packed"]
         result["ratios"] = {
@@ -423,6 +424,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
     parser.add_argument("--batch", type=int, default=2, help="rows of a trial's step, of about 120 tokens each")
+    parser.add_argument("--eval-rows", type=int, default=64, help="validation rows; fewer for slow machines")
     parser.add_argument("--folder", help="where base and rows are kept for the next benchmark")
     parser.add_argument("--peer-trials", type=int, help="trials that the peers run, scaled to all; all by default")
     parser.add_argument("--repeats", type=int, default=1)
