@@ -15,6 +15,7 @@ from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
 from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS
 
@@ -22,6 +23,7 @@ FOLDERS = {
     "prepare": "dataset",
     "tune": "sweep",
     "train": "tuned",
+    "align": "aligned",
     "evaluate": "evaluation",
     "prune": "pruned",
     "heal": "healed",
@@ -30,6 +32,12 @@ FOLDERS = {
     "serve": "endpoint",
 }
 """The steps in their order, and the folder of each below the pipeline's storage."""
+
+SHAPE = (
+    *("method", "lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_target_modules"),
+    *("bits", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+)
+"""What an adapter, and the base under it, keep when training goes on from it."""
 
 
 class GateConfig(Config):
@@ -44,7 +52,7 @@ class GateConfig(Config):
 
 
 class PipelineConfig(Config):
-    """Prepare, search, train, evaluate, prune, heal, quantize, measure and serve; a step left out is not done.
+    """Prepare, search, train, align, evaluate, prune, heal, quantize, measure and serve; a step left out is not done.
 
     Every step's folder lies below `storage_path`, and what one step makes is what the next one takes: those paths
     need not (and cannot) be given.
@@ -60,6 +68,9 @@ class PipelineConfig(Config):
     """Search; its `training` says how trials differ from `train`."""
     train: FineTuningConfig
     """Training; the settings that the search found best replace these."""
+    align: PreferenceConfig | None = None
+    """Further training of the tuned model on what people prefer, on data of its own (``align.dataset_path``); all
+    later steps take what it makes. An adapter keeps the shape that it was trained with."""
     evaluate: EvaluationConfig | None = None
     """Evaluation of the base model and the tuned one on the test split."""
     previous_path: str | None = Field(None, min_length=1)
@@ -130,6 +141,7 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
     storage = Location.at(settings["storage_path"])
     places = {name: (storage / name).uri for name in FOLDERS.values()}
     model = settings.get("model_path")
+    tuned = places["tuned" if settings.get("align") is None else "aligned"]
     training = {"model_path": model, "dataset_path": places["dataset"]}
     train = settings.get("train")
     if isinstance(train, Mapping):
@@ -142,35 +154,45 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
         trials = {**(shared if "num_workers" in own else _on_one_worker(shared)), **own, **training}
         trials["output_dir"] = (storage / "sweep" / "trials").uri
         _fill(settings, "tune", output_dir=places["sweep"], training=trials)
+    if isinstance(train, Mapping):
+        _fill(settings, "align", **_going_on(train, places["tuned"]), output_dir=places["aligned"])
     _fill(
         settings,
         "evaluate",
-        model_path=places["tuned"],
+        model_path=tuned,
         base_model_path=model,
         previous_model_path=settings.get("previous_path"),
         dataset_path=places["dataset"],
         output_dir=places["evaluation"],
     )
-    _fill(settings, "prune", model_path=places["tuned"], output_dir=places["pruned"])
+    _fill(settings, "prune", model_path=tuned, output_dir=places["pruned"])
     if isinstance(settings.get("heal"), Mapping):
         healing = {"method": "full", **settings["heal"]}
         settings["heal"] = {**healing, **training, "model_path": places["pruned"], "output_dir": places["healed"]}
     shrunk = next((places[FOLDERS[step]] for step in ("heal", "prune") if settings.get(step) is not None), None)
-    _fill(settings, "quantize", model_path=shrunk or places["tuned"], output_dir=places["quantized"])
+    _fill(settings, "quantize", model_path=shrunk or tuned, output_dir=places["quantized"])
     smaller = [places[FOLDERS[step]] for step in ("prune", "heal", "quantize") if settings.get(step) is not None]
     _fill(
         settings,
         "ladder",
-        model_paths=[places["tuned"], *(smaller or ["none"])],
+        model_paths=[tuned, *(smaller or ["none"])],
         dataset_path=places["dataset"],
         output_dir=places["ladder"],
     )
     _fill(
         settings,
         "serve",
-        model_path=places["quantized"] if settings.get("quantize") is not None else shrunk or places["tuned"],
+        model_path=places["quantized"] if settings.get("quantize") is not None else shrunk or tuned,
     )
     return settings
+
+
+def _going_on(train: Mapping[str, Any], tuned: str) -> dict[str, Any]:
+    """What a training run takes over from the one that it goes on from: its adapter with its shape, or its model."""
+    if train.get("method") == "full":
+        return {"model_path": tuned}
+    shape = {key: train[key] for key in SHAPE if key in train}
+    return {**shape, "model_path": train.get("model_path"), "adapter_path": tuned}
 
 
 def _fill(settings: dict[str, Any], step: str, **joints: Any) -> None:

@@ -32,6 +32,7 @@ class Story:
 
     steps: tuple[Step, ...]
     history: list[dict[str, float]]
+    aligned: list[dict[str, float]]
     sweep: SweepResult | None
     evaluation: EvaluationResult | None
     megabytes: dict[str, float]
@@ -44,10 +45,10 @@ class Story:
             Step(name, artifact.seconds, str(artifact.location), _figures(artifact.numbers))
             for name, artifact in made.items()
         ]
-        lines = (made["train"] / "history.jsonl").read().decode().splitlines()
         return cls(
             steps=tuple(steps),
-            history=[json.loads(line) for line in lines],
+            history=_history(made["train"]),
+            aligned=_history(made["align"]) if "align" in made else [],
             sweep=SweepResult.from_json(made["tune"].read_json("result.json")) if "tune" in made else None,
             evaluation=read_result(made["evaluate"]) if "evaluate" in made else None,
             megabytes=weights_sizes(made),
@@ -71,6 +72,8 @@ def render(story: Story) -> str:
     if story.sweep is not None:
         caption = "The search: a line a trial; a cross where the scheduler stopped it."
         pictures.insert(0, (survival(story.sweep), caption))
+    if story.aligned:
+        pictures.append((plots.losses(story.aligned), "Loss while training on preferences."))
     pictures.append((plots.sizes(story.megabytes), "Weights on disk."))
     images = [(image(svg), caption) for svg, caption in pictures]
     if story.evaluation is None:
@@ -78,6 +81,10 @@ def render(story: Story) -> str:
         return str(page.render(title="From records to a model", story=story, images=images))
     values = {**page_values(story.evaluation), "story": story, "images": images, "title": "From records to an endpoint"}
     return str(page_template("raytune_ft.pipeline", "report.html.j2").render(**values))
+
+
+def _history(artifact: Artifact) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (artifact / "history.jsonl").read().decode().splitlines()]
 
 
 def _weights(artifact: Artifact) -> int:

@@ -27,11 +27,13 @@ from raytune_ft.evaluation.ladder import ladder
 from raytune_ft.evaluation.results import leading_metric, read_result
 from raytune_ft.evaluation.run import evaluate
 from raytune_ft.models.loading import shared_model
-from raytune_ft.pipeline.config import FOLDERS, PipelineConfig
+from raytune_ft.pipeline.config import FOLDERS, SHAPE, PipelineConfig
 from raytune_ft.pipeline.report import Story, render
 from raytune_ft.pipeline.sources import placed
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.run import ModelServer
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.training.run import train
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.run import tune
@@ -90,6 +92,9 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
         training = training.with_overrides(**found.numbers["best_settings"])
     logger.info("train: learning_rate %g, lora_r %d", training.learning_rate, training.lora_r)
     steps.take("train", lambda: train(training))
+    if config.align is not None:
+        aligning = _going_on(config.align, training)
+        steps.take("align", lambda: train(aligning))
     if config.evaluate is not None:
         evaluation = config.evaluate.with_overrides(base_model_path=base)
         steps.take("evaluate", lambda: evaluate(evaluation))
@@ -103,6 +108,14 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
     if decision is not None and not decision.passed:
         raise RunError(f"the new model goes no further: {decision.words} What was measured: {artifact.location}")
     return artifact
+
+
+def _going_on(align: PreferenceConfig, training: FineTuningConfig) -> PreferenceConfig:
+    """The settings of the further training, with the base and the adapter's shape as they were trained."""
+    if not training.uses_adapter:
+        return align
+    shape = {key: getattr(training, key) for key in SHAPE}
+    return align.with_overrides(model_path=training.model_path, **shape)
 
 
 def _decision(config: PipelineConfig, steps: _Steps) -> GateDecision | None:
@@ -147,6 +160,7 @@ def plan(config: PipelineConfig, names: list[str]) -> list[str]:
         "prepare": f"clean, split and tokenize {', '.join(config.prepare.sources)}",
         "tune": f"search {', '.join(config.tune.space)}" if config.tune else "",
         "train": f"{config.train.method} with {config.train.num_workers} worker(s), ZeRO-{config.train.zero_stage}",
+        "align": f"{config.align.loss_type} on {config.align.dataset_path}" if config.align else "",
         "evaluate": f"{_evaluated(config)} on the test split",
         "prune": f"{config.prune.method}, {config.prune.target_sparsity:.0%} of the weights" if config.prune else "",
         "heal": "full fine-tuning of the pruned model, its zeros held",
@@ -173,7 +187,7 @@ def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Locati
     Raises:
         RunError: if the dataset has no test record to ask for.
     """
-    model = made.get("quantize") or made.get("heal") or made.get("prune") or made["train"]
+    model = next(made[step] for step in ("quantize", "heal", "prune", "align", "train") if step in made)
     draft = begin(
         where,
         ArtifactKind.ENDPOINT,

@@ -33,6 +33,31 @@ def test_what_one_step_makes_is_what_the_next_one_takes() -> None:
     assert config.serve is not None and config.serve.model_path == config.quantize.output_dir
 
 
+def test_preferences_are_learned_from_where_training_ended_and_the_rest_takes_the_result() -> None:
+    changes = {
+        "align": {"dataset_path": "p.jsonl"},
+        "prune": {"target_sparsity": 0.3},
+        "ladder": {"metrics": ["rouge"]},
+    }
+    config = PipelineConfig(**{**SETTINGS, **changes, "train": {"lora_r": 16, "lora_target_modules": "all-linear"}})
+    assert config.align is not None and config.evaluate is not None and config.ladder is not None
+    assert (config.align.model_path, config.align.adapter_path) == ("m", "/runs/a/tuned")
+    assert (config.align.lora_r, config.align.lora_target_modules) == (16, "all-linear")
+    assert config.align.output_dir == config.evaluate.model_path == config.ladder.model_paths[0] == "/runs/a/aligned"
+    assert config.prune is not None and config.prune.model_path == "/runs/a/aligned"
+    whole = PipelineConfig(
+        **{**SETTINGS, "align": {"dataset_path": "p", "method": "full"}, "train": {"method": "full"}}
+    )
+    assert whole.align is not None
+    assert (whole.align.model_path, whole.align.adapter_path) == ("/runs/a/tuned", None)
+    with pytest.raises(ConfigError, match=r"align\.dataset_path: is required"):
+        PipelineConfig(**SETTINGS, align={})
+    with pytest.raises(ConfigError, match=r"align: .*no reference"):
+        PipelineConfig(
+            **{**SETTINGS, "tune": None, "align": {"dataset_path": "p"}, "train": {"method": "prefix_tuning"}}
+        )
+
+
 def test_a_further_round_is_compared_with_the_model_in_use_and_has_a_gate() -> None:
     config = PipelineConfig(**SETTINGS, previous_path="/runs/before/tuned")
     assert config.evaluate is not None

@@ -19,6 +19,9 @@ pytestmark = pytest.mark.ray
 def test_the_circle_closes_and_a_second_run_redoes_nothing(
     ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
 ) -> None:
+    preferred = tmp_path / "preferred.jsonl"
+    pairs = [{"prompt": f"order {n} red", "chosen": f"yes {n}", "rejected": "no"} for n in range(8)]
+    preferred.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     config = PipelineConfig(
         storage_path=str(tmp_path / "runs"),
         model_path=str(tiny_model),
@@ -29,6 +32,7 @@ def test_the_circle_closes_and_a_second_run_redoes_nothing(
             "training": {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2},
         },
         train={"num_workers": 2, "max_steps": 6, "lora_target_modules": "all-linear"},
+        align={"dataset_path": str(preferred), "max_steps": 2, "eval_strategy": "no"},
         evaluate={"metrics": ["exact_match", "perplexity"], "decoding": {"max_new_tokens": 8}},
         quantize={"bits": 8},
         serve={"port": 0, "max_new_tokens": 128},
@@ -39,11 +43,13 @@ def test_the_circle_closes_and_a_second_run_redoes_nothing(
     assert exchange["usage"]["completion_tokens"] > 0
     assert exchange["expected"] in [json.loads(line)["messages"][1]["content"] for line in orders.open()]
     assert artifact.numbers["Best settings"] == {"learning_rate": 1e-2}
-    assert page.count("data:image/svg+xml") >= 4
+    assert page.count("data:image/svg+xml") >= 5
+    evaluated = json.loads((tmp_path / "runs/evaluation/manifest.json").read_text())["parents"]
+    assert str(tmp_path / "runs/aligned") in [parent["where"] for parent in evaluated]
     assert "<script" not in page
 
     manifests = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/manifest.json")}
-    assert len(manifests) == 7
+    assert len(manifests) == 8
     assert Pipeline(config).run().digest == artifact.digest
     assert {path: path.stat().st_mtime_ns for path in manifests} == manifests
 
