@@ -99,6 +99,8 @@ class PipelineConfig(Config):
 
     @model_validator(mode="after")
     def _in_order(self) -> PipelineConfig:
+        if self.tune is not None and self.tune.objective != "train":
+            raise ValueError(f"tune.objective: the search is for the settings of train (got {self.tune.objective})")
         if self.heal is not None and self.prune is None:
             raise ValueError("heal: trains what prune made; name prune, too, or leave heal out")
         if (self.gate is not None or self.previous_path is not None) and self.evaluate is None:

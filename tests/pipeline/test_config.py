@@ -50,6 +50,8 @@ def test_preferences_are_learned_from_where_training_ended_and_the_rest_takes_th
     )
     assert whole.align is not None
     assert (whole.align.model_path, whole.align.adapter_path) == ("/runs/a/tuned", None)
+    with pytest.raises(ConfigError, match=r"tune\.objective: the search is for the settings of train \(got align\)"):
+        PipelineConfig(**{**SETTINGS, "tune": {"objective": "align", "space": {"lora_r": [4, 8]}}})
     with pytest.raises(ConfigError, match=r"align\.dataset_path: is required"):
         PipelineConfig(**SETTINGS, align={})
     with pytest.raises(ConfigError, match=r"align: .*no reference"):
