@@ -13,7 +13,7 @@ from raytune_ft.compression.config import PruningConfig, PruningJob, Quantizatio
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.cluster import Cluster, connect, own_errors
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ArtifactError, DataError, RunError
+from raytune_ft.core.errors import ArtifactError, DataError, RunError, first_line
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
@@ -140,9 +140,7 @@ def _on_cluster(cluster: Cluster, run: str, task: Callable[..., dict[str, Any]],
     except ray.exceptions.RayTaskError:
         raise
     except ray.exceptions.RayError as error:
-        raise RunError(
-            f"{run}: the task was lost ({str(error).splitlines()[0]}). Run the same command again."
-        ) from error
+        raise RunError(f"{run}: the task was lost ({first_line(error)}). Run the same command again.") from error
 
 
 def _in_task(work: Work, reference: str, target: Location, config: Any, *, device: str) -> dict[str, Any]:

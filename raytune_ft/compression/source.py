@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.adapters import merge_adapter
 from raytune_ft.models.loading import resolve_model
 
@@ -38,7 +38,7 @@ class Source:
                 self.path, dtype=self.dtype, device_map={"": device}, use_safetensors=True, **settings
             )
         except _UNREADABLE as error:
-            raise ModelError(f"{self.path}: the model cannot be loaded: {_first_line(error)}") from None
+            raise ModelError(f"{self.path}: the model cannot be loaded: {first_line(error)}") from None
 
 
 def refuse_quantized(reference: str) -> Any:
@@ -53,7 +53,7 @@ def refuse_quantized(reference: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(base)
     except _UNREADABLE as error:
-        raise ModelError(f"{base}: is not a model that transformers knows: {_first_line(error)}") from None
+        raise ModelError(f"{base}: is not a model that transformers knows: {first_line(error)}") from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return config
@@ -90,8 +90,3 @@ def _named(settings: dict[str, Any]) -> str:
     if settings.get("load_in_8bit"):
         return f"{method}, 8 bits"
     return method
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

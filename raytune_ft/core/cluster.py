@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any, Literal
 
 from raytune_ft.core import relay
-from raytune_ft.core.errors import ClusterError, RaytuneError
+from raytune_ft.core.errors import ClusterError, RaytuneError, first_line
 from raytune_ft.core.placement import UNLIMITED, Demand, Node, ResourcePlan, largest_share, misfit
 
 logger = logging.getLogger("raytune_ft")
@@ -215,7 +215,7 @@ def _join(address: str) -> None:
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": worker_environment()})
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({first_line(error)}). "
             "Unset RAY_ADDRESS to start a local one, or start the cluster first."
         ) from None
 
@@ -252,7 +252,7 @@ def _start(num_cpus: int | None) -> None:
     except Exception as error:
         # Ray raises bare exceptions here, such as "The current node timed out during startup".
         raise ClusterError(
-            f"a local Ray cluster did not start: {str(error).strip().splitlines()[0]} "
+            f"a local Ray cluster did not start: {first_line(error)} "
             "Wait until the machine is less busy, or name a running cluster in RAY_ADDRESS."
         ) from error
     finally:

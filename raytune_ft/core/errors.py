@@ -58,3 +58,8 @@ class ServingError(UserError):
 
 class MissingDependencyError(UserError):
     """Something that this feature needs is not installed; the message gives the command that installs it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; of one that says nothing, its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

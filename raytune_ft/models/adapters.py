@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
 from raytune_ft.models.sparsity import carry_mark, is_pruned, zero_again, zeros_of
@@ -71,7 +71,7 @@ def add_lora(
         )
         raise ModelError(
             f"lora_target_modules: {target_modules} fit no layer of this model; its linear layers are "
-            f"{', '.join(linear)} ({str(error).splitlines()[0]})"
+            f"{', '.join(linear)} ({first_line(error)})"
         ) from None
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted

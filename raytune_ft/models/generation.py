@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.attention import attention
 from raytune_ft.models.collate import group_by_budget
@@ -93,7 +93,7 @@ def generate(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             else:
                 break
             left = asked.only(number for number in waiting if number not in answers)

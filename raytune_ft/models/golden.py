@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.loading import LoadedModel, resolve_model
@@ -123,5 +123,5 @@ def read_golden(folder: Path) -> Golden | None:
         return Golden.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"{path}: is no file of golden answers ({str(error).splitlines()[0]}); take it away to serve without"
+            f"{path}: is no file of golden answers ({first_line(error)}); take it away to serve without"
         ) from None

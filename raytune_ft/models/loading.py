@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location, cache_folder, source_digest
 from raytune_ft.models import starter
@@ -270,7 +270,7 @@ def model_problem(source: str, error: Exception) -> str:
 
 
 def _unreachable(source: str, what: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if Path(source).exists():
         return f"{source}: its {what} cannot be loaded: {first}"
     return (

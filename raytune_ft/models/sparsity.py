@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.loading import COMPACT
 
 MARK = "pruning.json"
@@ -129,7 +129,7 @@ def expand(folder: Path, target: Path) -> None:
                 dense[_unpacked(file.get_tensor(f"{name}.bits"), shape)] = values
                 tensors[name] = dense
     except (SafetensorError, ValueError, KeyError, IndexError, RuntimeError, OSError) as error:
-        raise ModelError(f"{folder / COMPACT}: is damaged: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{folder / COMPACT}: is damaged: {first_line(error)}") from None
     for path in folder.iterdir():
         if path.is_file() and path.name != COMPACT:
             shutil.copy2(path, target / path.name)

@@ -20,7 +20,7 @@ from typing import Any
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ArtifactError, ModelError
+from raytune_ft.core.errors import ArtifactError, ModelError, first_line
 from raytune_ft.core.manifest import MANIFEST, ArtifactKind
 from raytune_ft.core.storage import Location, cache_folder
 
@@ -122,7 +122,7 @@ def fetch(folder: Path) -> None:
             try:
                 source(draft.folder)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong with one source, the next one is tried
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                first = first_line(error)
                 reasons.append(f"{origin}: {first[:200]}")
                 continue
             draft.numbers["origin"] = origin

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.kernels import use_liger
 from raytune_ft.models.loading import load_tokenizer, quiet_transformers, refuse_scorer, resolve_model, torch_dtype
 from raytune_ft.models.rewarding import load_scorer
@@ -61,7 +61,7 @@ def _load_writer(base: str, options: dict[str, Any]) -> Any:
             base, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{base}: cannot be loaded for training: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{base}: cannot be loaded for training: {first_line(error)}") from None
 
 
 def _keep_differentiable(model: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from raytune_ft.core.errors import InfeasibleError, RunError
+from raytune_ft.core.errors import InfeasibleError, RunError, first_line
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.memory import is_out_of_memory, release_memory
 from raytune_ft.training.config import FineTuningConfig
@@ -63,7 +63,7 @@ def before_the_optimizer() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        message = str(error).splitlines()[0]
+        message = first_line(error)
     else:
         return
     raise GradientsOutOfMemoryError(message)
@@ -137,7 +137,7 @@ class Held:
             except Exception as error:
                 if not may_split or not is_out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             if max(part.units for part in parts) == 1:
                 raise NotOneRowError("evaluation", reason)
             self.divisor *= 2

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.core.errors import RunError, StoppedError
+from raytune_ft.core.errors import RunError, StoppedError, first_line
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import torch_dtype
@@ -282,7 +282,7 @@ class _RestartingLearner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         raise self._wish(f"step {step}", reason)
 
     def evaluate(self) -> Metrics:
@@ -296,7 +296,7 @@ class _RestartingLearner:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         raise self._wish("evaluation", reason)
 
     def _wish(self, where: str, reason: str) -> OutOfMemoryError:

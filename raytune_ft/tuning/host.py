@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from raytune_ft.core.cluster import report_to_driver
-from raytune_ft.core.errors import RaytuneError, RunError, UserError
+from raytune_ft.core.errors import RaytuneError, RunError, UserError, first_line
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.adapter_slots import layer_without_rows
-from raytune_ft.models.memory import release_memory
+from raytune_ft.models.memory import is_out_of_memory, release_memory
 from raytune_ft.training import checkpoint
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
@@ -259,8 +259,10 @@ class BankHost:
         while True:
             try:
                 return self._bank.step(hold=held)
-            except torch.OutOfMemoryError as error:
-                reason = str(error).splitlines()[0]
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
             waited = self._wait_for_writers()
             release_memory()
             too_large = None if waited else self._bank.make_room(hold=held)

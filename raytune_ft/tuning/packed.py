@@ -21,7 +21,7 @@ import ray
 from ray.tune import PlacementGroupFactory, Trainable, with_parameters, with_resources
 
 from raytune_ft.core import cluster
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.core.placement import Demand, Node, ResourcePlan
 from raytune_ft.core.storage import Location
 from raytune_ft.training.goal import Goal
@@ -269,7 +269,7 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
             except ray.exceptions.RayActorError as error:
                 lost += 1
                 if lost > _RESTARTS * 20:
-                    raise RunError(f"the bank did not come back: {str(error).splitlines()[0]}") from None
+                    raise RunError(f"the bank did not come back: {first_line(error)}") from None
                 self._bank = None
                 time.sleep(0.5)
             except KeyError:  # a bank that was started anew knows no trial

@@ -46,8 +46,11 @@ def test_a_small_budget_splits_the_batch_and_changes_nothing(tiny_model: Path) -
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_where_memory_runs_out_the_rest_is_answered_in_smaller_batches(
-    temperature: float, tiny_model: Path, caplog: pytest.LogCaptureFixture
+    temperature: float, tiny_model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(*args, **kwargs):
+        raise MemoryError
+
     loaded = load_model(str(tiny_model))
     settings = DecodingConfig(max_new_tokens=12, temperature=temperature)
     asked = prompts(loaded) * 3
@@ -63,6 +66,9 @@ def test_where_memory_runs_out_the_rest_is_answered_in_smaller_batches(
         assert generate(loaded, asked, settings, token_budget=budget) == expected
         assert "out of memory" not in caplog.text
     with memory_for(loaded.model, rows=0), pytest.raises(RunError, match=r"one prompt with its answer.*allocate"):
+        generate(loaded, asked, settings)
+    monkeypatch.setattr(loaded.model, "forward", refuse)
+    with pytest.raises(RunError, match=r"its answer \(MemoryError\)"):
         generate(loaded, asked, settings)
 
 

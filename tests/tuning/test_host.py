@@ -140,7 +140,7 @@ def test_memory_that_runs_out_waits_for_snapshots_under_way_before_steps_get_sma
         writing = any(line.writing for line in host._lines.values())
         if len(refused) < 3 and (writing or refused):
             refused.append(writing)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
+            torch.empty(1 << 60)
         return step(**kwargs)
 
     def make_room(**kwargs):
