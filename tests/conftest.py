@@ -24,18 +24,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For ``-n 2``: files that need Ray stay in one process, on one cluster, and the others run beside it, by file.
+    """For ``-n 2``: files that need Ray make two groups, each in one process and on one cluster; the others go by file.
 
     pytest-xdist's marks for groups have no effect here: it renames tests by an attribute that pytest 9.2 lacks.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class RayInOneProcess(LoadScopeScheduling):
+    class RayByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if needs_ray(config.rootpath / file) else file
+            if not needs_ray(config.rootpath / file):
+                return file
+            return "ray beside" if file.startswith(BESIDE) else "ray"
 
-    return RayInOneProcess(config, log)
+    return RayByGroup(config, log)
+
+
+BESIDE = ("tests/evaluation/", "tests/serving/", "tests/jobs/")
+"""Folders whose tests with Ray take about as long as the others', less those without Ray."""
 
 
 @functools.cache  # asked for each test, at the start and whenever one ends

@@ -25,6 +25,8 @@ from raytune_ft.models.loading import load_tokenizer
 
 logger = logging.getLogger("raytune_ft")
 
+_UNREAD = "could not be looked into for leaks"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -46,7 +48,7 @@ def check_leaks(config: MeasureConfig, targets: Sequence[Target], rows: Evaluati
     """
     found: dict[str, Any] = {}
     notes: list[str] = []
-    known: dict[str, list[dict[str, Any]]] = {}
+    known: dict[str, tuple[list[dict[str, Any]], list[str]]] = {}
     for target in targets:
         data = None if target.is_endpoint else trained_on(target.path)
         if data is None:
@@ -55,12 +57,13 @@ def check_leaks(config: MeasureConfig, targets: Sequence[Target], rows: Evaluati
         leaks: list[dict[str, Any]] = []
         for source in data:
             if source.unreadable is not None:
-                notes.append(f"{target.label}: could not be looked into for leaks: {source.unreadable}")
+                notes.append(f"{target.label}: {_UNREAD}: {source.unreadable}")
                 continue
             if source.digest not in known:
                 near = None if source.digest == rows.parent.digest else config.near_duplicate
                 known[source.digest] = leaks_in(source.files, RowIndex.of(rows.records, near))
-            leaks += known[source.digest]
+            leaks += known[source.digest][0]
+            notes += [f"{target.label}: {_UNREAD}: {reason}" for reason in known[source.digest][1]]
         if not config.allow_leak:
             refuse_leaks(leaks, rows.records, target.label)
         if leaks:

@@ -19,7 +19,7 @@ from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.kept import KeptRows
-from raytune_ft.evaluation.leakage import RowIndex, find_leaks, first_of_each
+from raytune_ft.evaluation.leakage import UNREADABLE, RowIndex, find_leaks, first_of_each
 from raytune_ft.evaluation.prompts import read_shards
 from raytune_ft.evaluation.shards import ShardActor, close_shard, fault_in, shard_table
 from raytune_ft.evaluation.workload import Target, Workload, grouped
@@ -140,14 +140,17 @@ def on_worker(function: Callable[..., T], *arguments: Any) -> T:
         return ray.get(remote.remote(*arguments))  # type: ignore[no-any-return]
 
 
-def leaks_in(files: Sequence[Location], index: RowIndex) -> list[dict[str, Any]]:
-    """What the training rows of some files give away of the indexed test rows, one entry a test row."""
+def leaks_in(files: Sequence[Location], index: RowIndex) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the training rows of some files give away of the indexed test rows, one entry a test row; and why some of
+    the files could not be looked into."""
     cluster.connect()
     dataset = ray.data.from_arrow([pa.table({"uri": [file.uri]}) for file in files])
-    found = dataset.map_batches(find_leaks, fn_args=(index,), batch_size=1, batch_format="pyarrow", num_cpus=1)
+    looked = dataset.map_batches(find_leaks, fn_args=(index,), batch_size=1, batch_format="pyarrow", num_cpus=1)
     with cluster.own_errors():
-        tables = [table.to_pylist() for table in found.iter_batches(batch_size=None, batch_format="pyarrow")]
-    return first_of_each([row for rows in tables for row in rows])
+        tables = [table.to_pylist() for table in looked.iter_batches(batch_size=None, batch_format="pyarrow")]
+    found = [row for rows in tables for row in rows]
+    leaks = first_of_each([row for row in found if row["kind"] != UNREADABLE])
+    return leaks, sorted(row["where"] for row in found if row["kind"] == UNREADABLE)
 
 
 def close_shards(shards: Sequence[str], kept: KeptRows, target: Target, where: Location) -> None:

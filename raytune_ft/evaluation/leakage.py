@@ -33,6 +33,8 @@ LEAK_SCHEMA = pa.schema(
 """A test row (by its place), how it was met in the training data, and where the first such row stands."""
 
 KINDS = ("the same row", "the same prompt", "a near-duplicate")
+UNREADABLE = "unreadable"
+"""The kind of a line that says of a file why it could not be looked into (further)."""
 _WORD = re.compile(r"\w+")
 _EXAMPLES = 3
 
@@ -83,16 +85,23 @@ class RowIndex:
 
 
 def find_leaks(files: pa.Table, index: RowIndex) -> pa.Table:
-    """What the training rows of some files (column ``uri``) give away of the test rows (`LEAK_SCHEMA`)."""
+    """What the training rows of some files (column ``uri``) give away of the test rows (`LEAK_SCHEMA`).
+
+    A file of another format than ours has a line of the kind `UNREADABLE`, with the reason as its place.
+    """
     found: dict[int, dict[str, Any]] = {}
+    unread = []
     for uri in files.column("uri").to_pylist():
-        for number, record in _training_records(Location(uri)):
-            for row, kind, similarity in index.met_by(record):
-                there = found.get(row)
-                if there is None or KINDS.index(kind) < KINDS.index(there["kind"]):
-                    where = f"{Location(uri)}, row {number}"
-                    found[row] = {"row": row, "kind": kind, "similarity": similarity, "where": where}
-    return pa.Table.from_pylist(list(found.values()), schema=LEAK_SCHEMA)
+        try:
+            for number, record in _training_records(Location(uri)):
+                for row, kind, similarity in index.met_by(record):
+                    there = found.get(row)
+                    if there is None or KINDS.index(kind) < KINDS.index(there["kind"]):
+                        where = f"{Location(uri)}, row {number}"
+                        found[row] = {"row": row, "kind": kind, "similarity": similarity, "where": where}
+        except DataError as error:
+            unread.append({"row": None, "kind": UNREADABLE, "similarity": None, "where": str(error)})
+    return pa.Table.from_pylist([*found.values(), *unread], schema=LEAK_SCHEMA)
 
 
 def first_of_each(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

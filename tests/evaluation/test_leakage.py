@@ -12,7 +12,15 @@ from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.records import Message, Record, records_to_table
-from raytune_ft.evaluation.leakage import KINDS, RowIndex, find_leaks, first_of_each, leak_words, refuse_leaks
+from raytune_ft.evaluation.leakage import (
+    KINDS,
+    UNREADABLE,
+    RowIndex,
+    find_leaks,
+    first_of_each,
+    leak_words,
+    refuse_leaks,
+)
 from raytune_ft.evaluation.lineage import trained_on
 
 
@@ -55,6 +63,15 @@ def test_each_way_of_leaking_is_found_with_its_place(tmp_path: Path, suffix: str
     with pytest.raises(DataError, match=r"^3 of 4 rows are in what m was trained on \(1 as the same row, 1 as"):
         refuse_leaks(leaks, TEST, "m")
     assert "row 3" in leak_words(leaks, TEST, "m")
+
+
+def test_a_file_of_another_format_is_named_and_hides_no_leak_of_others(tmp_path: Path) -> None:
+    other = tmp_path / "pairs.jsonl"
+    other.write_text('{"prompt": "x", "chosen": "y", "rejected": "z"}\n')
+    files = pa.table({"uri": [str(other), write(tmp_path / "train.jsonl", [TEST[0]])]})
+    leak, unread = find_leaks(files, RowIndex.of(TEST, 0.8)).to_pylist()
+    assert (leak["row"], unread["kind"]) == (0, UNREADABLE)
+    assert unread["where"].startswith(f"{other}:1: has neither `messages` nor `text`; run `raytune-ft prepare`")
 
 
 def test_what_is_less_alike_or_not_asked_for_is_no_leak(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_the_headline_of_every_metric_is_among_its_values() -> None:
         "tokens": [2],
         "bytes": [3],
         "choices": [choices],
+        "rewards": [0.5],
     }
     settings = {"json_schema": {"type": "object"}, "custom_functions": {"same": "operator:eq"}}
     for name in METRICS:

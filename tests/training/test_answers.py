@@ -34,7 +34,8 @@ def test_the_question_is_what_stands_before_the_last_supervised_run() -> None:
     row = Encoded([1, 2, 3, 4, 5, 6, 7], [False, True, True, False, True, True, False])
     assert Question.of(row) == Question([1, 2, 3, 4], [5, 6])
     assert Question.of(Encoded([1, 2], [True, True])) is None
-    assert Question.of(Encoded([1, 2], [False, False])) is None
+    assert Question.of(Encoded([1, 2], [False, False])) == Question([1, 2], [])  # nobody answers it
+    assert Question.of(Encoded([], [])) is None
 
 
 def test_answers_are_the_greedy_ones_and_wrong_references_count_nothing(tiny_model: Path, settings) -> None:
