@@ -40,7 +40,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return RayByGroup(config, log)
 
 
-BESIDE = ("tests/evaluation/", "tests/serving/", "tests/jobs/")
+BESIDE = ("tests/core/", "tests/data/", "tests/evaluation/", "tests/jobs/", "tests/serving/")
 """Folders whose tests with Ray take about as long as the others', less those without Ray."""
 
 

@@ -51,6 +51,9 @@ def main() -> None:
         except CutError:
             continue
     torch.distributed.destroy_process_group()
+    # All is on the disk. Threads of libraries that are in the midst of C++ when the interpreter ends may abort it.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
