@@ -168,8 +168,7 @@ def tokenize(chat: Chat, records: Sequence[Record], policy: TokenPolicy, tested:
             if not kept and not is_test:
                 tokens.row, tokens.reason = None, f"{UNANSWERED}: nothing to train on"
             elif tokens.length > policy.max_length:
-                _refuse_long(tokens, record, policy)
-                tokens.row, tokens.reason = None, f"too long: {tokens.length} tokens, at most {policy.max_length}"
+                tokens.row, tokens.reason = None, f"too long: {_too_long(tokens, record, policy)}"
             elif kept:
                 tokens.remark = UNANSWERED
             continue
@@ -231,8 +230,7 @@ def _of_template(error: DataError) -> str:
 
 
 def _fit(tokens: Tokens, chat: Chat, record: Record, policy: TokenPolicy) -> None:
-    _refuse_long(tokens, record, policy)
-    too_long = f"{tokens.length} tokens, at most {policy.max_length}"
+    too_long = _too_long(tokens, record, policy)
     if policy.over_length in {OverLength.TRUNCATE_LEFT, OverLength.TRUNCATE_RIGHT}:
         cut, bos = tokens.length - policy.max_length, chat.tokenizer.bos_token_id
         for side in ("row", "rejected"):
@@ -248,12 +246,15 @@ def _fit(tokens: Tokens, chat: Chat, record: Record, policy: TokenPolicy) -> Non
     tokens.reason = f"too long: {too_long}{why}"
 
 
-def _refuse_long(tokens: Tokens, record: Record, policy: TokenPolicy) -> None:
+def _too_long(tokens: Tokens, record: Record, policy: TokenPolicy) -> str:
+    """By how much, in words; where that ends the run, they are raised."""
+    words = f"{tokens.length} tokens, at most {policy.max_length}"
     if policy.over_length is OverLength.RAISE:
         raise DataError(
-            f"{record.source}: row {record.position + 1}: has {tokens.length} tokens, at most {policy.max_length}. "
-            "Raise max_length, or set over_length to drop, truncate_left, truncate_right or split."
+            f"{record.source}: row {record.position + 1}: has {words}. Raise max_length, or set over_length to drop, "
+            "truncate_left, truncate_right or split."
         )
+    return words
 
 
 def split_rows(rows: pa.Table, chat: Chat, policy: TokenPolicy) -> pa.Table:

@@ -7,14 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from raytune_ft.core.errors import DataError, ModelError
+from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import Message, Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.inference import on_worker
 from raytune_ft.evaluation.results import ModelScores
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import gives_scores, resolve_model, shared_model
+from raytune_ft.models.loading import shared_model
 
 logger = logging.getLogger("raytune_ft")
 
@@ -27,19 +27,6 @@ class Judged:
     answer: str
     cut_off: bool = False
     tools: str | None = None
-
-
-def refuse_writer(reward_model: str) -> None:
-    """Checks, before anything is asked, that a model gives scores.
-
-    Raises:
-        ModelError: if it writes text, or there is none.
-    """
-    if not gives_scores(resolve_model(reward_model)):
-        raise ModelError(
-            f"reward_model_path: {reward_model} writes text; a reward model gives scores (`raytune-ft reward` trains "
-            "one)"
-        )
 
 
 def rewarded(

@@ -36,13 +36,13 @@ from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.report import generate_evaluation_report, write_report
 from raytune_ft.evaluation.results import ComparisonResult, EvaluationResult, ModelScores, read_result, write_answers
-from raytune_ft.evaluation.rewards import refuse_writer, rewarded
+from raytune_ft.evaluation.rewards import rewarded
 from raytune_ft.evaluation.row_metric import RowMetric
 from raytune_ft.evaluation.rows import EvaluationRows, check_rows, read_rows
 from raytune_ft.evaluation.slices import slice_fields, sliced
 from raytune_ft.evaluation.workload import Target, parent_of, refuse_likelihoods, targets_of, workload_of
 from raytune_ft.models.config import DecodingConfig, Precision
-from raytune_ft.models.loading import model_parent
+from raytune_ft.models.loading import model_parent, refuse_writer, resolve_model
 
 __all__ = ["ModelEvaluator", "compare", "compare_models", "evaluate", "generate_evaluation_report"]
 
@@ -145,7 +145,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
     parents = {target.label: parent_of(target, role=target.label) for target in targets}
     judges = []
     if config.reward_model_path is not None:
-        refuse_writer(config.reward_model_path)
+        refuse_writer(resolve_model(config.reward_model_path))
         judges.append(model_parent(config.reward_model_path, "reward model"))
     draft = begin(
         config.output_dir,
@@ -168,8 +168,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         if config.reward_model_path is not None:
             unanswered = {row.position for row in missing}
             judged = [record for place, record in enumerate(rows.records) if place not in unanswered]
-            given = (config.reward_model_path, config.precision, draft.location.parent)
-            scored = rewarded(scored, judged, *given)
+            scored = rewarded(scored, judged, config.reward_model_path, config.precision, draft.location.parent)
         scored = [measured(model, metrics, seed=config.seed) for model in scored]
         for model in scored:
             write_answers(draft.folder / model.file, model.answers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -82,8 +82,10 @@ def generate(
     budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
     asked = _Asked(prompts, seeds, slots or [0] * len(prompts))
     make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
+    waiting = list(range(len(prompts)))
     with attention(loaded.model, "sdpa"):
-        while waiting := [number for number in range(len(prompts)) if number not in answers]:
+        while waiting:
+            reason = None
             try:
                 for some in _found(loaded, asked.only(waiting), decoding, budget.tokens, make_decoder):
                     found = {waiting[place]: answer for place, answer in some.items()}
@@ -94,11 +96,9 @@ def generate(
                 if not is_out_of_memory(error):
                     raise
                 reason = first_line(error)
-            else:
-                break
-            left = asked.only(number for number in waiting if number not in answers)
-            if left.prompts:
-                _make_room(budget, left, decoding, reason)
+            waiting = [number for number in waiting if number not in answers]
+            if waiting and reason is not None:
+                _make_room(budget, asked.only(waiting), decoding, reason)
     return [answers[number] for number in range(len(prompts))]
 
 
@@ -130,11 +130,10 @@ class _Asked:
     seeds: Sequence[int]
     slots: Sequence[int]
 
-    def only(self, places: Iterable[int]) -> _Asked:
+    def only(self, places: Sequence[int]) -> _Asked:
         """Those at some places."""
-        taken = list(places)
-        prompts = [self.prompts[place] for place in taken]
-        return _Asked(prompts, [self.seeds[place] for place in taken], [self.slots[place] for place in taken])
+        prompts = [self.prompts[place] for place in places]
+        return _Asked(prompts, [self.seeds[place] for place in places], [self.slots[place] for place in places])
 
 
 def _found(

@@ -134,6 +134,19 @@ def refuse_scorer(resolved: ModelReference) -> None:
         )
 
 
+def refuse_writer(resolved: ModelReference) -> None:
+    """Checks that a model gives scores, as one that judges answers (``reward_model_path``) has to.
+
+    Raises:
+        ModelError: if it writes text.
+    """
+    if not gives_scores(resolved):
+        raise ModelError(
+            f"reward_model_path: {resolved.given} writes text; a reward model gives scores (`raytune-ft reward` trains "
+            "one)"
+        )
+
+
 def _json(path: Path) -> dict[str, Any]:
     """What a JSON file says; nothing, where there is none (a hub id)."""
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}

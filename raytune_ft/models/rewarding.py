@@ -20,10 +20,10 @@ from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import (
     LoadedModel,
-    gives_scores,
     load_tokenizer,
     model_problem,
     put_adapter,
+    refuse_writer,
     resolve_model,
     torch_dtype,
 )
@@ -91,8 +91,7 @@ def load_reward_model(reference: str, *, precision: Precision = Precision.AUTO, 
         ModelError: if it cannot be loaded, or is no reward model.
     """
     resolved = resolve_model(reference)
-    if not gives_scores(resolved):
-        raise ModelError(f"{reference}: writes text; a reward model gives scores (`raytune-ft reward` trains one)")
+    refuse_writer(resolved)
     tokenizer = load_tokenizer(reference)
     model = load_scorer(resolved.base, tokenizer, {"dtype": torch_dtype(precision, device), "device_map": {"": device}})
     if resolved.adapter is not None:

@@ -12,11 +12,11 @@ import torch
 from raytune_ft.core.errors import ConfigError, DataError, ModelError
 from raytune_ft.core.records import Message
 from raytune_ft.evaluation.config import EvaluationConfig
-from raytune_ft.evaluation.rewards import Judged, conversation_ids, refuse_writer, rewards_of
+from raytune_ft.evaluation.rewards import Judged, conversation_ids, rewards_of
 from raytune_ft.evaluation.run import ModelEvaluator
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.loading import load_tokenizer, refuse_writer, resolve_model
 
 ASKED = (Message("user", "order 2 red"),)
 
@@ -62,7 +62,7 @@ def test_a_cut_off_answer_is_judged_without_what_would_end_it(judge: Path) -> No
 
 def test_what_cannot_be_judged_is_named(judge: Path, tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"reward_model_path: .*writes text"):
-        refuse_writer(str(tiny_model))
+        refuse_writer(resolve_model(str(tiny_model)))
     with pytest.raises(DataError, match=r"has \d+ tokens, and the reward model .* takes 512"):
         rewards_of(str(judge), Precision.FP32, [Judged(ASKED, "yes " * 600)])
     for settings in ({"metrics": ["reward"]}, {"metrics": ["exact_match"], "reward_model_path": str(judge)}):
