@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.training.config import OF_ANSWERS, FineTuningConfig, FineTuningMethod
+from raytune_ft.training.config import OF_ANSWERS, DistillationConfig, FineTuningConfig, FineTuningMethod
 
 _PROMPT_METHODS = {FineTuningMethod.PREFIX_TUNING, FineTuningMethod.PROMPT_TUNING}
 
@@ -197,6 +197,7 @@ class ReinforcementConfig(FineTuningConfig):
 
 OBJECTIVES: dict[str, type[FineTuningConfig]] = {
     "train": FineTuningConfig,
+    "distill": DistillationConfig,
     "align": PreferenceConfig,
     "reward": RewardConfig,
     "reinforce": ReinforcementConfig,

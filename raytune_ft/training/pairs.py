@@ -14,6 +14,7 @@ from torch import Tensor
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, pack_flat
 from raytune_ft.training.batches import LABEL, TokenRows
 from raytune_ft.training.reference import ScoredRows
@@ -58,6 +59,12 @@ class PairRows(ScoredRows):
         pairs = [_answers_only(*pair) for pair in zip(chosen, rejected, strict=True)]
         batch = packed_rows([row for pair in pairs for row in pair])
         return PairBatch(**vars(batch), reference=self.known(numbers).reshape(-1))
+
+    def pair(self, number: int) -> tuple[Encoded, Encoded]:
+        """The chosen and the rejected row of a pair, as in a batch."""
+        rows = (rows_apart(*self.flat([number], prefix))[0] for prefix in ("", REJECTED))
+        chosen, rejected = (Encoded(ids.tolist(), marks.tolist()) for ids, marks in _answers_only(*rows))
+        return chosen, rejected
 
     def lengths(self, numbers: Sequence[int]) -> list[int]:
         """Tokens of both rows of these pairs."""

@@ -81,21 +81,12 @@ def distill(config: DistillationConfig) -> Artifact:
     Raises:
         ModelError: if teacher and student have other tokens, or the teacher has too few layers.
     """
-    from raytune_ft.training.distill import refuse_other_tokens
-
-    storage = Location.at(config.output_dir).parent
-    teacher = shared_model(config.teacher_path, storage)
-    if config.model_path:
-        refuse_other_tokens(teacher, config.model_path)
-    return _trained(config.with_overrides(teacher_path=teacher), [model_parent(teacher, "teacher")])
+    return train(config)
 
 
 def train(config: FineTuningConfig) -> Artifact:
     """The verb: see `FineTuner.train`."""
-    return _trained(config, [])
-
-
-def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
+    refuse_other_student(config)
     refuse_missing(config.report_to)
     if isinstance(config.deepspeed_config, str):
         config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
@@ -109,7 +100,7 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         ArtifactKind.MODEL,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[*model_parents(config, output.parent), *teachers, data_parent(config.dataset_path)],
+        parents=[*model_parents(config, output.parent), data_parent(config.dataset_path)],
         keep=(CHECKPOINTS,),
     )
     if draft.finished:
@@ -122,7 +113,7 @@ def _trained(config: FineTuningConfig, teachers: list[Parent]) -> Artifact:
         if config.cpus_per_worker is None and not use_gpu:
             config = config.with_overrides(cpus_per_worker=connected.share(worker_demand(config, use_gpu=False)))
         connected.admit(ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
-        ready = _with_starting_model(config, output)
+        ready = with_student(reachable(config, output.parent), output / _STUDENT)
         splits = splits_of(ready, output / "tokens")
         run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)
@@ -155,9 +146,12 @@ def splits_of(config: FineTuningConfig, where: Location) -> dict[str, list[str]]
     Raises:
         DataError: if no row is left, or rows are not of the kind that the settings want.
     """
+    tokens_of = config.model_path
+    if isinstance(config, DistillationConfig) and not config.model_path:
+        tokens_of = config.teacher_path  # a student that is made of it has its tokens
     splits = tokenized_splits(
         config.dataset_path,
-        config.model_path,
+        tokens_of,
         where,
         max_length=config.max_length,
         prompts=isinstance(config, ReinforcementConfig),
@@ -170,12 +164,14 @@ def splits_of(config: FineTuningConfig, where: Location) -> dict[str, list[str]]
 
 
 def model_parents(config: FineTuningConfig, storage: Location) -> list[Parent]:
-    """The manifest's entries for the models that a run starts from, and for the one that judges its answers."""
+    """The manifest's entries for the models that a run starts from, learns from, or has its answers judged by."""
     found = [model_parent(shared_model(config.model_path, storage))] if config.model_path else []
     if config.adapter_path is not None:
         found.append(model_parent(config.adapter_path, "adapter"))
     if isinstance(config, ReinforcementConfig) and config.reward_model_path is not None:
         found.append(model_parent(config.reward_model_path, "reward model"))
+    if isinstance(config, DistillationConfig):
+        found.append(model_parent(shared_model(config.teacher_path, storage), "teacher"))
     return found
 
 
@@ -184,18 +180,34 @@ def reachable(config: FineTuningConfig, storage: Location) -> FineTuningConfig:
     changes = {"adapter_path": config.adapter_path, "model_path": config.model_path or None}
     if isinstance(config, ReinforcementConfig):
         changes["reward_model_path"] = config.reward_model_path
+    if isinstance(config, DistillationConfig):
+        changes["teacher_path"] = config.teacher_path
     shared = {name: shared_model(path, storage) for name, path in changes.items() if path is not None}
     return config.with_overrides(**shared)
 
 
-def _with_starting_model(config: FineTuningConfig, output: Location) -> FineTuningConfig:
-    """The settings with models that every node can load; a student is made of its teacher's layers first."""
-    config = reachable(config, output.parent)
+def refuse_other_student(config: FineTuningConfig) -> None:
+    """Checks that a given student means the same text by its tokens as the teacher.
+
+    Raises:
+        ModelError: if it does not.
+    """
+    if isinstance(config, DistillationConfig) and config.model_path:
+        from raytune_ft.training.distill import refuse_other_tokens
+
+        refuse_other_tokens(config.teacher_path, config.model_path)
+
+
+def with_student(config: FineTuningConfig, student: Location) -> FineTuningConfig:
+    """The settings with a student to start from, which is made of its teacher's layers, in a folder, if none is given.
+
+    Raises:
+        ModelError: if the teacher has too few layers.
+    """
     if not isinstance(config, DistillationConfig) or config.student_layers is None:
         return config
     from raytune_ft.training.distill import write_student
 
-    student = output / _STUDENT
     try:
         ray.get(ray.remote(write_student).remote(config.teacher_path, student, config.student_layers))
     except ray.exceptions.RayTaskError as error:

@@ -11,11 +11,14 @@ from typing import Any
 from raytune_ft.core.cluster import Cluster
 from raytune_ft.core.placement import Node, ResourcePlan
 from raytune_ft.core.storage import Location
+from raytune_ft.training.config import DistillationConfig
+from raytune_ft.training.run import with_student
 from raytune_ft.tuning import alone, homes, packed
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.own import Own, Splits
 from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.result import Trial
+from raytune_ft.tuning.space import extremes
 
 logger = logging.getLogger("raytune_ft")
 
@@ -59,6 +62,7 @@ class Ground:
         one = homes.own_runs(config, 1, use_gpu=self._use_gpu)
         device = "cuda" if self._use_gpu else "cpu"
         own = Own(self.splits, (self.output / TRIALS).uri, device, one.cpus, one.threads, config.objective)
+        self._make_students(own)
         best = self.output / BEST
         if config.training.num_workers > 1:
             trainable, together = alone.start_on_workers(config, own, self.connected, self.trials)
@@ -79,6 +83,13 @@ class Ground:
         finally:
             banks.close()
 
+    def _make_students(self, own: Own) -> None:
+        """Makes the students that trials start from, if their layers are to be the teacher's."""
+        training = self.config.training
+        if isinstance(training, DistillationConfig) and training.student_layers is not None:
+            for layers in extremes(self.config.space.get("student_layers", [training.student_layers])):
+                with_student(training.with_overrides(student_layers=layers), own.student(layers))
+
     @property
     def _use_gpu(self) -> bool:
         return self.config.training.on_gpu(self.connected.gpus)
@@ -96,7 +107,9 @@ class Ground:
             together = homes.together(config, nodes, self.trials)
             beside = [homes.own_runs(config, 1, use_gpu=self._use_gpu)] if apart else []
             room = packed.Room(self.connected, nodes, together, tuple(beside))
-            found = packed.start_banks(room, packs.without(apart), self.splits, (self.output / SNAPSHOTS).uri)
+            found = packed.start_banks(
+                room, packs.without(apart), self.splits, (self.output / SNAPSHOTS).uri, config.objective
+            )
             if isinstance(found, packed.Banks):
                 return found, apart, together
             apart = dict.fromkeys(everyone, found)

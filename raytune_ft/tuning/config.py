@@ -12,13 +12,13 @@ from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.goal import OF_REWARDS, Goal
 from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, with_guide
 
-_DEFINING = (
-    *("beta", "loss_type", "label_smoothing", "chosen_nll_weight", "desirable_weight", "undesirable_weight"),
-    "center_rewards_weight",
-)
-"""Settings that decide what the loss of an objective is."""
-_DEFINED = frozenset({"loss", "eval_loss", "eval_reward_margin", "eval_chosen_reward"})
-"""What is measured in the units that they decide."""
+_OF_PREFERENCES = frozenset({"loss", "eval_loss", "eval_reward_margin", "eval_chosen_reward"})
+_DEFINED = {
+    **dict.fromkeys(("beta", "loss_type", "label_smoothing", "chosen_nll_weight"), _OF_PREFERENCES),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight", "center_rewards_weight"), _OF_PREFERENCES),
+    **dict.fromkeys(("temperature", "hard_loss_weight"), frozenset({"loss"})),
+}
+"""What is measured in units that a setting decides, by the setting."""
 
 
 def _by_objective(value: Any, handler: Any, info: ValidationInfo) -> FineTuningConfig:
@@ -36,8 +36,9 @@ class SweepConfig(Config):
 
     output_dir: str = Field(min_length=1)
     """Folder or URI of the sweep's artifact."""
-    objective: Literal["train", "align", "reward", "reinforce"] = "train"
-    """What trials do: the verb whose settings `training` holds. Only those that ``train`` on examples share a base."""
+    objective: Literal["train", "distill", "align", "reward", "reinforce"] = "train"
+    """What trials do: the verb whose settings `training` holds. Those that ``train`` on examples or ``align`` on pairs
+    can share a base."""
     training: Annotated[SerializeAsAny[FineTuningConfig], WrapValidator(_by_objective)]
     """What all trials have in common. Its `output_dir` may be left out: trials write below the sweep's."""
     space: Space
@@ -73,9 +74,9 @@ class SweepConfig(Config):
     mode: Literal["min", "max"] | None = None
     """Which values of `metric` are better, the lower or the higher; it follows from the metric, and may be left out."""
     packed: Literal["auto", "never"] = "auto"
-    """``auto`` trains LoRA trials together on one frozen base; those that differ in what a base decides (precision,
-    bits, row length) on a base for each of its values. Those that can't share any are training runs of their own, a
-    process each, beside the others, and it says why; with ``never``, all are."""
+    """``auto`` trains LoRA trials on examples, or on pairs, together on one frozen base; those that differ in what a
+    base decides (precision, bits, row length) on a base for each of its values. Those that can't share any are training
+    runs of their own, a process each, beside the others, and it says why; with ``never``, all are."""
     cpus_per_trial: float = Field(1, gt=0)
     """Logical CPUs, and at least as many threads, of a trial that shares no base; on GPUs it has one besides."""
     max_concurrent_trials: int | None = Field(None, ge=1)
@@ -92,11 +93,15 @@ class SweepConfig(Config):
             settings = {"objective": verb, **settings, "training": given}
         if isinstance(settings, dict) and isinstance(settings.get("training"), dict):
             training = {"output_dir": f"{settings.get('output_dir', '')}/trials", **settings["training"]}
-            measured = {"eval_perplexity"} if settings.get("objective", "train") == "train" else set(OF_REWARDS)
+            of_examples = settings.get("objective", "train") in {"train", "distill"}
+            measured = {"eval_perplexity"} if of_examples else set(OF_REWARDS)
             if training.get("eval_generation_rows"):
                 measured.add(f"eval_{training.get('eval_generation_metric', 'exact_match')}")
             if settings.get("metric") in measured:
                 training.setdefault("metric_for_best_model", settings["metric"])
+            sizes = (settings.get("space") or {}).get("student_layers")
+            if isinstance(sizes, list) and sizes and "model_path" not in training:
+                training.setdefault("student_layers", sizes[0])
             return {**settings, "training": training}
         return settings
 
@@ -126,12 +131,13 @@ class SweepConfig(Config):
 
     def _refuse_other_losses(self) -> None:
         """Trials whose losses are different quantities cannot be compared by them."""
-        changed = [key for key in _DEFINING if key in self.space]
-        if changed and self.metric in _DEFINED:
-            left = [name for name in self.training.evaluated_metrics if name not in _DEFINED]
+        for key in self.space:
+            if self.metric not in _DEFINED.get(key, ()):
+                continue
+            left = [name for name in self.training.evaluated_metrics if name not in _DEFINED[key]]
             raise ValueError(
-                f"metric: {self.metric} is another quantity for every {changed[0]}, which the space searches: trials "
-                f"cannot be compared by it; take {' or '.join(left) or 'another objective'}"
+                f"metric: {self.metric} is another quantity for every {key}, which the space searches: trials cannot "
+                f"be compared by it; take {' or '.join(left) or 'another objective'}"
             )
 
     def _refuse_unused(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.placement import Demand, Node
+from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 
@@ -26,8 +27,11 @@ def apart(config: SweepConfig, packs: Packs) -> dict[str, str]:
     """The packs whose trials share no base, as far as settings tell, by their names, and why."""
     if config.packed == "never":
         return dict.fromkeys(packs.settings, "packed: never")
-    if config.objective != "train":
-        return dict.fromkeys(packs.settings, f"objective: {config.objective}; a shared base is for trials on examples")
+    if config.objective not in {"train", "align"}:
+        why = f"objective: {config.objective}; a shared base is for trials on examples or pairs"
+        return dict.fromkeys(packs.settings, why)
+    if isinstance(config.training, PreferenceConfig) and config.training.loss_type is PreferenceLoss.KTO:
+        return dict.fromkeys(packs.settings, "loss_type: kto; a shared base is for trials on examples or pairs")
     if config.training.num_workers > 1:
         why = f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
         return dict.fromkeys(packs.settings, why)

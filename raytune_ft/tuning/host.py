@@ -30,10 +30,13 @@ from raytune_ft.training import checkpoint
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
+from raytune_ft.training.bank.criterion import Examples, Preferences, RowsOfPairs
 from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Progress, Status
-from raytune_ft.training.batches import TokenRows, say_disliked
-from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.batches import say_disliked
+from raytune_ft.training.config_alignment import OBJECTIVES
+from raytune_ft.training.objectives import rows_of
+from raytune_ft.training.pairs import PairRows
 from raytune_ft.tuning.homes import POINTERS_KEPT
 
 logger = logging.getLogger("raytune_ft")
@@ -92,6 +95,7 @@ class BankHost:
         splits: Mapping[str, list[str]],
         snapshots: str,
         *,
+        objective: str = "train",
         device: str,
         threads: int,
         token_budget: int | None = None,
@@ -100,9 +104,10 @@ class BankHost:
         """Loads the base; what keeps trials from sharing it is told by `fault`.
 
         Args:
-            settings: of the training that all trials share, as `FineTuningConfig` dumps them.
+            settings: of the training that all trials share, as `objective`'s settings are dumped.
             splits: Parquet files of the tokenized splits.
             snapshots: folder or URI that every node reaches.
+            objective: ``train`` (on examples) or ``align`` (on pairs), as in `SweepConfig`.
             device: of the base and all adapters.
             threads: CPU threads.
             token_budget: most tokens computed at the same time; by default what the settings say.
@@ -123,7 +128,8 @@ class BankHost:
         self._fault: str | None = None
         self._broken: str | None = None
         self._refused: UserError | None = None
-        config = FineTuningConfig(**settings)
+        self._kind = OBJECTIVES[objective]
+        config = self._kind(**settings)
         try:
             base = load_frozen_base(config, device)
         except RaytuneError as error:
@@ -132,9 +138,9 @@ class BankHost:
         adopt_template(base.tokenizer, splits["train"])
         used = [split for split in ("train", "validation") if splits.get(split)]
         try:
-            rows = {split: TokenRows(splits[split], self._cache.name) for split in used}
+            rows = {split: rows_of(config)(splits[split], self._cache.name) for split in used}
             say_disliked(rows)
-            train, validation = rows["train"], rows.get("validation")
+            validation = rows.get("validation")
             answers = AnswerCheck.wanted(config, validation, base.model, base.tokenizer, device)
         except UserError as error:
             self._refused = error
@@ -146,7 +152,16 @@ class BankHost:
             self._fault = f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"
             return
         budget = token_budget or config.max_tokens_per_micro_batch
-        self._bank = AdapterBank(base, train, validation, answers=answers, token_budget=budget)
+        criterion = Examples() if objective == "train" else Preferences()
+        learned = {split: RowsOfPairs(some) if isinstance(some, PairRows) else some for split, some in rows.items()}
+        self._bank = AdapterBank(
+            base,
+            learned["train"],
+            learned.get("validation"),
+            criterion=criterion,
+            answers=answers,
+            token_budget=budget,
+        )
         threading.Thread(target=self._step_on, name="bank", daemon=True).start()
 
     def fault(self) -> str | None:
@@ -170,7 +185,7 @@ class BankHost:
             UserError: if its settings or its snapshot don't fit the base.
             RunError: if there is no whole snapshot where it should be.
         """
-        config = FineTuningConfig(**settings)
+        config = self._kind(**settings)
         kept = _state_at(snapshot) if snapshot else None
         with self._between_steps():
             self._let_go(name)
@@ -231,7 +246,7 @@ class BankHost:
         """
         kept = _state_at(snapshot)
         with TemporaryDirectory(prefix="raytune-ft-adapter-") as scratch:
-            self._bank.save_snapshot(FineTuningConfig(**settings), kept, Path(scratch))
+            self._bank.save_snapshot(self._kind(**settings), kept, Path(scratch))
             Location.at(folder).upload(Path(scratch))
 
     def _step_on(self) -> None:

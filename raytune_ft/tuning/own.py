@@ -13,7 +13,7 @@ from typing import Any
 
 from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.core.storage import Location
-from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.reporting import EvaluationReport
 
@@ -47,6 +47,9 @@ class Own:
         It may be stopped with an evaluation that was saved and not heard of: the state before stays, too.
         """
         config = OBJECTIVES[self.objective](**settings)
+        if isinstance(config, DistillationConfig) and config.student_layers is not None:
+            student = self.student(config.student_layers)
+            config = config.with_overrides(model_path=student.uri, student_layers=None)
         return config.with_overrides(
             save_strategy=config.eval_strategy, save_steps=config.eval_steps, save_total_limit=2, report_to=[]
         )
@@ -54,6 +57,10 @@ class Own:
     def folder(self, name: str) -> Location:
         """Where a trial keeps its checkpoints and leaves its model."""
         return Location(self.output) / name
+
+    def student(self, layers: int) -> Location:
+        """Where the student lies that trials start from which want so many of the teacher's layers."""
+        return Location(self.output) / f"student-{layers}"
 
     def train(self, config: FineTuningConfig, output: Location, report: EvaluationReport | None = None) -> None:
         """Makes the steps that are left, and writes the model."""

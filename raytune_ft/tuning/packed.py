@@ -144,7 +144,7 @@ class Room:
     others: tuple[Demand, ...] = ()
 
 
-def start_banks(room: Room, packs: Packs, splits: Splits, snapshots: str) -> Banks | str:
+def start_banks(room: Room, packs: Packs, splits: Splits, snapshots: str, objective: str) -> Banks | str:
     """Starts the banks of a sweep, one per GPU (without any, one per node) and pack; or says why a base is not shared.
 
     More packs than GPUs share these evenly, as those on CPUs share a node.
@@ -154,6 +154,7 @@ def start_banks(room: Room, packs: Packs, splits: Splits, snapshots: str) -> Ban
         packs: what the trials of each have in common.
         splits: see `Splits`.
         snapshots: folder or URI that every node reaches.
+        objective: what trials learn, as in `SweepConfig`.
     """
     connected, nodes, trials = room.connected, room.nodes, room.trials
     use_gpu = next(iter(packs.settings.values())).on_gpu(connected.gpus)
@@ -173,15 +174,13 @@ def start_banks(room: Room, packs: Packs, splits: Splits, snapshots: str) -> Ban
         runtime_env={"env_vars": cluster.worker_environment()},
     )
     device = "cuda" if use_gpu else "cpu"
+    how = {"objective": objective, "device": device, "threads": threads, "own_process": True}
     actors = {}
     for name, training in packs.settings.items():
         if packs.keys:
             logger.info("tune: the trials with %s have a base of their own", name)
         settings, rows = training.model_dump(mode="json"), splits[training.max_length]
-        actors[name] = tuple(
-            make.remote(settings, rows, snapshots, device=device, threads=threads, own_process=True)
-            for _ in range(each)
-        )
+        actors[name] = tuple(make.remote(settings, rows, snapshots, **how) for _ in range(each))
     banks = Banks(packs.keys, actors)
     with ExitStack() as unless_shared:
         unless_shared.callback(banks.close)

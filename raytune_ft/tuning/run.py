@@ -18,7 +18,7 @@ from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
-from raytune_ft.training.run import data_parent, model_parents, reachable, splits_of
+from raytune_ft.training.run import data_parent, model_parents, reachable, refuse_other_student, splits_of
 from raytune_ft.training.trackers import Trackers, refuse_missing
 from raytune_ft.tuning import homes
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
@@ -60,6 +60,7 @@ class HyperparameterSweep:
 
 def tune(config: SweepConfig) -> Artifact:
     """The verb: see `HyperparameterSweep.run`."""
+    refuse_other_student(config.training)
     refuse_missing(config.training.report_to)
     homes.refuse_pausing(config, homes.apart(config, Packs.of(config.space, config.training)))
     connected = cluster.connect()

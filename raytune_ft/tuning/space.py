@@ -24,8 +24,10 @@ _FIXED = {
     "max_tokens_per_micro_batch",
     *(*OF_WORKERS, *OF_RUNS),
     *("eval_generation_rows", "eval_generation_metric", "metric_for_best_model"),
-    *("reward_model_path", "reward_metric", "max_new_tokens"),
+    *("reward_model_path", "reward_metric", "max_new_tokens", "teacher_path"),
 }
+_MADE_FOR_EACH = {"max_length": "the data is tokenized", "student_layers": "a student is made"}
+"""Settings for whose values something is made before the trials start."""
 
 
 class Choice(Config):
@@ -141,8 +143,8 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
             raise ValueError(f"space.{key}: is no training setting" + (f"; did you mean {near[0]}?" if near else ""))
         if key in _FIXED:
             raise ValueError(f"space.{key}: cannot be searched; all trials of a sweep share it")
-        if key == "max_length" and not isinstance(choice, list | Choice):
-            raise ValueError("space.max_length: give a list, or {choice: [...]}: the data is tokenized for each value")
+        if key in _MADE_FOR_EACH and not isinstance(choice, list | Choice):
+            raise ValueError(f"space.{key}: give a list, or {{choice: [...]}}: {_MADE_FOR_EACH[key]} for each value")
         if isinstance(choice, TimesRank) and key != "lora_alpha":
             raise ValueError(f"space.{key}: times_rank is for lora_alpha")
         values = extremes(choice)

@@ -16,6 +16,7 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.training import matrix
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.base import FrozenBase
+from raytune_ft.training.bank.criterion import Criterion, Examples, RowsOfPairs, said_of, supervised_in
 from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.passes import Passes
@@ -28,8 +29,8 @@ from raytune_ft.training.bank.trial import Progress, Status, Trial
 from raytune_ft.training.bank.turns import next_group
 from raytune_ft.training.batches import Rows
 from raytune_ft.training.checkpoint import Checkpoint
-from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.loop import Metrics
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.loop import Metrics, with_perplexity
 from raytune_ft.training.schedule import Timetable
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}
@@ -50,6 +51,7 @@ class AdapterBank:
         train: Rows,
         validation: Rows | None = None,
         *,
+        criterion: Criterion | None = None,
         answers: AnswerCheck | None = None,
         token_budget: int | None = None,
         arithmetic: Arithmetic | None = None,
@@ -60,6 +62,7 @@ class AdapterBank:
             base: what they share; its linear layers are wrapped as trials need them.
             train: rows that they train on, each in its own order.
             validation: rows that they are evaluated on.
+            criterion: what they learn from; by default the rows are examples. `Preferences` want `RowsOfPairs`.
             answers: what measures the answers that they generate, upon the same base, at each evaluation.
             token_budget: most tokens computed at the same time; trials that don't fit take turns.
             arithmetic: a loop over adapters of exact rank, or all stacked to the highest rank; by default the former
@@ -71,7 +74,8 @@ class AdapterBank:
         self._seat = PassSeat(base.model)
         arithmetic = arithmetic or ("stacked" if base.device.type == "cuda" else "ragged")
         self._slots = (StackedSlots if arithmetic == "stacked" else RaggedSlots)(base.device)
-        self._passes = Passes(base, self._slots, self._seat)
+        self._criterion = criterion or Examples()
+        self._passes = Passes(base, self._slots, self._seat, self._criterion)
         self._trials: dict[str, Trial] = {}
         self._paused: dict[str, Checkpoint] = {}
         self._lock = threading.RLock()
@@ -98,8 +102,7 @@ class AdapterBank:
             if name in self._trials:
                 raise ConfigError(f"trial {name}: is in the bank already; evict it first")
             refused = matrix.refusal(replace(config.cell, packed=True))
-            if isinstance(config, DistillationConfig):
-                refused = "distillation computes a teacher beside it"
+            refused = refused or self._criterion.refusal(config)
             if refused is not None:
                 raise ConfigError(f"trial {name}: only LoRA and QLoRA fine-tuning share a base ({refused})")
             if config.adapter_path is not None:
@@ -108,8 +111,10 @@ class AdapterBank:
                 raise ConfigError(f"trial {name}: there are no training rows")
             if config.eval_generation_rows and self._validation is not None and self._answers is None:
                 raise ConfigError(f"trial {name}: eval_generation_rows: this bank measures no answers")
-            timetable = Timetable.of(config, len(self._train), has_validation=self._validation is not None)
-            trial = Trial(name, config, timetable, self._train)
+            each = self._criterion.rows_per_item
+            timetable = Timetable.of(config, len(self._train) // each, has_validation=self._validation is not None)
+            trial = Trial(name, config, timetable, self._train, each)
+            self._criterion.admit(name, config)
             self._seat_trial(trial, snapshot)
             self._trials[name] = trial
 
@@ -197,7 +202,7 @@ class AdapterBank:
             first = next((name for name in self.running() if name not in hold), None)
             if first is None:
                 return None
-            longest = max(len(row.input_ids) for row in self._trials[first].upcoming())
+            longest = self._trials[first].longest
             if self._budget <= longest:
                 return first
             self._budget = max(longest, self._budget // 2)
@@ -211,7 +216,7 @@ class AdapterBank:
             return trial.progress()
 
     def evaluate(self, names: Sequence[str]) -> dict[str, float]:
-        """Mean loss of these trials over the supervised tokens of the validation rows.
+        """Mean loss of these trials over the items of the validation rows.
 
         Raises:
             ConfigError: if there are no validation rows, or a trial is paused.
@@ -222,7 +227,8 @@ class AdapterBank:
             paused = [name for name in names if name in self._paused]
             if paused:
                 raise ConfigError(f"trials {', '.join(paused)}: are paused; resume them first")
-            return self._evaluate([self._found(name) for name in names], self._validation)
+            found = self._evaluate([self._found(name) for name in names], self._validation)
+            return {name: metrics["eval_loss"] for name, metrics in found.items()}
 
     def _found(self, name: str) -> Trial:
         if name not in self._trials:
@@ -242,41 +248,62 @@ class AdapterBank:
         self._slots.admit(trial.name, SlotSettings.of(trial.config, targets), state)
 
     def _step_group(self, trials: list[Trial]) -> None:
+        coming = [trial.upcoming() for trial in trials]
+        self._look_up(self._train, [number for step in coming for number in step.numbers])
         shares = [
-            Share(trial.name, trial.upcoming(), trial.config.seed, trial.step + 1, range(len(trial.upcoming())))
-            for trial in trials
+            Share(
+                trial.name,
+                step.rows,
+                trial.config.seed,
+                trial.step + 1,
+                range(len(step.rows)),
+                reference=said_of(self._train, step.numbers),
+            )
+            for trial, step in zip(trials, coming, strict=True)
         ]
-        supervised = [sum(sum(row.supervised[1:]) for row in share.rows) for share in shares]
+        items = [self._criterion.items(share.rows) for share in shares]
         rates = {trial.name: trial.rate() for trial in trials}
         self._slots.zero_gradients([trial.name for trial in trials])
-        sums = self._passes.train(shares, supervised, self._budget)
+        sums = self._passes.train(shares, items, self._budget)
         norms = self._slots.step(rates)
-        counts = torch.tensor(supervised, dtype=torch.float64).clamp_(min=1)
+        counts = torch.tensor(items, dtype=torch.float64).clamp_(min=1)
         for trial in trials:
             trial.look_ahead()
         # The only place in a step where the host waits for the device.
-        losses, norms = torch.stack([sums, norms.double()]).cpu() / torch.stack([counts, torch.ones_like(counts)])
-        for trial, share, loss, norm, count in zip(
-            trials, shares, losses.tolist(), norms.tolist(), supervised, strict=True
-        ):
-            numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rates[trial.name]}
-            trial.advance({**numbers, "tokens": share.tokens, "supervised": count})
+        found = torch.cat([sums, norms.double().unsqueeze(1)], 1).cpu()
+        means = found[:, :-1] / counts.unsqueeze(1)
+        for trial, share, measured, norm in zip(trials, shares, means.tolist(), found[:, -1].tolist(), strict=True):
+            numbers = dict(zip(self._criterion.measures, measured, strict=True))
+            numbers |= {"grad_norm": norm, "learning_rate": rates[trial.name]}
+            trial.advance({**numbers, "tokens": share.tokens, "supervised": supervised_in(share.rows)})
 
     def _evaluate_due(self, trials: list[Trial]) -> None:
         if not trials or self._validation is None:
             return
-        losses = self._evaluate(trials, self._validation)
-        answered = self._answered([trial.name for trial in trials if math.isfinite(losses[trial.name])])
+        measured = self._evaluate(trials, self._validation)
+        answered = self._answered([trial.name for trial in trials if math.isfinite(measured[trial.name]["eval_loss"])])
         for trial in trials:
-            if trial.evaluated({"eval_loss": losses[trial.name], **answered.get(trial.name, {})}):
+            if trial.evaluated({**measured[trial.name], **answered.get(trial.name, {})}):
                 trial.best = self._slots.weights(trial.name)
 
-    def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, float]:
+    def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, Metrics]:
+        names = [f"eval_{name}" for name in self._criterion.measures]
         self._base.model.eval()
         try:
-            return self._passes.score(self._slots.order([trial.name for trial in trials]), rows, self._budget)
+            self._look_up(rows, range(len(rows)))
+            found = self._passes.score(self._slots.order([trial.name for trial in trials]), rows, self._budget)
         finally:
             self._base.model.train()
+        measured = {trial: dict(zip(names, means, strict=True)) for trial, means in found.items()}
+        if not self._criterion.is_likelihood:
+            return measured
+        return {trial: with_perplexity(metrics) for trial, metrics in measured.items()}
+
+    def _look_up(self, rows: Rows, numbers: Sequence[int]) -> None:
+        """Has the base say of these rows, once for all trials, what their losses want to know of it."""
+        if isinstance(rows, RowsOfPairs):
+            unknown = rows.unknown(numbers)
+            rows.learn(unknown, self._passes.said_by_base([rows[number] for number in unknown], self._budget))
 
     def _answered(self, names: Sequence[str]) -> dict[str, Metrics]:
         """What the answers of these trials measure; nothing where none are asked for."""

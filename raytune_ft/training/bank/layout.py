@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -16,18 +16,27 @@ from raytune_ft.training.bank.dropout import row_key, token_keys
 
 @dataclass(frozen=True)
 class Share:
-    """Some rows of one trial; `places` are their places in the batch of its step, which dropout depends on."""
+    """Some rows of one trial; `places` are their places in the batch of its step, which dropout depends on.
+
+    `reference` is what the base says of each row, in nats, where the loss wants to know.
+    """
 
     name: str
     rows: Sequence[Encoded]
     seed: int = 0
     step: int = 0
     places: Sequence[int] = ()
+    reference: Sequence[float] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens of these rows."""
         return sum(len(row.input_ids) for row in self.rows)
+
+    def part(self, first: int, last: int) -> Share:
+        """The rows from `first` to before `last`."""
+        mine = slice(first, last)
+        return replace(self, rows=self.rows[mine], places=self.places[mine], reference=self.reference[mine])
 
 
 @dataclass(frozen=True)

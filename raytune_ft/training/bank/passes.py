@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from raytune_ft.models.collate import group_by_budget
+from raytune_ft.models.chat import Encoded
+from raytune_ft.models.collate import group_by_budget, pack
 from raytune_ft.models.frozen_head import losses_and_gradient
 from raytune_ft.models.scoring import CausalParts, target_states
 from raytune_ft.training.bank.base import FrozenBase
+from raytune_ft.training.bank.criterion import Criterion, said_of
 from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, evened, may_share_cores, share_out
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.packed_linear import PassSeat
@@ -19,6 +21,7 @@ from raytune_ft.training.bank.ragged import RaggedSlots
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.turns import next_group, row_chunks
 from raytune_ft.training.batches import Rows
+from raytune_ft.training.preference import row_sums
 
 PASS_TOKENS = 1024
 """Tokens of a pass of ragged slots: on a CPU, larger batches only leave the caches."""
@@ -31,27 +34,29 @@ class Passes:
     launches stays what it is.
     """
 
-    def __init__(self, base: FrozenBase, slots: RaggedSlots | StackedSlots, seat: PassSeat) -> None:
-        self._base, self._slots, self._seat = base, slots, seat
+    def __init__(
+        self, base: FrozenBase, slots: RaggedSlots | StackedSlots, seat: PassSeat, criterion: Criterion
+    ) -> None:
+        self._base, self._slots, self._seat, self._criterion = base, slots, seat, criterion
         self._parts = CausalParts.of(base.model)
         self._weights: int = sum(parameter.numel() for parameter in base.model.parameters())
         self._small = isinstance(slots, RaggedSlots)
         several = self._small and may_share_cores(base.model)
         self._lanes = Lanes(torch.get_num_threads(), most=MOST_LANES if several else 1)
 
-    def train(self, shares: Sequence[Share], supervised: Sequence[int], budget: int) -> Tensor:
+    def train(self, shares: Sequence[Share], items: Sequence[int], budget: int) -> Tensor:
         """Adds the gradients of a step to the trials' slots.
 
         Args:
             shares: what each trial trains on in this step.
-            supervised: supervised tokens of each share; its loss is their mean.
+            items: what the loss of each share is a mean over.
             budget: most tokens of a pass.
 
         Returns:
-            [trials] float64, the sum of each trial's losses, on the base's device.
+            [trials, measures] float64, sums over each trial's items, on the base's device.
         """
         sums: dict[str, Tensor] = {}
-        weights = {share.name: 1 / max(1, count) for share, count in zip(shares, supervised, strict=True)}
+        weights = {share.name: 1 / max(1, count) for share, count in zip(shares, items, strict=True)}
 
         def lane(names: Collection[str]) -> None:
             mine = [share for share in shares if share.name in names]
@@ -63,16 +68,21 @@ class Passes:
         return torch.stack([sums[share.name] for share in shares])
 
     @torch.no_grad()
-    def score(self, names: Sequence[str], rows: Rows, budget: int) -> dict[str, float]:
-        """Mean loss of each trial over the supervised tokens of `rows`."""
-        lengths = [len(rows[number].input_ids) for number in range(len(rows))]
-        sums = dict.fromkeys(names, 0.0)
+    def score(self, names: Sequence[str], rows: Rows, budget: int) -> dict[str, list[float]]:
+        """What each trial is measured by on `rows`, means over their items."""
+        each = self._criterion.rows_per_item
+        lengths = [
+            sum(len(rows[number].input_ids) for number in range(first, first + each))
+            for first in range(0, len(rows), each)
+        ]
+        sums = {name: torch.zeros(len(self._criterion.measures), dtype=torch.float64) for name in names}
         count = 0
         most = self._pass_tokens(budget)
         for group in group_by_budget(lengths, most if self._small else most // len(names) or 1):
-            some = [rows[number] for number in group]
-            count += sum(sum(row.supervised[1:]) for row in some)
-            shares = [Share(name, some) for name in names]
+            numbers = [each * item + place for item in group for place in range(each)]
+            some = [rows[number] for number in numbers]
+            count += self._criterion.items(some)
+            shares = [Share(name, some, reference=said_of(rows, numbers)) for name in names]
             together = max(1, most // shares[0].tokens)
 
             def lane(mine: Collection[str], shares: list[Share] = shares, together: int = together) -> None:
@@ -82,7 +92,24 @@ class Passes:
                         sums[share.name] += total
 
             self._in_lanes(lane, shares)
-        return {name: total / max(1, count) for name, total in sums.items()}
+        return {name: (total / max(1, count)).tolist() for name, total in sums.items()}
+
+    @torch.no_grad()
+    def said_by_base(self, rows: Sequence[Encoded], budget: int) -> list[float]:
+        """Log-probability of each row's targets under the base without any adapter, in nats."""
+        said = [0.0] * len(rows)
+
+        def lane() -> None:
+            for group in group_by_budget([len(row.input_ids) for row in rows], self._pass_tokens(budget)):
+                batch = pack([rows[number] for number in group]).to(self._base.device)
+                losses, _ = losses_and_gradient(
+                    self._parts.head, target_states(self._parts, batch), batch.targets, None
+                )
+                for number, nats in zip(group, row_sums(losses.double(), batch).tolist(), strict=True):
+                    said[number] = -nats
+
+        self._lanes.run([lane])
+        return said
 
     def evened(self, waiting: Mapping[str, int]) -> list[str]:
         """Of trials in line, with the tokens of their next step, as many of the first as keep all lanes busy."""
@@ -107,38 +134,39 @@ class Passes:
         while waiting:
             group = next_group({name: share.tokens for name, share in waiting.items()}, most)
             some = [waiting.pop(name) for name in group]
-            found += [some] if len(some) > 1 else _in_rows(some[0], most)
+            found += [some] if len(some) > 1 else _in_items(some[0], most, self._criterion.rows_per_item)
         return found
 
     def _there_and_back(self, shares: list[Share], weights: dict[str, float]) -> Tensor:
         dropout = any(self._slots.settings(share.name).dropout for share in shares)
         batch, layout = lay_out(shares, self._base.device, dropout=dropout)
         counts = torch.tensor(layout.targets)
+        known = self._criterion.known_weights(shares, counts, weights)
         with self._seat.runs(self._slots.run(layout)):
             states = target_states(self._parts, batch)
-            each = torch.repeat_interleave(torch.tensor([weights[share.name] for share in shares]), counts)
-            each = each.to(states.device, non_blocking=True)
+            if known is None:
+                each = torch.ones(len(batch.targets), device=states.device)
+            else:
+                each = known.to(states.device, non_blocking=True)
             losses, gradient = losses_and_gradient(self._parts.head, states.detach(), batch.targets, each)
+            sums, later = self._criterion.graded(losses, batch, shares, counts, weights)
+            if later is not None and gradient is not None:  # a target's loss depends on its own states only
+                gradient = (gradient.float() * later.unsqueeze(1)).to(gradient.dtype)
             torch.autograd.backward(states, gradient)
-        return sums_by_trial(losses, counts.to(states.device, non_blocking=True))
+        return sums
 
     @torch.no_grad()
-    def _there(self, shares: list[Share]) -> list[float]:
+    def _there(self, shares: list[Share]) -> Tensor:
         batch, layout = lay_out(shares, self._base.device, dropout=False)
         with self._seat.runs(self._slots.run(layout)):
             states = target_states(self._parts, batch)
         losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
-        return sums_by_trial(losses, torch.tensor(layout.targets).to(states.device)).tolist()
+        sums, _ = self._criterion.graded(losses, batch, shares, torch.tensor(layout.targets), None)
+        return sums.cpu()
 
 
-def sums_by_trial(losses: Tensor, counts: Tensor) -> Tensor:
-    """[trials] float64: the sum over each trial's targets, which lie together; one trial's NaN stays its own."""
-    return torch.segment_reduce(losses.double(), "sum", lengths=counts, initial=0.0)
-
-
-def _in_rows(share: Share, most: int) -> list[list[Share]]:
-    runs = row_chunks([len(row.input_ids) for row in share.rows], most)
-    return [
-        [Share(share.name, [share.rows[i] for i in run], share.seed, share.step, [share.places[i] for i in run])]
-        for run in runs
-    ]
+def _in_items(share: Share, most: int, each: int) -> list[list[Share]]:
+    """The share in parts of at most `most` tokens; `each` rows stay together."""
+    lengths = [len(row.input_ids) for row in share.rows]
+    runs = row_chunks([sum(lengths[first : first + each]) for first in range(0, len(lengths), each)], most)
+    return [[share.part(each * run.start, each * run.stop)] for run in runs]

@@ -13,7 +13,7 @@ from raytune_ft.training.bank.slot import State
 from raytune_ft.training.batches import Rows, step_rows
 from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.loop import Metrics, with_perplexity
+from raytune_ft.training.loop import Metrics
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 from raytune_ft.training.stopping import Patience
 
@@ -37,6 +37,14 @@ class Progress:
     reason: str
 
 
+@dataclass(frozen=True)
+class StepRows:
+    """The rows of a step, and their numbers."""
+
+    numbers: list[int]
+    rows: list[Encoded]
+
+
 @dataclass
 class Trial:
     """A trial's settings and state, except its tensors."""
@@ -45,6 +53,7 @@ class Trial:
     config: FineTuningConfig
     timetable: Timetable
     train: Rows
+    rows_per_item: int = 1
     step: int = 0
     status: Status = Status.RUNNING
     reason: str = ""
@@ -52,13 +61,13 @@ class Trial:
     history: list[dict[str, float]] = field(default_factory=list)
     best: State | None = None
     _order: Iterator[list[int]] | None = None
-    _upcoming: list[Encoded] | None = None
-    _ahead: list[Encoded] | None = None
+    _upcoming: StepRows | None = None
+    _ahead: StepRows | None = None
 
     def __post_init__(self) -> None:
         self.patience = Patience(self.config.early_stopping_patience, self.config.goal)
 
-    def upcoming(self) -> list[Encoded]:
+    def upcoming(self) -> StepRows:
         """The rows of the next step."""
         if self._upcoming is None:
             self._upcoming = self._next_rows()
@@ -70,15 +79,26 @@ class Trial:
         if self._ahead is None and self.step + 1 < self.timetable.total:
             self._ahead = self._next_rows()
 
-    def _next_rows(self) -> list[Encoded]:
+    def _next_rows(self) -> StepRows:
+        each = self.rows_per_item
         if self._order is None:
-            self._order = step_rows(len(self.train), self.config.global_batch_size, self.config.seed, start=self.step)
-        return [self.train[number] for number in next(self._order)]
+            items = len(self.train) // each
+            self._order = step_rows(items, self.config.global_batch_size, self.config.seed, start=self.step)
+        numbers = [each * item + place for item in next(self._order) for place in range(each)]
+        return StepRows(numbers, [self.train[number] for number in numbers])
 
     @property
     def tokens(self) -> int:
         """Tokens of the next step."""
-        return sum(len(row.input_ids) for row in self.upcoming())
+        return sum(len(row.input_ids) for row in self.upcoming().rows)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest item of the next step."""
+        lengths = [len(row.input_ids) for row in self.upcoming().rows]
+        return max(
+            sum(lengths[start : start + self.rows_per_item]) for start in range(0, len(lengths), self.rows_per_item)
+        )
 
     def rate(self) -> float:
         """Learning rate of the next step."""
@@ -111,7 +131,6 @@ class Trial:
 
     def evaluated(self, metrics: Metrics) -> bool:
         """Takes in an evaluation after the last step; whether it is the best so far."""
-        metrics = with_perplexity(metrics)
         self.history[-1] |= metrics
         if not math.isfinite(metrics["eval_loss"]):
             self.fail(f"the validation loss of step {self.step} is {metrics['eval_loss']}")

@@ -68,7 +68,7 @@ def make_bank(tiny_model: Path, rows: list[Encoded]) -> MakeBank:
     """An empty bank on the tiny base."""
 
     def make(
-        validation: list[Encoded] | None = None, *, answers_of: FineTuningConfig | None = None, **options: Any
+        validation: Any = None, *, train: Any = None, answers_of: FineTuningConfig | None = None, **options: Any
     ) -> AdapterBank:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -76,7 +76,7 @@ def make_bank(tiny_model: Path, rows: list[Encoded]) -> MakeBank:
         base = frozen_base(model, AutoTokenizer.from_pretrained(tiny_model), str(tiny_model))
         if answers_of is not None:
             options["answers"] = AnswerCheck.wanted(answers_of, validation, base.model, base.tokenizer, "cpu")
-        return AdapterBank(base, rows, validation, **options)
+        return AdapterBank(base, rows if train is None else train, validation, **options)
 
     return make
 

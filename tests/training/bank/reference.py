@@ -11,6 +11,7 @@ import torch
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training.batches import step_rows
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import PreferenceConfig
 
 
 def padded(rows: list[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,6 +63,41 @@ def reference_losses(config: FineTuningConfig, rows: list[Encoded], steps: int) 
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         scheduler.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def reference_preferences(config: PreferenceConfig, pairs: list[tuple[Encoded, Encoded]], steps: int) -> list[float]:
+    """DPO's or IPO's losses of a plain PEFT model whose reference is itself without its adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=config.lora_target_modules)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(config.model_path), lora)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    def said(row: Encoded) -> torch.Tensor:
+        return -summed_loss(model, [row])
+
+    losses = []
+    for numbers in islice(step_rows(len(pairs), config.global_batch_size, config.seed), steps):
+        total = 0.0
+        for chosen, rejected in (pairs[number] for number in numbers):
+            with torch.no_grad(), model.disable_adapter():
+                before = said(chosen), said(rejected)
+            ratios = [said(row) - known for row, known in zip((chosen, rejected), before, strict=True)]
+            if config.loss_type == "ipo":
+                means = [ratio / sum(row.supervised[1:]) for ratio, row in zip(ratios, (chosen, rejected), strict=True)]
+                loss = (means[0] - means[1] - 1 / (2 * config.beta)) ** 2
+            else:
+                loss = -torch.nn.functional.logsigmoid(config.beta * (ratios[0] - ratios[1]))
+            (loss / len(numbers)).backward()
+            total += loss.item() / len(numbers)
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
     return losses

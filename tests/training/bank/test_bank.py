@@ -161,7 +161,7 @@ def test_after_memory_ran_out_the_next_step_is_smaller_until_one_row_is_too_much
 ) -> None:
     bank = make_bank(token_budget=400)
     bank.admit("t", trial())
-    longest = max(len(row.input_ids) for row in bank.trial("t").upcoming())
+    longest = max(len(row.input_ids) for row in bank.trial("t").upcoming().rows)
     asked = 0
     while bank.make_room() is None:
         asked += 1

@@ -1,0 +1,144 @@
+"""Trials that learn from pairs of answers on one frozen base: each has the losses that it would have alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Encoded
+from raytune_ft.training.bank.bank import AdapterBank
+from raytune_ft.training.bank.criterion import Preferences, RowsOfPairs
+from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.folder import read_history
+from raytune_ft.training.pairs import PairRows
+from raytune_ft.training.preference import PairTerms
+from raytune_ft.training.session import Seat, train_in_process
+
+from ...rows import pair_files  # noqa: TID252 - tests are no installed package
+from .conftest import MakeBank, Settings, losses_of, some_rows
+from .reference import reference_preferences
+from .test_equality import difference
+
+
+@dataclass
+class Given:
+    """Pairs in a list."""
+
+    pairs: list[tuple[Encoded, Encoded]]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def pair(self, number: int) -> tuple[Encoded, Encoded]:
+        return self.pairs[number]
+
+
+def some_pairs(count: int, seed: int) -> list[tuple[Encoded, Encoded]]:
+    return list(zip(some_rows(count, seed), some_rows(count, seed + 100), strict=True))
+
+
+PAIRS, VALIDATION = some_pairs(11, 1), some_pairs(4, 2)
+MIXED: dict[str, dict[str, object]] = {
+    "mild": {"beta": 0.1, "lora_r": 4, "seed": 1},
+    "strict": {"beta": 0.5, "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-3, "seed": 2},
+    "identity": {"beta": 0.2, "loss_type": "ipo", "gradient_accumulation_steps": 2, "weight_decay": 0.1, "seed": 3},
+}
+
+
+@pytest.fixture
+def preference(tiny_model: Path) -> Settings:
+    def make(**changes: object) -> PreferenceConfig:
+        common = {"model_path": str(tiny_model), "output_dir": "unused", "dataset_path": "given", "max_steps": 20}
+        more = {"learning_rate": 1e-3, "lora_target_modules": "all-linear", "eval_strategy": "no"}
+        schedule = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "per_device_train_batch_size": 2}
+        return PreferenceConfig(**{**common, **more, **schedule, **changes})
+
+    return make
+
+
+def bank_of(
+    make_bank: MakeBank, configs: dict[str, PreferenceConfig], pairs: list[tuple[Encoded, Encoded]], **options: object
+) -> AdapterBank:
+    bank = make_bank(
+        RowsOfPairs(Given(VALIDATION)), train=RowsOfPairs(Given(pairs)), criterion=Preferences(), **options
+    )
+    for name, config in configs.items():
+        bank.admit(name, config)
+    return bank
+
+
+@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
+def test_losses_equal_those_of_plain_peft(make_bank: MakeBank, preference: Settings, arithmetic: str) -> None:
+    configs = {name: preference(**changes) for name, changes in MIXED.items()}
+    bank = bank_of(make_bank, configs, PAIRS, arithmetic=arithmetic)
+    packed = losses_of(bank)
+    for name, config in configs.items():
+        alone = reference_preferences(config, PAIRS, 20)
+        assert difference(packed[name], alone) <= 1e-5, name
+        assert alone[-1] < alone[0], name
+
+
+def test_a_small_budget_keeps_both_answers_of_a_pair_together(make_bank: MakeBank, preference: Settings) -> None:
+    configs = {name: preference(**changes, max_steps=6) for name, changes in MIXED.items()}
+    whole, parts = (bank_of(make_bank, configs, PAIRS, token_budget=budget) for budget in (4096, 20))
+    expected, found = losses_of(whole), losses_of(parts)
+    for name in configs:
+        assert difference(expected[name], found[name]) <= 1e-5, name
+    fresh = bank_of(make_bank, {"t": configs["mild"]}, PAIRS, token_budget=4096)
+    while fresh.make_room() is None:
+        pass
+    rows = fresh.trial("t").upcoming().rows
+    assert fresh._budget == max(len(a.input_ids) + len(b.input_ids) for a, b in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_all_that_is_measured_is_that_of_the_run_alone(
+    make_bank: MakeBank, preference: Settings, tiny_model: Path, tmp_path: Path
+) -> None:
+    files = pair_files(tiny_model, tmp_path, train=8, validation=3)
+    rows = {split: PairRows(some, str(tmp_path / "cache")) for split, some in files.items()}
+    margin = "eval_reward_margin"
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "metric_for_best_model": margin}
+    configs = {name: preference(**{**changes, **evaluated}) for name, changes in MIXED.items()}
+    train, validation = (RowsOfPairs(rows[split]) for split in ("train", "validation"))
+    bank = make_bank(validation, train=train, criterion=Preferences())
+    for name, config in configs.items():
+        bank.admit(name, config)
+    losses_of(bank)
+    for name, config in configs.items():
+        where = Location.at(tmp_path / name)
+        train_in_process(config, files, Seat(), output=where, golden=False)
+        packed, alone = bank.trial(name).history, read_history(where)
+        assert len(packed) == len(alone) == 6
+        for found, expected in zip(packed, alone, strict=True):
+            # Before the first step all margins are 0, and rounding decides which pairs are ranked right.
+            known = found.keys() - ({"reward_accuracy"} if found["step"] == 1 else set())
+            assert {key: found[key] for key in known} == pytest.approx({key: expected[key] for key in known}, abs=1e-5)
+        assert {"loss", "reward_margin", margin, "eval_chosen_nll"} <= packed[-1].keys()
+        assert "eval_perplexity" not in packed[-1]
+        assert bank.trial(name).patience.best == max(row[margin] for row in packed[1::2])
+
+
+def test_neighbours_that_are_no_numbers_change_nothing_bit_for_bit(make_bank: MakeBank, preference: Settings) -> None:
+    configs = {"t": preference(seed=1), "other": preference(seed=2, beta=0.3)}
+    curves = []
+    for broken in (False, True):
+        bank = bank_of(make_bank, configs, PAIRS)
+        if broken:
+            bank._criterion._terms["other"] = PairTerms(float("nan"), 0.0, 0.0, identity=False)
+        curves.append(losses_of(bank))
+    assert curves[0]["t"] == curves[1]["t"] and len(curves[0]["t"]) == 20
+    assert bank.trial("other").status == "infeasible"
+
+
+def test_examples_are_refused_among_pairs(make_bank: MakeBank, preference: Settings, trial: Settings) -> None:
+    bank = bank_of(make_bank, {}, PAIRS)
+    with pytest.raises(ConfigError, match="its trials learn from pairs of answers"):
+        bank.admit("t", trial())
+    with pytest.raises(ConfigError, match="loss_type kto learns from single answers"):
+        bank.admit("t", preference(loss_type="kto"))
+    with pytest.raises(ConfigError, match="its trials learn from examples"):
+        make_bank().admit("t", preference())
