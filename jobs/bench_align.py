@@ -32,16 +32,6 @@ DEFAULT = 8
 """Pairs at a time that TRL takes as it comes."""
 
 
-def records() -> list[dict[str, Any]]:
-    """Chat-like pairs of natural, varied length: a prompt with its own answer, and with that of another prompt."""
-    from jobs.bench_sweep import chat_rows
-
-    rows = [row["messages"] for row in chat_rows(PAIRS + 1)]
-    return [
-        {"prompt": mine[:-1], "chosen": mine[-1:], "rejected": other[-1:]} for mine, other in itertools.pairwise(rows)
-    ]
-
-
 def ours(run: dict[str, Any]) -> dict[str, Any]:
     """Our trainer in this process, under DeepSpeed, without Ray, which the peer does without, too."""
     import logging
@@ -86,6 +76,8 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
+    from jobs.bench_sweep import pair_rows
+
     datasets.disable_progress_bars()
     torch.set_num_threads(run["threads"])
     marks: list[float] = []
@@ -106,7 +98,7 @@ def peer(run: dict[str, Any]) -> dict[str, Any]:
             lr_scheduler_type="linear", seed=0, save_strategy="no", logging_steps=1, report_to="none",
             disable_tqdm=True, use_cpu=not on_gpu, bf16=on_gpu, gradient_checkpointing=False,
         ),
-        train_dataset=datasets.Dataset.from_list(records()),
+        train_dataset=datasets.Dataset.from_list(pair_rows(PAIRS)),
         processing_class=AutoTokenizer.from_pretrained(run["base"]),
         peft_config=LoraConfig(
             r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -144,14 +136,14 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Finds the peer's best batch size, then runs the arms in turn."""
     import psutil
 
-    from jobs.bench_sweep import make_base, scratch_folder
+    from jobs.bench_sweep import make_base, pair_rows, scratch_folder
     from raytune_ft.core.cluster import connect, disconnect
     from raytune_ft.data.config import DataCollectionConfig
     from raytune_ft.data.run import prepare
 
     with scratch_folder(None) as kept, tempfile.TemporaryDirectory(prefix="bench-align-") as runs_in:
         base, source = make_base(options.base, kept / options.base), kept / "pairs.jsonl"
-        source.write_text("".join(json.dumps(record) + "\n" for record in records()), encoding="utf-8")
+        source.write_text("".join(json.dumps(record) + "\n" for record in pair_rows(PAIRS)), encoding="utf-8")
         connect()
         settings = {"sources": (str(source),), "output_path": str(kept / "pairs"), "model_path": base}
         prepare(DataCollectionConfig(**settings, validation_split=0.0, test_split=0.0, near_duplicates="keep"))

@@ -1,7 +1,7 @@
 """Measures a LoRA grid: peers' trials under Ray Tune, our trainer's, and the packed bank; prints one table.
 
 python jobs/bench_sweep.py --device cpu [--base small] [--steps 60] [--short-steps 15] [--arms peer-one,alone,packed]
-                           [--asha] [--batch 2] [--peer-trials 4] [--halves] [--eval-rows 64]
+                           [--asha] [--batch 2] [--peer-trials 4] [--halves] [--eval-rows 64] [--objective align]
 
 Every trial runs to its last step and is evaluated then, in all arms on the same rows. Two lengths of run (``--steps``
 and ``--short-steps``) tell start-up from steady work: what a trial-token costs is the slope between them.
@@ -11,6 +11,9 @@ makespan is then scaled linearly to the whole grid, and marked so.
 
 With ``--halves`` there is one length of run, with an evaluation in its midst, and steady is the second half.
 
+With ``--objective align`` trials learn from pairs (DPO), on a grid of beta and learning rate; the peer is TRL's
+DPOTrainer, which asks the model without its adapter for the reference in every step.
+
 With ``--asha`` it is the time to the best settings instead: trials are evaluated at each quarter of their steps, half
 of them go on from the first quarter and half of those from the second, and what each arm found best is named.
 """
@@ -18,7 +21,9 @@ of them go on from the first quarter and half of those from the second, and what
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -38,11 +43,14 @@ from jobs.bench_machine import Watch, measured, options_of
 
 RATES = {"cpu": [1e-4, 3e-4, 1e-3, 2e-3], "cuda": [5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3]}
 RANKS = {"cpu": [4, 8, 16, 32], "cuda": [8, 16, 32, 64]}
+RANK = 16
+"""Where none is searched."""
+BETAS = [0.05, 0.1, 0.3, 0.5]
 ROWS, WORDS = 1280, 4096
 ON_A_GPU = 4
 """Trials of the peer that share a GPU."""
 Found = dict[str, tuple[float, float]]
-"""Of each trial by rank and rate, see `of_curve`."""
+"""Of each trial by `name_of` its settings, see `of_curve`."""
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
     "1b": {  # Llama 3.2 1B
@@ -117,6 +125,14 @@ def chat_rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
+def pair_rows(count: int) -> list[dict[str, Any]]:
+    """The same questions; an answer to another one is rejected in favour of their own."""
+    rows = [row["messages"] for row in chat_rows(count + 1)]
+    return [
+        {"prompt": mine[:-1], "chosen": mine[-1:], "rejected": other[-1:]} for mine, other in itertools.pairwise(rows)
+    ]
+
+
 @contextmanager
 def scratch_folder(kept: str | None) -> Iterator[Path]:
     """Where bases and rows lie: a folder that is kept for the next benchmark, or one for this run alone."""
@@ -128,73 +144,96 @@ def scratch_folder(kept: str | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def prepare_rows(base: str, folder: Path, eval_rows: int = 64) -> Path:
-    """The rows as a dataset of ours, made once in a folder; peers read its token columns."""
-    if (folder / "dataset" / "manifest.json").exists():
-        return folder / "dataset"
+def prepare_rows(base: str, folder: Path, eval_rows: int = 64, objective: str = "train") -> Path:
+    """The rows as a dataset of ours, made once in a folder; peers read its columns."""
+    made = folder / ("dataset" if objective == "train" else "pairs")
+    if (made / "manifest.json").exists():
+        return made
     from raytune_ft.core.cluster import connect
     from raytune_ft.data.config import DataCollectionConfig
     from raytune_ft.data.run import prepare
 
     connect()
-    source = folder / "rows.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in chat_rows(ROWS)), encoding="utf-8")
-    settings = {"sources": (str(source),), "output_path": str(folder / "dataset"), "model_path": base}
+    source = folder / f"{made.name}.jsonl"
+    rows = chat_rows(ROWS) if objective == "train" else pair_rows(ROWS)
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = {"sources": (str(source),), "output_path": str(made), "model_path": base}
     settings["validation_split"] = eval_rows / ROWS
     prepare(DataCollectionConfig(**settings, test_split=0.0, near_duplicates="keep"))
-    return folder / "dataset"
+    return made
+
+
+def splits_of(dataset: str) -> Callable[[str], Any]:
+    """Reads a split of a prepared dataset as the peer's datasets."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return lambda name: datasets.Dataset.from_parquet(sorted(map(str, Path(dataset, name).glob("*.parquet"))))
 
 
 def peer_trial(
     space: dict[str, Any], *, base: str, dataset: str, out: str, steps: int, batch: int, threads: int, eval_steps: int
 ) -> None:
-    """A trial of the peer: TRL's trainer on a PEFT model, on rows with the labels that ours have."""
+    """A trial of the peer: TRL's trainer on a PEFT model, on rows with the labels that ours have, or on pairs."""
     import datasets
     import torch
     from peft import LoraConfig
     from ray import tune
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     torch.set_num_threads(threads)
     on_gpu = torch.cuda.is_available()
+    read = splits_of(dataset)
 
     class Teller(TrainerCallback):  # type: ignore[misc]  # transformers' classes count as Any
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
             tune.report({"eval_loss": metrics["eval_loss"], "global_step": state.global_step})
 
-    datasets.disable_progress_bars()
-
-    def split(name: str) -> Any:
-        rows = datasets.Dataset.from_parquet(sorted(map(str, Path(dataset, name).glob("*.parquet"))))
+    def examples(name: str) -> Any:
+        rows = read(name)
         labels = [
             [token if kept else -100 for token, kept in zip(row["input_ids"], row["supervised"], strict=True)]
             for row in rows
         ]
         return datasets.Dataset.from_dict({"input_ids": rows["input_ids"], "labels": labels})
 
-    where = Path(out) / f"r{space['lora_r']}-lr{space['learning_rate']}"
-    trainer = SFTTrainer(
+    def pairs(name: str) -> Any:
+        rows = read(name)
+        turns = {"prompt": "messages", "chosen": "chosen", "rejected": "rejected"}
+        said = {
+            ours: [[{key: turn[key] for key in ("role", "content")} for turn in row[theirs]] for row in rows]
+            for ours, theirs in turns.items()
+        }
+        return datasets.Dataset.from_dict(said)
+
+    where = Path(out) / "-".join(f"{key}{value}" for key, value in space.items())
+    common = {
+        "output_dir": str(where), "max_steps": steps, "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 8, "learning_rate": space["learning_rate"], "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, steps // 10), "weight_decay": 0.01, "seed": 0, "save_strategy": "no",
+        "logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "eval_strategy": "steps",
+        "eval_steps": eval_steps, "use_cpu": not on_gpu, "bf16": on_gpu, "gradient_checkpointing": False,
+    }  # fmt: skip
+    if "beta" in space:
+        kind, args, split = DPOTrainer, DPOConfig(**common, beta=space["beta"]), pairs
+    else:
+        more = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "max_length": None}
+        kind, args, split = SFTTrainer, SFTConfig(**common, **more), examples
+    rank = space.get("lora_r", RANK)
+    trainer = kind(
         model=AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.bfloat16 if on_gpu else torch.float32, device_map={"": 0} if on_gpu else None
         ),
         processing_class=AutoTokenizer.from_pretrained(base),
-        args=SFTConfig(
-            output_dir=str(where), max_steps=steps, per_device_train_batch_size=batch, per_device_eval_batch_size=8,
-            learning_rate=space["learning_rate"], lr_scheduler_type="linear", warmup_steps=max(1, steps // 10),
-            weight_decay=0.01, seed=0, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-            eval_strategy="steps", eval_steps=eval_steps,
-            use_cpu=not on_gpu, bf16=on_gpu, gradient_checkpointing=False,
-            dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, max_length=None,
-        ),
+        args=args,
         peft_config=LoraConfig(
-            r=space["lora_r"], lora_alpha=2 * space["lora_r"], lora_dropout=0.0, target_modules="all-linear",
-            task_type="CAUSAL_LM",
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         train_dataset=split("train"),
         eval_dataset=split("validation"),
         callbacks=[Teller()],
-    )  # fmt: skip
+    )
     trainer.train()
     trainer.save_model(str(where))
 
@@ -220,13 +259,12 @@ def peers(arm: str) -> Callable[..., Found]:
             eval_steps=evaluated_every(steps, options), threads=threads,
         )  # fmt: skip
         rungs = {"time_attr": "global_step", "grace_period": steps // 4, "reduction_factor": 2, "max_t": steps}
-        ranks, rates = RANKS[options.device], RATES[options.device]
+        grid = grid_of(options)
+        others = all_trials(options) // len(grid["learning_rate"])
+        grid["learning_rate"] = grid["learning_rate"][: peer_trials(options) // others]
         tuner = tune.Tuner(
             tune.with_resources(trial, resources),
-            param_space={
-                "lora_r": tune.grid_search(ranks),
-                "learning_rate": tune.grid_search(rates[: peer_trials(options) // len(ranks)]),
-            },
+            param_space={key: tune.grid_search(values) for key, values in grid.items()},
             tune_config=tune.TuneConfig(
                 metric="eval_loss", mode="min", scheduler=ASHAScheduler(**rungs) if options.asha else FIFOScheduler()
             ),
@@ -235,7 +273,7 @@ def peers(arm: str) -> Callable[..., Found]:
         found = {}
         for result in tuner.fit():
             rows = result.metrics_dataframe[["eval_loss", "time_total_s"]].to_dict("records")
-            found[f"{result.config['lora_r']}/{result.config['learning_rate']:g}"] = of_curve(rows)
+            found[name_of(result.config, options)] = of_curve(rows)
         return found
 
     return run
@@ -256,15 +294,26 @@ def of_curve(rows: list[dict[str, float]]) -> tuple[float, float]:
     return rows[-1]["eval_loss"], rows[-1]["time_total_s"] - before
 
 
+def grid_of(options: argparse.Namespace) -> dict[str, list[Any]]:
+    """What is searched: rank, or DPO's beta, and learning rate."""
+    first = {"beta": BETAS} if options.objective == "align" else {"lora_r": RANKS[options.device]}
+    return {**first, "learning_rate": RATES[options.device]}
+
+
+def name_of(settings: dict[str, Any], options: argparse.Namespace) -> str:
+    """A trial's name: its settings of the grid."""
+    return "/".join(f"{settings[key]:g}" for key in grid_of(options))
+
+
 def all_trials(options: argparse.Namespace) -> int:
     """Trials of the grid."""
-    return len(RANKS[options.device]) * len(RATES[options.device])
+    return math.prod(map(len, grid_of(options).values()))
 
 
 def peer_trials(options: argparse.Namespace) -> int:
-    """Trials that the peers run: as many of each rank, since ranks differ in work."""
-    ranks = len(RANKS[options.device])
-    return max(ranks, (options.peer_trials or all_trials(options)) // ranks * ranks)
+    """Trials that the peers run: as many of each rank (or beta), since ranks differ in work."""
+    others = all_trials(options) // len(RATES[options.device])
+    return max(others, (options.peer_trials or all_trials(options)) // others * others)
 
 
 def ours(packed: str) -> Callable[..., Found]:
@@ -280,21 +329,19 @@ def ours(packed: str) -> Callable[..., Found]:
             "per_device_train_batch_size": options.batch, "use_gpu": options.device == "cuda",
             "per_device_eval_batch_size": 8, "eval_strategy": "steps", "lora_dropout": 0.0,
             "eval_steps": evaluated_every(steps, options),
-            "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10),
+            "lora_target_modules": "all-linear", "warmup_steps": max(1, steps // 10), "lora_r": RANK,
         }  # fmt: skip
-        space = {
-            "lora_r": RANKS[options.device],
-            "learning_rate": RATES[options.device],
-            "lora_alpha": {"times_rank": [2]},
-        }
+        aligns = options.objective == "align"
         found = tune(
             SweepConfig(
-                output_dir=str(out), space=space, scheduler="asha" if options.asha else "none", packed=packed,
-                training=training, cpus_per_trial=2, grace_steps=max(1, steps // 4), reduction_factor=2,
+                output_dir=str(out), space={**grid_of(options), "lora_alpha": {"times_rank": [2]}},
+                objective=options.objective, metric="eval_reward_accuracy" if aligns else "eval_loss",
+                scheduler="asha" if options.asha else "none", packed=packed, training=training, cpus_per_trial=2,
+                grace_steps=max(1, steps // 4), reduction_factor=2,
             )
         )  # fmt: skip
         trials = SweepResult.from_json(found.read_json("result.json")).trials
-        return {f"{t.settings['lora_r']}/{t.settings['learning_rate']:g}": of_curve(t.curve) for t in trials}
+        return {name_of(trial.settings, options): of_curve(trial.curve) for trial in trials}
 
     return run
 
@@ -320,7 +367,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     with scratch_folder(options.folder) as folder:
         base = make_base(options.base, folder / options.base)
         connect()
-        dataset = prepare_rows(base, folder, options.eval_rows)
+        dataset = prepare_rows(base, folder, options.eval_rows, options.objective)
         for turn in range(options.repeats):
             for steps in lengths:
                 for arm in arms:
@@ -388,7 +435,8 @@ def table(
             "cpu_seconds": statistics.median(w.cpu_seconds for w in runs[long]),
             "peak_mb": max(w.peak_mb for w in runs[long]),
         }
-    print(f"\n{trials} trials (rank x rate), batch {options.batch}, base {options.base}, {options.device}; medians")
+    searched = " x ".join(grid_of(options))
+    print(f"\n{trials} trials ({searched}), batch {options.batch}, base {options.base}, {options.device}; medians")
     heads = [*(f"{steps} steps s" for steps in lengths), "ms/trial-step", "start s", "cpu s", "MB"]
     print(f"{'arm':12}" + "".join(f"{head:>14}" for head in heads))
     for arm, f in figures.items():
@@ -397,7 +445,7 @@ def table(
         marked = f"  times scaled from {trials / f['scaled_by']:.0f} trials" if f["scaled_by"] > 1 else ""
         print(f"{arm:12}" + "".join(f"{value:14.1f}" for value in values) + marked)
     result: dict[str, Any] = {"base": options.base, "device": options.device, "trials": trials, "arms": figures}
-    result |= {"batch": options.batch, "eval_rows": options.eval_rows}
+    result |= {"objective": options.objective, "batch": options.batch, "eval_rows": options.eval_rows}
     if "packed" in figures:
         mine = figures["packed"]
         result["ratios"] = {
@@ -421,6 +469,7 @@ def main() -> int:
     """Runs the benchmark; 2 if the machine was busy."""
     parser = options_of(__doc__)
     parser.add_argument("--base", choices=[*SHAPES, "smollm2-135m"], default="small")
+    parser.add_argument("--objective", choices=["train", "align"], default="train")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--short-steps", type=int, help="a quarter of --steps by default")
     parser.add_argument("--batch", type=int, default=2, help="rows of a trial's step, of about 120 tokens each")
@@ -433,7 +482,8 @@ def main() -> int:
     parser.add_argument("--asha", action="store_true", help="time to the best settings under ASHA")
     options = parser.parse_args()
     batch = f"_batch{options.batch}" if options.batch != 2 else ""
-    name = f"bench_sweep_{options.base}_{options.steps}{batch}{'_asha' * options.asha}_{options.device}"
+    objective = "" if options.objective == "train" else f"{options.objective}_"
+    name = f"bench_sweep_{objective}{options.base}_{options.steps}{batch}{'_asha' * options.asha}_{options.device}"
     return measured(name, lambda: compare(options), allow_busy=options.allow_busy)
 
 

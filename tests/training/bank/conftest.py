@@ -14,6 +14,7 @@ from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import frozen_base
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config_alignment import PreferenceConfig
 
 Settings = Callable[..., FineTuningConfig]
 MakeBank = Callable[..., AdapterBank]
@@ -59,6 +60,19 @@ def trial(tiny_model: Path) -> Settings:
             "eval_strategy": "no",
         }
         return FineTuningConfig(**{**common, **changes})
+
+    return make
+
+
+@pytest.fixture
+def preference(tiny_model: Path) -> Settings:
+    """Settings of a trial that learns from pairs, with changes."""
+
+    def make(**changes: object) -> PreferenceConfig:
+        common = {"model_path": str(tiny_model), "output_dir": "unused", "dataset_path": "given", "max_steps": 20}
+        more = {"learning_rate": 1e-3, "lora_target_modules": "all-linear", "eval_strategy": "no"}
+        schedule = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "per_device_train_batch_size": 2}
+        return PreferenceConfig(**{**common, **more, **schedule, **changes})
 
     return make
 

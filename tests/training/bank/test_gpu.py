@@ -10,11 +10,14 @@ import torch
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import FrozenBase, load_frozen_base
+from raytune_ft.training.bank.criterion import Preferences, RowsOfPairs
 from raytune_ft.training.bank.products import GroupedProducts
 from tests.conftest import make_tiny_model
 
 from .conftest import MakeBank, Settings, losses_of
 from .test_equality import MIXED, difference
+from .test_preferences import MIXED as PREFERENCES
+from .test_preferences import PAIRS, Given, bank_of
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +36,17 @@ def test_losses_are_those_of_the_cpu(
     here, there = make_bank(arithmetic="ragged"), AdapterBank(base, rows)
     for name, config in configs.items():
         here.admit(name, config)
+        there.admit(name, config)
+    expected, found = losses_of(here), losses_of(there)
+    for name in configs:
+        assert difference(found[name], expected[name]) <= 1e-4, name
+
+
+def test_pairs_have_the_losses_of_the_cpu(base: FrozenBase, make_bank: MakeBank, preference: Settings) -> None:
+    configs = {name: preference(**changes) for name, changes in PREFERENCES.items()}
+    here = bank_of(make_bank, configs, PAIRS)
+    there = AdapterBank(base, RowsOfPairs(Given(PAIRS)), criterion=Preferences())
+    for name, config in configs.items():
         there.admit(name, config)
     expected, found = losses_of(here), losses_of(there)
     for name in configs:

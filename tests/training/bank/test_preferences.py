@@ -49,17 +49,6 @@ MIXED: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture
-def preference(tiny_model: Path) -> Settings:
-    def make(**changes: object) -> PreferenceConfig:
-        common = {"model_path": str(tiny_model), "output_dir": "unused", "dataset_path": "given", "max_steps": 20}
-        more = {"learning_rate": 1e-3, "lora_target_modules": "all-linear", "eval_strategy": "no"}
-        schedule = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "per_device_train_batch_size": 2}
-        return PreferenceConfig(**{**common, **more, **schedule, **changes})
-
-    return make
-
-
 def bank_of(
     make_bank: MakeBank, configs: dict[str, PreferenceConfig], pairs: list[tuple[Encoded, Encoded]], **options: object
 ) -> AdapterBank:
