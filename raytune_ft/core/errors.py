@@ -63,3 +63,8 @@ class MissingDependencyError(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; of one that says nothing, its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says, where Ray's have what matters; of one that says nothing, its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.records import Message
 from raytune_ft.evaluation.config_inference import EndpointConfig
 from raytune_ft.models.config import DecodingConfig
@@ -84,8 +84,8 @@ class EndpointClient:
                     served = [str(model.id) for model in self._client.models.list().data]
                 except Exception as error:  # noqa: BLE001 - whatever a wrong address answers
                     raise ModelError(
-                        f"{self.url}: does not list its models ({_first_line(error)}). Is it running, and does the URL "
-                        "end with /v1? The model can also be named: URL#name"
+                        f"{self.url}: does not list its models ({first_line(error)[:200]}). Is it running, and does "
+                        "the URL end with /v1? The model can also be named: URL#name"
                     ) from None
                 if len(served) != 1:
                     known = ", ".join(served) or "none"
@@ -161,14 +161,14 @@ class EndpointClient:
         except APITimeoutError:
             raise _AttemptError(f"no answer within {self.config.timeout_s:g} s") from None
         except APIConnectionError as error:
-            raise _AttemptError(f"no connection ({_first_line(error.__cause__ or error)})") from None
+            raise _AttemptError(f"no connection ({first_line(error.__cause__ or error)[:200]})") from None
         except APIStatusError as error:
             raise self._refusal(error) from None
         except OpenAIError as error:
-            raise _AttemptError(f"no usable answer ({_first_line(error)})") from None
+            raise _AttemptError(f"no usable answer ({first_line(error)[:200]})") from None
 
     def _refusal(self, error: Any) -> Exception:
-        status, said = int(error.status_code), _first_line(error)
+        status, said = int(error.status_code), first_line(error)[:200]
         if status in {401, 403, 404}:
             return ModelError(
                 f"{self.url}: refuses requests for {self.model} with {status} ({said}). Check the URL, the model's "
@@ -245,7 +245,3 @@ def _echoed(text: str, tokens: int) -> Reply:
             again=False,
         )
     return Reply(logprobs=behind)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

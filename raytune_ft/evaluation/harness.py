@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Self
 
-from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError, RaytuneError, RunError
+from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError, RaytuneError, RunError, first_line
 from raytune_ft.evaluation.config import HarnessConfig
 from raytune_ft.evaluation.config_inference import EndpointConfig
 from raytune_ft.evaluation.workload import Target
@@ -147,14 +147,10 @@ def _told(error: Exception, config: HarnessConfig) -> RaytuneError:
             home = os.environ.get("HF_HOME", "~/.cache/huggingface")
             return DataError(
                 f"harness: the data of {', '.join(config.tasks)} is not on this machine and cannot be fetched "
-                f"({_first_line(seen)}). On a machine with network run `lm-eval run --model dummy --tasks "
+                f"({first_line(seen)[:200]}). On a machine with network run `lm-eval run --model dummy --tasks "
                 f"{','.join(config.tasks)} --limit 1` and copy its {home}/hub and {home}/datasets to the same place "
                 "on every node, or give tasks of your own in harness.include_path whose dataset_path is json and "
                 "whose data_files lie here."
             )
         seen = seen.__cause__ or seen.__context__
-    return RunError(f"harness: lm-eval failed: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return RunError(f"harness: lm-eval failed: {first_line(error)[:200]}")

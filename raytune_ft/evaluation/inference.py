@@ -14,7 +14,7 @@ import ray.data
 
 from raytune_ft.core import cluster
 from raytune_ft.core.cluster import Cluster, own_error
-from raytune_ft.core.errors import RaytuneError, RunError
+from raytune_ft.core.errors import RaytuneError, RunError, last_line
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
@@ -198,6 +198,14 @@ def copies_of(connected: Cluster, targets: Sequence[Target], wanted: int | None)
     return wanted or int(connected.gpus or max(1, connected.cpus - 1))
 
 
+class ModelActor(ShardActor):
+    """A `ShardActor` in a process of Ray's, whose lines the driver says."""
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        cluster.report_to_driver()
+        super().__init__(*given, **settings)
+
+
 def infer(
     dataset: Any,
     targets: Sequence[Target],
@@ -233,8 +241,9 @@ def infer(
     concurrency = max(1, work.endpoint.concurrency // copies)
     dataset.context.raise_original_map_exception = True
     outcome = dataset.map_batches(
-        ShardActor,
-        fn_constructor_args=(targets, work, kept.where.uri, threads, concurrency),
+        ModelActor,
+        fn_constructor_args=(targets, work, kept.where.uri),
+        fn_constructor_kwargs={"threads": threads, "concurrency": concurrency, "copies": copies},
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=copies),
@@ -249,7 +258,8 @@ def _accounted(outcome: Any, what: str) -> Account:
     account = Account()
     fault: RaytuneError | None = None
     try:
-        for table in outcome.iter_batches(batch_size=None, batch_format="pyarrow"):
+        # A batch that is fetched ahead would hold back the news of the one before.
+        for table in outcome.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in table.to_pylist():
                 fault = fault or fault_in(row)
                 account.add(row)
@@ -258,8 +268,7 @@ def _accounted(outcome: Any, what: str) -> Account:
     except Exception as error:  # noqa: BLE001 - whatever Ray wraps a fault in: it is unwrapped and raised again
         fault = own_error(error)
         if fault is None:
-            last = (str(error).strip().splitlines() or [repr(error)])[-1]
-            fault = RunError(f"{what} failed: {last}")
+            fault = RunError(f"{what} failed: {last_line(error)}")
     if fault is not None:
         # Raised here, so that it does not hold Ray's exception, nor that the actors with their CPUs.
         raise fault

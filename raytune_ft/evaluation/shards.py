@@ -7,6 +7,7 @@ again asks storage first what is left of it.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -21,6 +22,8 @@ from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.kept import KeptRows, Row
 from raytune_ft.evaluation.scorer import Scorer, load_scorer
 from raytune_ft.evaluation.workload import Target, Workload
+
+logger = logging.getLogger("raytune_ft")
 
 SHARD_SCHEMA = RECORD_SCHEMA.append(pa.field("target", pa.string())).append(pa.field("shard", pa.string()))
 """Records with the label of the target that is to answer them, and the name of the shard that they belong to."""
@@ -58,19 +61,26 @@ def close_shard(shards: pa.Table, kept: KeptRows, target: str, where: Location) 
 
 
 _KEEP_ROWS, _KEEP_S = 64, 15.0
+TELL_S = 15.0
+"""Seconds between an actor's words on a shard that takes long, where there is one actor; with more, each says less."""
 
 
 class Keeper:
-    """Gathers done rows and puts them on storage, a piece at a time."""
+    """Gathers done rows and puts them on storage, a piece at a time; says now and then how far it is."""
 
-    def __init__(self, kept: KeptRows, target: str, shard: str) -> None:
+    def __init__(self, kept: KeptRows, target: str, shard: str, expected: int, tell_s: float) -> None:
         self._kept, self._place = kept, (target, shard)
         self._rows: list[Row] = []
-        self._since = time.monotonic()
+        self._since = self._told = time.monotonic()
+        self._done, self._expected, self._tell_s = 0, expected, tell_s
         self.failed: list[Row] = []
 
     def take(self, rows: Sequence[Row]) -> None:
         """Takes done rows; a piece is kept when it is large or old enough."""
+        self._done += len(rows)
+        if time.monotonic() - self._told >= self._tell_s and self._done < self._expected:
+            logger.info("%s: %d of %d rows of a shard", self._place[0], self._done, self._expected)
+            self._told = time.monotonic()
         self.failed += [row for row in rows if "error" in row]
         self._rows += [row for row in rows if "error" not in row]
         if len(self._rows) >= _KEEP_ROWS or time.monotonic() - self._since > _KEEP_S:
@@ -82,11 +92,13 @@ class Keeper:
         self._rows, self._since = [], time.monotonic()
 
 
-def work_off(scorer: Scorer, kept: KeptRows, target: str, shard: str, records: Sequence[Record]) -> dict[str, Any]:
-    """Measures what is left of a shard; its row of `DONE_SCHEMA`."""
+def work_off(
+    scorer: Scorer, kept: KeptRows, target: str, shard: str, records: Sequence[Record], *, tell_s: float = TELL_S
+) -> dict[str, Any]:
+    """Measures what is left of a shard, saying how far it is every so many seconds; its row of `DONE_SCHEMA`."""
     before = kept.answered(target, shard)
     left = [r for r in records if r.position not in before or before[r.position]["id"] != r.id]
-    keeper = Keeper(kept, target, shard)
+    keeper = Keeper(kept, target, shard, len(left), tell_s)
     if left:
         try:
             scorer.measure(target, left, keeper.take)
@@ -113,8 +125,11 @@ class ShardActor:
     holding their CPUs for as long as anything remembers the exception.
     """
 
-    def __init__(self, targets: Sequence[Target], work: Workload, where: str, threads: int, concurrency: int) -> None:
-        self.kept = KeptRows(Location(where))
+    def __init__(
+        self, targets: Sequence[Target], work: Workload, where: str, *, threads: int, concurrency: int, copies: int = 1
+    ) -> None:
+        """Loads what answers; `copies` is how many such actors there are."""
+        self.kept, self.tell_s = KeptRows(Location(where)), TELL_S * copies
         self.fault: RaytuneError | None = None
         try:
             self.scorer = load_scorer(targets, work, threads=threads, concurrency=concurrency)
@@ -133,7 +148,7 @@ class ShardActor:
             try:
                 if self.fault is not None:
                     raise self.fault
-                done.append(work_off(self.scorer, self.kept, target, shard, records))
+                done.append(work_off(self.scorer, self.kept, target, shard, records, tell_s=self.tell_s))
             except RaytuneError as error:
                 words = json.dumps([type(error).__name__, str(error)])
                 done.append({"target": target, "shard": shard, "answered": 0, "failed": 0, "fault": words})

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ArtifactError, ModelError
+from raytune_ft.core.errors import ArtifactError, ModelError, first_line
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location, cache_folder
 from raytune_ft.models.starter import SCHEME, copied
@@ -119,8 +119,7 @@ def load_embedder(reference: str = REFERENCE) -> Embedder:
         model = AutoModel.from_pretrained(source, trust_remote_code=False, use_safetensors=True, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{reference}: no embedder could be loaded: {first}") from None
+        raise ModelError(f"{reference}: no embedder could be loaded: {first_line(error)}") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Embedder(model.eval().to(device), tokenizer)
 
@@ -190,8 +189,7 @@ def fetch(folder: Path) -> None:
                 source(draft.folder)
                 _check(draft.folder / WEIGHTS)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong with one source, the next one is tried
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                reasons.append(f"{origin}: {first[:200]}")
+                reasons.append(f"{origin}: {first_line(error)[:200]}")
                 continue
             draft.numbers["origin"] = origin
             return

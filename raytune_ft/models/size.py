@@ -7,7 +7,7 @@ import math
 import struct
 from pathlib import Path
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.loading import resolve_model
 
 
@@ -48,6 +48,5 @@ def _empty_count(base: str) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{base}: its parameters cannot be counted: {first}") from None
+        raise ModelError(f"{base}: its parameters cannot be counted: {first_line(error)}") from None
     return int(model.num_parameters())

@@ -167,7 +167,7 @@ class LocalLearner:
                 sums.append(means.detach())
         norm = nn.utils.clip_grad_norm_(list(self.trainee.trainable().values()), self._config.max_grad_norm)
         self.optimizer.step()
-        tokens = sum(micro.tokens for micro in batch)
+        tokens = _tokens(batch)
         measured = _named(self.trainee, _sum(sums))
         supervised = sum(len(micro.targets) for micro in batch)
         return {
@@ -208,7 +208,7 @@ class ZeroLearner:
         """Makes one optimizer step over this rank's micro-batches and those of all other ranks."""
         rate = _set_rate(self.engine.optimizer, self._config, self._timetable, step)
         seed_step(self._config.seed, step, self.rank)
-        mine = [sum(m.items for m in batch), sum(m.tokens for m in batch), sum(len(m.targets) for m in batch)]
+        mine = [sum(m.items for m in batch), _tokens(batch), sum(len(m.targets) for m in batch)]
         counts = self._reduced(torch.tensor(mine, dtype=torch.float64))
         # DeepSpeed divides by the number of ranks, which the global mean does not want.
         scale = self.world_size / counts[0].clamp(min=1.0)
@@ -271,6 +271,11 @@ def _evaluate(trainee: Trainee, batches: Iterable[PackedBatch], device: str, *, 
         totals[:-1] += _sum(parts).cpu()
         totals[-1] += batch.items
     return totals
+
+
+def _tokens(batch: Sequence[PackedBatch]) -> int:
+    """Tokens that are learned from: a row without targets stands in where a rank, or a part of a step, has none."""
+    return sum(micro.tokens for micro in batch if micro.items)
 
 
 def _sum(parts: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_claim
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import ArtifactError, InfeasibleError, RaytuneError, RunError, StoppedError
+from raytune_ft.core.errors import ArtifactError, InfeasibleError, RaytuneError, RunError, StoppedError, last_line
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
@@ -416,6 +416,5 @@ def _keep_numbers(draft: Draft, output: Location) -> None:
 
 
 def _failure(error: Exception) -> RaytuneError:
-    own = cluster.own_error(error)
-    last = (str(error).strip().splitlines() or [repr(error)])[-1]
-    return own or RunError(f"training failed: {last} Run the same command again to go on from the newest checkpoint.")
+    again = "Run the same command again to go on from the newest checkpoint."
+    return cluster.own_error(error) or RunError(f"training failed: {last_line(error)} {again}")

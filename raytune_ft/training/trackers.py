@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytune_ft.core.errors import ConfigError, MissingDependencyError
+from raytune_ft.core.errors import ConfigError, MissingDependencyError, first_line
 from raytune_ft.training.config import Tracking
 
 logger = logging.getLogger("raytune_ft")
@@ -95,9 +95,9 @@ class Trackers:
             try:
                 running[name] = makers[name]()
             except Exception as error:
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise ConfigError(
-                    f"report_to: {name} cannot start: {first} Mend its settings, or leave it out; nothing was trained"
+                    f"report_to: {name} cannot start: {first_line(error)} Mend its settings, or leave it out; nothing "
+                    "was trained"
                 ) from error
         return cls(running, failures)
 

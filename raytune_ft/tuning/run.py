@@ -16,6 +16,7 @@ from ray.tune.schedulers import FIFOScheduler
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
+from raytune_ft.core.errors import last_line
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.training.run import data_parent, model_parents, reachable, refuse_other_student, splits_of
@@ -211,7 +212,7 @@ def _trials(
 
 def _ending(trial: Trial, result: Any) -> tuple[Ending, str | None]:
     if result.error is not None:
-        return "failed", str(result.error).strip().splitlines()[-1]
+        return "failed", last_line(result.error)
     infeasible = (result.metrics or {}).get("infeasible")
     if infeasible:
         return "infeasible", str(infeasible)

@@ -191,7 +191,7 @@ def test_a_killed_actor_is_replaced_and_its_kept_rows_are_not_computed_again(
         time.sleep(0.05)
     kept = {path: path.stat().st_mtime_ns for path in pieces.rglob("*.jsonl")}
     actors = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
-    [actor] = [one for one in actors if "ShardActor" in one.class_name]
+    [actor] = [one for one in actors if "ModelActor" in one.class_name]
     os.kill(actor.pid, signal.SIGKILL)
     while work.is_alive():
         assert all(path.stat().st_mtime_ns == when for path, when in kept.items() if path.exists())

@@ -90,12 +90,12 @@ def test_targets_are_kept_apart(kept: KeptRows) -> None:
 def test_an_actor_tells_a_fault_as_a_row_and_keeps_what_it_did(tiny_model: Path, kept: KeptRows) -> None:
     work = Workload(answers=False, likelihoods=True)
     targets = [Target("m", str(tiny_model))]
-    actor = ShardActor(targets, work, kept.where.uri, 1, 1)
+    actor = ShardActor(targets, work, kept.where.uri, threads=1, concurrency=1)
     table = pa.concat_tables([shard_table(records(0, 1), "m", "a"), shard_table(records(5), "m", "b")])
     done = actor(table)
     assert done.schema == DONE_SCHEMA
     assert [(row["shard"], row["answered"]) for row in done.to_pylist()] == [("a", 2), ("b", 1)]
-    broken = ShardActor([Target("m", str(kept.where.path))], work, kept.where.uri, 1, 1)
+    broken = ShardActor([Target("m", str(kept.where.path))], work, kept.where.uri, threads=1, concurrency=1)
     fault = fault_in(broken(table).to_pylist()[0])
     assert isinstance(fault, ModelError)
 
@@ -117,6 +117,14 @@ def test_a_closed_shard_is_one_file_in_the_order_of_its_rows(kept: KeptRows, tmp
     ]
 
 
+def test_a_long_shard_says_how_far_it_is(kept: KeptRows, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "raytune_ft")
+    work_off(Upper(), kept, "m", "0", records(0, 1, 2), tell_s=0)
+    assert [record.message for record in caplog.records] == ["m: 1 of 3 rows of a shard", "m: 2 of 3 rows of a shard"]
+    work_off(Upper(), kept, "m", "1", records(0, 1, 2))
+    assert len(caplog.records) == 2  # it was over before there was anything to say
+
+
 _WORKER = """
 import sys
 from raytune_ft.core.records import Message, Record
@@ -126,7 +134,7 @@ from raytune_ft.models.config import DecodingConfig
 shards._KEEP_ROWS = 4
 rows = [Record(messages=(Message("user", f"order {n}"),), position=n) for n in range(60)]
 work = Workload(answers=True, decoding=DecodingConfig(max_new_tokens=400))
-actor = shards.ShardActor([Target("m", sys.argv[1])], work, sys.argv[2], 1, 1)
+actor = shards.ShardActor([Target("m", sys.argv[1])], work, sys.argv[2], threads=1, concurrency=1)
 print(actor(shards.shard_table(rows, "m", "0")).to_pylist()[0]["answered"])
 """
 
