@@ -9,6 +9,11 @@ import pytest
 import torch
 import yaml
 
+from raytune_ft.core.storage import Location
+from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.run import splits_of
+from raytune_ft.training.session import Seat, train_in_process
+
 from .test_preference import history
 
 
@@ -61,9 +66,8 @@ def test_the_verb_makes_the_chosen_answers_likelier_on_workers(ray_cluster, tiny
 
 
 @pytest.mark.ray
-def test_the_verb_learns_from_the_ratings_of_feedback(ray_cluster, tiny_model, tmp_path: Path) -> None:
-    from raytune_ft.cli import run_verb
-
+def test_the_ratings_of_feedback_are_learned_from(ray_cluster, tiny_model, tmp_path: Path) -> None:
+    """Ray reads and tokenizes the feedback; the training is this process's."""
     feedback = tmp_path / "feedback.jsonl"
     rows = [
         {
@@ -79,9 +83,10 @@ def test_the_verb_learns_from_the_ratings_of_feedback(ray_cluster, tiny_model, t
         **{"loss_type": "kto", "beta": 0.5, "learning_rate": 5e-3, "num_train_epochs": 6},
         **{"lora_target_modules": "all-linear", "per_device_train_batch_size": 8},
     }
-    file = tmp_path / "align.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    assert run_verb("align", [str(file)]) == 0
+    config = PreferenceConfig(**settings)
+    train_in_process(
+        config, splits_of(config, Location.at(tmp_path / "tokens")), Seat(), output=Location.at(tmp_path / "a")
+    )
     assert history(tmp_path / "a")[-1] < 0.35
 
 

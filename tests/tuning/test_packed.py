@@ -373,7 +373,10 @@ def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(packed: str, tiny_
             {"searcher": "optuna", "num_trials": 4, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
             marks=pytest.mark.soak,
         ),
-        {"scheduler": "none", "repeat_top": 1, "space": {"lora_r": [2], "learning_rate": [2e-2, 1e-6]}},
+        pytest.param(
+            {"scheduler": "none", "repeat_top": 1, "space": {"lora_r": [2], "learning_rate": [2e-2, 1e-6]}},
+            marks=pytest.mark.soak,
+        ),
     ],
     ids=["hyperband", "median", "pbt", "optuna", "repeats"],
 )
