@@ -52,6 +52,27 @@ def pair_files(model: Path, folder: Path, *, train: int, validation: int) -> dic
     return files
 
 
+def rated_files(model: Path, folder: Path, *, train: int, validation: int) -> dict[str, list[str]]:
+    """Answers of uneven length: people like yes and dislike no."""
+    chat = Chat(load_tokenizer(str(model)))
+    rows, labels = [], []
+    for n in range(train + validation):
+        answer = "yes " * (n % 5 + 1) if n % 3 else "no " * (n % 4 + 1)
+        rows.append(chat.encode([Message("user", f"order {n} red {n * 7}"), Message("assistant", answer)]))
+        labels.append(bool(n % 3))
+    files = {}
+    for name, part in (("train", slice(0, train)), ("validation", slice(train, None))):
+        columns = {
+            "input_ids": [row.input_ids for row in rows[part]],
+            "supervised": [row.supervised for row in rows[part]],
+            "label": labels[part],
+        }
+        path = folder / f"{name}-rated.parquet"
+        pq.write_table(pa.table(columns), path)
+        files[name] = [str(path)]
+    return files
+
+
 def turns_file(model: Path, path: Path, turns: list[tuple[str, str]]) -> str:
     """Rows of one question and one answer each, in a file."""
     chat = Chat(load_tokenizer(str(model)))

@@ -60,7 +60,7 @@ class PairRows(ScoredRows):
         batch = packed_rows([row for pair in pairs for row in pair])
         return PairBatch(**vars(batch), reference=self.known(numbers).reshape(-1))
 
-    def pair(self, number: int) -> tuple[Encoded, Encoded]:
+    def both(self, number: int) -> tuple[Encoded, Encoded]:
         """The chosen and the rejected row of a pair, as in a batch."""
         rows = (rows_apart(*self.flat([number], prefix))[0] for prefix in ("", REJECTED))
         chosen, rejected = (Encoded(ids.tolist(), marks.tolist()) for ids, marks in _answers_only(*rows))

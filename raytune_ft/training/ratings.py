@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.scoring import target_losses
 from raytune_ft.training.batches import LABEL, TokenRows
@@ -66,13 +67,24 @@ class RatedRows(ScoredRows):
         own, next_ones = self._answers(numbers), self._answers(after)
         mixed = [_joined(prompt, answer) for (prompt, _), (_, answer) in zip(own, next_ones, strict=True)]
         batch, others = (packed_rows(rows) for rows in ([_joined(*row) for row in own], mixed))
-        liked = pc.fill_null(self._rows[list(numbers)][LABEL], fill_value=True).to_numpy(zero_copy_only=False)
         return RatedBatch(
             **vars(batch),
-            liked=torch.from_numpy(np.array(liked, np.bool_)),
+            liked=torch.from_numpy(self.liked(numbers)),
             reference=self.known(numbers),
             others=others,
         )
+
+    def both(self, number: int) -> tuple[Encoded, Encoded]:
+        """A row and its prompt with the answer of the row after it, as in a batch."""
+        (prompt, mine), (_, other) = self._answers([number, (number + 1) % len(self)])
+        rows = (_joined(prompt, answer) for answer in (mine, other))
+        own, mixed = (Encoded(ids.tolist(), marks.tolist()) for ids, marks in rows)
+        return own, mixed
+
+    def liked(self, numbers: Sequence[int]) -> NDArray[np.bool_]:
+        """[numbers] which of these answers people liked."""
+        found = pc.fill_null(self._rows[list(numbers)][LABEL], fill_value=True).to_numpy(zero_copy_only=False)
+        return np.array(found, np.bool_)
 
     def _answers(self, numbers: Sequence[int]) -> list[tuple[NDArray[Any], Row]]:
         """What stands before the last answer of each row, and from there on with what is supervised."""
@@ -90,13 +102,55 @@ def _joined(prompt: NDArray[Any], answer: Row) -> Row:
     return np.concatenate([prompt, ids]), np.concatenate([np.zeros(len(prompt), np.bool_), supervised])
 
 
+@dataclass(frozen=True)
+class RatedTerms:
+    """What the loss of rated answers is made of: numbers, or [rows] tensors of rows that belong to several runs."""
+
+    beta: Any
+    desirable_weight: Any
+    undesirable_weight: Any
+    point: Any = 0.0
+    """Nats that a log-ratio is held against; 0 or more."""
+
+    @classmethod
+    def of(cls, config: PreferenceConfig) -> Self:
+        """The terms of a run."""
+        return cls(config.beta, config.desirable_weight, config.undesirable_weight)
+
+    @classmethod
+    def of_each(cls, runs: Sequence[RatedTerms], rows: Sequence[int], device: torch.device) -> Self:
+        """The terms of the rows of several runs, which lie together; `rows` says how many each run has."""
+        numbers = torch.tensor([[float(value) for value in vars(terms).values()] for terms in runs])
+        each = torch.repeat_interleave(numbers, torch.tensor(rows), dim=0)
+        return cls(*each.to(device, non_blocking=True).unbind(1))
+
+    def at(self, point: float) -> Self:
+        """The same with another point."""
+        return replace(self, point=point)
+
+
+RATED_MEASURES = ("loss", "reward_accuracy")
+
+
+def rated_measures(ratios: Tensor, liked: Tensor, terms: RatedTerms) -> Tensor:
+    """[rows, 2] of each answer what `RATED_MEASURES` names: its loss, and whether it is on the right side of the point.
+
+    Args:
+        ratios: [rows] log-ratios of the model to its reference, in nats.
+        liked: [rows] bool.
+        terms: of the loss.
+    """
+    right = (ratios.detach() > terms.point) == liked
+    return torch.stack([rated_loss(ratios, liked, terms), right.float()], 1)
+
+
 class RatedLoss(ReferencedLoss):
     """A model as a module from a `RatedBatch` to the sums of what `measures` names, over its rows.
 
     A reward is beta times how many nats likelier an answer is than under the reference model.
     """
 
-    measures: ClassVar[tuple[str, ...]] = ("loss", "reward_accuracy")
+    measures: ClassVar[tuple[str, ...]] = RATED_MEASURES
     point: float = 0.0
     """Nats that a log-ratio is held against."""
 
@@ -108,9 +162,7 @@ class RatedLoss(ReferencedLoss):
         if not batch.items:
             return torch.stack([losses.sum(), losses.new_zeros(())])
         ratios = -row_sums(losses, batch) - batch.reference[:, 0]
-        loss = rated_loss(ratios, batch.liked, self.point, self.config)
-        right = (ratios > self.point) == batch.liked
-        return torch.stack([loss.sum(), right.float().sum()])
+        return rated_measures(ratios, batch.liked, RatedTerms.of(self.config).at(self.point)).sum(0)
 
     def log_probabilities(self, batch: RatedBatch) -> Tensor:
         """[rows * 2] of each answer and of the other one to its prompt, in nats."""
@@ -122,18 +174,17 @@ class RatedLoss(ReferencedLoss):
         return -row_sums(target_losses(self.parts, batch.others), batch.others) - batch.reference[:, 1]
 
 
-def rated_loss(ratios: Tensor, liked: Tensor, point: float, config: PreferenceConfig) -> Tensor:
+def rated_loss(ratios: Tensor, liked: Tensor, terms: RatedTerms) -> Tensor:
     """KTO's loss of each answer: how far its value is from the best that it can have.
 
     Args:
         ratios: [rows] log-ratios of the model to its reference, in nats.
         liked: [rows] bool.
-        point: what log-ratios are held against, in nats; 0 or more.
-        config: whose beta and weights count.
+        terms: of the loss.
     """
-    apart = config.beta * (ratios - point)
-    good = config.desirable_weight * (1 - torch.sigmoid(apart))
-    bad = config.undesirable_weight * (1 - torch.sigmoid(-apart))
+    apart = terms.beta * (ratios - terms.point)
+    good = terms.desirable_weight * (1 - torch.sigmoid(apart))
+    bad = terms.undesirable_weight * (1 - torch.sigmoid(-apart))
     return torch.where(liked, good, bad)
 
 

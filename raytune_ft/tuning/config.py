@@ -37,8 +37,8 @@ class SweepConfig(Config):
     output_dir: str = Field(min_length=1)
     """Folder or URI of the sweep's artifact."""
     objective: Literal["train", "distill", "align", "reward", "reinforce"] = "train"
-    """What trials do: the verb whose settings `training` holds. Those that ``train`` on examples or ``align`` on pairs
-    can share a base."""
+    """What trials do: the verb whose settings `training` holds. Those that ``train`` on examples, or ``align``, can
+    share a base."""
     training: Annotated[SerializeAsAny[FineTuningConfig], WrapValidator(_by_objective)]
     """What all trials have in common. Its `output_dir` may be left out: trials write below the sweep's."""
     space: Space
@@ -74,7 +74,7 @@ class SweepConfig(Config):
     mode: Literal["min", "max"] | None = None
     """Which values of `metric` are better, the lower or the higher; it follows from the metric, and may be left out."""
     packed: Literal["auto", "never"] = "auto"
-    """``auto`` trains LoRA trials on examples, or on pairs, together on one frozen base; those that differ in what a
+    """``auto`` trains LoRA trials on examples or preferences together on one frozen base; those that differ in what a
     base decides (precision, bits, row length) on a base for each of its values. Those that can't share any are training
     runs of their own, a process each, beside the others, and it says why; with ``never``, all are."""
     cpus_per_trial: float = Field(1, gt=0)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.placement import Demand, Node
-from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 
@@ -28,10 +27,8 @@ def apart(config: SweepConfig, packs: Packs) -> dict[str, str]:
     if config.packed == "never":
         return dict.fromkeys(packs.settings, "packed: never")
     if config.objective not in {"train", "align"}:
-        why = f"objective: {config.objective}; a shared base is for trials on examples or pairs"
+        why = f"objective: {config.objective}; a shared base is for trials that train on examples, or align"
         return dict.fromkeys(packs.settings, why)
-    if isinstance(config.training, PreferenceConfig) and config.training.loss_type is PreferenceLoss.KTO:
-        return dict.fromkeys(packs.settings, "loss_type: kto; a shared base is for trials on examples or pairs")
     if config.training.num_workers > 1:
         why = f"training.num_workers is {config.training.num_workers}: such a trial is a Ray Train run"
         return dict.fromkeys(packs.settings, why)

@@ -30,13 +30,12 @@ from raytune_ft.training import checkpoint
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
-from raytune_ft.training.bank.criterion import Examples, Preferences, RowsOfPairs
+from raytune_ft.training.bank.preferences import criterion_for, referenced
 from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import say_disliked
 from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.objectives import rows_of
-from raytune_ft.training.pairs import PairRows
 from raytune_ft.tuning.homes import POINTERS_KEPT
 
 logger = logging.getLogger("raytune_ft")
@@ -107,7 +106,7 @@ class BankHost:
             settings: of the training that all trials share, as `objective`'s settings are dumped.
             splits: Parquet files of the tokenized splits.
             snapshots: folder or URI that every node reaches.
-            objective: ``train`` (on examples) or ``align`` (on pairs), as in `SweepConfig`.
+            objective: ``train`` or ``align``, as in `SweepConfig`.
             device: of the base and all adapters.
             threads: CPU threads.
             token_budget: most tokens computed at the same time; by default what the settings say.
@@ -152,13 +151,12 @@ class BankHost:
             self._fault = f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"
             return
         budget = token_budget or config.max_tokens_per_micro_batch
-        criterion = Examples() if objective == "train" else Preferences()
-        learned = {split: RowsOfPairs(some) if isinstance(some, PairRows) else some for split, some in rows.items()}
+        learned = {split: referenced(some) for split, some in rows.items()}
         self._bank = AdapterBank(
             base,
             learned["train"],
             learned.get("validation"),
-            criterion=criterion,
+            criterion=criterion_for(config),
             answers=answers,
             token_budget=budget,
         )

@@ -12,45 +12,23 @@ import pytest
 import torch
 
 from raytune_ft.core.errors import ConfigError, DataError, StoppedError
-from raytune_ft.core.records import Message
 from raytune_ft.core.storage import Location
 from raytune_ft.models.attention import attention
-from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_model, load_tokenizer
+from raytune_ft.models.loading import load_model
 from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.training.engine import LocalLearner, make_trainee
 from raytune_ft.training.micro_batches import divided
 from raytune_ft.training.pairs import refuse_unrated
 from raytune_ft.training.peers import Peers
-from raytune_ft.training.ratings import RatedLearner, RatedRows, rated_loss
+from raytune_ft.training.ratings import RatedLearner, RatedRows, RatedTerms, rated_loss
 from raytune_ft.training.reference import set_reference
 from raytune_ft.training.schedule import Timetable
 from raytune_ft.training.session import Seat, train_in_process
 
+from ..rows import rated_files  # noqa: TID252 - tests are no installed package
 from .test_preference import history, padded_log_probabilities
 from .test_ranks import on_ranks, run
-
-
-def rated_files(model: Path, folder: Path, *, train: int, validation: int) -> dict[str, list[str]]:
-    """Answers of uneven length: people like yes and dislike no."""
-    chat = Chat(load_tokenizer(str(model)))
-    rows, labels = [], []
-    for n in range(train + validation):
-        answer = "yes " * (n % 5 + 1) if n % 3 else "no " * (n % 4 + 1)
-        rows.append(chat.encode([Message("user", f"order {n} red {n * 7}"), Message("assistant", answer)]))
-        labels.append(bool(n % 3))
-    files = {}
-    for name, part in (("train", slice(0, train)), ("validation", slice(train, None))):
-        columns = {
-            "input_ids": [row.input_ids for row in rows[part]],
-            "supervised": [row.supervised for row in rows[part]],
-            "label": labels[part],
-        }
-        path = folder / f"{name}-rated.parquet"
-        pq.write_table(pa.table(columns), path)
-        files[name] = [str(path)]
-    return files
 
 
 @pytest.fixture
@@ -78,7 +56,9 @@ def test_the_loss_of_answers_by_hand(kto) -> None:
     ratios = torch.full((2,), 10 * math.log(3) / 3 + 1.0)
     liked = torch.tensor([True, False])
     config = kto(desirable_weight=2.0, undesirable_weight=4.0)
-    assert rated_loss(ratios, liked, 1.0, config).tolist() == pytest.approx([2 * 0.25, 4 * 0.75], abs=1e-6)
+    assert rated_loss(ratios, liked, RatedTerms.of(config).at(1.0)).tolist() == pytest.approx(
+        [2 * 0.25, 4 * 0.75], abs=1e-6
+    )
 
 
 def test_prompts_stand_before_their_own_answer_and_before_that_of_the_next_row(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training import checkpoint
 from raytune_ft.tuning.host import BankHost
 
+from ..rows import pair_files, rated_files  # noqa: TID252 - tests are no installed package
+
 
 @pytest.fixture
 def host(settings: dict, splits: dict, tmp_path: Path) -> BankHost:
@@ -41,6 +43,33 @@ def test_reports_come_in_order_with_their_state_on_disk(host: BankHost, settings
     assert host.load() == 0
     with pytest.raises(KeyError):
         host.report("t", 0)
+
+
+@pytest.mark.parametrize("loss_type", ["ipo", "kto"])
+def test_trials_that_learn_preferences_go_on_from_their_state_with_the_same_curves(
+    loss_type: str, settings: dict, tiny_model: Path, tmp_path: Path
+) -> None:
+    files_of = rated_files if loss_type == "kto" else pair_files
+    files = files_of(tiny_model, tmp_path, train=8, validation=3)
+    settings = {**settings, "max_steps": 6, "loss_type": loss_type, "learning_rate": 2e-3}
+    curves = []
+    for attempt in range(2):
+        how = {"objective": "align", "device": "cpu", "threads": 1}
+        host = BankHost(settings, files, str(tmp_path / f"snapshots-{attempt}"), **how)
+        assert host.fault() is None
+        host.admit("t", settings)
+        if attempt:  # another bank takes over, and looks up anew what the base says
+            first = host.report("t", 0)
+            host = BankHost(settings, files, str(tmp_path / "snapshots-2"), **how)
+            host.admit("t", settings, first["snapshot"])
+        reports = []
+        while not reports or reports[-1]["status"] == "running":
+            reports.append(host.report("t", len(reports)))
+        curves.append([report["metrics"]["eval_loss"] for report in reports])
+        assert {"eval_reward_accuracy", "loss"} <= reports[-1]["metrics"].keys()
+    assert curves[1] == pytest.approx(curves[0][1:], abs=1e-6) and len(curves[1]) == 2
+    host.save(settings, reports[-1]["snapshot"], str(tmp_path / "best"))
+    assert (tmp_path / "best/adapter_model.safetensors").exists()
 
 
 def test_a_trial_waits_when_it_is_two_evaluations_ahead(host: BankHost, settings: dict) -> None:

@@ -58,14 +58,13 @@ def why_apart(config: SweepConfig) -> dict[str, str]:
     return apart(config, Packs.of(config.space, config.training))
 
 
-def test_trials_on_pairs_share_a_base_and_the_others_say_why_not() -> None:
+def test_trials_on_preferences_share_a_base_and_the_others_say_why_not() -> None:
     models = {"model_path": "m", "dataset_path": "d"}
     assert why_apart(sweep()) == {}
     assert why_apart(sweep(training={**models, "use_dora": True}))["all trials"].startswith("a packed sweep adds low-r")
-    rated = sweep(training={**models, "loss_type": "kto"})
-    assert why_apart(rated) == {"all trials": "loss_type: kto; a shared base is for trials on examples or pairs"}
+    assert why_apart(sweep(training={**models, "loss_type": "kto"})) == {}
     assert why_apart(distillation()) == {
-        "all trials": "objective: distill; a shared base is for trials on examples or pairs"
+        "all trials": "objective: distill; a shared base is for trials that train on examples, or align"
     }
 
 

@@ -16,11 +16,12 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.training import matrix
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.base import FrozenBase
-from raytune_ft.training.bank.criterion import Criterion, Examples, RowsOfPairs, said_of, supervised_in
+from raytune_ft.training.bank.criterion import Criterion, Examples, supervised_in
 from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.passes import Passes
 from raytune_ft.training.bank.ragged import RaggedSlots
+from raytune_ft.training.bank.referenced import ReferencedRows, known_of
 from raytune_ft.training.bank.slot import SlotSettings, SlotState
 from raytune_ft.training.bank.snapshot import slot_state, snapshot_of
 from raytune_ft.training.bank.stacked import StackedSlots
@@ -62,7 +63,8 @@ class AdapterBank:
             base: what they share; its linear layers are wrapped as trials need them.
             train: rows that they train on, each in its own order.
             validation: rows that they are evaluated on.
-            criterion: what they learn from; by default the rows are examples. `Preferences` want `RowsOfPairs`.
+            criterion: what they learn from; by default the rows are examples. `Preferences` and `Ratings` want
+                `ReferencedRows`.
             answers: what measures the answers that they generate, upon the same base, at each evaluation.
             token_budget: most tokens computed at the same time; trials that don't fit take turns.
             arithmetic: a loop over adapters of exact rank, or all stacked to the highest rank; by default the former
@@ -250,17 +252,20 @@ class AdapterBank:
     def _step_group(self, trials: list[Trial]) -> None:
         coming = [trial.upcoming() for trial in trials]
         self._look_up(self._train, [number for step in coming for number in step.numbers])
-        shares = [
-            Share(
-                trial.name,
-                step.rows,
-                trial.config.seed,
-                trial.step + 1,
-                range(len(step.rows)),
-                reference=said_of(self._train, step.numbers),
-            )
-            for trial, step in zip(trials, coming, strict=True)
-        ]
+        shares = self._learned_from(
+            [
+                Share(
+                    trial.name,
+                    step.rows,
+                    trial.config.seed,
+                    trial.step + 1,
+                    range(len(step.rows)),
+                    known_of(self._train, step.numbers),
+                    self._criterion.rows_per_item,
+                )
+                for trial, step in zip(trials, coming, strict=True)
+            ]
+        )
         items = [self._criterion.items(share.rows) for share in shares]
         rates = {trial.name: trial.rate() for trial in trials}
         self._slots.zero_gradients([trial.name for trial in trials])
@@ -274,7 +279,7 @@ class AdapterBank:
         means = found[:, :-1] / counts.unsqueeze(1)
         for trial, share, measured, norm in zip(trials, shares, means.tolist(), found[:, -1].tolist(), strict=True):
             numbers = dict(zip(self._criterion.measures, measured, strict=True))
-            numbers |= {"grad_norm": norm, "learning_rate": rates[trial.name]}
+            numbers |= {"grad_norm": norm, "learning_rate": rates[trial.name], **self._criterion.told(trial.name)}
             trial.advance({**numbers, "tokens": share.tokens, "supervised": supervised_in(share.rows)})
 
     def _evaluate_due(self, trials: list[Trial]) -> None:
@@ -287,23 +292,38 @@ class AdapterBank:
                 trial.best = self._slots.weights(trial.name)
 
     def _evaluate(self, trials: list[Trial], rows: Rows) -> dict[str, Metrics]:
-        names = [f"eval_{name}" for name in self._criterion.measures]
+        names = self._slots.order([trial.name for trial in trials])
         self._base.model.eval()
         try:
-            self._look_up(rows, range(len(rows)))
-            found = self._passes.score(self._slots.order([trial.name for trial in trials]), rows, self._budget)
+            if isinstance(rows, ReferencedRows):
+                everyone = range(len(rows))
+                self._look_up(rows, everyone)
+                all_rows, known, each = [rows[n] for n in everyone], rows.known(everyone), self._criterion.rows_per_item
+                self._learned_from([Share(name, all_rows, known=known, together=each) for name in names])
+            found = self._passes.score(names, rows, self._budget)
         finally:
             self._base.model.train()
-        measured = {trial: dict(zip(names, means, strict=True)) for trial, means in found.items()}
+        told = [f"eval_{name}" for name in self._criterion.measures]
+        measured = {name: dict(zip(told, means, strict=True)) for name, means in found.items()}
         if not self._criterion.is_likelihood:
             return measured
-        return {trial: with_perplexity(metrics) for trial, metrics in measured.items()}
+        return {name: with_perplexity(metrics) for name, metrics in measured.items()}
 
     def _look_up(self, rows: Rows, numbers: Sequence[int]) -> None:
         """Has the base say of these rows, once for all trials, what their losses want to know of it."""
-        if isinstance(rows, RowsOfPairs):
+        if isinstance(rows, ReferencedRows):
             unknown = rows.unknown(numbers)
             rows.learn(unknown, self._passes.said_by_base([rows[number] for number in unknown], self._budget))
+
+    def _learned_from(self, shares: Sequence[Share]) -> list[Share]:
+        """What of these rows the trials learn from; what has to be known of the others before is computed."""
+        parts = [self._criterion.divided(share) for share in shares]
+        beside = [other for _, other in parts if other is not None]
+        if beside:
+            said = self._passes.said(beside, self._budget)
+            for share in beside:
+                self._criterion.note(share, said[share.name])
+        return [learned for learned, _ in parts]
 
     def _answered(self, names: Sequence[str]) -> dict[str, Metrics]:
         """What the answers of these trials measure; nothing where none are asked for."""

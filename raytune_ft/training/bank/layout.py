@@ -18,7 +18,8 @@ from raytune_ft.training.bank.dropout import row_key, token_keys
 class Share:
     """Some rows of one trial; `places` are their places in the batch of its step, which dropout depends on.
 
-    `reference` is what the base says of each row, in nats, where the loss wants to know.
+    `known` is what the loss wants to know of each row besides (see `ReferencedRows`); `together` neighbouring rows
+    belong to one item.
     """
 
     name: str
@@ -26,7 +27,8 @@ class Share:
     seed: int = 0
     step: int = 0
     places: Sequence[int] = ()
-    reference: Sequence[float] = ()
+    known: Sequence[Sequence[float]] = ()
+    together: int = 1
 
     @property
     def tokens(self) -> int:
@@ -35,8 +37,18 @@ class Share:
 
     def part(self, first: int, last: int) -> Share:
         """The rows from `first` to before `last`."""
-        mine = slice(first, last)
-        return replace(self, rows=self.rows[mine], places=self.places[mine], reference=self.reference[mine])
+        return self._of(slice(first, last))
+
+    def firsts(self) -> Share:
+        """The first row of each item, as an item of its own."""
+        return replace(self._of(slice(0, None, self.together)), together=1)
+
+    def seconds(self) -> Share:
+        """The second row of each item, as an item of its own."""
+        return replace(self._of(slice(1, None, self.together)), together=1)
+
+    def _of(self, mine: slice) -> Share:
+        return replace(self, rows=self.rows[mine], places=self.places[mine], known=self.known[mine])
 
 
 @dataclass(frozen=True)

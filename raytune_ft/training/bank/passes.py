@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from raytune_ft.models.chat import Encoded
-from raytune_ft.models.collate import group_by_budget, pack
+from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.frozen_head import losses_and_gradient
 from raytune_ft.models.scoring import CausalParts, target_states
 from raytune_ft.training.bank.base import FrozenBase
-from raytune_ft.training.bank.criterion import Criterion, said_of
+from raytune_ft.training.bank.criterion import Criterion
 from raytune_ft.training.bank.lanes import MOST_LANES, Lanes, evened, may_share_cores, share_out
 from raytune_ft.training.bank.layout import Share, lay_out
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.ragged import RaggedSlots
+from raytune_ft.training.bank.referenced import known_of
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.turns import next_group, row_chunks
 from raytune_ft.training.batches import Rows
@@ -81,8 +84,9 @@ class Passes:
         for group in group_by_budget(lengths, most if self._small else most // len(names) or 1):
             numbers = [each * item + place for item in group for place in range(each)]
             some = [rows[number] for number in numbers]
-            count += self._criterion.items(some)
-            shares = [Share(name, some, reference=said_of(rows, numbers)) for name in names]
+            known = known_of(rows, numbers)
+            shares = [self._criterion.divided(Share(name, some, known=known, together=each))[0] for name in names]
+            count += self._criterion.items(shares[0].rows)
             together = max(1, most // shares[0].tokens)
 
             def lane(mine: Collection[str], shares: list[Share] = shares, together: int = together) -> None:
@@ -94,7 +98,6 @@ class Passes:
             self._in_lanes(lane, shares)
         return {name: (total / max(1, count)).tolist() for name, total in sums.items()}
 
-    @torch.no_grad()
     def said_by_base(self, rows: Sequence[Encoded], budget: int) -> list[float]:
         """Log-probability of each row's targets under the base without any adapter, in nats."""
         said = [0.0] * len(rows)
@@ -102,14 +105,32 @@ class Passes:
         def lane() -> None:
             for group in group_by_budget([len(row.input_ids) for row in rows], self._pass_tokens(budget)):
                 batch = pack([rows[number] for number in group]).to(self._base.device)
-                losses, _ = losses_and_gradient(
-                    self._parts.head, target_states(self._parts, batch), batch.targets, None
-                )
-                for number, nats in zip(group, row_sums(losses.double(), batch).tolist(), strict=True):
-                    said[number] = -nats
+                for number, nats in zip(group, self._said(batch, nullcontext()), strict=True):
+                    said[number] = nats
 
         self._lanes.run([lane])
         return said
+
+    def said(self, shares: Sequence[Share], budget: int) -> dict[str, list[float]]:
+        """Log-probability of the targets of each row under its trial's adapter, in nats, by the trials' names."""
+        said: dict[str, list[float]] = {share.name: [] for share in shares}
+
+        def lane(names: Collection[str]) -> None:
+            for some in self._passes([share for share in shares if share.name in names], budget):
+                batch, layout = lay_out(some, self._base.device, dropout=False)
+                found = iter(self._said(batch, self._seat.runs(self._slots.run(layout))))
+                for share in some:
+                    said[share.name] += islice(found, len(share.rows))
+
+        self._in_lanes(lane, shares)
+        return said
+
+    @torch.no_grad()
+    def _said(self, batch: PackedBatch, running: AbstractContextManager[None]) -> list[float]:
+        with running:
+            states = target_states(self._parts, batch)
+        losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
+        return (-row_sums(losses.double(), batch)).tolist()
 
     def evened(self, waiting: Mapping[str, int]) -> list[str]:
         """Of trials in line, with the tokens of their next step, as many of the first as keep all lanes busy."""
@@ -134,7 +155,7 @@ class Passes:
         while waiting:
             group = next_group({name: share.tokens for name, share in waiting.items()}, most)
             some = [waiting.pop(name) for name in group]
-            found += [some] if len(some) > 1 else _in_items(some[0], most, self._criterion.rows_per_item)
+            found += [some] if len(some) > 1 else _in_items(some[0], most)
         return found
 
     def _there_and_back(self, shares: list[Share], weights: dict[str, float]) -> Tensor:
@@ -165,8 +186,8 @@ class Passes:
         return sums.cpu()
 
 
-def _in_items(share: Share, most: int, each: int) -> list[list[Share]]:
-    """The share in parts of at most `most` tokens; `each` rows stay together."""
-    lengths = [len(row.input_ids) for row in share.rows]
+def _in_items(share: Share, most: int) -> list[list[Share]]:
+    """The share in parts of at most `most` tokens; an item's rows stay together."""
+    each, lengths = share.together, [len(row.input_ids) for row in share.rows]
     runs = row_chunks([sum(lengths[first : first + each]) for first in range(0, len(lengths), each)], most)
     return [[share.part(each * run.start, each * run.stop)] for run in runs]

@@ -9,8 +9,9 @@ import torch
 
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
-from raytune_ft.training.bank.criterion import Examples, Preferences, RowsOfPairs
+from raytune_ft.training.bank.criterion import Examples
 from raytune_ft.training.bank.layout import Share
+from raytune_ft.training.bank.preferences import Preferences, Ratings, criterion_for
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, RewardConfig
 
@@ -22,7 +23,7 @@ def row(tokens: int) -> Encoded:
 
 
 def share(name: str, *tokens: int, reference: tuple[float, ...] = ()) -> Share:
-    return Share(name, [row(count) for count in tokens], reference=reference)
+    return Share(name, [row(count) for count in tokens], known=[(nats,) for nats in reference])
 
 
 def test_a_trials_sum_takes_in_its_own_targets_only() -> None:
@@ -64,6 +65,28 @@ def test_a_pair_that_is_no_number_stays_with_its_trial() -> None:
     assert sums[1].isfinite().all() and each[2:].isfinite().all()
 
 
+def test_an_answers_loss_is_held_against_its_own_trials_point() -> None:
+    """By hand: what stands beside is 3 and -1 nats above the base for trial a, 1 at the mean, and below it for b."""
+    ratings = Ratings()
+    ratings.admit("a", PreferenceConfig(**COMMON, loss_type="kto", beta=1.0))
+    ratings.admit("b", PreferenceConfig(**COMMON, loss_type="kto", beta=2.0, undesirable_weight=0.5))
+    whole = Share("a", [row(2)] * 4, known=[(-3.0, 1.0), (-5.0, 1.0), (-1.0, 0.0), (-2.0, 0.0)], together=2)
+    learned, beside = ratings.divided(whole)
+    assert beside is not None and (learned.known, beside.known) == (whole.known[::2], whole.known[1::2])
+    ratings.note(beside, [-2.0, -3.0])
+    ratings.note(Share("b", [row(2)], known=[(-1.0, 1.0)]), [-4.0])
+    assert (ratings.told("a"), ratings.told("b")) == ({"kl": 1.0}, {"kl": 0.0})
+    shares = [learned, Share("b", [row(2)], known=[(-1.0, 0.0)])]
+    batch = pack([row for some in shares for row in some.rows])
+    sums, each = ratings.graded(torch.tensor([2.0, 1.0, 1.0]), batch, shares, torch.tensor([2, 1]), {"a": 0.5, "b": 1})
+    # Log-ratios: 1 (liked) and 0 (disliked) against a point of 1; 0 (disliked) against 0.
+    below = 1 / (1 + math.exp(1))
+    assert sums[0].tolist() == pytest.approx([0.5 + (1 - 1 / (1 + math.exp(-1))), 1.0], abs=1e-6)
+    assert sums[1].tolist() == pytest.approx([0.25, 1.0], abs=1e-6)
+    assert each is not None
+    assert each.tolist() == pytest.approx([0.5 * 0.25, -0.5 * below * (1 - below), -0.5 * 2 * 0.25], abs=1e-6)
+
+
 def test_a_trial_that_learns_something_else_is_refused() -> None:
     examples, pairs = FineTuningConfig(**COMMON), PreferenceConfig(**COMMON)
     teacher = DistillationConfig(**COMMON, teacher_path="t")
@@ -73,20 +96,6 @@ def test_a_trial_that_learns_something_else_is_refused() -> None:
     assert Examples().refusal(RewardConfig(**COMMON)) == "its trials learn from examples"
     assert Preferences().refusal(examples) == "its trials learn from pairs of answers"
     assert Preferences().refusal(rated) == "loss_type kto learns from single answers"
-
-
-class TwoPairs:
-    def __len__(self) -> int:
-        return 2
-
-    def pair(self, number: int) -> tuple[Encoded, Encoded]:
-        return row(10 * number + 1), row(10 * number + 2)
-
-
-def test_the_rows_of_pairs_lie_side_by_side_and_are_looked_up_once() -> None:
-    rows = RowsOfPairs(TwoPairs())
-    assert [len(rows[number].input_ids) for number in range(len(rows))] == [1, 2, 11, 12]
-    assert rows.unknown([3, 1, 3]) == [3, 1]
-    rows.learn([3, 1], [-4.0, -2.0])
-    assert rows.unknown(range(4)) == [0, 2]
-    assert rows.said_of([1, 3]) == [-2.0, -4.0]
+    assert Ratings().refusal(pairs) == "its trials learn from rated answers (loss_type kto)"
+    for config, kind in ((examples, Examples), (pairs, Preferences), (rated, Ratings)):
+        assert type(criterion_for(config)) is kind and criterion_for(config).refusal(config) is None

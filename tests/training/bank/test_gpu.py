@@ -10,8 +10,9 @@ import torch
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import FrozenBase, load_frozen_base
-from raytune_ft.training.bank.criterion import Preferences, RowsOfPairs
+from raytune_ft.training.bank.preferences import Preferences
 from raytune_ft.training.bank.products import GroupedProducts
+from raytune_ft.training.bank.referenced import ReferencedRows
 from tests.conftest import make_tiny_model
 
 from .conftest import MakeBank, Settings, losses_of
@@ -45,7 +46,7 @@ def test_losses_are_those_of_the_cpu(
 def test_pairs_have_the_losses_of_the_cpu(base: FrozenBase, make_bank: MakeBank, preference: Settings) -> None:
     configs = {name: preference(**changes) for name, changes in PREFERENCES.items()}
     here = bank_of(make_bank, configs, PAIRS)
-    there = AdapterBank(base, RowsOfPairs(Given(PAIRS)), criterion=Preferences())
+    there = AdapterBank(base, ReferencedRows(Given(PAIRS)), criterion=Preferences())
     for name, config in configs.items():
         there.admit(name, config)
     expected, found = losses_of(here), losses_of(there)

@@ -11,14 +11,16 @@ from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training.bank.bank import AdapterBank
-from raytune_ft.training.bank.criterion import Preferences, RowsOfPairs
+from raytune_ft.training.bank.preferences import Preferences, Ratings, referenced
+from raytune_ft.training.bank.referenced import ReferencedRows
 from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.training.folder import read_history
 from raytune_ft.training.pairs import PairRows
 from raytune_ft.training.preference import PairTerms
+from raytune_ft.training.ratings import RatedRows
 from raytune_ft.training.session import Seat, train_in_process
 
-from ...rows import pair_files  # noqa: TID252 - tests are no installed package
+from ...rows import pair_files, rated_files  # noqa: TID252 - tests are no installed package
 from .conftest import MakeBank, Settings, losses_of, some_rows
 from .reference import reference_preferences
 from .test_equality import difference
@@ -33,7 +35,7 @@ class Given:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def pair(self, number: int) -> tuple[Encoded, Encoded]:
+    def both(self, number: int) -> tuple[Encoded, Encoded]:
         return self.pairs[number]
 
 
@@ -53,7 +55,7 @@ def bank_of(
     make_bank: MakeBank, configs: dict[str, PreferenceConfig], pairs: list[tuple[Encoded, Encoded]], **options: object
 ) -> AdapterBank:
     bank = make_bank(
-        RowsOfPairs(Given(VALIDATION)), train=RowsOfPairs(Given(pairs)), criterion=Preferences(), **options
+        ReferencedRows(Given(VALIDATION)), train=ReferencedRows(Given(pairs)), criterion=Preferences(), **options
     )
     for name, config in configs.items():
         bank.admit(name, config)
@@ -92,7 +94,7 @@ def test_all_that_is_measured_is_that_of_the_run_alone(
     margin = "eval_reward_margin"
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "metric_for_best_model": margin}
     configs = {name: preference(**{**changes, **evaluated}) for name, changes in MIXED.items()}
-    train, validation = (RowsOfPairs(rows[split]) for split in ("train", "validation"))
+    train, validation = (ReferencedRows(rows[split]) for split in ("train", "validation"))
     bank = make_bank(validation, train=train, criterion=Preferences())
     for name, config in configs.items():
         bank.admit(name, config)
@@ -109,6 +111,38 @@ def test_all_that_is_measured_is_that_of_the_run_alone(
         assert {"loss", "reward_margin", margin, "eval_chosen_nll"} <= packed[-1].keys()
         assert "eval_perplexity" not in packed[-1]
         assert bank.trial(name).patience.best == max(row[margin] for row in packed[1::2])
+
+
+RATED: dict[str, dict[str, object]] = {
+    "mild": {"lora_r": 4, "seed": 1},
+    "strict": {"beta": 0.5, "lora_r": 16, "learning_rate": 5e-3, "desirable_weight": 1.5, "seed": 2},
+    "accumulating": {"beta": 0.3, "gradient_accumulation_steps": 2, "learning_rate": 5e-3, "seed": 3},
+}
+
+
+@pytest.mark.parametrize("options", [{"arithmetic": "ragged", "token_budget": 40}, {"arithmetic": "stacked"}])
+def test_rated_answers_are_learned_from_as_alone(
+    make_bank: MakeBank, preference: Settings, tiny_model: Path, tmp_path: Path, options: dict[str, object]
+) -> None:
+    files = rated_files(tiny_model, tmp_path, train=8, validation=3)
+    rows = {split: RatedRows(some, str(tmp_path / "cache")) for split, some in files.items()}
+    evaluated = {"loss_type": "kto", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
+    configs = {name: preference(**{**changes, **evaluated}) for name, changes in RATED.items()}
+    train, validation = (referenced(rows[split]) for split in ("train", "validation"))
+    bank = make_bank(validation, train=train, criterion=Ratings(), **options)
+    for name, config in configs.items():
+        bank.admit(name, config)
+    losses_of(bank)
+    points = []
+    for name, config in configs.items():
+        where = Location.at(tmp_path / name)
+        train_in_process(config, files, Seat(), output=where, golden=False)
+        for found, expected in zip(bank.trial(name).history, read_history(where), strict=True):
+            # Before the first step all ratios are 0, and rounding decides which answers are on the right side.
+            known = found.keys() - ({"reward_accuracy"} if found["step"] == 1 else set())
+            assert {key: found[key] for key in known} == pytest.approx({key: expected[key] for key in known}, abs=1e-5)
+            points.append(found["kl"])
+    assert max(points) > 0.01  # else nothing was held against anything
 
 
 def test_neighbours_that_are_no_numbers_change_nothing_bit_for_bit(make_bank: MakeBank, preference: Settings) -> None:
