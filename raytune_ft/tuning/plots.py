@@ -13,11 +13,12 @@ _SHADES = "viridis_r"
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _NAMED = 12
 """Trials that a legend may name."""
+_DASHES = ("-", "--", ":")
 
 
 def survival(result: SweepResult) -> str:
     """The curve of every trial; the best one stands out, and a cross ends the ones that were stopped."""
-    best = result.best
+    best, others = result.best, [colour for colour in COLOURS if colour != COLOURS[2]]
 
     def paint(axes: Any) -> None:
         for number, trial in enumerate(result.trials):
@@ -25,11 +26,13 @@ def survival(result: SweepResult) -> str:
             if not points:
                 continue
             chosen = trial is best
-            colour = COLOURS[2] if chosen else COLOURS[(number + 1) % len(COLOURS)]
+            again, place = divmod(number, len(others))
+            colour = COLOURS[2] if chosen else others[place]
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
-                "o-",
+                marker="o",
+                linestyle="-" if chosen else _DASHES[again % len(_DASHES)],  # a colour that comes again is dashed
                 color=colour,
                 linewidth=3 if chosen else 1.5,
                 markersize=5,
@@ -82,21 +85,20 @@ def parallel(result: SweepResult) -> str:
     return svg(paint)
 
 
-def heat_map(result: SweepResult) -> str | None:
-    """The best metric at each rank and learning rate; None if the sweep did not search both."""
+def heat_map(result: SweepResult, upwards: str, across: str) -> str | None:
+    """The best metric at each value of two settings; None if there are not some values of both, or too many."""
     cells: dict[tuple[float, float], float] = {}
     for trial in result.trials:
         value = trial.best(result.metric)
-        if value is None or not {"lora_r", "learning_rate"} <= set(trial.settings):
-            continue
-        cell = (trial.settings["lora_r"], trial.settings["learning_rate"])
-        cells[cell] = min(value, cells.get(cell, value), key=result.goal.cost)
-    ranks, rates = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
-    if len(ranks) < 2 or len(rates) < 2 or len(cells) > _NAMED * 4:
+        if value is not None:
+            cell = (trial.settings[upwards], trial.settings[across])
+            cells[cell] = min(value, cells.get(cell, value), key=result.goal.cost)
+    rows, columns = (sorted({cell[axis] for cell in cells}) for axis in (0, 1))
+    if len(rows) < 2 or len(columns) < 2 or len(cells) > _NAMED * 4:
         return None
 
     def paint(axes: Any) -> None:
-        grid = [[cells.get((rank, rate), math.nan) for rate in rates] for rank in ranks]
+        grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
         costs = [[result.goal.cost(value) for value in row] for row in grid]
         axes.imshow(costs, cmap=_SHADES.removesuffix("_r"), aspect="auto", origin="lower")  # the better, the darker
         middle = result.goal.cost((min(cells.values()) + max(cells.values())) / 2)
@@ -112,10 +114,10 @@ def heat_map(result: SweepResult) -> str | None:
                         size=9,
                         color="white" if costs[y][x] < middle else "black",
                     )
-        axes.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-        axes.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
-        axes.set_xlabel("learning_rate")
-        axes.set_ylabel("lora_r")
+        axes.set_xticks(range(len(columns)), [f"{value:g}" for value in columns])
+        axes.set_yticks(range(len(rows)), [f"{value:g}" for value in rows])
+        axes.set_xlabel(across)
+        axes.set_ylabel(upwards)
         axes.grid(visible=False)
 
     return svg(paint)

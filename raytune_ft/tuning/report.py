@@ -23,10 +23,11 @@ def render(result: SweepResult, seconds: float) -> str:
     pictures.append(
         (plots.parallel(result), "Settings of each trial, and its place among all; the best one stands out.")
     )
-    heat = plots.heat_map(result)
-    if heat is not None:
-        pictures.append((heat, f"Best {result.metric} at each rank and learning rate."))
     shares = importance(result)
+    mapped = most_telling(result, shares)
+    heat = plots.heat_map(result, *mapped) if mapped is not None else None
+    if heat is not None and mapped is not None:
+        pictures.append((heat, f"Best {result.metric} at each {mapped[0]} and {mapped[1]}."))
     if shares:
         caption = "What the trials' differences come from: the variance of each setting's group means (main effects)."
         pictures.append((plots.shares(shares), caption))
@@ -66,6 +67,19 @@ def importance(result: SweepResult) -> dict[str, float]:
             between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
             shares[name] = between / total
     return shares
+
+
+def most_telling(result: SweepResult, shares: dict[str, float]) -> tuple[str, str] | None:
+    """The two settings that a map shows: rank and learning rate, or those numbers that explain most; None of fewer."""
+    numbers = [
+        name
+        for name, value in result.trials[0].settings.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    if {"lora_r", "learning_rate"} <= set(numbers):
+        return "lora_r", "learning_rate"
+    chosen = sorted((name for name in numbers if name in shares), key=lambda name: shares[name])[-2:]
+    return (chosen[0], chosen[1]) if len(chosen) == 2 else None
 
 
 def cost_in_words(result: SweepResult, seconds: float) -> str:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from raytune_ft.tuning.report import cost_in_words, importance, render
+from raytune_ft.tuning.report import cost_in_words, importance, most_telling, render
 from raytune_ft.tuning.result import SweepResult, Trial
 
 
@@ -42,7 +42,17 @@ def test_a_metric_of_answers_is_drawn_and_explained_as_it_is() -> None:
     assert importance(result) == pytest.approx({"lora_r": 0.2, "learning_rate": 0.8})
     page = render(result, 1.0)
     assert page.index("lora_r=8, learning_rate=0.2") < page.index("lora_r=4, learning_rate=0.1")
-    assert "Best eval_f1 at each rank" in page and page.count("data:image/svg+xml") == 4
+    assert "Best eval_f1 at each lora_r and learning_rate" in page and page.count("data:image/svg+xml") == 4
+
+
+def test_the_map_shows_rank_and_rate_or_the_numbers_that_explain_most() -> None:
+    shares = {"beta": 0.1, "learning_rate": 0.6, "seed": 0.2, "loss_type": 0.9}
+    settings = {"beta": 0.1, "learning_rate": 1e-3, "seed": 1, "loss_type": "dpo", "use_dora": True}
+    searched = SweepResult("eval_loss", (Trial("t", settings, "finished", []),))
+    assert most_telling(searched, shares) == ("seed", "learning_rate")
+    assert most_telling(searched, {"beta": 0.1, "loss_type": 0.9}) is None
+    ranked = SweepResult("eval_loss", (Trial("t", {**settings, "lora_r": 4}, "finished", []),))
+    assert most_telling(ranked, shares) == ("lora_r", "learning_rate")
 
 
 def test_cost_is_told_against_the_full_grid() -> None:
