@@ -204,7 +204,7 @@ class AdapterBank:
             first = next((name for name in self.running() if name not in hold), None)
             if first is None:
                 return None
-            longest = self._trials[first].longest
+            longest = self._trials[first].longest(self._criterion.rows_together)
             if self._budget <= longest:
                 return first
             self._budget = max(longest, self._budget // 2)

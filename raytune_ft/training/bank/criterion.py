@@ -30,7 +30,9 @@ class Criterion(ABC):
     is_likelihood: ClassVar[bool]
     """Whether the loss is the mean negative log-likelihood of tokens, which has a perplexity."""
     rows_per_item: ClassVar[int]
-    """Rows that belong together; they lie one after the other."""
+    """Rows of an item; they lie one after the other."""
+    rows_together: ClassVar[int]
+    """How many of them a pass must hold together."""
 
     @abstractmethod
     def refusal(self, config: FineTuningConfig) -> str | None:
@@ -91,6 +93,7 @@ class Examples(Criterion):
     measures: ClassVar[tuple[str, ...]] = ("loss",)
     is_likelihood: ClassVar[bool] = True
     rows_per_item: ClassVar[int] = 1
+    rows_together: ClassVar[int] = 1
 
     def refusal(self, config: FineTuningConfig) -> str | None:
         """See `Criterion`."""

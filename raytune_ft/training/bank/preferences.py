@@ -52,6 +52,7 @@ class Preferences(_Referenced):
 
     measures: ClassVar[tuple[str, ...]] = PAIR_MEASURES
     rows_per_item: ClassVar[int] = 2
+    rows_together: ClassVar[int] = 2
 
     def __init__(self) -> None:
         self._terms: dict[str, PairTerms] = {}
@@ -92,6 +93,7 @@ class Ratings(_Referenced):
 
     measures: ClassVar[tuple[str, ...]] = RATED_MEASURES
     rows_per_item: ClassVar[int] = 2
+    rows_together: ClassVar[int] = 1
 
     def __init__(self) -> None:
         self._terms: dict[str, RatedTerms] = {}

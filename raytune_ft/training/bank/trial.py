@@ -92,13 +92,10 @@ class Trial:
         """Tokens of the next step."""
         return sum(len(row.input_ids) for row in self.upcoming().rows)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest item of the next step."""
+    def longest(self, together: int) -> int:
+        """Tokens of the longest rows of the next step that so many neighbours belong to."""
         lengths = [len(row.input_ids) for row in self.upcoming().rows]
-        return max(
-            sum(lengths[start : start + self.rows_per_item]) for start in range(0, len(lengths), self.rows_per_item)
-        )
+        return max(sum(lengths[start : start + together]) for start in range(0, len(lengths), together))
 
     def rate(self) -> float:
         """Learning rate of the next step."""

@@ -80,10 +80,23 @@ def test_a_small_budget_keeps_both_answers_of_a_pair_together(make_bank: MakeBan
     for name in configs:
         assert difference(expected[name], found[name]) <= 1e-5, name
     fresh = bank_of(make_bank, {"t": configs["mild"]}, PAIRS, token_budget=4096)
-    while fresh.make_room() is None:
+    assert smallest_budget(fresh) == max(a + b for a, b in zip(*lengths(fresh), strict=True))
+    rated = make_bank(train=ReferencedRows(Given(PAIRS)), criterion=Ratings(), token_budget=4096)
+    rated.admit("t", preference(loss_type="kto"))
+    assert smallest_budget(rated) == max(max(*pair) for pair in zip(*lengths(rated), strict=True))
+
+
+def lengths(bank: AdapterBank) -> tuple[list[int], list[int]]:
+    """Tokens of the first and of the second row of each item of the next step."""
+    found = [len(row.input_ids) for row in bank.trial("t").upcoming().rows]
+    return found[::2], found[1::2]
+
+
+def smallest_budget(bank: AdapterBank) -> int:
+    """What is left of the budget when memory runs out again and again."""
+    while bank.make_room() is None:
         pass
-    rows = fresh.trial("t").upcoming().rows
-    assert fresh._budget == max(len(a.input_ids) + len(b.input_ids) for a, b in zip(rows[::2], rows[1::2], strict=True))
+    return bank._budget
 
 
 def test_all_that_is_measured_is_that_of_the_run_alone(
