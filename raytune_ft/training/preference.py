@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,10 +41,15 @@ class PairTerms:
     @classmethod
     def of_each(cls, runs: Sequence[PairTerms], pairs: Sequence[int], device: torch.device) -> Self:
         """The terms of the pairs of several runs, which lie together; `pairs` says how many each run has."""
-        numbers = [[float(value) for value in vars(terms).values()] for terms in runs]
-        each = torch.repeat_interleave(torch.tensor(numbers), torch.tensor(pairs), dim=0)
-        beta, smoothing, weight, identity = each.to(device, non_blocking=True).unbind(1)
+        beta, smoothing, weight, identity = terms_of_each(runs, pairs, device)
         return cls(beta, smoothing, weight, identity > 0)
+
+
+def terms_of_each(runs: Sequence[Any], items: Sequence[int], device: torch.device) -> tuple[Tensor, ...]:
+    """[items] for each number of some runs' terms: of all their items, which lie together."""
+    numbers = torch.tensor([[float(value) for value in vars(terms).values()] for terms in runs])
+    each = torch.repeat_interleave(numbers, torch.tensor(items), dim=0)
+    return each.to(device, non_blocking=True).unbind(1)
 
 
 PAIR_MEASURES = ("loss", "reward_accuracy", "reward_margin", "chosen_reward", "chosen_nll")

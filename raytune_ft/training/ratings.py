@@ -25,7 +25,7 @@ from raytune_ft.training.loop import Learner, Metrics
 from raytune_ft.training.micro_batches import computed_without_gradient
 from raytune_ft.training.pairs import Row, packed_rows, rows_apart
 from raytune_ft.training.peers import Peers
-from raytune_ft.training.preference import row_sums
+from raytune_ft.training.preference import row_sums, terms_of_each
 from raytune_ft.training.reference import ReferencedLoss, ScoredRows
 
 
@@ -120,9 +120,7 @@ class RatedTerms:
     @classmethod
     def of_each(cls, runs: Sequence[RatedTerms], rows: Sequence[int], device: torch.device) -> Self:
         """The terms of the rows of several runs, which lie together; `rows` says how many each run has."""
-        numbers = torch.tensor([[float(value) for value in vars(terms).values()] for terms in runs])
-        each = torch.repeat_interleave(numbers, torch.tensor(rows), dim=0)
-        return cls(*each.to(device, non_blocking=True).unbind(1))
+        return cls(*terms_of_each(runs, rows, device))
 
     def at(self, point: float) -> Self:
         """The same with another point."""

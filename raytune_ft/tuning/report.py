@@ -25,8 +25,7 @@ def render(result: SweepResult, seconds: float) -> str:
     )
     shares = importance(result)
     mapped = most_telling(result, shares)
-    heat = plots.heat_map(result, *mapped) if mapped is not None else None
-    if heat is not None and mapped is not None:
+    if mapped is not None and (heat := plots.heat_map(result, *mapped)) is not None:
         pictures.append((heat, f"Best {result.metric} at each {mapped[0]} and {mapped[1]}."))
     if shares:
         caption = "What the trials' differences come from: the variance of each setting's group means (main effects)."

@@ -16,7 +16,7 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.training import matrix
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.base import FrozenBase
-from raytune_ft.training.bank.criterion import Criterion, Examples, supervised_in
+from raytune_ft.training.bank.criterion import Criterion, Examples
 from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.bank.packed_linear import PassSeat
 from raytune_ft.training.bank.passes import Passes
@@ -266,7 +266,7 @@ class AdapterBank:
                 for trial, step in zip(trials, coming, strict=True)
             ]
         )
-        items = [self._criterion.items(share.rows) for share in shares]
+        items = [self._criterion.items(share) for share in shares]
         rates = {trial.name: trial.rate() for trial in trials}
         self._slots.zero_gradients([trial.name for trial in trials])
         sums = self._passes.train(shares, items, self._budget)
@@ -280,7 +280,7 @@ class AdapterBank:
         for trial, share, measured, norm in zip(trials, shares, means.tolist(), found[:, -1].tolist(), strict=True):
             numbers = dict(zip(self._criterion.measures, measured, strict=True))
             numbers |= {"grad_norm": norm, "learning_rate": rates[trial.name], **self._criterion.told(trial.name)}
-            trial.advance({**numbers, "tokens": share.tokens, "supervised": supervised_in(share.rows)})
+            trial.advance({**numbers, "tokens": share.tokens, "supervised": share.supervised})
 
     def _evaluate_due(self, trials: list[Trial]) -> None:
         if not trials or self._validation is None:
@@ -295,10 +295,11 @@ class AdapterBank:
         names = self._slots.order([trial.name for trial in trials])
         self._base.model.eval()
         try:
-            if isinstance(rows, ReferencedRows):
-                everyone = range(len(rows))
-                self._look_up(rows, everyone)
-                all_rows, known, each = [rows[n] for n in everyone], rows.known(everyone), self._criterion.rows_per_item
+            everyone = range(len(rows))
+            self._look_up(rows, everyone)
+            if self._criterion.looks_beside:
+                all_rows, known = [rows[number] for number in everyone], known_of(rows, everyone)
+                each = self._criterion.rows_per_item
                 self._learned_from([Share(name, all_rows, known=known, together=each) for name in names])
             found = self._passes.score(names, rows, self._budget)
         finally:

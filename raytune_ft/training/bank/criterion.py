@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
@@ -43,12 +42,17 @@ class Criterion(ABC):
         """Takes note of what a trial's loss is made of."""
 
     @abstractmethod
-    def items(self, rows: Sequence[Encoded]) -> int:
+    def items(self, share: Share) -> int:
         """What the loss of these rows, which are learned from, is a mean over."""
+
+    @property
+    def looks_beside(self) -> bool:
+        """Whether only the first row of an item is learned from, and something has to be known of the second before."""
+        return self.rows_per_item > self.rows_together
 
     def divided(self, share: Share) -> tuple[Share, Share | None]:
         """What of a trial's rows is learned from, and of what has to be known before how likely its model finds it."""
-        return share, None
+        return (share.firsts(), share.seconds()) if self.looks_beside else (share, None)
 
     def note(self, beside: Share, said: Sequence[float]) -> None:
         """Takes note of what a trial's model says of what stands beside its rows: log-probabilities, in nats."""
@@ -104,13 +108,13 @@ class Examples(Criterion):
     def admit(self, name: str, config: FineTuningConfig) -> None:
         """See `Criterion`: all trials have the same loss."""
 
-    def items(self, rows: Sequence[Encoded]) -> int:
+    def items(self, share: Share) -> int:
         """The supervised tokens."""
-        return supervised_in(rows)
+        return share.supervised
 
     def known_weights(self, shares: Sequence[Share], targets: Tensor, weights: Weights) -> Tensor | None:
         """See `Criterion`: every token of a trial counts as much."""
-        return torch.repeat_interleave(torch.tensor([weights[share.name] for share in shares]), targets)
+        return weights_of_each(shares, targets, weights)
 
     def graded(
         self, losses: Tensor, batch: PackedBatch, shares: Sequence[Share], targets: Tensor, weights: Weights | None
@@ -119,9 +123,9 @@ class Examples(Criterion):
         return sums_by_trial(losses.unsqueeze(1), targets), None
 
 
-def supervised_in(rows: Sequence[Encoded]) -> int:
-    """Targets of these rows: supervised tokens with a predecessor."""
-    return sum(sum(row.supervised[1:]) for row in rows)
+def weights_of_each(shares: Sequence[Share], counts: Tensor, weights: Weights) -> Tensor:
+    """[all] what each counts of whatever the trials have `counts` [trials] of, on the CPU."""
+    return torch.repeat_interleave(torch.tensor([weights[share.name] for share in shares]), counts)
 
 
 def sums_by_trial(found: Tensor, counts: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -34,6 +35,11 @@ class Share:
     def tokens(self) -> int:
         """Tokens of these rows."""
         return sum(len(row.input_ids) for row in self.rows)
+
+    @cached_property
+    def supervised(self) -> int:
+        """Targets of these rows: supervised tokens with a predecessor."""
+        return sum(sum(row.supervised[1:]) for row in self.rows)
 
     def part(self, first: int, last: int) -> Share:
         """The rows from `first` to before `last`."""

@@ -86,7 +86,7 @@ class Passes:
             some = [rows[number] for number in numbers]
             known = known_of(rows, numbers)
             shares = [self._criterion.divided(Share(name, some, known=known, together=each))[0] for name in names]
-            count += self._criterion.items(shares[0].rows)
+            count += self._criterion.items(shares[0])
             together = max(1, most // shares[0].tokens)
 
             def lane(mine: Collection[str], shares: list[Share] = shares, together: int = together) -> None:

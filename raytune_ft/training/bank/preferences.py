@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch
-from raytune_ft.training.bank.criterion import Criterion, Examples, Weights, sums_by_trial
+from raytune_ft.training.bank.criterion import Criterion, Examples, Weights, sums_by_trial, weights_of_each
 from raytune_ft.training.bank.layout import Share
 from raytune_ft.training.bank.referenced import RatedAnswers, ReferencedRows
 from raytune_ft.training.batches import Rows, TokenRows
@@ -35,12 +34,12 @@ class _Referenced(Criterion):
         self, found: Tensor, nll: Tensor, batch: PackedBatch, shares: Sequence[Share], weights: Weights | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `graded`, of [items, measures] that depend on [rows] negative log-likelihoods."""
-        items = torch.tensor([self.items(share.rows) for share in shares])
+        items = torch.tensor([self.items(share) for share in shares])
         sums = sums_by_trial(found.detach(), items)
         if weights is None:
             return sums, None
-        each = torch.repeat_interleave(torch.tensor([weights[share.name] for share in shares]), items)
-        (of_rows,) = torch.autograd.grad(found[:, 0], nll, each.to(nll.device, non_blocking=True))
+        each = weights_of_each(shares, items, weights).to(nll.device, non_blocking=True)
+        (of_rows,) = torch.autograd.grad(found[:, 0], nll, each)
         return sums, of_rows[batch.row_of_target]
 
 
@@ -68,15 +67,15 @@ class Preferences(_Referenced):
         assert isinstance(config, PreferenceConfig)
         self._terms[name] = PairTerms.of(config)
 
-    def items(self, rows: Sequence[Encoded]) -> int:
+    def items(self, share: Share) -> int:
         """The pairs."""
-        return len(rows) // 2
+        return len(share.rows) // 2
 
     def graded(
         self, losses: Tensor, batch: PackedBatch, shares: Sequence[Share], targets: Tensor, weights: Weights | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Criterion`."""
-        pairs = [self.items(share.rows) for share in shares]
+        pairs = [self.items(share) for share in shares]
         terms = PairTerms.of_each([self._terms[share.name] for share in shares], pairs, losses.device)
         (reference,) = _known(shares, losses.device)
         nll = row_sums(losses, batch).requires_grad_(weights is not None)
@@ -108,13 +107,9 @@ class Ratings(_Referenced):
         assert isinstance(config, PreferenceConfig)
         self._terms[name] = RatedTerms.of(config)
 
-    def items(self, rows: Sequence[Encoded]) -> int:
+    def items(self, share: Share) -> int:
         """The answers."""
-        return len(rows)
-
-    def divided(self, share: Share) -> tuple[Share, Share | None]:
-        """The answers; and beside them those that belong to other prompts."""
-        return share.firsts(), share.seconds()
+        return len(share.rows)
 
     def note(self, beside: Share, said: Sequence[float]) -> None:
         """The trial's point is the mean distance from the base; 0 at least."""
@@ -129,7 +124,7 @@ class Ratings(_Referenced):
         self, losses: Tensor, batch: PackedBatch, shares: Sequence[Share], targets: Tensor, weights: Weights | None
     ) -> tuple[Tensor, Tensor | None]:
         """See `Criterion`."""
-        rows = [len(share.rows) for share in shares]
+        rows = [self.items(share) for share in shares]
         terms = RatedTerms.of_each([self._terms[share.name] for share in shares], rows, losses.device)
         reference, liked = _known(shares, losses.device)
         nll = row_sums(losses, batch).requires_grad_(weights is not None)
