@@ -6,6 +6,7 @@ Apart from `artifacts` because sources, models and logs lie on storage, too, wit
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import posixpath
 import re
@@ -151,6 +152,21 @@ class Location:
                 return bytes(stream.read())
 
         return bytes(self._reach(read))
+
+    def lines(self, *, errors: str = "strict") -> Iterator[str]:
+        """The lines (UTF-8, ending with a newline) of the file here, of which one at a time is in memory.
+
+        Args:
+            errors: what to do about bytes that are no UTF-8, as `bytes.decode` has it.
+
+        Raises:
+            ArtifactError: if there is no file, or it cannot be read.
+            UnicodeDecodeError: if a line is no UTF-8 and `errors` is strict.
+        """
+        stream = self._reach(lambda: self.filesystem.open_input_stream(self.path, compression=None))
+        with stream, io.TextIOWrapper(stream, encoding="utf-8", errors=errors, newline="\n") as text:
+            while line := self._reach(text.readline):
+                yield line
 
     def write(self, content: bytes) -> None:
         """Puts a file here in one piece, also for those who read meanwhile; synced to the disk where it is local."""

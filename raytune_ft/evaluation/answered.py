@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from raytune_ft.core import errors
 from raytune_ft.core.errors import DataError, RunError
 from raytune_ft.core.records import Record
-from raytune_ft.evaluation.kept import KeptRows, Row
-from raytune_ft.evaluation.results import Answer
+from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
+from raytune_ft.evaluation.results import Answer, on_disk
 from raytune_ft.evaluation.rows import prompt_text, prompt_turns
 
 _FIELDS = ("answer", "finish_reason", "answer_tokens", "nll", "tokens", "bytes", "windows", "choices")
@@ -25,22 +25,22 @@ class Unanswered:
     fault: str = "RaytuneError"
 
 
-def answers_of(
-    records: Sequence[Record], kept: KeptRows, label: str
-) -> tuple[dict[int, Answer], dict[int, Unanswered]]:
-    """What a target did with each record by its place, and what it did not."""
+def missing_of(records: Sequence[Record], kept: KeptRows, label: str) -> list[Unanswered]:
+    """What a target has not answered of the records, in their order."""
     there, failed = kept.all_answered(label), kept.all_failed(label)
-    found: dict[int, Answer] = {}
-    missing: dict[int, Unanswered] = {}
+    missing = []
     for place, record in enumerate(records):
-        row = there.get(place)
-        if row is not None and row["id"] == record.id:
-            found[place] = _answer(record, row)
-        else:
+        if not is_answered(record, there.get(place)):
             row = failed.get(place, {})
             reason = row.get("error", "it came back without an answer")
-            missing[place] = Unanswered(label, place, reason, row.get("fault", "RaytuneError"))
-    return found, missing
+            missing.append(Unanswered(label, place, reason, row.get("fault", "RaytuneError")))
+    return missing
+
+
+def answers_of(records: Sequence[Record], kept: KeptRows, label: str, left_out: Set[int]) -> Sequence[Answer]:
+    """What a target did with each record, but for those at some places; all others are answered."""
+    there = kept.all_answered(label)
+    return on_disk(_answer(record, there[place]) for place, record in enumerate(records) if place not in left_out)
 
 
 def refuse_missing(missing: Sequence[Unanswered], rows: int, most: int) -> None:
@@ -73,11 +73,6 @@ def missing_notes(missing: Sequence[Unanswered]) -> list[str]:
             f"{own[0].position + 1}: {own[0].reason}"
         )
     return notes
-
-
-def without(answers: Mapping[int, Answer], left_out: set[int]) -> tuple[Answer, ...]:
-    """The answers in the order of their rows, but for some rows."""
-    return tuple(answer for place, answer in sorted(answers.items()) if place not in left_out)
 
 
 def _answer(record: Record, row: Row) -> Answer:

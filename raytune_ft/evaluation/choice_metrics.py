@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.evaluation.metric_names import EvaluationMetric
-from raytune_ft.evaluation.row_metric import Columns, RowMetric, Values, ratio
+from raytune_ft.evaluation.row_metric import Columns, RowMetric, Values, counted, ratio
 
 BINS = 10
 
@@ -32,22 +32,24 @@ class ChoiceMetric(RowMetric):
         Raises:
             DataError: if a row has no choices, its reference is none of them, or a likelihood is not a number.
         """
-        found = []
-        for row, (choices, reference) in enumerate(zip(rows["choices"], rows["references"], strict=True), start=1):
-            texts = [choice["text"].strip() for choice in choices or ()]
-            if reference.strip() not in texts:
-                raise DataError(
-                    f"{self.name_in_settings}: the reference of row {row}, {reference!r:.60}, is none of its choices "
-                    f"({', '.join(texts)[:100] or 'it has none'}). Give each row `choices`, its reference among them."
-                )
-            nll = np.array([choice["nll"] for choice in choices])
-            if not np.isfinite(nll).all():
-                raise DataError(f"{self.name_in_settings}: a choice of row {row} has no finite likelihood ({nll})")
-            per_byte = nll / np.maximum([choice["bytes"] for choice in choices], 1)
-            shares = np.exp(nll.min() - nll)
-            right = texts.index(reference.strip())
-            found.append((nll.argmin() == right, per_byte.argmin() == right, shares.max() / shares.sum()))
-        return tuple(np.array(column, float) for column in zip(*found, strict=True))
+        both = enumerate(zip(rows["choices"], rows["references"], strict=True), start=1)
+        found = (self._likeliest_of(row, choices or (), reference) for row, (choices, reference) in both)
+        return tuple(counted(["right", "per_byte", "confidence"], found).values())
+
+    def _likeliest_of(self, row: int, choices: Sequence[Mapping[str, Any]], reference: str) -> tuple[float, ...]:
+        texts = [choice["text"].strip() for choice in choices]
+        if reference.strip() not in texts:
+            raise DataError(
+                f"{self.name_in_settings}: the reference of row {row}, {reference!r:.60}, is none of its choices "
+                f"({', '.join(texts)[:100] or 'it has none'}). Give each row `choices`, its reference among them."
+            )
+        nll = np.array([choice["nll"] for choice in choices])
+        if not np.isfinite(nll).all():
+            raise DataError(f"{self.name_in_settings}: a choice of row {row} has no finite likelihood ({nll})")
+        per_byte = nll / np.maximum([choice["bytes"] for choice in choices], 1)
+        shares = np.exp(nll.min() - nll)
+        right = texts.index(reference.strip())
+        return float(nll.argmin() == right), float(per_byte.argmin() == right), float(shares.max() / shares.sum())
 
 
 class ChoiceAccuracy(ChoiceMetric):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -14,7 +14,7 @@ from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import ForgettingConfig
 from raytune_ft.evaluation.kept import Row
-from raytune_ft.evaluation.rows import record_of
+from raytune_ft.evaluation.record_files import record_of
 from raytune_ft.evaluation.scorer import choices_of
 
 ANSWER_TOKENS = 48
@@ -61,7 +61,7 @@ def named_first(answer: str, choices: Sequence[str]) -> str | None:
     return min(places, key=places.__getitem__) if places else None
 
 
-def abilities(questions: Sequence[Record], rows: dict[int, Row], passages: int) -> dict[str, Any]:
+def abilities(questions: Sequence[Record], rows: Mapping[int, Row], passages: int) -> dict[str, Any]:
     """What a model did with the questions (places from 0) and the passages behind them.
 
     `answered` is the share of questions whose generated answer names the right choice first, `chosen` that whose right

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from raytune_ft.core.errors import RaytuneError, RunError, last_line
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.kept import KeptRows
+from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
 from raytune_ft.evaluation.leakage import UNREADABLE, RowIndex, find_leaks, first_of_each
 from raytune_ft.evaluation.prompts import read_shards
 from raytune_ft.evaluation.shards import ShardActor, close_shard, fault_in, shard_table
@@ -73,7 +74,7 @@ def ask(
         RaytuneError: as `infer`.
     """
     for group in grouped(targets):
-        left = {target.label: _left(records, kept, target) for target in group}
+        left = {target.label: _left(records, kept.all_answered(target.label)) for target in group}
         rows = sum(map(len, left.values()))
         labels = ", ".join(left)
         if not rows:
@@ -81,12 +82,13 @@ def ask(
             continue
         connected = cluster.connect()
         copies, size = shares(copies_of(connected, group, num_actors), rows, even=num_actors is not None)
-        tables = [
-            shard_table(part[start : start + size], label, f"{part[start].position:09d}")
-            for label, part in left.items()
-            for start in range(0, len(part), size)
-        ]
-        infer(ray.data.from_arrow(tables), group, work, kept, connected, copies=copies, what=f"{what} of {labels}")
+        shards = (
+            _shard(records, places[start : start + size], label)
+            for label, places in left.items()
+            for start in range(0, len(places), size)
+        )
+        dataset = ray.data.from_arrow_refs(list(map(ray.put, shards)))  # the object store spills, this process cannot
+        infer(dataset, group, work, kept, connected, copies=copies, what=f"{what} of {labels}")
 
 
 def ask_files(
@@ -140,6 +142,21 @@ def on_worker(function: Callable[..., T], *arguments: Any) -> T:
         return ray.get(remote.remote(*arguments))  # type: ignore[no-any-return]
 
 
+def over_on_worker(function: Callable[..., T], *arguments: Any, chunks: Iterable[Any]) -> T:
+    """What `function` gives on a worker (see `on_worker`) for its arguments and an iterator over chunks of data.
+
+    The chunks go there one by one: neither here nor there are all of them in a process's memory.
+    """
+    cluster.connect()
+    references = [ray.put(chunk) for chunk in chunks]
+    found: T = on_worker(_over, function, arguments, references)
+    return found
+
+
+def _over(function: Callable[..., Any], arguments: Sequence[Any], references: Sequence[Any]) -> Any:
+    return function(*arguments, map(ray.get, references))
+
+
 def leaks_in(files: Sequence[Location], index: RowIndex) -> tuple[list[dict[str, Any]], list[str]]:
     """What the training rows of some files give away of the indexed test rows, one entry a test row; and why some of
     the files could not be looked into."""
@@ -178,14 +195,14 @@ def shares(copies: int, rows: int, *, even: bool) -> tuple[int, int]:
     return min(copies, math.ceil(rows / size)), size
 
 
-def _left(records: Sequence[Record], kept: KeptRows, target: Target) -> list[Record]:
-    """The records that are not answered yet, with their places."""
-    there = kept.all_answered(target.label)
-    return [
-        replace(record, position=place)
-        for place, record in enumerate(records)
-        if place not in there or there[place]["id"] != record.id
-    ]
+def _left(records: Sequence[Record], there: Mapping[int, Row]) -> Sequence[int]:
+    """The places of the records that are not answered yet."""
+    return array("q", (place for place, record in enumerate(records) if not is_answered(record, there.get(place))))
+
+
+def _shard(records: Sequence[Record], places: Sequence[int], target: str) -> pa.Table:
+    """A shard of the records at some places."""
+    return shard_table([replace(records[place], position=place) for place in places], target, f"{places[0]:09d}")
 
 
 def copies_of(connected: Cluster, targets: Sequence[Target], wanted: int | None) -> int:

@@ -12,7 +12,14 @@ from raytune_ft.core.manifest import ArtifactKind, now
 from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.report import write_report
-from raytune_ft.evaluation.results import ComparisonResult, EvaluationResult, ModelScores, read_result, write_answers
+from raytune_ft.evaluation.results import (
+    ComparisonResult,
+    EvaluationResult,
+    ModelScores,
+    on_disk,
+    read_result,
+    write_answers,
+)
 from raytune_ft.evaluation.slices import sliced
 
 
@@ -106,7 +113,7 @@ def same_rows(model: ModelScores, other: ModelScores) -> ModelScores:
             f"{lacks[0]} are not among the {len(their)} of {other.label}, and {lacks[1]} the other way round. "
             "Evaluate both on the same dataset and split"
         )
-    return replace(other, answers=tuple(other.answers[place] for place in (their[key] for key in own)))
+    return replace(other, answers=on_disk(other.answers[their[key]] for key in own))
 
 
 def _occurrences(model: ModelScores) -> Mapping[tuple[str, int], int]:

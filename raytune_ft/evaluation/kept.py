@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_ft.core.records import Record
+from raytune_ft.core.spool import Places
 from raytune_ft.core.storage import Location
 
 PIECES = "pieces"
@@ -43,13 +45,13 @@ class KeptRows:
         """The answered rows of a shard by their position."""
         return _by_position(self._folder(target, shard))
 
-    def all_answered(self, target: str) -> dict[int, Row]:
-        """The answered rows of every shard by their position."""
-        return _by_position(self.where / "answered" / folder_name(target))
+    def all_answered(self, target: str) -> Mapping[int, Row]:
+        """The answered rows of every shard by their position, on this machine's disk."""
+        return Places(_rows_in(self.where / "answered" / folder_name(target)))
 
-    def all_failed(self, target: str) -> dict[int, Row]:
-        """The rows without an answer by their position; what is answered by now may be among them."""
-        return _by_position(self.where / "unanswered" / folder_name(target))
+    def all_failed(self, target: str) -> Mapping[int, Row]:
+        """The rows without an answer by their position, on disk; what is answered by now may be among them."""
+        return Places(_rows_in(self.where / "unanswered" / folder_name(target)))
 
     def failed(self, target: str, shard: str) -> dict[int, Row]:
         """The rows of a shard without an answer by their position; what is answered by now may be among them."""
@@ -63,14 +65,22 @@ class KeptRows:
         return self.where / "answered" / folder_name(target) / shard
 
 
+def is_answered(record: Record, row: Row | None) -> bool:
+    """Whether a kept row is what became of this record, and not of one that stood in its place before."""
+    return row is not None and row["id"] == record.id
+
+
 def folder_name(label: str) -> str:
     """A label as the name of a file or folder."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
 
 
 def _by_position(folder: Location) -> dict[int, Row]:
-    rows = (row for name in folder.files() for row in _parsed((folder / name).read()))
-    return {row["position"]: row for row in rows}
+    return {row["position"]: row for row in _rows_in(folder)}
+
+
+def _rows_in(folder: Location) -> Iterator[Row]:
+    return (row for name in folder.files() for row in _parsed((folder / name).read()))
 
 
 def _parsed(content: bytes) -> Iterator[Row]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.evaluation.answers import listed
 from raytune_ft.evaluation.metric_names import EvaluationMetric
-from raytune_ft.evaluation.row_metric import Columns, RowMetric, Values, ratio
+from raytune_ft.evaluation.row_metric import Columns, RowMetric, Values, counted, ratio
 
 _MOST_LABELS = 50
 
@@ -24,22 +26,27 @@ class LabelF1(RowMetric):
 
     name_in_settings = EvaluationMetric.LABEL_F1
 
-    def check(self, references: Sequence[str]) -> None:
+    def check(self, references: Iterable[str]) -> None:
         """Refuses references that are hardly labels: more than 50 different ones, most of them once."""
-        different = len({reference.strip() for reference in references})
-        if different > _MOST_LABELS and 2 * different > len(references):
+        times = Counter(
+            xxhash.xxh64_intdigest(reference.strip().encode("utf-8", "surrogatepass")) for reference in references
+        )
+        if len(times) > _MOST_LABELS and 2 * len(times) > times.total():
             raise DataError(
-                f"{self.name_in_settings}: does not fit this data: it counts labels, but {different} of "
-                f"{len(references)} references differ. Leave this metric out, or evaluate on other data."
+                f"{self.name_in_settings}: does not fit this data: it counts labels, but {len(times)} of "
+                f"{times.total()} references differ. Leave this metric out, or evaluate on other data."
             )
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Per label: rows that have it, answers that say it, and both."""
-        given = np.array([text.strip() for text in rows["predictions"]], object)
-        wanted = np.array([text.strip() for text in rows["references"]], object)
+        labels = {label: number for number, label in enumerate(sorted({text.strip() for text in rows["references"]}))}
+        given, wanted = (
+            np.fromiter((labels.get(text.strip(), -1) for text in rows[side]), int)
+            for side in ("predictions", "references")
+        )
         table: dict[str, NDArray[np.bool_]] = {}
-        for label in sorted(set(wanted)):
-            says, has = given == label, wanted == label
+        for label, number in labels.items():
+            says, has = given == number, wanted == number
             table |= {f"given.{label}": says, f"wanted.{label}": has, f"right.{label}": says & has}
         return {name: column.astype(float) for name, column in table.items()}
 
@@ -80,10 +87,10 @@ class SetF1(RowMetric):
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Items shared, given and wanted, and the row's own F1."""
-        both = [(set(listed(a)), set(listed(r))) for a, r in zip(rows["predictions"], rows["references"], strict=True)]
-        shared, given, wanted = np.array([(len(g & w), len(g), len(w)) for g, w in both], float).reshape(-1, 3).T
-        own = ratio(2 * shared, given + wanted)
-        return {"shared": shared, "given": given, "wanted": wanted, "own": own, "rows": np.ones(len(both))}
+        both = ((set(listed(a)), set(listed(r))) for a, r in zip(rows["predictions"], rows["references"], strict=True))
+        table = counted(["shared", "given", "wanted"], ((len(g & w), len(g), len(w)) for g, w in both))
+        own = ratio(2 * table["shared"], table["given"] + table["wanted"])
+        return {**table, "own": own, "rows": np.ones(len(own))}
 
     def values(self, sums: Columns) -> Values:
         """`set_f1`, `set_precision`, `set_recall` over all items, and `set_f1_rows`, the mean of rows."""

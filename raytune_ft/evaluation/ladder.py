@@ -122,14 +122,14 @@ def _climb(config: LadderConfig, result: EvaluationResult, target: Location) -> 
 def _rung(
     scores: ModelScores, result: EvaluationResult, path: str, pace: Mapping[str, Any], *, same_tokens: float
 ) -> Rung:
-    ours = {answer.id: answer.answer for answer in result.models[0].answers}
-    theirs = [(answer.answer, ours.get(answer.id)) for answer in scores.answers if answer.answer is not None]
+    both = zip(result.models[0].answers, scores.answers, strict=True)  # the same rows in the same order
+    same = [own.answer == their.answer for own, their in both if their.answer is not None]
     return Rung(
         label=scores.label,
         path=path,
         values={str(metric): scores.values[metric.facts.headline] for metric in result.metrics},
         intervals={str(metric): scores.intervals[str(metric)] for metric in result.metrics},
-        same_answers=sum(one == other for one, other in theirs) / len(theirs) if theirs else None,
+        same_answers=sum(same) / len(same) if same else None,
         same_tokens=same_tokens,
         **pace,
     )

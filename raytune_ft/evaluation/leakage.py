@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import RECORD_SCHEMA, Record
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.prompts import json_rows
-from raytune_ft.evaluation.rows import record_of
+from raytune_ft.evaluation.record_files import json_rows, record_of
 
 WORDS = 5
 """Words of a sequence; a shorter text is one sequence."""

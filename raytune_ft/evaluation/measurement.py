@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any, overload
 
 from raytune_ft.evaluation.compare import Difference, difference, judged, sentence
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.results import Comparison, ModelScores
+from raytune_ft.evaluation.results import Answer, Comparison, ModelScores, on_disk
 from raytune_ft.evaluation.row_metric import Columns, RowMetric
 from raytune_ft.evaluation.statistics import interval
 
@@ -33,7 +34,7 @@ def measured(model: ModelScores, metrics: Metrics, *, seed: int) -> ModelScores:
         found = interval(metric.headline, columns, seed=seed, best=name.facts.best)
         intervals[str(name)] = (found.low, found.high)
         alone[str(name)] = metric.row_scores(columns)
-    answers = tuple(
+    answers = on_disk(
         replace(answer, scores={name: float(scores[place]) for name, scores in alone.items()})
         for place, answer in enumerate(model.answers)
     )
@@ -81,7 +82,46 @@ def in_words(keys: Sequence[tuple[EvaluationMetric, str, str]], found: Sequence[
 
 
 def columns_of(model: ModelScores, metric: RowMetric) -> Columns:
-    """The metric's counts, one a row of the model's answers."""
-    names = [str(name) for name in metric.features]
-    fields = {name: _FIELDS.get(name, name) for name in names}
-    return metric.columns(**{n: [getattr(answer, field) for answer in model.answers] for n, field in fields.items()})
+    """The metric's counts, one a row of the model's answers.
+
+    Raises:
+        DataError: if the metric does not fit the answers, or a likelihood is not a number.
+    """
+    rows = _Rows(model.answers)
+    return metric.columns(**{str(name): _Field(rows, _FIELDS.get(str(name), str(name))) for name in metric.features})
+
+
+class _Rows:
+    """Answers that are read one by one; the last one is at hand, since a metric asks for several of its fields."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        self.answers = answers
+        self._last: tuple[int, Answer] | None = None
+
+    def at(self, place: int) -> Answer:
+        """The answer at a place."""
+        if self._last is None or self._last[0] != place:
+            self._last = (place, self.answers[place])
+        return self._last[1]
+
+
+class _Field(Sequence[Any]):
+    """One field of all rows, as a metric takes its input."""
+
+    def __init__(self, rows: _Rows, name: str) -> None:
+        self._rows, self._name = rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows.answers)
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Any]: ...
+
+    def __getitem__(self, place: int | slice) -> Any:
+        places = range(len(self))[place]
+        if isinstance(places, range):
+            return [self[number] for number in places]
+        return getattr(self._rows.at(places), self._name)

@@ -6,8 +6,9 @@ Those of choices, of labels and of an answer's surface lie beside; `make_metric`
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ from raytune_ft.evaluation.answers import canonical, extracted, fields, parse_js
 from raytune_ft.evaluation.choice_metrics import Calibration, ChoiceAccuracy
 from raytune_ft.evaluation.label_metrics import LabelF1, SetF1
 from raytune_ft.evaluation.metric_names import EvaluationMetric
-from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, ratio
+from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, counted, ratio
 from raytune_ft.evaluation.surface_metrics import Chrf, Custom, JsonSchema, Length, Repetition
 
 
@@ -141,15 +142,15 @@ class TokenF1(RowMetric):
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Words shared, given and wanted, and each row's own precision, recall and F1 (0 where no word is shared)."""
-        both = [
+        both = (
             (Counter(words(answer)), Counter(words(reference)))
             for answer, reference in zip(rows["predictions"], rows["references"], strict=True)
-        ]
-        counts = [((g & w).total(), g.total(), w.total()) for g, w in both]
-        shared, given, wanted = np.array(counts, float).reshape(-1, 3).T
-        precision, recall = ratio(shared, given), ratio(shared, wanted)
+        )
+        counts = (((g & w).total(), g.total(), w.total()) for g, w in both)
+        table = counted(["shared", "given", "wanted"], counts)
+        precision, recall = ratio(table["shared"], table["given"]), ratio(table["shared"], table["wanted"])
         own = {"precision": precision, "recall": recall, "f1": ratio(2 * precision * recall, precision + recall)}
-        return {**own, "shared": shared, "given": given, "wanted": wanted, "rows": np.ones(len(both))}
+        return {**own, **table, "rows": np.ones(len(precision))}
 
     def values(self, sums: Columns) -> Values:
         """`f1`, `f1_precision`, `f1_recall`, means of rows, and `f1_micro`."""
@@ -177,19 +178,23 @@ class FieldF1(RowMetric):
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Pairs shared, given and wanted; per field the rows that have it, and those that have it right."""
-        given = [fields(text) for text in rows["predictions"]]
-        wanted = [fields(text) for text in rows["references"]]
-        both = list(zip(given, wanted, strict=True))
-        table = {
-            "shared": [len(g.items() & w.items()) for g, w in both],
-            "given": [len(g) for g in given],
-            "wanted": [len(w) for w in wanted],
-        }
-        for name in dict.fromkeys(name for row in wanted for name in row):
-            table[f"present.{name}"] = [int(name in w) for w in wanted]
-            table[f"said.{name}"] = [int(name in g) for g in given]
-            table[f"right.{name}"] = [int(name in w and name in g and g[name] == w[name]) for g, w in both]
-        return {name: np.array(column, float) for name, column in table.items()}
+        places: dict[str, dict[str, array[int]]] = defaultdict(lambda: defaultdict(lambda: array("q")))
+
+        def counts() -> Iterator[tuple[int, int, int]]:
+            for place, (answer, reference) in enumerate(zip(rows["predictions"], rows["references"], strict=True)):
+                given, wanted = fields(answer), fields(reference)
+                shared = given.items() & wanted.items()
+                for kind, names in (("present", wanted), ("said", given), ("right", dict(shared))):
+                    for name in names:
+                        places[kind][name].append(place)
+                yield len(shared), len(given), len(wanted)
+
+        table = counted(["shared", "given", "wanted"], counts())
+        for name in places["present"]:
+            for kind in ("present", "said", "right"):
+                table[f"{kind}.{name}"] = np.zeros(len(table["shared"]))
+                table[f"{kind}.{name}"][places[kind][name]] = 1
+        return table
 
     def values(self, sums: Columns) -> Values:
         """`field_f1`, `field_precision`, `field_recall`, the mean F1 of fields (macro), and each field's accuracy."""
@@ -253,12 +258,12 @@ class Bleu(RowMetric):
         from sacrebleu.metrics import BLEU
 
         sentence = BLEU(effective_order=True)
-        scored = [sentence.sentence_score(a, [r]) for a, r in zip(rows["predictions"], rows["references"], strict=True)]
-        table = {f"correct.{n}": [score.counts[n] for score in scored] for n in range(4)}
-        table |= {f"total.{n}": [score.totals[n] for score in scored] for n in range(4)}
-        table |= {"answer_length": [score.sys_len for score in scored], "reference_length": [s.ref_len for s in scored]}
-        table["alone"] = [score.score for score in scored]
-        return {name: np.array(column, float) for name, column in table.items()}
+        scored = (sentence.sentence_score(a, [r]) for a, r in zip(rows["predictions"], rows["references"], strict=True))
+        names = [f"{kind}.{n}" for kind in ("correct", "total") for n in range(4)]
+        return counted(
+            [*names, "answer_length", "reference_length", "alone"],
+            ([*one.counts, *one.totals, one.sys_len, one.ref_len, one.score] for one in scored),
+        )
 
     def values(self, sums: Columns) -> Values:
         """`bleu`."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raytune_ft.core.errors import ConfigError, DataError
-from raytune_ft.evaluation.results import Answer, EvaluationResult
+from raytune_ft.evaluation.results import EvaluationResult
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,29 @@ def pairs(
         raise ConfigError(f"judging takes the answers of at least two models; the report has {', '.join(known)}")
     if any(answer.answer is None for label in chosen for answer in result[label].answers):
         raise DataError("the report holds no answers to judge: only likelihoods were measured; add a metric of answers")
-    found: dict[str, Pair] = {}
+    found: dict[str, tuple[str, str, int]] = {}  # the two models and the row, by the pair's id
     identical: set[str] = set()
     for other, model in itertools.combinations([label for label in known if label in chosen], 2):
-        for own, their in zip(result[model].answers, result[other].answers, strict=True):
-            pair = _pair(own, their, model, other, seed)
+        for place, (own, their) in enumerate(zip(result[model].answers, result[other].answers, strict=True)):
+            name = _digest(own.id, model, other, seed)[:8].hex()
             if own.answer == their.answer:
-                identical.add(pair.id)
+                identical.add(name)
             else:
-                found.setdefault(pair.id, pair)
+                found.setdefault(name, (model, other, place))
     if not found:
         raise DataError("there is nothing to judge: the models gave the same answer to every row")
-    order = sorted(found.values(), key=lambda pair: pair.id)  # ids are hashes of the seed: this is a shuffle
-    shown = tuple(order if max_pairs is None else order[:max_pairs])
-    return Pairs(shown, len(identical), len(order) - len(shown))
+    order = sorted(found)[:max_pairs]  # ids are hashes of the seed: this is a shuffle
+    shown = tuple(_pair(result, *found[name], seed) for name in order)
+    return Pairs(shown, len(identical), len(found) - len(shown))
 
 
-def _pair(own: Answer, their: Answer, model: str, other: str, seed: int) -> Pair:
-    digest = hashlib.sha256("\0".join([str(seed), own.id, model, other]).encode()).digest()
+def _digest(row: str, model: str, other: str, seed: int) -> bytes:
+    return hashlib.sha256("\0".join([str(seed), row, model, other]).encode()).digest()
+
+
+def _pair(result: EvaluationResult, model: str, other: str, place: int, seed: int) -> Pair:
+    own, their = result[model].answers[place], result[other].answers[place]
+    digest = _digest(own.id, model, other, seed)
     return Pair(
         id=digest[:8].hex(),
         row=own.id,

@@ -19,7 +19,10 @@ def preference_records(result: EvaluationResult, votes: Sequence[Vote]) -> list[
     tallies: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
     for vote in last.values():
         tallies[vote.row, vote.model, vote.other][vote.choice] += 1
-    by_label = {model.label: {answer.id: answer for answer in model.answers} for model in result.models}
+    voted = {row for row, _, _ in tallies}
+    by_label = {
+        model.label: {answer.id: answer for answer in model.answers if answer.id in voted} for model in result.models
+    }
     records = []
     for (row, model, other), counts in tallies.items():
         if counts["model"] == counts["other"] or any(row not in by_label.get(label, {}) for label in (model, other)):

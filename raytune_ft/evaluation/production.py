@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.prompts import json_rows, parquet_rows, prompt_record
+from raytune_ft.evaluation.prompts import prompt_record
+from raytune_ft.evaluation.record_files import json_rows, parquet_rows
 
 MOST = 1000
 """Most prompts of each side that are compared; of more, those with the lowest hashes."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location, source_digest
-from raytune_ft.evaluation.rows import COLUMNS, record_of, split_files
+from raytune_ft.evaluation.record_files import json_rows, parquet_rows, record_of
+from raytune_ft.evaluation.rows import split_files
 from raytune_ft.evaluation.shards import shard_table
 
 ROWS_PER_SHARD = 256
@@ -86,38 +84,3 @@ def _records(file: Location) -> Iterator[Record]:
     parsed = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
     for position, (row, where) in enumerate(parsed):
         yield prompt_record(row, where, position)
-
-
-def json_rows(file: Location) -> Iterator[tuple[Any, str]]:
-    """The rows of a JSONL file, blank lines aside, each with its place in words.
-
-    Raises:
-        DataError: if a line is no JSON.
-    """
-    with file.filesystem.open_input_stream(file.path) as stream:
-        lines: Any = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line), f"{file}:{number}"
-                except ValueError as error:
-                    raise DataError(f"{file}:{number}: is not valid JSON ({error})") from None
-
-
-def parquet_rows(file: Location) -> Iterator[tuple[Any, str]]:
-    """The rows of a Parquet file, each with its place in words.
-
-    Raises:
-        DataError: if it is none.
-    """
-    try:
-        with file.filesystem.open_input_file(file.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            columns = [name for name in (*COLUMNS, "prompt") if name in parquet.schema_arrow.names]
-            number = 0
-            for batch in parquet.iter_batches(batch_size=ROWS_PER_SHARD, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{file}, row {number}"
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error})") from None

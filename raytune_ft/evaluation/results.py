@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.spool import Spool
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.compare import Difference
 from raytune_ft.evaluation.config import EvaluationMetric
@@ -68,7 +69,8 @@ class ModelScores:
     """Every value of every metric."""
     intervals: dict[str, tuple[float, float]]
     """95% bootstrap interval of each metric's headline, by metric."""
-    answers: tuple[Answer, ...] = ()
+    answers: Sequence[Answer] = ()
+    """One a row, in the order of the rows; on disk (see `core.spool`) where they were measured or read."""
 
     @property
     def cut_off(self) -> int:
@@ -207,7 +209,9 @@ def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str
     """The content of ``results.json``; the answers lie beside it unless they are asked for."""
     models = []
     for model in result.models:
-        entry = {key: value for key, value in asdict(model).items() if key != "answers" or with_answers}
+        entry = asdict(replace(model, answers=()))
+        entry["answers"] = [asdict(answer) for answer in model.answers] if with_answers else None
+        entry = {key: value for key, value in entry.items() if value is not None}
         models.append({**entry, "cut_off": model.cut_off, "file": model.file})
     return {
         "schema_version": SCHEMA_VERSION,
@@ -244,7 +248,7 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
             digest=entry["digest"],
             values=entry["values"],
             intervals={name: (low, high) for name, (low, high) in entry["intervals"].items()},
-            answers=parse_answers((artifact / entry["file"]).read().decode()),
+            answers=read_answers(artifact / entry["file"]),
         )
         for entry in content["models"]
     )
@@ -285,17 +289,24 @@ def _slice(entry: dict[str, Any]) -> Slice:
     return Slice(**{**entry, "intervals": intervals, "comparisons": _comparisons(entry["comparisons"])})
 
 
-def write_answers(path: Path, answers: tuple[Answer, ...]) -> None:
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Writes one JSON line a row, at once: a file that is there is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(
-        "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8"
-    )
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
     partial.replace(path)
 
 
-def parse_answers(text: str) -> tuple[Answer, ...]:
-    """The answers in a file of `write_answers`."""
-    rows = (json.loads(line) for line in text.split("\n") if line)
-    return tuple(Answer(**{**row, "turns": tuple(row.get("turns") or ())}) for row in rows)
+def read_answers(file: Location) -> Sequence[Answer]:
+    """The answers in a file of `write_answers`.
+
+    Raises:
+        ArtifactError: if the file cannot be read.
+    """
+    return on_disk(Answer(**{**row, "turns": tuple(row.get("turns") or ())}) for row in map(json.loads, file.lines()))
+
+
+def on_disk(answers: Iterable[Answer]) -> Sequence[Answer]:
+    """The answers, which may be many, as a sequence on this machine's disk."""
+    return Spool(answers, asdict, lambda row: Answer(**{**row, "turns": tuple(row["turns"])}))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import Message, Record
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.inference import on_worker
-from raytune_ft.evaluation.results import ModelScores
+from raytune_ft.evaluation.inference import over_on_worker
+from raytune_ft.evaluation.results import ModelScores, on_disk
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import shared_model
@@ -27,6 +28,10 @@ class Judged:
     answer: str
     cut_off: bool = False
     tools: str | None = None
+
+
+_CHUNK = 1024
+"""Answers that are sent, and judged, at a time."""
 
 
 def rewarded(
@@ -45,20 +50,21 @@ def rewarded(
         DataError: if a conversation is longer than the reward model's context, or a reward is no number.
         ModelError: if the reward model cannot be loaded.
     """
-    asked = [
+    asked = (
         Judged(record.prompt, answer.answer or "", answer.finish_reason == "length", record.tools)
         for model in models
         for record, answer in zip(records, model.answers, strict=True)
-    ]
-    logger.info("Evaluation: %d answers are judged by the reward model %s", len(asked), reward_model)
-    given = iter(on_worker(rewards_of, shared_model(reward_model, storage), precision, asked))
+    )
+    logger.info("Evaluation: %d answers are judged by the reward model %s", len(models) * len(records), reward_model)
+    chunks = iter(lambda: list(itertools.islice(asked, _CHUNK)), [])
+    given = iter(over_on_worker(rewards_of, shared_model(reward_model, storage), precision, chunks=chunks))
     return [
-        replace(model, answers=tuple(replace(answer, reward=next(given)) for answer in model.answers))
+        replace(model, answers=on_disk(replace(answer, reward=next(given)) for answer in model.answers))
         for model in models
     ]
 
 
-def rewards_of(reward_model: str, precision: Precision, judged: Sequence[Judged]) -> list[float]:
+def rewards_of(reward_model: str, precision: Precision, chunks: Iterable[Sequence[Judged]]) -> list[float]:
     """The reward of each answer, in order; run where the weights are to be loaded.
 
     Raises:
@@ -74,15 +80,17 @@ def rewards_of(reward_model: str, precision: Precision, judged: Sequence[Judged]
     torch.set_num_threads(usable_cpus())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_reward_model(reward_model, precision=precision, device=device)
-    rows = [conversation_ids(loaded.chat, one) for one in judged]
     context = context_tokens(loaded.model)
-    longest = max(map(len, rows), default=0)
-    if context is not None and longest > context:
-        raise DataError(
-            f"reward: a prompt with its answer has {longest} tokens, and the reward model {reward_model} takes "
-            f"{context}; leave long rows out, lower decoding.max_new_tokens, or give another reward model"
-        )
-    found = rewards(loaded, rows)
+    found: list[float] = []
+    for judged in chunks:
+        rows = [conversation_ids(loaded.chat, one) for one in judged]
+        longest = max(map(len, rows), default=0)
+        if context is not None and longest > context:
+            raise DataError(
+                f"reward: a prompt with its answer has {longest} tokens, and the reward model {reward_model} takes "
+                f"{context}; leave long rows out, lower decoding.max_new_tokens, or give another reward model"
+            )
+        found += rewards(loaded, rows)
     bad = [reward for reward in found if not math.isfinite(reward)]
     if bad:
         raise DataError(f"reward: {len(bad)} of {len(found)} rewards are no numbers; check {reward_model} for NaN")

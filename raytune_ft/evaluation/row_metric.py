@@ -6,8 +6,9 @@ resamples sums instead of rows, and a corpus metric (BLEU, perplexity, field F1)
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import datasets
@@ -57,7 +58,7 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
         sums = {name: np.asarray(np.sum(column)) for name, column in columns.items()}
         return {name: float(value) for name, value in self.values(sums).items()}
 
-    def check(self, references: Sequence[str]) -> None:
+    def check(self, references: Iterable[str]) -> None:
         """Raises DataError, with the reason, if this metric does not fit the references."""
         for row, reference in enumerate(references):
             reason = self.misfit(reference)
@@ -93,9 +94,10 @@ class MeanMetric(RowMetric):
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """The scores of each row, and `rows` (1 each)."""
-        scored = [self.score(a, r) for a, r in zip(rows["predictions"], rows["references"], strict=True)]
-        table = {name: np.array([row[name] for row in scored], float) for name in scored[0]}
-        return {**table, "rows": np.ones(len(scored))}
+        scored = (self.score(a, r) for a, r in zip(rows["predictions"], rows["references"], strict=True))
+        first = next(scored)
+        table = counted(list(first), ([row[name] for name in first] for row in itertools.chain([first], scored)))
+        return {**table, "rows": np.ones(len(rows["predictions"]))}
 
     def values(self, sums: Columns) -> Values:
         """The mean of each score."""
@@ -104,6 +106,12 @@ class MeanMetric(RowMetric):
     @abstractmethod
     def score(self, prediction: str, reference: str) -> dict[str, float]:
         """The scores of one row."""
+
+
+def counted(names: Sequence[str], rows: Iterable[Iterable[float]]) -> dict[str, NDArray[np.float64]]:
+    """Columns by name from rows of as many numbers, which are taken one by one."""
+    numbers = np.fromiter(itertools.chain.from_iterable(rows), float)
+    return dict(zip(names, np.ascontiguousarray(numbers.reshape(-1, len(names)).T), strict=True))
 
 
 def ratio(above: Any, below: Any) -> NDArray[np.float64]:

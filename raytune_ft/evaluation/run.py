@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact
@@ -12,7 +11,7 @@ from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.manifest import ArtifactKind, now
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.answered import Unanswered, answers_of, missing_notes, refuse_missing, without
+from raytune_ft.evaluation.answered import answers_of, missing_notes, missing_of, refuse_missing
 from raytune_ft.evaluation.bases import with_base
 from raytune_ft.evaluation.checks import (
     Check,
@@ -38,7 +37,7 @@ from raytune_ft.evaluation.report import generate_evaluation_report, write_repor
 from raytune_ft.evaluation.results import ComparisonResult, EvaluationResult, ModelScores, read_result, write_answers
 from raytune_ft.evaluation.rewards import rewarded
 from raytune_ft.evaluation.row_metric import RowMetric
-from raytune_ft.evaluation.rows import EvaluationRows, check_rows, read_rows
+from raytune_ft.evaluation.rows import EvaluationRows, check_rows, read_rows, without
 from raytune_ft.evaluation.slices import slice_fields, sliced
 from raytune_ft.evaluation.workload import Target, parent_of, refuse_likelihoods, targets_of, workload_of
 from raytune_ft.models.config import DecodingConfig, Precision
@@ -163,19 +162,30 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         checks = [check_leaks(config, targets, rows)]
         kept = KeptRows(draft.location / PIECES)
         ask(rows.records, targets, work, kept, num_actors=config.num_actors, what="evaluation")
-        blanks = [ModelScores(t.label, models[t.label], parents[t.label].digest, {}, {}) for t in targets]
-        scored, missing = _answered(config, rows, kept, blanks)
+        missing = [row for target in targets for row in missing_of(rows.records, kept, target.label)]
+        left_out = {row.position for row in missing}
+        refuse_missing(missing, len(rows.records), config.max_unanswered)
+        scored = [
+            ModelScores(
+                label=target.label,
+                path=models[target.label],
+                digest=parents[target.label].digest,
+                values={},
+                intervals={},
+                answers=answers_of(rows.records, kept, target.label, left_out),
+            )
+            for target in targets
+        ]
         if config.reward_model_path is not None:
-            unanswered = {row.position for row in missing}
-            judged = [record for place, record in enumerate(rows.records) if place not in unanswered]
-            scored = rewarded(scored, judged, config.reward_model_path, config.precision, draft.location.parent)
+            asked = without(rows.records, left_out)
+            scored = rewarded(scored, asked, config.reward_model_path, config.precision, draft.location.parent)
         scored = [measured(model, metrics, seed=config.seed) for model in scored]
         for model in scored:
             write_answers(draft.folder / model.file, model.answers)
         checks += _later_checks(config, targets, rows, draft)
         result = kind(
             settings=config.resolved(),
-            dataset=_dataset(rows, missing),
+            dataset=_dataset(rows, len(left_out)),
             models=tuple(scored),
             comparisons=compared(scored, metrics, seed=config.seed),
             created_at=now(),
@@ -209,27 +219,14 @@ def _fitting_metrics(config: MeasureConfig, rows: EvaluationRows) -> dict[Evalua
         needs_choices=any(metric.needs_choices for metric in config.metrics),
     )
     metrics = {name: make_metric(name, config.resolved()) for name in config.metrics}
-    references = [record.answer or "" for record in rows.records]
     for name, metric in metrics.items():
         if name.needs_answers:
-            metric.check(references)
-    slice_fields([record.metadata for record in rows.records], config.slice_by)
+            metric.check(record.answer or "" for record in rows.records)
+    slice_fields((record.metadata for record in rows.records), config.slice_by)
     return metrics
 
 
-def _answered(
-    config: MeasureConfig, rows: EvaluationRows, kept: KeptRows, blanks: Sequence[ModelScores]
-) -> tuple[list[ModelScores], list[Unanswered]]:
-    """The models with their answers to the rows that all of them answered, and what is missing."""
-    found = {model.label: answers_of(rows.records, kept, model.label) for model in blanks}
-    missing = [row for _, failed in found.values() for row in failed.values()]
-    refuse_missing(missing, len(rows.records), config.max_unanswered)
-    left_out = {row.position for row in missing}
-    return [replace(model, answers=without(found[model.label][0], left_out)) for model in blanks], missing
-
-
-def _dataset(rows: EvaluationRows, missing: Sequence[Unanswered]) -> dict[str, Any]:
-    unanswered = len({row.position for row in missing})
+def _dataset(rows: EvaluationRows, unanswered: int) -> dict[str, Any]:
     return {
         "path": rows.parent.where,
         "split": rows.split,

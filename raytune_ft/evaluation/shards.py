@@ -19,7 +19,7 @@ from raytune_ft.core import errors
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.records import RECORD_SCHEMA, Record, records_to_table, table_to_records
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.kept import KeptRows, Row
+from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
 from raytune_ft.evaluation.scorer import Scorer, load_scorer
 from raytune_ft.evaluation.workload import Target, Workload
 
@@ -97,7 +97,7 @@ def work_off(
 ) -> dict[str, Any]:
     """Measures what is left of a shard, saying how far it is every so many seconds; its row of `DONE_SCHEMA`."""
     before = kept.answered(target, shard)
-    left = [r for r in records if r.position not in before or before[r.position]["id"] != r.id]
+    left = [record for record in records if not is_answered(record, before.get(record.position))]
     keeper = Keeper(kept, target, shard, len(left), tell_s)
     if left:
         try:

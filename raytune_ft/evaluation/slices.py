@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,14 +45,14 @@ def groups(answers: Sequence[Answer], fields: Sequence[str] | None = None) -> li
         DataError: if a field that was asked for cannot be sliced by.
     """
     found: list[Group] = []
-    for name, values in slice_fields([answer.metadata for answer in answers], fields).items():
+    for name, values in slice_fields((answer.metadata for answer in answers), fields).items():
         found += _by_value(name, values)
     if len(answers) >= FEWEST_ROWS:
-        lengths = {"prompt characters": [len(answer.prompt) for answer in answers]}
-        if all(answer.reference is not None for answer in answers):
-            lengths["reference characters"] = [len(answer.reference or "") for answer in answers]
-        for name, sizes in lengths.items():
-            found += _by_size(name, sizes)
+        sizes = [(len(answer.prompt), -1 if answer.reference is None else len(answer.reference)) for answer in answers]
+        prompts, references = zip(*sizes, strict=True)
+        found += _by_size("prompt characters", prompts)
+        if min(references) >= 0:
+            found += _by_size("reference characters", references)
     return found
 
 
@@ -98,7 +98,7 @@ def _part(columns: Columns, group: Group) -> Columns:
     return {name: column[group.places] for name, column in columns.items()}
 
 
-def slice_fields(rows: Sequence[Mapping[str, Any]], asked: Sequence[str] | None = None) -> dict[str, list[Any]]:
+def slice_fields(rows: Iterable[Mapping[str, Any]], asked: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """The metadata fields to slice by, each with its value in every row (None where it is missing).
 
     Args:
@@ -108,12 +108,17 @@ def slice_fields(rows: Sequence[Mapping[str, Any]], asked: Sequence[str] | None 
     Raises:
         DataError: if a field that was asked for is not there, or cannot be sliced by.
     """
-    known = dict.fromkeys(name for row in rows for name in row)
+    columns: dict[str, _Values] = {}
+    count = 0
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, _Values()).add(value, count)
+        count += 1
     for name in asked or ():
-        if name not in known:
-            raise DataError(f"slice_by: no row has a metadata field {name!r} (fields: {', '.join(known) or 'none'})")
-    columns = {name: [row.get(name) for row in rows] for name in (known if asked is None else asked)}
-    kept = {name: values for name, values in columns.items() if _can_slice(values)}
+        if name not in columns:
+            raise DataError(f"slice_by: no row has a metadata field {name!r} (fields: {', '.join(columns) or 'none'})")
+    found = {name: columns[name].all(count) for name in (columns if asked is None else asked)}
+    kept = {name: values for name, values in found.items() if values is not None}
     refused = [name for name in asked or () if name not in kept]
     if refused:
         raise DataError(
@@ -122,15 +127,41 @@ def slice_fields(rows: Sequence[Mapping[str, Any]], asked: Sequence[str] | None 
     return kept
 
 
-def _can_slice(values: Sequence[Any]) -> bool:
-    if any(isinstance(value, dict | list) for value in values):
-        return False
-    different = {_shown(value) for value in values}
-    return len(different) > 1 and (len(different) <= MOST_VALUES or _are_numbers(values))
+class _Values:
+    """The values of a field for as long as it may be sliced by: few different ones, or numbers."""
 
+    def __init__(self) -> None:
+        self._values: list[Any] | None = []
+        self._known: dict[Any, Any] = {}
+        self._texts: set[str] = set()
+        self._numbers = True
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    def add(self, value: Any, place: int) -> None:
+        """Takes the value of the row at a place; rows before it that gave none have none."""
+        while self._values is not None and len(self._values) < place:
+            self._take(None)
+        self._take(value)
+
+    def all(self, count: int) -> list[Any] | None:
+        """One value for each of so many rows; None if the field cannot be sliced by."""
+        while self._values is not None and len(self._values) < count:
+            self._take(None)
+        return self._values if len(self._texts) > 1 else None
+
+    def _take(self, value: Any) -> None:
+        if self._values is None:
+            return
+        if isinstance(value, dict | list):
+            self._values = None
+            return
+        self._numbers = self._numbers and isinstance(value, int | float) and not isinstance(value, bool)
+        if len(self._texts) <= MOST_VALUES:
+            self._texts.add(_shown(value))
+            value = self._known.setdefault((type(value), value), value)  # one text, however many rows have it
+        if self._numbers or len(self._texts) <= MOST_VALUES:
+            self._values.append(value)
+        else:
+            self._values = None
 
 
 def _by_value(name: str, values: Sequence[Any]) -> Iterator[Group]:

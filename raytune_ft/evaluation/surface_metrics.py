@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from raytune_ft.core.errors import ArtifactError, ConfigError, DataError
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.answers import parse_json, repeated_share
 from raytune_ft.evaluation.metric_names import EvaluationMetric
-from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, ratio
+from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, counted, ratio
 
 
 class Chrf(RowMetric):
@@ -35,9 +36,11 @@ class Chrf(RowMetric):
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Character n-grams given, wanted and shared, of each order."""
         # sacrebleu adds these up itself, and offers the sums' score only for whole corpora.
-        counts = self._scorer._extract_corpus_statistics(list(rows["predictions"]), [list(rows["references"])])
-        table = np.array(counts, float)
-        return {f"count.{place}": table[:, place] for place in range(table.shape[1])}
+        extract = self._scorer._extract_corpus_statistics
+        both = zip(rows["predictions"], rows["references"], strict=True)
+        counts = (extract([answer], [[reference]])[0] for answer, reference in both)
+        first = next(counts)
+        return counted([f"count.{place}" for place in range(len(first))], itertools.chain([first], counts))
 
     def values(self, sums: Columns) -> Values:
         """`chrf`."""

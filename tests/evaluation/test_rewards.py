@@ -45,7 +45,7 @@ def test_rewards_are_those_of_plain_transformers(judge: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(judge)
     answers = ["yes", "no no no no", ""]
-    found = rewards_of(str(judge), Precision.FP32, [Judged(ASKED, answer) for answer in answers])
+    found = rewards_of(str(judge), Precision.FP32, [[Judged(ASKED, answer)] for answer in answers])
     for answer, reward in zip(answers, found, strict=True):
         turns = [{"role": "user", "content": "order 2 red"}, {"role": "assistant", "content": answer}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -64,7 +64,7 @@ def test_what_cannot_be_judged_is_named(judge: Path, tiny_model: Path) -> None:
     with pytest.raises(ModelError, match=r"reward_model_path: .*writes text"):
         refuse_writer(resolve_model(str(tiny_model)))
     with pytest.raises(DataError, match=r"has \d+ tokens, and the reward model .* takes 512"):
-        rewards_of(str(judge), Precision.FP32, [Judged(ASKED, "yes " * 600)])
+        rewards_of(str(judge), Precision.FP32, [[Judged(ASKED, "yes " * 600)]])
     for settings in ({"metrics": ["reward"]}, {"metrics": ["exact_match"], "reward_model_path": str(judge)}):
         with pytest.raises(ConfigError, match="belong together"):
             EvaluationConfig(model_path=str(tiny_model), dataset_path="d", **settings)

@@ -1,0 +1,123 @@
+"""JSONL and Parquet files of records, whoever wrote them, row by row: none is in memory whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raytune_ft.core.errors import DataError
+from raytune_ft.core.records import ROLES, Message, Record
+from raytune_ft.core.storage import Location, storage_errors
+
+COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices", "label")
+"""Columns of a file that a record is made of."""
+_BATCH_ROWS = 256
+
+
+def records_in(file: Location) -> Iterator[Record]:
+    """The records of a file, in order.
+
+    Raises:
+        DataError: naming file and row, if the file is of another kind or a row is no record.
+    """
+    if not file.name.endswith((".jsonl", ".parquet")):
+        raise DataError(
+            f"{file}: expected a dataset folder or a .jsonl or .parquet file with a `messages` column; "
+            "run `raytune-ft prepare` on other formats first"
+        )
+    rows = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
+    return (record_of(row, where) for row, where in rows)
+
+
+def json_rows(file: Location) -> Iterator[tuple[Any, str]]:
+    """The rows of a JSONL file, blank lines aside, each with its place in words.
+
+    Raises:
+        DataError: if a line is no JSON.
+        ArtifactError: if the file cannot be read.
+    """
+    for number, line in enumerate(file.lines(errors="replace"), 1):
+        if line.strip():
+            where = f"{file}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: is not valid JSON ({error})") from None
+            yield row, where
+
+
+def parquet_rows(file: Location) -> Iterator[tuple[Any, str]]:
+    """The rows of a Parquet file, each with its place in words.
+
+    Raises:
+        DataError: if it is none, or cannot be read.
+    """
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            parquet = pq.ParquetFile(stream)
+            columns = [name for name in (*COLUMNS, "prompt") if name in parquet.schema_arrow.names]
+            number = 0
+            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{file}, row {number}"
+    except storage_errors() as error:
+        raise DataError(f"{file}: cannot be read as Parquet ({error})") from None
+
+
+def record_of(row: Any, where: str) -> Record:
+    """A row of a file as a record.
+
+    Raises:
+        DataError: naming `where` and what is wrong.
+    """
+    if not isinstance(row, dict) or not any(row.get(name) for name in ("messages", "text")):
+        raise DataError(f"{where}: has neither `messages` nor `text`; run `raytune-ft prepare` on other formats first")
+    text, reference, turns = row.get("text"), row.get("reference"), row.get("messages") or []
+    for name, value in (("text", text), ("reference", reference)):
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{where}: `{name}` must be text (got {value!r})")
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: `messages` must be a list of messages (got {turns!r})")
+    messages = tuple(_message(turn, where) for turn in turns)
+    tools, metadata = _json_text(row.get("tools")), _metadata(row.get("metadata"), where)
+    if row.get("choices") is not None:
+        metadata = {**metadata, "choices": _choices(row["choices"], where)}
+    label = row["label"] if isinstance(row.get("label"), bool) else None  # other files have labels of other kinds
+    return Record(messages=messages, text=text, label=label, reference=reference, tools=tools, metadata=metadata)
+
+
+def _message(turn: Any, where: str) -> Message:
+    wanted = f"{where}: a message needs a role ({', '.join(ROLES)}) and a content that is text"
+    if not isinstance(turn, dict):
+        raise DataError(f"{wanted} (got {turn!r})")
+    calls = _json_text(turn.get("tool_calls"))
+    content = "" if turn.get("content") is None and calls else turn.get("content")
+    if turn.get("role") not in ROLES or not isinstance(content, str):
+        raise DataError(f"{wanted} (got {turn!r})")
+    return Message(turn["role"], content, calls)
+
+
+def _metadata(value: Any, where: str) -> dict[str, Any]:
+    """Of a row of ours JSON text, of others a mapping."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = value
+    if found is not None and not isinstance(found, dict):
+        raise DataError(f"{where}: `metadata` must be a mapping of fields (got {value!r:.60})")
+    plain: dict[str, Any] = json.loads(json.dumps(found or {}, default=str))  # Parquet has dates, which JSON has not
+    return plain
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(choice, str) for choice in value):
+        raise DataError(f"{where}: `choices` must be a list of two texts or more (got {value!r:.60})")
+    return value
+
+
+def _json_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
