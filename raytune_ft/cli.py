@@ -147,7 +147,11 @@ def _refuse_lost_work(config: Config) -> None:
     here = Path.cwd()
     for key in ("output_dir", "output_path", "storage_path"):
         where = getattr(config, key, None)
-        if isinstance(where, str | Path) and "://" not in str(where) and (here / where).is_relative_to(here):
+        if (
+            isinstance(where, str | Path)
+            and "://" not in str(where)
+            and (here / Path(where).expanduser()).is_relative_to(here)
+        ):
             raise ConfigError(
                 f"{key}: {where} lies in the job's working folder, which Ray deletes. Name a folder on storage that "
                 f"all nodes share, for example {key}=/mnt/shared/{where} or {key}=s3://BUCKET/{where}"

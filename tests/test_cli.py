@@ -242,6 +242,7 @@ def test_a_job_refuses_to_write_where_ray_deletes(verb, tmp_path, monkeypatch):
     assert result.exit_code == 2 and "output_dir: out lies in the job's working folder" in result.stderr
     assert invoke("train", path, "output_dir=s3://bucket/out").exit_code == 0
     assert invoke("train", path, f"output_dir={tmp_path.parent}/out").exit_code == 0
+    assert invoke("train", path, "output_dir=~/out").exit_code == 0
 
 
 def test_log_lines_outside_a_terminal_are_plain(verb):

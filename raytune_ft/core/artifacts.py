@@ -77,9 +77,7 @@ class Artifact:
         if not complete.exists():
             target.mkdir(parents=True, exist_ok=True)
             manifest = (self.location / MANIFEST).read()
-            for name in self.manifest.files:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-            self.location.download(target)
+            self.location.download(target, self.manifest.files)
             complete.write_bytes(manifest)
         return target
 

@@ -7,6 +7,7 @@ read as YAML. Errors name the file, the key, what was wanted and what came.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,15 +26,35 @@ _QUERY_SECRETS = re.compile(
 )
 
 
+_TAG = "tag:yaml.org,2002:"
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose only booleans are true and false: in YAML 1.1 ``eval_strategy: no`` would be one, too."""
+    """YAML as people mean it: ``no`` and dates are text, ``1e-3`` is a number, and no key stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            ConstructorError: if a key stands twice in it.
+        """
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _TAG + "merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in {_TAG + "bool", _TAG + "timestamp"}]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|false|True|False"), list("tfTF"))
+_Loader.add_implicit_resolver(_TAG + "bool", re.compile("^(?:true|false|True|False)$"), list("tfTF"))
+_Loader.add_implicit_resolver(_TAG + "float", re.compile(r"^[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 class Config(BaseModel):
@@ -105,10 +126,13 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a settings file ({error})") from None
     try:
         settings = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        json.dumps(settings, default=str)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{path}: an anchor (&) stands in its own value, or mappings are nested too deep") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -127,20 +151,26 @@ def apply_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> dict[
         key, sign, text = override.partition("=")
         if not sign or not key:
             raise ConfigError(f"override {override!r}: expected dotted.key=value, for example learning_rate=0.001")
-        try:
-            value = yaml.load(text, _Loader) if text else ""  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: {text!r} is not a valid YAML value") from None
-        if isinstance(value, str):
-            value = _number(value)
+        value = _value(text, override)
         *parents, last = key.split(".")
         target = result
         for parent in parents:
-            target = target.setdefault(parent, {})
+            if target.get(parent) is None:
+                target[parent] = {}
+            target = target[parent]
             if not isinstance(target, dict):
                 raise ConfigError(f"override {override!r}: {parent} is {_kind(target)}, it has no keys")
         target[last] = value
     return result
+
+
+def _value(text: str, override: str) -> Any:
+    if " #" in text and text.lstrip()[0] not in "\"'[{":
+        return text  # in YAML a comment would begin there
+    try:
+        return yaml.load(text, _Loader) if text else ""  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, RecursionError):
+        raise ConfigError(f"override {override!r}: {text!r} is not a valid YAML value") from None
 
 
 def load_config(cls: type[C], path: str | Path, overrides: Iterable[str] = ()) -> C:
@@ -159,7 +189,7 @@ def parse_config(cls: type[C], settings: Mapping[str, Any], *, origin: str) -> C
         ConfigError: as `load_config`.
     """
     try:
-        return cls.model_validate(_numbers(settings))
+        return cls.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(explain(error, cls, origin=origin)) from None
 
@@ -234,23 +264,6 @@ def _fields_at(cls: type[BaseModel], path: list[str]) -> set[str]:
 def _types_in(annotation: Any) -> list[Any]:
     inner = get_args(annotation)
     return [annotation] if not inner else [found for item in inner for found in _types_in(item)]
-
-
-def _number(text: str) -> Any:
-    """YAML 1.1 reads ``1e-3`` as text; people mean the number."""
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):
-        return float(text)
-    return text
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, str):
-        return _number(value)
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return value
 
 
 def _copied(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ folder without a manifest is unfinished, whatever lies in it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 import traceback
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +46,7 @@ class Draft:
     claim: Claim
     finished: Artifact | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
+    lock: FolderLock | None = None
     _scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -66,9 +69,11 @@ class Draft:
         try:
             if error is None:
                 self._finish()
-            else:
+            elif self._is_ours():
                 self._keep_failure(error)
         finally:
+            if self.lock is not None:
+                self.lock.release()
             if self._scratch is not None:
                 self._scratch.cleanup()
 
@@ -85,7 +90,16 @@ class Draft:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def _is_ours(self) -> bool:
+        """Whether no other run has claimed the folder since."""
+        return read_claim(self.location) == self.claim
+
     def _finish(self) -> None:
+        if not self._is_ours():
+            raise ArtifactError(
+                f"{self.location}: another run has begun in this folder since this one did; both put files there, so "
+                "this one's work is not called finished. Run one at a time, or give each a folder of its own."
+            )
         if not self.location.is_local and self._scratch is not None:
             self.location.upload(self.folder)
         names = [name for name in self.location.files() if _is_content(name)]
@@ -141,6 +155,7 @@ def begin(
         settings=dict(settings),
         parents=list(parents),
         started_at=now(),
+        attempt=uuid.uuid4().hex,
     )
     if location.is_file():
         raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
@@ -148,6 +163,7 @@ def begin(
         done = open_artifact(location)
         _refuse_other(location, claim, done.manifest, "holds a finished")
         return Draft(location, claim, finished=done)
+    lock = _locked(location)
     present = list(location.files())
     if CLAIM in present:
         earlier = read_claim(location)  # None: torn by the kill that ended the attempt before any work was done
@@ -164,7 +180,54 @@ def begin(
             "choose an empty or a new folder. Nothing was overwritten."
         )
     (location / CLAIM).write(claim.model_dump_json(indent=2).encode())
-    return Draft(location, claim)
+    return Draft(location, claim, lock=lock)
+
+
+class FolderLock:
+    """A local folder that this process alone writes into, until `release` or its end, however that comes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Locks the folder.
+
+        Raises:
+            BlockingIOError: if another process, or another lock of this one, holds it.
+            OSError: if the folder cannot be opened, or its file system knows no locks.
+        """
+        self._handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Lets others in."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def _locked(location: Location) -> FolderLock | None:
+    """The folder, made if need be, for this process alone; None where there are no such locks, as on object stores."""
+    if not location.is_local:
+        return None
+    folder = Path(location.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"{location}: this folder cannot be made ({error.strerror}); choose another") from None
+    try:
+        return FolderLock(folder)
+    except BlockingIOError:
+        raise ArtifactError(
+            f"{location}: another run is writing into this folder right now. Wait for it, or choose another folder. "
+            "Nothing was overwritten."
+        ) from None
+    except OSError:
+        return None  # network file systems without locks: two runs tell each other apart by their claims at the end
 
 
 def _refuse_other(location: Location, wanted: Claim, found: Claim, what: str) -> None:

@@ -70,6 +70,8 @@ class Claim(BaseModel):
     settings: dict[str, Any]
     parents: list[Parent]
     started_at: str
+    attempt: str = ""
+    """Which of all attempts to make it: no two claims are alike."""
 
 
 class Manifest(Claim):

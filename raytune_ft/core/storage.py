@@ -13,13 +13,14 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -30,6 +31,10 @@ from raytune_ft.core.errors import ArtifactError
 _CHUNK = 1 << 22
 _DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|PERMISSION_DENIED"
                      r"|UNAUTHENTICATED|OAuth2 access token|HTTP status 40[13]|\b40[13], message")  # fmt: skip
+_WEB = ("http://", "https://")
+_IN_URI = "/:@!$&'()*+,;=-._~"
+"""Signs that stand for themselves in the path of a URI."""
+_LONE_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _GCS_RETRY_S = 30
 """Else pyarrow retries for 15 minutes what can never succeed, such as a call without credentials."""
 
@@ -51,14 +56,33 @@ class Location:
         text = os.fspath(where)
         if text.startswith("file://"):
             text = text.removeprefix("file://")
-        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().absolute()))
+        text = text.rstrip("/")
+        if text.startswith(_WEB):
+            return cls(text)
+        return cls(_LONE_PERCENT.sub("%25", quote(text, safe=_IN_URI + "%?")))
 
     def __truediv__(self, name: str) -> Location:
-        base, question, query = self.uri.partition("?")
-        return Location(posixpath.join(base, name) + question + query)
+        base, query = self._parts
+        return Location(posixpath.join(base, quote(name, safe=_IN_URI) if self._is_quoted else name) + query)
 
     def __str__(self) -> str:
-        return str(masked(self.uri.partition("?")[0]))
+        base, _ = self._parts
+        plain = unquote(base) if self._is_quoted else base
+        return str(masked(plain if Location.at(plain).uri == base else base))  # a string that leads here again
+
+    @property
+    def _parts(self) -> tuple[str, str]:
+        """What is before the options of a URI, and these, with their ``?``."""
+        base, question, query = (self.uri, "", "") if self.is_local else self.uri.partition("?")
+        return base, question + query
+
+    @property
+    def _is_quoted(self) -> bool:
+        """Whether names stand in `uri` as URIs have it (``%20`` for a blank), which pyarrow reads; on the web they are
+        what a server makes of them."""
+        return not self.is_local and not self.uri.startswith(_WEB)
 
     @property
     def is_local(self) -> bool:
@@ -68,20 +92,21 @@ class Location:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return posixpath.basename(self.uri.partition("?")[0])
+        name = posixpath.basename(self._parts[0])
+        return unquote(name) if self._is_quoted else name
 
     @property
     def parent(self) -> Location:
         """The folder that this lies in."""
-        base, question, query = self.uri.partition("?")
-        return Location(posixpath.dirname(base) + question + query)
+        base, query = self._parts
+        return Location(posixpath.dirname(base) + query)
 
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         if self.is_local:
             return fs.LocalFileSystem(), self.uri
         try:
-            if self.uri.startswith(("http://", "https://")):
+            if self.uri.startswith(_WEB):
                 import fsspec
 
                 return fs.PyFileSystem(_Http(fsspec.filesystem("http"))), self.uri
@@ -221,9 +246,17 @@ class Location:
 
         self._reach(copy)
 
-    def download(self, folder: Path) -> None:
-        """Copies every file below this folder to the local `folder`, keeping relative paths."""
-        for name in self.files():
+    def download(self, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Copies files below this folder (by default every one) to the local `folder`, keeping relative paths.
+
+        Raises:
+            ArtifactError: if a name leads out of `folder`, as the keys of an object store may; nothing is copied then.
+        """
+        chosen = list(self.files() if names is None else names)
+        for name in chosen:
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"{self}: holds a file named {name!r}, which leads out of the folder: not copied")
+        for name in chosen:
             with (
                 _whole(folder / name) as file,
                 self.filesystem.open_input_stream((self / name).path, compression=None) as stream,

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import boto3
 import pytest
 
 from raytune_ft.core.artifacts import open_artifact, read_claim, read_failures
@@ -257,3 +258,74 @@ def test_locations_join_and_name_their_parts(tmp_path):
     assert str(Location.at("s3://key:secret@bucket/a")) == "s3://***@bucket/a"
     assert Location.at(tmp_path / "x").is_local and not place.is_local
     assert Path((Location.at(f"file://{tmp_path}") / "x").path) == tmp_path / "x"
+
+
+NAMES = ["a b", "100%", "a%20b", "a#b", "a?b", "ü", "a+b=c", "a[1]{x}|y", 'a"b', "a:b@c"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whatever_a_file_or_folder_is_called_it_is_found_by_its_name(storage, name):
+    if storage.startswith("gs://") and name == "a#b":
+        pytest.skip("the server that stands for Google's storage cuts names at a #")
+    folder = Location.at(storage) / name
+    (folder / name).write(b"1")
+    assert list(folder.files()) == [name]
+    assert f"{name}/{name}" in Location.at(storage).files()
+    assert (folder / name).read() == b"1"
+    assert ((folder / name).name, (folder / name).parent) == (name, folder)
+    assert Location.at(str(folder / name)).read() == b"1"
+    assert open_artifact(finished(folder / "art").location).manifest.settings == SETTINGS
+
+
+def test_uris_may_be_written_with_blanks_and_umlauts_or_as_uris_have_them(s3_bucket):
+    Location.at(f"{s3_bucket}/läufe 1/x").write(b"1")
+    assert Location.at(f"{s3_bucket}/l%C3%A4ufe%201/x").read() == b"1"
+    assert str(Location.at(f"{s3_bucket}/l%C3%A4ufe%201")) == f"{s3_bucket}/läufe 1"
+    assert Location.at("https://host/a%20b?x=1").uri == "https://host/a%20b?x=1"
+
+
+def test_files_whose_names_lead_out_of_a_folder_are_not_copied(s3_bucket, s3_server, tmp_path):
+    where = f"{s3_bucket}/a/b/c/art"
+    finished(where)
+    bucket = s3_bucket.removeprefix("s3://")
+    client = boto3.client("s3", endpoint_url=s3_server)
+    for key in ("a/b/c/art/../../escaped.txt", "a/escaped.txt"):  # the server here finds the first by the second
+        client.put_object(Bucket=bucket, Key=key, Body=b"evil")
+    with pytest.raises(ArtifactError, match="leads out of the folder"):
+        Location.at(where).download(tmp_path / "copy" / "here")
+    local = open_artifact(where).local()
+    assert sorted(path.name for path in local.rglob("*") if path.is_file())[0] != "escaped.txt"
+    assert not list(tmp_path.rglob("escaped.txt"))
+
+
+def test_two_runs_at_once_do_not_write_into_one_folder(tmp_path):
+    first = begin(tmp_path / "a", ArtifactKind.DATASET, settings={"seed": 1})
+    with first:
+        (first.folder / "rows.txt").write_text("1")
+        with pytest.raises(ArtifactError, match="another run is writing into this folder right now"):
+            begin(tmp_path / "a", ArtifactKind.DATASET, settings={"seed": 2})
+        code = "import sys; from raytune_ft.core.draft import begin; begin(sys.argv[1], 'dataset', settings={})"
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+        assert "another run is writing into this folder right now" in other.stderr
+    assert list(open_artifact(tmp_path / "a").manifest.files) == ["rows.txt"]
+    assert begin(tmp_path / "a", ArtifactKind.DATASET, settings={"seed": 1}).finished is not None
+
+
+def test_a_run_whose_folder_another_one_took_is_not_called_finished(storage):
+    first = begin(storage, ArtifactKind.DATASET, settings={"seed": 1})
+    (first.folder / "first.txt").write_text("1")
+    if first.lock is not None:
+        first.lock.release()  # as where the file system knows no locks
+    second = begin(storage, ArtifactKind.DATASET, settings={"seed": 1})
+    (second.folder / "second.txt").write_text("1")
+    with pytest.raises(ArtifactError, match="another run has begun in this folder since"), first:
+        pass
+    with second:
+        pass
+    assert open_artifact(storage).manifest.attempt == second.claim.attempt
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"file/out: this folder cannot be made \(Not a directory\)"):
+        begin(tmp_path / "file" / "out", ArtifactKind.DATASET, settings={})

@@ -7,7 +7,7 @@ from typing import Annotated
 import pytest
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
-from raytune_ft.core.config import Config, apply_overrides, load_config, masked, parse_config, read_settings
+from raytune_ft.core.config import Config, apply_overrides, load_config, masked, read_settings
 from raytune_ft.core.errors import ConfigError, UserError
 
 
@@ -136,8 +136,35 @@ def test_overrides_leave_the_settings_they_came_from_alone():
 
 
 def test_yaml_files_may_write_exponents_without_a_point(tmp_path):
-    settings = parse_config(Settings, {"model_path": "x", "optimizer": {"learning_rate": "1e-3"}}, origin="a.yaml")
+    settings = load_config(Settings, written(tmp_path, "model_path: x\noptimizer: {learning_rate: 1e-3}\n"))
     assert settings.optimizer.learning_rate == 0.001
+
+
+def test_what_is_quoted_and_what_looks_like_a_date_stays_text(tmp_path):
+    text = "a: '1e3'\nb: 2024-02-30\nc: 2024-02-03\nd: 1.5e-3\ne: no\nf: 12e\ng: trueish\n"
+    assert read_settings(written(tmp_path, text)) == {
+        "a": "1e3", "b": "2024-02-30", "c": "2024-02-03", "d": 0.0015, "e": "no", "f": "12e", "g": "trueish",
+    }  # fmt: skip
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"train.yaml:3: not valid YAML: the key 'lora_r' stands twice"):
+        read_settings(written(tmp_path, "lora_r: 8\nmodel_path: x\nlora_r: 16\n"))
+    merged = "base: &b {lora_r: 8, method: lora}\nmine: {<<: *b, lora_r: 4}\n"
+    assert read_settings(written(tmp_path, merged))["mine"] == {"lora_r": 4, "method": "lora"}
+
+
+def test_an_anchor_in_its_own_value_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"train.yaml: an anchor \(&\) stands in its own value"):
+        read_settings(written(tmp_path, "a: &x {b: *x}\n"))
+
+
+def test_a_text_given_as_an_override_is_no_comment():
+    settings = {"prompt": "", "section": None}
+    overrides = ["prompt=You are #1 of us", "section.key=1", "list=[1, 2] # two"]
+    assert apply_overrides(settings, overrides) == {
+        "prompt": "You are #1 of us", "section": {"key": 1}, "list": [1, 2],
+    }  # fmt: skip
 
 
 def test_settings_made_in_python_raise_the_same_error():
