@@ -14,7 +14,7 @@ from raytune_ft.core.records import Message, Record
 from raytune_ft.data.config import DataCollectionConfig, Measure, PersonalData
 from raytune_ft.data.language import foreign
 from raytune_ft.data.mending import STEPS
-from raytune_ft.data.redaction import redact_value
+from raytune_ft.data.redaction import redact_text, redact_value
 from raytune_ft.data.refusals import refuses
 from raytune_ft.data.rows import UNANSWERED
 from raytune_ft.data.tool_calls import unbalanced_tool_calls
@@ -100,7 +100,7 @@ def redact_record(record: Record, kinds: Sequence[PersonalData], found: Counter[
     """The record with personal data replaced in every text, tool call, tool and metadata; counts go to `found`."""
 
     def text(value: str | None) -> str | None:
-        return value and redact_value(value, kinds, found)
+        return value and redact_text(value, kinds, found)
 
     def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         return tuple(Message(m.role, text(m.content) or "", text(m.tool_calls)) for m in messages)

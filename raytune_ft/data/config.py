@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_ft.core.config import Config
+from raytune_ft.core.config import Config, masked
 from raytune_ft.data.config_augmentation import AugmentationConfig
 from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.models.config import TrainOn
 
 SPLITS = ("train", "validation", "test")
+COLUMNS = (
+    "messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "question",
+    "answer", "text", "system", "tools", "reference", "label", "chosen", "rejected", "response", "rating", "correction",
+    "preferred", "reasoning", "reasoning_content", "rationale", "thinking", "metadata", "supervised_spans",
+)  # fmt: skip
+"""Columns that have a meaning of their own."""
+STRATA = ("length", "source", "length_and_source")
+"""What rows can be stratified by beside a metadata field."""
+_TEXTS = ("system_prompt", "template", "task_description", "reasoning_format")
+"""Settings whose every character counts, also where it stands in a URL that is shown without its secrets."""
 
 
 class DatasetFormat(StrEnum):
@@ -116,7 +128,8 @@ class DataCollectionConfig(Config):
     input_format: RecordFormat | None = None
     """Format of the rows; by default each row's is told from its columns, and refused where two fit."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns before the format is told: standard name -> name in the source (``{prompt: ask}``)."""
+    """Renames columns before the format is told: standard name -> name in the source (``{prompt: ask}``). A standard
+    name is one that a format uses, or the field of `group_by` or `stratify_by`."""
     on_bad_row: Literal["raise", "reject"] = "raise"
     """A row that is no record (malformed JSON, unknown columns) stops the run, or goes to ``rejected/``."""
     unanswered: Literal["reject", "keep"] = "reject"
@@ -149,7 +162,8 @@ class DataCollectionConfig(Config):
     languages: tuple[str, ...] = ()
     """ISO 639 codes of the languages to keep (``[en, de]``); texts too short to tell are kept, and counted."""
     drop_duplicates: bool = True
-    """Rejects rows whose content occurred before; the first by source and position stays."""
+    """Rejects rows whose content occurred before; the first by source and position stays, and so do all rows of
+    `test_sources`."""
     near_duplicates: NearDuplicates = NearDuplicates.DROP
     """Rows nearly like another: ``drop`` rejects all but the first by source and position, ``group`` keeps them in one
     split, ``keep`` does not look for them. With `test_sources`, those nearly like a test row are rejected by both."""
@@ -169,12 +183,14 @@ class DataCollectionConfig(Config):
     test_split: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the rows for the test (the guide: 0.05 to 0.10); 0 when `test_sources` are given."""
     test_sources: tuple[str, ...] = ()
-    """Sources that make the test split as they are; rows of `sources` with a prompt from these are rejected."""
+    """Sources whose usable rows are the test split, duplicates too; rows of `sources` with a prompt from these are
+    rejected."""
     stratify_by: str | None = "length_and_source"
-    """What every split gets its share of: ``length``, ``source``, ``length_and_source``, or a metadata field of few
-    values; null for none."""
+    """What every split gets its share of: ``length``, ``source``, ``length_and_source``, or a metadata field (a column
+    that the format does not use, or a field of a column ``metadata``) of few values; null for none."""
     group_by: str | None = "conversation_id"
-    """Metadata field whose rows must stay in one split; rows without it are not grouped by it; null for none."""
+    """Metadata field (as in `stratify_by`) whose rows must stay in one split; rows without it are not grouped by it;
+    null for none. Another field than the default must be in some row."""
     benchmarks: tuple[str, ...] = ()
     """Files (as `sources`) of benchmarks that no row may share 13 words in a row with; texts of fewer are not found."""
     on_leak: Literal["raise", "reject"] = "raise"
@@ -218,12 +234,30 @@ class DataCollectionConfig(Config):
     on_reasoning_fault: Literal["keep", "reject"] = "keep"
     """Rows without reasoning, or whose reasoning ends in another answer: kept as they are and counted, or rejected."""
 
+    def identity(self) -> dict[str, Any]:
+        """The resolved settings that decide what the run makes; of texts that are shown masked, a hash as well."""
+        texts = {name: text for name in _TEXTS if masked(text := getattr(self, name)) != text}
+        hashes = {f"{name} (sha256)": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+        return super().identity() | hashes
+
     @model_validator(mode="before")
     @classmethod
     def _test_is_given(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and settings.get("test_sources"):
             return {"test_split": 0.0, **settings}
         return settings
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> DataCollectionConfig:
+        known = [*COLUMNS, *(field for field in (self.group_by, self.stratify_by) if field and field not in STRATA)]
+        for name, source in self.columns.items():
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                meant = f"; did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
+                raise ValueError(f"columns.{name}: is no standard name{meant}")
+            if list(self.columns.values()).count(source) > 1:
+                raise ValueError(f"columns.{name}: {source!r} is given twice; a column has one standard name")
+        return self
 
     @model_validator(mode="after")
     def _cleaning_can_be_met(self) -> DataCollectionConfig:

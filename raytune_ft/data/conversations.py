@@ -133,7 +133,8 @@ def _turn(take: Columns, name: str, number: int, turn: Any) -> Message:
     spare = {key: value for key, value in turn.items() if key not in _TURN_FIELDS and value is not None}
     if spare:
         take.set_aside(name, number, spare)
-    content = _content(turn.get("content", turn.get("value")), f"{name}.{said}")
+    written = turn.get("content")
+    content = _content(turn.get("value") if written is None else written, f"{name}.{said}")
     if is_call:
         return Message(role, "", _calls(content, name))
     given = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)

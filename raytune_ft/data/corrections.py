@@ -42,7 +42,8 @@ def read_corrections(path: str | None) -> dict[str, Correction]:
     if not location.is_file():
         raise DataError(f"corrections: {location}: there is no such file")
     found: dict[str, Correction] = {}
-    for number, line in enumerate(location.read().decode("utf-8-sig", errors="replace").splitlines(), 1):
+    # Not splitlines: a text inside a line may hold U+2028 and the like.
+    for number, line in enumerate(location.read().decode("utf-8-sig", errors="replace").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{location}:{number}"

@@ -13,19 +13,20 @@ from raytune_ft.data.rows import mark
 
 
 def mark_duplicates(table: pa.Table) -> pa.Table:
-    """The table with a reason on every row whose content an earlier usable row has.
+    """The table with a reason on every row of `sources` whose content an earlier usable row has.
 
-    Rows of one content must all be in the table, ordered by source and position.
+    Rows of one content must all be in the table, ordered by source and position. Rows of `test_sources` stay as often
+    as they are there.
     """
     first: dict[str, str] = {}
     reasons: list[str | None] = []
-    columns = (table.column(name).to_pylist() for name in ("id", "reason", "source", "position"))
-    for row_id, rejected, source, position in zip(*columns, strict=True):
-        if rejected is None and row_id in first:
+    columns = (table.column(name).to_pylist() for name in ("id", "reason", "is_test", "source", "position"))
+    for row_id, rejected, is_test, source, position in zip(*columns, strict=True):
+        if rejected is None and row_id in first and not is_test:
             reasons.append(f"duplicate: of {first[row_id]}")
             continue
         if rejected is None:
-            first[row_id] = f"{source}:{position}"
+            first.setdefault(row_id, f"{source}:{position}")
         reasons.append(None)
     return mark(table, reasons)
 

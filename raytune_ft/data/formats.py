@@ -20,7 +20,7 @@ from raytune_ft.data.conversations import (
     text_of,
     with_system,
 )  # fmt: skip
-from raytune_ft.data.feedback import NothingToLearnError, feedback_fields, is_feedback
+from raytune_ft.data.feedback import JUDGEMENTS, NothingToLearnError, feedback_fields, is_feedback
 
 __all__ = ["FormatFault", "NothingToLearnError", "detect", "format_of", "format_of_row", "renamed", "to_record"]
 
@@ -107,24 +107,41 @@ def format_of(columns: Collection[str], stated: RecordFormat | None) -> tuple[Re
 
 
 def format_of_row(values: Mapping[str, Any], stated: RecordFormat | None) -> tuple[RecordFormat, str]:
-    """The format of a row: of its columns, or where those fit none or several, of those that are not null or empty.
+    """The format of a row: of those columns that are not null or empty, or where these tell none, of all.
 
-    Files with rows of several formats (Parquet above all) have the columns of all in each row, most of them null.
+    Files with rows of several formats (Parquet above all) have the columns of all in each row, most of them null. A
+    prompt beside the empty column of its answer is no prompt alone.
 
     Raises:
         FormatFault: as `format_of`, about all columns.
     """
-    try:
+    if stated is not None or values.keys() >= _RECORD_COLUMNS:
         return format_of(values.keys(), stated)
+    filled = {name for name, value in values.items() if value is not None and value not in ("", [])}
+    if len(filled) == len(values):
+        return detect(values)
+    told = _detected(filled | _halves(filled, values))
+    whole = _detected(values)
+    if told is None or (told[0] is RecordFormat.PROMPT and whole is not None and whole[0] in _BASES):
+        told = whole or told or _detected(filled)
+    return told or detect(values)
+
+
+def _detected(columns: Collection[str]) -> tuple[RecordFormat, str] | None:
+    try:
+        return detect(columns)
     except FormatFault:
-        filled = [name for name, value in values.items() if value is not None and value != ""]
-        if stated is not None or len(filled) == len(values):
-            raise
-        try:
-            return detect(filled)
-        except FormatFault:
-            pass
-        raise
+        return None
+
+
+def _halves(filled: Collection[str], present: Collection[str]) -> set[str]:
+    """Columns that belong to a row though nothing is in them: the other side of a pair, the judgement of an answer."""
+    wanted = set(JUDGEMENTS) if "response" in filled else set()
+    if "chosen" in filled or "preferred" in filled:
+        wanted.add("rejected")
+    elif "rejected" in filled:
+        wanted |= {"chosen", "preferred"}
+    return wanted & set(present)
 
 
 _TELLING: dict[RecordFormat, tuple[str, ...]] = {
@@ -190,7 +207,7 @@ def to_record(values: Mapping[str, Any], kind: RecordFormat, *, source: str, pos
         known["reference"] = _reference(take)
         known["tools"] = as_json(take("tools"))
     extra = {key: value for key, value in values.items() if key not in take.taken and value is not None} | take.spare
-    metadata = fields.pop("metadata", {}) | json.loads(json.dumps(extra, default=str))
+    metadata = json.loads(json.dumps(fields.pop("metadata", {}) | extra, default=str))
     return Record(**{**known, **fields}, metadata=metadata)
 
 
@@ -204,9 +221,10 @@ def _sharegpt_fields(take: Columns) -> dict[str, Any]:
 
 def _alpaca_fields(take: Columns) -> dict[str, Any]:
     turns = []
-    for pair in decoded(take("history") or "[]"):
+    history = decoded(take("history") or "[]")
+    for pair in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise FormatFault("wrong type in 'history': expected pairs of instruction and answer")
+            raise FormatFault(f"wrong type in 'history': expected pairs of instruction and answer, found {pair!r:.40}")
         turns += [Message("user", text_of(pair[0], "history")), Message("assistant", text_of(pair[1], "history"))]
     return {"messages": with_system(take, (*turns, _instruction(take), *continuation(take, "output")))}
 
@@ -290,13 +308,13 @@ def _kto_fields(take: Columns) -> dict[str, Any]:
 def _record_fields(take: Columns) -> dict[str, Any]:
     sides = {name: conversation(take, name, take(name) or ()) for name in ("messages", "chosen", "rejected")}
     texts = {name: text_of(take(name), name) or None for name in ("text", "reference", "tools")}
-    label = take("label")
-    return {
-        **sides,
-        **texts,
-        "label": decoded(None if label == "" else label),
-        "metadata": decoded(take("metadata") or "{}"),
-    }
+    label, metadata = take("label"), decoded(take("metadata") or "{}")
+    label = decoded(None if label == "" else label)
+    if not isinstance(label, bool | None):
+        raise FormatFault(f"wrong type in 'label': expected true or false, found {label!r:.40}")
+    if not isinstance(metadata, Mapping):
+        raise FormatFault(f"wrong type in 'metadata': expected an object, found {metadata!r:.40}")
+    return {**sides, **texts, "label": label, "metadata": dict(metadata)}
 
 
 _CONVERTERS: dict[RecordFormat, Callable[[Columns], dict[str, Any]]] = {

@@ -1,13 +1,14 @@
 """JSON as it lies in files: one value from a text, and the items of a list of any length, a few at a time in memory.
 
 Stricter than Python's own parser where that would lose something without a word: a key that an object has twice and
-a value nested more than `MOST_LEVELS` deep are faults.
+a value nested more than `MOST_LEVELS` deep are faults; so is a number of more digits than Python reads.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import sys
 from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from typing import Any
@@ -16,6 +17,7 @@ MOST_LEVELS = 200
 _CHUNK = 1 << 20
 _TAIL = 16  # a value cut at the end of what was read fails at most this many characters before it
 _BLANK = " \t\n\r"
+_OF_NUMBERS = "+-.0123456789eE"
 
 
 class JsonFault(ValueError):  # noqa: N818 - a finding about a text, turned into a reason or an error by policy
@@ -47,25 +49,26 @@ def parse(text: str) -> Any:
     """The one JSON value in `text`; half surrogate pairs, which JSON may escape but no text may hold, become ``?``.
 
     Raises:
-        JsonFault: if it is malformed, has a key twice in one object, or is nested more than `MOST_LEVELS` deep.
+        JsonFault: if it is malformed, has a key twice in one object, is nested more than `MOST_LEVELS` deep, or has a
+            whole number of more than 4,300 digits.
     """
     try:
         value, end = _DECODER.raw_decode(text, _past_blanks(text, 0))
-        rest = _past_blanks(text, end)
-        if rest != len(text):
-            raise JsonFault(f"malformed JSON: more follows the value: character {rest + 1}")
     except JSONDecodeError as error:
         raise JsonFault(f"malformed JSON: {error.msg}: character {error.pos + 1}") from None
-    except (_RepeatedKey, RecursionError) as error:
+    except (_RepeatedKey, RecursionError, ValueError) as error:
         raise _refused(error) from None
+    rest = _past_blanks(text, end)
+    if rest != len(text):
+        raise JsonFault(f"malformed JSON: more follows the value: character {rest + 1}")
     return _checked(value, text, 0, len(text))
 
 
 def list_items(read: Callable[[int], bytes]) -> Iterator[tuple[int, Any]]:
     """Line (from 1) and value of every item of the JSON list that a stream of bytes holds.
 
-    In memory are one item and what was read with it. An item with a repeated key or nested too deep is given as the
-    `JsonFault` that says so; those after it follow.
+    In memory are one item and what was read with it. A well-formed item that `parse` would refuse is given as the
+    `JsonFault` that says why; those after it follow.
 
     Raises:
         JsonFault: with the line, if the stream is no list, is cut short, is malformed or is not UTF-8.
@@ -149,7 +152,7 @@ class _Window:
                 if self._ended or not cut:
                     line = self.line + self._text.count("\n", self._place, error.pos)
                     raise JsonFault(f"malformed JSON: {error.msg}", line) from None
-            except (_RepeatedKey, RecursionError) as error:
+            except (_RepeatedKey, RecursionError, ValueError) as error:
                 return self._unusable(error)
             else:
                 if end < len(self._text) or self._ended:  # else a number may go on
@@ -186,7 +189,10 @@ class _Window:
 
 
 def _end_of_value(text: str, place: int) -> int | None:
-    """Where the object or list that starts at `place` ends, told by its brackets; None if it goes on."""
+    """Where the object or list (told by its brackets) or number that starts at `place` ends; None if it goes on."""
+    if text[place] not in "[{":
+        end = len(text) - len(text[place:].lstrip(_OF_NUMBERS))
+        return end if end < len(text) else None
     depth, quoted, escaped = 0, False, False
     for at in range(place, len(text)):
         sign = text[at]
@@ -229,6 +235,8 @@ def _checked(value: Any, text: str, start: int, end: int) -> Any:
 def _refused(error: Exception, text: str | None = None) -> JsonFault:
     if isinstance(error, RecursionError):
         return JsonFault(f"nested too deep: more than {MOST_LEVELS} levels", text=text)
+    if isinstance(error, ValueError):  # of int(), which has a limit
+        return JsonFault(f"number too long: more than {sys.get_int_max_str_digits():,} digits", text=text)
     return JsonFault(f"repeated key: {error} stands more than once in an object", text=text)
 
 

@@ -6,7 +6,9 @@ import functools
 import re
 from collections.abc import Callable
 
-_CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
+_LINE_BREAKS = re.compile(r"\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+"""What `str.splitlines` takes for the end of a line."""
+_CONTROLS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0e-\x1f\x7f-\x9f\ufeff]")
 _BLANKS = re.compile(r"[ \t\u00a0]{2}|[\t\u00a0]|[ \t]\n|\n\n\n")
 _INNER_BLANKS = re.compile(r"(?<=[^\s])[ \t\u00a0]+(?=[^\s])")
 _LINE_ENDS = re.compile(r"[ \t\u00a0]+(?=\n|\Z)")
@@ -43,8 +45,7 @@ def _ftfy() -> Callable[[str], str]:
 
 def remove_control_characters(text: str) -> str:
     """Text without control characters and terminal escapes; every kind of line end becomes a newline, tabs stay."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
-    return _CONTROLS.sub("", text)
+    return _CONTROLS.sub("", _LINE_BREAKS.sub("\n", text))
 
 
 def normalize_whitespace(text: str) -> str:

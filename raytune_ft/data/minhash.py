@@ -22,6 +22,7 @@ _RECALL = 0.985
 _NEIGHBOURS = 15
 _CHUNK = 2048
 _POSITION_BITS = 40
+_LABELS = 3  # true, false and none
 
 SKETCH_SCHEMA = pa.schema(
     [("id", pa.int64()), ("node", pa.int64()), ("stratum", pa.int64()), ("shingles", pa.list_(pa.uint32()))]
@@ -55,7 +56,8 @@ def place_of(row_id: int) -> tuple[int, int]:
 def sketch_rows(rows: pa.Table, nodes: Places) -> pa.Table:
     """The sketches of the usable rows that have any text (`SKETCH_SCHEMA`).
 
-    Rows with different labels (KTO) have no shingle in common: they say opposite things of one text.
+    Rows with different labels (KTO) have no shingle in common: they say opposite things of one text. Nor has an answer
+    that one preference chooses and another rejects.
 
     Args:
         rows: of `ROW_SCHEMA`, with `stratum`.
@@ -68,11 +70,14 @@ def sketch_rows(rows: pa.Table, nodes: Places) -> pa.Table:
 
 
 def _sketched(rows: pa.Table, nodes: Places) -> pa.Table:
-    hashes, starts = ngram_hashes(row_texts(rows), WORDS, whole=True)
-    row_of = np.repeat(np.arange(rows.num_rows, dtype=np.uint64), np.diff(starts))
-    labels = rows.column("label").cast(pa.int8()).fill_null(-1).to_numpy().astype(np.uint64)
-    salted = mixed(hashes ^ (labels[row_of.astype(np.int64)] + np.uint64(1)))
-    distinct = np.sort((row_of << np.uint64(32)) | (salted >> np.uint64(32)))
+    labels = rows.column("label").cast(pa.int8()).fill_null(-1).to_numpy().astype(np.uint64) + np.uint64(1)
+    found = []
+    for side, parts in enumerate((("messages", "text", "reference"), ("chosen",), ("rejected",))):
+        hashes, starts = ngram_hashes(row_texts(rows, parts), WORDS, whole=True)
+        row_of = np.repeat(np.arange(rows.num_rows, dtype=np.uint64), np.diff(starts))
+        salted = mixed(hashes ^ (labels[row_of.astype(np.int64)] + np.uint64(_LABELS * side)))
+        found.append((row_of << np.uint64(32)) | (salted >> np.uint64(32)))
+    distinct = np.sort(np.concatenate(found))
     distinct = distinct[np.concatenate((distinct[:1] >= 0, distinct[1:] != distinct[:-1]))]
     ends = np.cumsum(np.bincount((distinct >> np.uint64(32)).astype(np.int64), minlength=rows.num_rows))
     lists = pa.ListArray.from_arrays(

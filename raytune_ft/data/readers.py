@@ -164,6 +164,9 @@ def _csv(location: Location) -> Iterator[SourceRow]:
             header = next(reader, None)
             if not header:
                 raise DataError(f"{location}: has no header line with column names")
+            fault = _undecoded(header, header)
+            if fault:
+                raise DataError(f"{location}:1: {fault} of the header; convert it to UTF-8: iconv -f LATIN1 -t UTF-8")
             _refuse_repeated(location, header)
             last = reader.line_num
             for row in _csv_rows(reader, header):
@@ -214,8 +217,8 @@ def _parquet(location: Location) -> Iterator[SourceRow]:
                 described = parquet.metadata.row_group(group)
                 size = _rows_at_once(described.total_byte_size, described.num_rows)
                 for batch in parquet.iter_batches(batch_size=size, row_groups=[group]):
-                    for values in batch.to_pylist():
-                        yield SourceRow(place, values)
+                    for row in _batch_rows(batch, place):
+                        yield row
                         place += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{location}: cannot be read as Parquet at {where}: {_reason(error)}") from None
@@ -232,11 +235,35 @@ def _arrow(location: Location) -> Iterator[SourceRow]:
                 _refuse_repeated(location, batch.schema.names)
                 size = _rows_at_once(batch.nbytes, batch.num_rows)
                 for start in range(0, batch.num_rows, size):
-                    for values in batch.slice(start, size).to_pylist():
-                        yield SourceRow(place, values)
+                    for row in _batch_rows(batch.slice(start, size), place):
+                        yield row
                         place += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{location}: cannot be read as Arrow behind row {place}: {_reason(error)}") from None
+
+
+def _batch_rows(batch: Any, place: int) -> Iterator[SourceRow]:
+    """The rows of a batch, the first at `place`; text that is no UTF-8 is a fault of its row."""
+    try:
+        for at, values in enumerate(batch.to_pylist()):
+            yield SourceRow(place + at, values)
+    except UnicodeDecodeError:
+        for at in range(batch.num_rows):
+            yield _one_row(batch.slice(at, 1), place + at)
+
+
+def _one_row(row: Any, place: int) -> SourceRow:
+    values: dict[str, Any] = {}
+    faults = []
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            values[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            faults.append(f"not UTF-8: byte 0x{error.object[error.start]:02x} in column {name!r}")
+            values[name] = error.object.decode("utf-8", "replace")
+    if not faults:
+        return SourceRow(place, values)
+    return SourceRow(place, None, None, faults[0], json.dumps(values, ensure_ascii=False, default=str))
 
 
 def _arrow_batches(stream: Any) -> Iterator[Any]:

@@ -7,10 +7,11 @@ grouping: a bare run of digits may be anything.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from raytune_ft.data.config import PersonalData
@@ -40,7 +41,8 @@ _EMAIL = re.compile(
     r"(?!(?:png|jpe?g|gif|svg|webp|css|js|py)\b)[^\W\d_]{2,24}\b(?!:[\w/])"
 )
 _CARD = re.compile(
-    r"(?<![\d.,+-])(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5}|\d{14,19})(?![\d-]|[.,]\d)"
+    r"(?<![\d.+-])(?<!\b0,)"  # a comma may part cells of a table; 0,4111... is a fraction
+    r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,7}|\d{4}([ -])\d{6}\2\d{4,5}|\d{14,19})(?![\d-]|\.\d)"
 )
 _CARD_STARTS = re.compile(
     r"4(?:\d{15}|\d{18})$|(?=\d{16}$)(?:5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720)\d+$|3[47]\d{13}$"
@@ -63,6 +65,8 @@ _IBAN_LENGTHS = {
 }  # fmt: skip
 _PHONE_DIGITS = range(8, 16)  # E.164 allows at most 15
 _LEAST_NUMBER = 10**12  # JSON numbers below have too few digits for a card
+_JSON_LITERAL = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(?<![\d.eE+-])\d{13,}(?![\d.eE])')
+"""A text, or a whole number of as many digits as a card has, in what is known to be JSON."""
 
 
 def redact(text: str, kinds: Iterable[PersonalData]) -> tuple[str, Counter[str]]:
@@ -77,22 +81,38 @@ def redact(text: str, kinds: Iterable[PersonalData]) -> tuple[str, Counter[str]]
     return text, found
 
 
-def redact_value(value: Any, kinds: Iterable[PersonalData], found: Counter[str]) -> Any:
-    """A JSON value with all its texts (and numbers that are card numbers) redacted; counts are added to `found`.
+def redact_text(text: str, kinds: Iterable[PersonalData], found: Counter[str]) -> str:
+    """A text redacted; counts are added to `found`.
 
-    Keys stay as they are. Text that is JSON (a call's arguments) is redacted inside, and stays JSON.
+    Where it is JSON (an answer, a call's arguments, a source's line), each text in it, keys too, is redacted by what it
+    says, and so are numbers that are card numbers: it stays JSON, and what is not redacted stays as it is written.
     """
-    if isinstance(value, str):
-        inner = _json_inside(value)
-        if inner is not None:
-            before = found.total()
-            inner = redact_value(inner, kinds, found)
-            return json.dumps(inner, ensure_ascii=False) if found.total() > before else value
-        text, here = redact(value, kinds)
+    if not _is_json(text):
+        text, here = redact(text, kinds)
         found.update(here)
         return text
+
+    def one(match: re.Match[str]) -> str:
+        literal = match[0]
+        value = json.loads(literal) if literal.startswith('"') else int(literal)
+        redacted = redact_value(value, kinds, found)
+        return literal if redacted == value else json.dumps(redacted, ensure_ascii=False)
+
+    return _JSON_LITERAL.sub(one, text)
+
+
+def redact_value(value: Any, kinds: Iterable[PersonalData], found: Counter[str]) -> Any:
+    """A JSON value with all its texts, keys, and numbers that are card numbers redacted; counts go to `found`.
+
+    Of keys that become the same all are kept, numbered.
+    """
+    if isinstance(value, str):
+        return redact_text(value, kinds, found)
     if isinstance(value, dict):
-        return {key: redact_value(item, kinds, found) for key, item in value.items()}
+        redacted: dict[str, Any] = {}
+        for key, item in value.items():
+            redacted[_unused(redact_text(key, kinds, found), redacted)] = redact_value(item, kinds, found)
+        return redacted
     if isinstance(value, list):
         return [redact_value(item, kinds, found) for item in value]
     if isinstance(value, int) and value >= _LEAST_NUMBER:
@@ -102,13 +122,19 @@ def redact_value(value: Any, kinds: Iterable[PersonalData], found: Counter[str])
     return value
 
 
-def _json_inside(text: str) -> Any:
-    if not text.startswith(("{", "[")):
-        return None
+def _unused(key: str, taken: Collection[str]) -> str:
+    numbered = (f"{key} ({number})" for number in itertools.count(2))
+    return key if key not in taken else next(name for name in numbered if name not in taken)
+
+
+def _is_json(text: str) -> bool:
+    if not text.lstrip().startswith(("{", "[")):
+        return False
     try:
-        return json.loads(text)
+        json.loads(text)
     except (ValueError, RecursionError):
-        return None
+        return False
+    return True
 
 
 def passes_luhn(digits: str) -> bool:

@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raytune_ft.data.config import SPLITS
+from raytune_ft.data.config import SPLITS, STRATA
 from raytune_ft.data.strata import field_values, length_buckets
 
 Counts = dict[str, dict[str, Counter[str]]]
 """Split -> field -> value -> rows."""
 AUDIT_SCHEMA = pa.schema([("kind", pa.string()), ("count", pa.int64()), ("text", pa.string())])
 FIELDS = "fields"
-_KINDS_OF_STRATA = frozenset({"length", "source", "length_and_source"})
 
 
 def count_fields(rows: pa.Table, stratify_by: str | None) -> pa.Table:
@@ -31,7 +30,7 @@ def count_fields(rows: pa.Table, stratify_by: str | None) -> pa.Table:
         "source": rows.column("source").to_pylist(),
         "label": [None if label is None else str(label) for label in rows.column("label").to_pylist()],
     }
-    if stratify_by is not None and stratify_by not in _KINDS_OF_STRATA:
+    if stratify_by is not None and stratify_by not in STRATA:
         fields[stratify_by] = field_values(rows, stratify_by)
     folders = rows.column("folder").to_pylist()
     counts: Counts = {}

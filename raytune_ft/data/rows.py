@@ -63,6 +63,11 @@ def remarked(notes: str | None, remark: str | None) -> str | None:
     return json.dumps({**said, "remarks": [*said.get("remarks", ()), remark]}, sort_keys=True)
 
 
+def renamed_to(notes: str | None, names: Sequence[str]) -> str | None:
+    """The JSON in a row's `notes` with the standard names that columns of the row were given."""
+    return json.dumps({**json.loads(notes or "{}"), "renamed": names}, sort_keys=True) if names else notes
+
+
 def changed_by(notes: str | None, step: str | None) -> str | None:
     """The JSON in a row's `notes` with a step that changed the row added."""
     if step is None:

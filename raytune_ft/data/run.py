@@ -42,11 +42,11 @@ from raytune_ft.data.ray_blocks import RayBlocks, all_by_key, mapped, passed, ra
 from raytune_ft.data.report import publish, refuse_broken
 from raytune_ft.data.representativeness import FIELDS, added_counts, distances
 from raytune_ft.data.rows import UNANSWERED
-from raytune_ft.data.shards import Layout, assign_files, assign_folders
+from raytune_ft.data.shards import Layout, assign_files, assign_folders, count_folders
 from raytune_ft.data.sources import SourceFile, find_files, source_parents
 from raytune_ft.data.split import Tally, departures, find_cuts, tally_rows
 from raytune_ft.data.stages import collect_rows, retokenize_files, settle_rows, write_rows
-from raytune_ft.data.strata import refuse_many
+from raytune_ft.data.strata import named_fields, refuse_absent, refuse_many, seen_names
 from raytune_ft.data.suspects import flag_rows
 from raytune_ft.data.tokenize import (
     TEMPLATE_FILE,
@@ -198,16 +198,9 @@ def _prepare(
     model = _shared(config.model_path, draft)
     _keep_template(policy, draft)
     logger.info("prepare: reading %d file(s)", len(files))
-    table = pa.Table.from_pylist([asdict(file) for file in files])
     _admit(cluster, len(files))
-    blocks = [table.slice(place, 1) for place in range(table.num_rows)]
-    corrections = read_corrections(config.corrections)
-    rows = mapped(ray.data.from_arrow(blocks), collect_rows, config=config, corrections=corrections).materialize()
+    rows = _collected(config, files)
     rows_in = rows.count()
-    if not rows_in:
-        raise DataError(f"no rows in {', '.join(file.label for file in files[:3])}: nothing to prepare")
-    if corrections:
-        refuse_unknown(corrections, [row["id"] for row in mapped(rows, applied_ids).take_all()])
     settled = all_by_key(rows, "group", _partitions(rows, cluster))
     settled = mapped(settled, settle_rows, config=config, model=model, policy=policy)
     settled = _linked(_without_benchmarks(settled, config), files, config)
@@ -229,6 +222,10 @@ def _prepare(
         split = mapped(split, weigh_training_rows, weights=weights, seed=config.seed)
     if config.augmentation.ratio:
         split = _augmented(split, settled.num_blocks(), config, draft, model=model, policy=policy)
+    if config.source_weights or config.augmentation.ratio:
+        layout = layout.counted(row["counts"] for row in mapped(split, count_folders).take_all())
+        if not layout.rows["train"]:
+            raise DataError("source_weights: leave out every row of the training split; give a source a higher weight")
     far = _audited(split, settled.num_blocks(), files, config)
     placed = mapped(split, assign_files, layout=layout)
     if settled.num_blocks() > 1:
@@ -240,6 +237,22 @@ def _prepare(
     _report(config, account)
     if assessment is not None:
         refuse_broken(publish(assessment, account, config, draft.location), draft.location)
+
+
+def _collected(config: DataCollectionConfig, files: list[SourceFile]) -> Any:
+    """The rows of the files, read and cleaned, after the check that they have what the settings name."""
+    table = pa.Table.from_pylist([asdict(file) for file in files])
+    blocks = [table.slice(place, 1) for place in range(table.num_rows)]
+    corrections = read_corrections(config.corrections)
+    rows = mapped(ray.data.from_arrow(blocks), collect_rows, config=config, corrections=corrections).materialize()
+    if not rows.count():
+        raise DataError(f"no rows in {', '.join(file.label for file in files[:3])}: nothing to prepare")
+    if corrections:
+        refuse_unknown(corrections, [row["id"] for row in mapped(rows, applied_ids).take_all()])
+    if config.columns or named_fields(config):
+        seen = mapped(rows, seen_names, fields=list(named_fields(config).values())).take_all()
+        refuse_absent([row["seen"] for row in seen], config)
+    return rows
 
 
 def _assessed(rows: Any, parts: int, model: str | None, config: DataCollectionConfig, draft: Draft) -> Assessment:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,6 +46,13 @@ class Layout:
             total += extent
         return cls(cuts, seed, shuffle, rows, starts, total)
 
+    def counted(self, counts: Iterable[str]) -> Layout:
+        """The layout for other rows, by what `count_folders` said of their blocks."""
+        rows = Counter(dict.fromkeys(self.rows, 0))
+        for text in counts:
+            rows.update(json.loads(text))
+        return replace(self, rows=rows)
+
     def files(self, folder: str) -> int:
         """Number of files in a folder."""
         return -(-self.rows[folder] // ROWS_PER_FILE)
@@ -70,6 +77,12 @@ def assign_folders(rows: pa.Table, layout: Layout) -> pa.Table:
         else:
             folders.append("test" if is_test else layout.cuts.split_of(stratum, rank(group, layout.seed)))
     return rows.append_column("folder", pa.array(folders, pa.string()))
+
+
+def count_folders(rows: pa.Table) -> pa.Table:
+    """Rows by folder of the table of `assign_folders`, as JSON in one row: the column `counts`."""
+    counted = Counter(rows.column("folder").to_pylist()) if rows.num_rows else {}
+    return pa.table({"counts": [json.dumps(counted)]})
 
 
 def assign_files(rows: pa.Table, layout: Layout) -> pa.Table:

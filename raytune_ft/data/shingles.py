@@ -7,6 +7,7 @@ the same hashes on every machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,21 @@ import pyarrow.compute as pc
 import xxhash
 
 _UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
+_TURNS = ("messages", "chosen", "rejected")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def row_texts(rows: pa.Table) -> pa.Array:
+def row_texts(rows: pa.Table, parts: Sequence[str] = (*_TURNS, "text", "reference")) -> pa.Array:
     """What each row asks and answers: all turns with their tool calls, both continuations, text and reference.
 
-    System turns are left out: a long one that many rows share would make them all alike.
+    System turns are left out: a long one that many rows share would make them all alike. `parts` are the columns that
+    are wanted.
     """
-    parts = [_turns(rows.column(name)) for name in ("messages", "chosen", "rejected")]
-    parts += [_flat(rows.column(name)).fill_null("") for name in ("text", "reference")]
-    return pc.binary_join_element_wise(*parts, "\n")
+    texts = [_turns(rows.column(n)) if n in _TURNS else _flat(rows.column(n)).fill_null("") for n in parts]
+    return pc.binary_join_element_wise(*texts, "\n")
 
 
 def _turns(column: pa.ChunkedArray) -> pa.Array:

@@ -8,8 +8,9 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import unquote
 
-from raytune_ft.core.artifacts import has_manifest
+from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import Parent
 from raytune_ft.core.storage import Location, source_digest
@@ -135,8 +136,9 @@ def _files_of(source: str) -> list[Location]:
 
 def _in_folder(folder: Location) -> list[Location]:
     names = _without_saved(folder, folder.files())
-    if has_manifest(folder):  # a dataset of ours: its splits, not what it rejected or says about itself
-        names = {n: size for n, size in names.items() if n.endswith(".parquet") and not n.startswith("rejected/")}
+    if has_manifest(folder):  # a dataset of ours: its splits, not what it rejected, says about itself or exported
+        splits = open_artifact(folder, verify="size").manifest.files
+        names = {n: names[n] for n in splits if n.endswith(".parquet") and not n.startswith("rejected/")}
     return _usable(folder, names, f"{folder}: holds no file to read ({', '.join(KINDS)})")
 
 
@@ -167,7 +169,7 @@ def _without_saved(folder: Location, names: dict[str, int]) -> dict[str, int]:
 def _matching(pattern: Location) -> list[Location]:
     uri, question, query = pattern.uri.partition("?") if "://" in pattern.uri else (pattern.uri, "", "")
     head = re.split(r"[*?]", uri, maxsplit=1)[0].rpartition("/")[0]
-    wanted = re.compile(pattern_of(uri[len(head) + 1 :]))
+    wanted = re.compile(pattern_of(unquote(uri[len(head) + 1 :]) if "://" in uri else uri[len(head) + 1 :]))
     folder = Location((head or "/") + question + query)
     names = {name: size for name, size in folder.files().items() if wanted.fullmatch(name)}
     return _usable(folder, names, f"{pattern}: no file to read matches")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,8 +21,8 @@ from raytune_ft.data.dedup import mark_conflicts, mark_duplicates
 from raytune_ft.data.formats import FormatFault, NothingToLearnError, format_of_row, renamed, to_record
 from raytune_ft.data.groups import with_nodes
 from raytune_ft.data.readers import SourceRow, read_rows
-from raytune_ft.data.redaction import redact
-from raytune_ft.data.rows import ROW_SCHEMA, changed_by, prompt_hash, remarked, short_hash
+from raytune_ft.data.redaction import redact_text
+from raytune_ft.data.rows import ROW_SCHEMA, changed_by, prompt_hash, remarked, renamed_to, short_hash
 from raytune_ft.data.shards import write_file, write_files
 from raytune_ft.data.sources import SourceFile
 from raytune_ft.data.split import mark_leaks
@@ -64,6 +65,7 @@ def _collected(
     file: SourceFile, row: SourceRow, config: DataCollectionConfig, corrections: Mapping[str, Correction]
 ) -> dict[str, Any]:
     place = {"file": file.number, "is_test": file.is_test}
+    given = [standard for standard, name in config.columns.items() if row.values and name in row.values]
     try:
         if row.values is None:
             raise FormatFault(row.fault)
@@ -76,14 +78,16 @@ def _collected(
             mend = "Mend the row, or set on_bad_row: reject to leave such rows out."
             raise DataError(f"{where}: {fault}. {mend}") from None
         named = {"source": file.label, "position": row.position, "group": short_hash(f"{file.number}:{row.position}")}
-        words, raw = (redact(text, config.redact)[0] for text in (str(fault), row.raw))
-        return {**named, **place, "reason": words, "raw": raw, "format": "no record"}
+        words, raw = str(fault), row.raw
+        if config.redact:
+            words, raw = (redact_text(text, config.redact, Counter()) for text in (words, raw))
+        return {**named, **place, "reason": words, "raw": raw, "format": "no record", "notes": renamed_to(None, given)}
     record = with_system_prompt(record, config.system_prompt)
     cleaned = clean(record, config)
     shaped, remark = with_reasoning(cleaned.record, config)
     refused = remark if config.on_reasoning_fault == "reject" else None
     reason = cleaned.reason or moved_spans(record, cleaned.record) or refused
-    notes = remarked(cleaned.notes, remark if reason is None else None)
+    notes = remarked(renamed_to(cleaned.notes, given), remark if reason is None else None)
     if reason is None:
         shaped, done = correct(shaped, corrections)
         notes = changed_by(notes, done)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +13,15 @@ import pyarrow.compute as pc
 import xxhash
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.data.config import STRATA, DataCollectionConfig
 from raytune_ft.data.shingles import Places, row_texts
 
 MOST_STRATA = 256
 """Most values that a field to stratify by may have: counts per stratum are kept in one place."""
 _SOURCES = 16
 _SHORTEST, _LONGEST = 4, 19
+_INNER = "metadata"
+_LOOKED_AT, _NAMES, _SHOWN = 100, 50, 8
 
 
 def with_strata(rows: pa.Table, stratify_by: str | None) -> pa.Table:
@@ -69,15 +74,75 @@ def length_buckets(rows: pa.Table) -> Places:
 
 
 def field_values(rows: pa.Table, field: str) -> list[str]:
-    """The value of a metadata field of each row as text; empty where a row has none."""
+    """The value of a metadata field of each row as text; empty where a row has none.
+
+    A source's own column `metadata` lies inside the metadata; its fields count as well.
+    """
     metadata = rows.column("metadata")
     # Looked for as text first: most rows of most sources need no parsing.
     has = pc.match_substring(metadata, json.dumps(field, ensure_ascii=False)).fill_null(False).to_pylist()
     values = []
     for text, present in zip(metadata.to_pylist(), has, strict=True):
-        value = json.loads(text).get(field) if present else None
+        value = _field(json.loads(text), field) if present else None
         values.append("" if value is None else value if isinstance(value, str) else json.dumps(value, sort_keys=True))
     return values
+
+
+def _field(metadata: dict[str, Any], field: str) -> Any:
+    inner = metadata.get(_INNER)
+    return inner[field] if field not in metadata and isinstance(inner, dict) and field in inner else metadata.get(field)
+
+
+def seen_names(rows: pa.Table, fields: Sequence[str]) -> pa.Table:
+    """One row, JSON in the column `seen`: what some row of the table has of the names that settings name.
+
+    Those are the `fields` of the metadata and the standard names that `columns` gave; with them go names of the
+    metadata, a few, for messages.
+    """
+    texts = rows.column("metadata").drop_null()
+    notes = pc.unique(rows.column("notes").drop_null()).to_pylist()
+    names: set[str] = set()
+    for metadata in map(json.loads, texts.slice(0, _LOOKED_AT).to_pylist()):
+        inner = metadata.get(_INNER)
+        names |= metadata.keys() | (inner.keys() if isinstance(inner, dict) else set())
+    seen = {
+        "records": len(texts),
+        "fields": [field for field in fields if any(field_values(rows, field))],
+        "columns": sorted({name for note in notes for name in json.loads(note).get("renamed", ())}),
+        "names": sorted(names)[:_NAMES],
+    }
+    return pa.table({"seen": [json.dumps(seen)]})
+
+
+def named_fields(config: DataCollectionConfig) -> dict[str, str]:
+    """The settings that name a metadata field which must be in some row, and the field."""
+    named = {"stratify_by": config.stratify_by, "group_by": config.group_by}
+    usual = {*STRATA, type(config).model_fields["group_by"].default, None}
+    return {setting: field for setting, field in named.items() if field is not None and field not in usual}
+
+
+def refuse_absent(seen: Iterable[str], config: DataCollectionConfig) -> None:
+    """Refuses fields and columns that the settings name and no row has, by what `seen_names` said of its tables.
+
+    Raises:
+        DataError: naming the setting, and what was probably meant.
+    """
+    found = [json.loads(text) for text in seen]
+    if not any(one["records"] for one in found):
+        return  # which is said elsewhere
+    fields, columns, names = ({name for one in found for name in one[key]} for key in ("fields", "columns", "names"))
+    for setting, field in named_fields(config).items():
+        if field not in fields:
+            there = f"there are, among others, {', '.join(sorted(names)[:_SHOWN])}" if names else "it has no fields"
+            raise DataError(f"{setting}: no row has {field!r} in its metadata ({there}){_meant(field, names)}")
+    for standard, name in config.columns.items():
+        if standard not in columns:
+            raise DataError(f"columns.{standard}: no row of the sources has a column {name!r}{_meant(name, names)}")
+
+
+def _meant(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _hashed(values: list[str]) -> Places:

@@ -33,7 +33,12 @@ TEMPLATE_FILE = "chat_template.jinja"
 _SLICE = 1024
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.model",
+    "sentencepiece.bpe.model", "spm.model", "spm_char.model", "source.spm", "target.spm", "target_vocab.json",
+    "vocab-src.json", "vocab-tgt.json", "bpe.codes", "dict.txt", "tekken.json",
 )  # fmt: skip
+"""Files that decide the tokens; those behind the first line are the vocabularies of tokenizers without a
+``tokenizer.json``, as transformers names them."""
 
 
 @dataclass(frozen=True)

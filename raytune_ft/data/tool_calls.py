@@ -38,7 +38,7 @@ def tool_names(tools: str | None) -> frozenset[str] | None:
     """
     if not tools or not tools.strip():
         return None
-    listed = json.loads(tools)
+    listed = _loaded(tools)
     listed = [listed] if isinstance(listed, Mapping) else listed
     if not isinstance(listed, list):
         raise ValueError("expected a list of tools")
@@ -80,7 +80,7 @@ def _call_fault(name: Any, arguments: Any, known: frozenset[str] | None) -> str 
         return "malformed tool call: it names no tool"
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = _loaded(arguments or "{}")
         except ValueError as error:
             return f"malformed tool call: the arguments of {name} are no JSON: {error}"
     if arguments is not None and not isinstance(arguments, Mapping):
@@ -88,6 +88,13 @@ def _call_fault(name: Any, arguments: Any, known: frozenset[str] | None) -> str 
     if known is not None and name not in known:
         return f"unknown tool: {name} is called; listed are {', '.join(sorted(known)) or 'none'}"
     return None
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _calls(turn: Message) -> Iterator[Mapping[str, Any]]:

@@ -305,7 +305,8 @@ def test_two_runs_at_once_do_not_write_into_one_folder(tmp_path):
         with pytest.raises(ArtifactError, match="another run is writing into this folder right now"):
             begin(tmp_path / "a", ArtifactKind.DATASET, settings={"seed": 2})
         code = "import sys; from raytune_ft.core.draft import begin; begin(sys.argv[1], 'dataset', settings={})"
-        other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+        program = [sys.executable, "-c", code, str(tmp_path / "a")]
+        other = subprocess.run(program, check=False, capture_output=True, text=True)
         assert "another run is writing into this folder right now" in other.stderr
     assert list(open_artifact(tmp_path / "a").manifest.files) == ["rows.txt"]
     assert begin(tmp_path / "a", ArtifactKind.DATASET, settings={"seed": 1}).finished is not None

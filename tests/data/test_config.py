@@ -48,6 +48,9 @@ def test_where_and_in_which_format_it_is_exported_does_not_change_the_identity()
         ({"length_bounds": {"words": [5, 2]}}, r"length_bounds\.words: the least \(5\) is more than the most \(2\)"),
         ({"length_bounds": {"syllables": [1, 2]}}, "length_bounds"),
         ({"redact": ["mail"]}, "redact"),
+        ({"columns": {"sytem": "x"}}, r"columns\.sytem: is no standard name; did you mean system\?"),
+        ({"columns": {"zzz": "x"}}, r"columns\.zzz: is no standard name \(known: messages, "),
+        ({"columns": {"prompt": "q", "completion": "q"}}, r"columns\.prompt: 'q' is given twice"),
     ],
 )
 def test_cleaning_that_cannot_be_met_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -61,3 +64,21 @@ def test_cleaning_settings_read_from_plain_values_and_count_for_the_identity() -
     assert config.identity()["length_bounds"] == {"answer_words": [1, None]}
     assert config.with_overrides(seed=0) == config
     assert config.identity() != DataCollectionConfig(sources=["a.jsonl"], output_path="out").identity()
+
+
+def test_columns_may_be_renamed_to_what_a_format_uses_or_rows_are_grouped_by() -> None:
+    columns = {"prompt": "ask", "conversation_id": "thread", "topic": "kind"}
+    config = DataCollectionConfig(sources=["a.jsonl"], output_path="out", columns=columns, stratify_by="topic")
+    assert config.columns == columns
+
+
+@pytest.mark.parametrize("name", ["system_prompt", "template", "task_description"])
+def test_a_text_counts_for_the_identity_also_where_it_is_shown_masked(name: str) -> None:
+    one, other = (
+        DataCollectionConfig(sources=["a.jsonl"], output_path="out", **{name: f"See https://a.org/?key={key}"})
+        for key in ("one", "other")
+    )
+    assert one.resolved() == other.resolved()
+    assert one.identity() != other.identity()
+    plain = DataCollectionConfig(sources=["a.jsonl"], output_path="out", **{name: "See a.org"})
+    assert set(plain.identity()) == set(plain.resolved()) - plain.not_identity

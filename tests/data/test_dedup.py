@@ -14,6 +14,7 @@ def test_the_first_usable_row_of_a_content_stays() -> None:
         {
             "id": ["x", "x", "y", "x", "z", "z"],
             "reason": pa.array([None, None, None, None, "empty answer", None], pa.string()),
+            "is_test": [False] * 6,
             "source": ["a", "a", "a", "b", "b", "b"],
             "position": [0, 4, 5, 0, 1, 2],
         }
@@ -56,3 +57,16 @@ def test_a_rejected_row_conflicts_with_none() -> None:
     rows[0]["reason"] = "too long"
     table = mark_conflicts(pa.Table.from_pylist(rows, schema=ROW_SCHEMA), drop=True)
     assert table.column("conflicting").to_pylist() == [False, False]
+
+
+def test_rows_of_test_sources_stay_as_often_as_they_are_there() -> None:
+    table = pa.table(
+        {
+            "id": ["x", "x", "x"],
+            "reason": pa.nulls(3, pa.string()),
+            "is_test": [True, True, False],
+            "source": ["t", "t", "a"],
+            "position": [0, 4, 0],
+        }
+    )
+    assert mark_duplicates(table).column("reason").to_pylist() == [None, None, "duplicate: of t:0"]

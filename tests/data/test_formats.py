@@ -19,6 +19,10 @@ def read(values: dict[str, Any]) -> Record:
     return to_record(values, detect(values)[0], source="a.jsonl", position=3)
 
 
+def read_row(values: dict[str, Any]) -> Record:
+    return to_record(values, format_of_row(values, None)[0], source="a.jsonl", position=3)
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
@@ -256,3 +260,30 @@ def test_of_several_prompts_of_a_preference_the_stated_format_takes_the_first() 
     record = to_record(values, RecordFormat.PREFERENCE, source="a.jsonl", position=0)
     assert (record.messages, record.chosen) == (ASKED, (Message("assistant", "A"),))
     assert record.metadata == {"messages": [USER, ASSISTANT], "score": 3}
+
+
+def test_null_columns_of_other_formats_do_not_decide_a_rows() -> None:
+    talk = {"messages": [USER, ASSISTANT]}
+    for nulls in ({"chosen": None, "rejected": None}, {"label": None}, {"chosen": [], "rejected": []}):
+        assert format_of_row({**talk, **nulls}, None)[0] is RecordFormat.MESSAGES
+        assert read_row({**talk, **nulls}).messages == ANSWERED
+    sft = {"prompt": "Q", "completion": "A", "chosen": None, "rejected": None, "label": None}
+    assert format_of_row(sft, None)[0] is RecordFormat.PROMPT_COMPLETION
+    assert format_of_row({**sft, "label": False}, None)[0] is RecordFormat.KTO
+    pair = {"prompt": "Q", "completion": None, "chosen": "A", "rejected": "B", "label": None}
+    assert format_of_row(pair, None)[0] is RecordFormat.PREFERENCE
+
+
+def test_half_a_pair_and_an_answer_without_judgement_stay_what_they_are() -> None:
+    asked = {"messages": [USER]}
+    assert format_of_row({**asked, "chosen": "A", "rejected": None}, None)[0] is RecordFormat.PREFERENCE
+    assert format_of_row({**asked, "chosen": None, "rejected": "B"}, None)[0] is RecordFormat.PREFERENCE
+    assert format_of_row({**asked, "preferred": "A", "rejected": None}, None)[0] is RecordFormat.FEEDBACK
+    assert format_of_row({**asked, "response": "A", "rating": None}, None)[0] is RecordFormat.FEEDBACK
+    record = Record(messages=ANSWERED).to_row()
+    assert format_of_row(record, None)[0] is RecordFormat.RECORD
+
+
+def test_a_turn_says_what_stands_in_value_where_content_is_null() -> None:
+    turns = [{**HUMAN, "role": None, "content": None}, {**GPT, "role": None, "content": None}]
+    assert read({"conversations": turns}).messages == ANSWERED

@@ -107,9 +107,21 @@ def test_values_are_as_python_reads_them_and_stricter_where_that_loses_something
         ("{} x", "more follows the value: character 4"),
         ('{"a": }', "malformed JSON: Expecting value: character 7"),
         ("[" * 100_000, "nested too deep"),
+        ('{"a": ' + "9" * 5000 + "}", "number too long: more than 4,300 digits"),
         ("[" * 300 + "]" * 300, "nested too deep"),
     ]:
         with pytest.raises(JsonFault, match=message):
             parse(text)
     assert parse("[" * 200 + "]" * 200)
     assert parse("[" + "[]," * 500 + "[]]")
+
+
+@pytest.mark.parametrize("step", [1, 7, 10_000])
+def test_a_number_of_too_many_digits_is_a_fault_of_its_item(step: int) -> None:
+    long = "9" * 5000
+    found = items(f'[1, {long}, {{"a": [-{long}]}},\n{long}]', step)
+    assert [(line, str(value)) for line, value in found] == [
+        (1, "1"),
+        *[(line, "number too long: more than 4,300 digits") for line in (1, 1, 2)],
+    ]
+    assert [value.text for _, value in found[1:]] == [long, f'{{"a": [-{long}]}}', long]

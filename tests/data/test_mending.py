@@ -16,6 +16,7 @@ def test_mojibake_is_repaired_and_wording_stays() -> None:
 
 def test_control_characters_go_and_line_ends_become_newlines() -> None:
     assert remove_control_characters("a\x00b\r\nc\rd\te\x1b[31mf\ufeff") == "ab\nc\nd\tef"
+    assert remove_control_characters("a\x0cb\x0bc\x85d\u2028e\x1ef") == "a\nb\nc\nd\ne\nf"
 
 
 def test_blanks_inside_become_one_and_indentation_and_code_stay() -> None:

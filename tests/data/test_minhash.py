@@ -58,6 +58,15 @@ def test_opposite_labels_have_no_shingle_in_common() -> None:
     assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
 
 
+def test_an_answer_chosen_and_the_same_rejected_have_no_shingle_in_common() -> None:
+    """A prompt of 6 words has 2 shingles, each answer of 5 words one: swapped pairs share those of the prompt alone."""
+    one, other = (f"{word} in the old park" for word in ("walk", "sleep"))
+    sides = [[{"role": "assistant", "content": text, "tool_calls": None}] for text in (one, other)]
+    table = settled(["what shall we do now then", "what shall we do now then"], chosen=sides, rejected=sides[::-1])
+    first, second = (set(row["shingles"]) for row in sketched(table).to_pylist())
+    assert (len(first), len(second), len(first & second)) == (4, 4, 2)
+
+
 def test_rows_of_one_set_share_every_band_and_other_rows_none() -> None:
     sketches = sketched(settled(["one two three four five six", "One  two three four five six", "seven eight nine"]))
     keys = band_keys(pa.concat_tables(with_bands(sketches, 0.7)))

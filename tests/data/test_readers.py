@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -72,6 +73,7 @@ def test_compressed_files_read_the_same(tmp_path: Path, name: str, content: byte
         ("a.csv", b'text\na\n"b"c\nd\n', "a.csv:3: malformed CSV in the row that begins here"),
         ("a.csv", b"\n", "a.csv: has no header line"),
         ("a.csv", b"text\n", "a.csv: holds no rows"),
+        ("a.csv", b"text,cat\xe9gorie\na,b\n", "a.csv:1: not UTF-8: byte 0xe9 in column .* of the header"),
         ("a.json", b"[]", "a.json: holds no rows"),
         ("a.json", b'["\xe9"]', "a.json:1: not UTF-8: byte 0xe9"),
         ("a.txt", b"\n \n", "a.txt: holds no rows"),
@@ -183,3 +185,16 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.json:20001: malformed JSON"):
         for _ in rows:
             pass
+
+
+def test_arrow_text_that_is_no_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    ends = pa.py_buffer(np.array([0, 1, 3, 4], np.int32).tobytes())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, [None, ends, pa.py_buffer(b"a\xff\xfeb")])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        rows = list(read_rows(find_files([str(tmp_path / name)])[0]))
+        assert [row.values for row in rows] == [{"text": "a"}, None, {"text": "b"}]
+        assert (rows[1].position, rows[1].fault) == (1, "not UTF-8: byte 0xff in column 'text'")
+        assert rows[1].raw == '{"text": "\ufffd\ufffd"}'

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
 
 from raytune_ft.data.config import PersonalData
-from raytune_ft.data.redaction import passes_iban, passes_luhn, redact, redact_value
+from raytune_ft.data.redaction import passes_iban, passes_luhn, redact, redact_text, redact_value
 
 ALL = tuple(PersonalData)
 # Written in parts, so that no scanner takes these made-up keys for real ones.
@@ -32,6 +33,7 @@ KEYS = [
         ("+14155552671", "[PHONE]"),
         ("Visa 4111 1111 1111 1111, Amex 3782-822463-10005.", "Visa [CARD], Amex [CARD]."),
         ("5500005555555559", "[CARD]"),
+        ("Jo,4111111111111111,5500005555555559,12/26", "Jo,[CARD],[CARD],12/26"),
         ("Pay DE89 3704 0044 0532 0130 00 AND wait", "Pay [IBAN] AND wait"),
         ("GB82WEST12345698765432.", "[IBAN]."),
         ("NO93 8601 1117 947 GB82 WEST 1234 5698 7654 32", "[IBAN] [IBAN]"),
@@ -57,6 +59,7 @@ def test_keys_of_the_usual_makers_are_known(key: str) -> None:
         "1646615806005 + 2566267207 = 4212883012996",
         "0000 0000 0000 0000",
         "DE88 3704 0044 0532 0130 00 has wrong check digits",
+        "0,4111111111111111 and 0.4111111111111111",
         "1990-2000, 3.14159265358979, 12-31-2024, 192.168.10.254",
         "2 + 3456 7890 = 3 and 1,234,567,890",
         "pages 100-200-3000, ISBN 978-3-16-148410-0",
@@ -99,3 +102,26 @@ def test_arguments_that_are_json_text_stay_json_text() -> None:
     assert redact_value(calls, ALL, found) == '[{"function": {"arguments": "{\\"card\\": \\"[CARD]\\"}"}}]'
     assert redact_value("{not json: a@b.org", ALL, found) == "{not json: [EMAIL]"
     assert redact_value('{"a":  1}', ALL, found) == '{"a":  1}'
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ('{"john.doe@example.com": "admin"}', '{"[EMAIL]": "admin"}'),
+        ('{"a":"x@y.com","a":"2"}', '{"a":"[EMAIL]","a":"2"}'),
+        ('{\n  "mail":"a@b.com",\n  "v":1.50\n}', '{\n  "mail":"[EMAIL]",\n  "v":1.50\n}'),
+        ('{"a": "so:\\na@b.com", "b": "\\n+49 30 901820"}', '{"a": "so:\\n[EMAIL]", "b": "\\n[PHONE]"}'),
+        (' [4111111111111111,5500005555555559, 1e99]', ' ["[CARD]","[CARD]", 1e99]'),
+        ('{"a": "m\\u00fcller@b.com", "b": "caf\\u00e9"}', '{"a": "[EMAIL]", "b": "caf\\u00e9"}'),
+    ],
+)  # fmt: skip
+def test_json_keeps_its_form_and_loses_personal_data_in_keys_and_repeated_ones_too(text: str, redacted: str) -> None:
+    found: Counter[str] = Counter()
+    assert redact_text(text, ALL, found) == redacted
+    assert json.loads(redacted)
+    assert found
+
+
+def test_keys_of_a_value_that_become_the_same_are_all_kept() -> None:
+    value = {"a@b.com": 1, "[EMAIL]": 2, "c@d.com": 3}
+    assert redact_value(value, ALL, Counter()) == {"[EMAIL]": 1, "[EMAIL] (2)": 2, "[EMAIL] (3)": 3}

@@ -172,6 +172,19 @@ def test_objects_folders_and_globs_of_s3_are_sources(bucket: str) -> None:
     assert [f.kind for f in find_files([f"{bucket}/**.parquet?region=us-east-1"])] == ["parquet"]
 
 
+def test_objects_may_be_called_anything(bucket: str) -> None:
+    names = ["läufe 1/a b.jsonl", "läufe 1/50%#1?.jsonl"]
+    for name in names:
+        (Location.at(bucket) / "odd" / name).write((Location.at(bucket) / "d" / "a.jsonl").read())
+    for source in (
+        f"{bucket}/odd",
+        f"{bucket}/odd/läufe 1",
+        f"{bucket}/odd/läufe 1/*.jsonl",
+        f"{bucket}/odd/l%C3%A4*/*",
+    ):
+        assert rows_of(source) == [*ROWS, *ROWS]
+
+
 def test_objects_folders_and_globs_of_googles_storage_are_sources(gs_bucket: str, tmp_path: Path) -> None:
     fill(tmp_path)
     (Location.at(gs_bucket) / "d").upload(tmp_path / "d")

@@ -276,3 +276,19 @@ def test_weights_of_sources_are_made_or_left_out_in_training_alone_and_accounted
     assert numbers["rejected"]["source weight"] > 0
     held = [row["id"] for split in ("validation", "test") for row in dataset[split]]
     assert len(held) == len(set(held))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_by": "m"}, r"group_by: no row has 'm' in its metadata \(there are, among others, n\)"),
+        ({"columns": {"system": "nosuch"}}, "columns.system: no row of the sources has a column 'nosuch'"),
+        ({"source_weights": 0.0}, "source_weights: leave out every row of the training split"),
+    ],
+)
+def test_settings_that_no_row_answers_to_are_refused(
+    changes: dict[str, Any], message: str, source: str, tmp_path: Path, ray_cluster: object
+) -> None:
+    given = {name: {source: value} if name == "source_weights" else value for name, value in changes.items()}
+    with pytest.raises(DataError, match=message):
+        prepare(DataCollectionConfig(sources=[source], output_path=str(tmp_path / "out"), **given))

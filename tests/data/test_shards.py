@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from raytune_ft.core.records import RECORD_SCHEMA, REJECTED_SCHEMA, Message, Record
 from raytune_ft.data import shards
 from raytune_ft.data.rows import ROW_SCHEMA, prompt_hash
-from raytune_ft.data.shards import Layout, assign_files, assign_folders, write_files
+from raytune_ft.data.shards import Layout, assign_files, assign_folders, count_folders, write_files
 from raytune_ft.data.split import Tally, find_cuts, tally_rows
+from raytune_ft.data.weights import weigh_training_rows
 
 
 def table_of(count: int) -> pa.Table:
@@ -70,3 +72,19 @@ def test_columns_are_the_contracts_and_counts_are_of_what_was_written(tmp_path: 
     found = {count["folder"]: count for count in map(json.loads, counts.column("counts").to_pylist())}
     assert found["rejected"]["reasons"] == {"too long": 1}
     assert sum(count["rows"] for count in found.values()) == 5
+
+
+def test_files_are_as_many_as_the_rows_need_after_weights_moved_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROWS_PER_FILE", 8)
+    table = table_of(50)
+    table = table.filter(pc.is_null(table.column("reason")))  # nothing is rejected before
+    layout = layout_of(table, shuffle=True)
+    rows = weigh_training_rows(assign_folders(table, layout), {0: 0.5}, seed=0)
+    counts = [count_folders(part).column("counts")[0].as_py() for part in (rows.slice(0, 9), rows.slice(9))]
+    layout = layout.counted(counts)
+    folders = rows.column("folder").to_pylist()
+    assert layout.rows == {name: folders.count(name) for name in ("train", "validation", "test", "rejected")}
+    paths = set(assign_files(rows, layout).column("path").to_pylist())
+    assert paths == set(layout.paths)
+    assert sum(path.startswith("rejected/") for path in paths) == -(-folders.count("rejected") // 8) > 1
+    assert json.loads(count_folders(table.slice(0, 0)).column("counts")[0].as_py()) == {}

@@ -3,9 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.data.readers import read_rows
 from raytune_ft.data.sources import find_files, source_parents
 
@@ -114,3 +118,17 @@ def test_all_splits_of_a_saved_dataset_are_read_or_the_one_whose_folder_is_given
     (tmp_path / "two/train/data-00000-of-00001.arrow").unlink()
     with pytest.raises(DataError, match=r"train/data-00000-of-00001.arrow: is missing, and .*state.json names it"):
         find_files([str(tmp_path / "two")])
+
+
+def test_of_a_dataset_of_ours_the_files_of_its_splits_are_read_and_no_export_of_them(tmp_path: Path) -> None:
+    with begin(str(tmp_path / "set"), ArtifactKind.DATASET, settings={}) as draft:
+        for name in ("train/00000.parquet", "test/00000.parquet", "rejected/00000.parquet"):
+            (draft.folder / name).parent.mkdir(exist_ok=True)
+            pq.write_table(pa.table({"text": [name]}), draft.folder / name)
+    (tmp_path / "set/export").mkdir()
+    pq.write_table(pa.table({"text": ["again"]}), tmp_path / "set/export/train.parquet")
+    found = [file.uri.removeprefix(f"{tmp_path}/set/") for file in find_files([str(tmp_path / "set")])]
+    assert found == ["test/00000.parquet", "train/00000.parquet"]
+    (tmp_path / "set/train/00000.parquet").unlink()
+    with pytest.raises(DataError, match=r"train/00000.parquet is missing"):
+        find_files([str(tmp_path / "set")])

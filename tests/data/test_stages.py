@@ -108,3 +108,63 @@ def test_batches_stay_small_where_rows_are_long(tmp_path: Path, monkeypatch: pyt
     config = DataCollectionConfig(sources=[str(path)], output_path="out")
     tables = list(collect_rows(pa.Table.from_pylist([asdict(f) for f in find_files(config.sources)]), config))
     assert [table.num_rows for table in tables] == [3, 3, 3, 0]
+
+
+def test_redaction_of_a_rejected_row_reads_what_its_json_says(tmp_path: Path) -> None:
+    (row,) = collected(tmp_path / "a.jsonl", '{"who": "\\n+49 30 901820"}', on_bad_row="reject", redact=["phone"])
+    assert row["raw"] == '{"who": "\\n[PHONE]"}'
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "number too long: more than 4,300 digits"),
+        ('{"instruction": "Q", "output": "A", "history": 5}', "wrong type in 'history': expected pairs"),
+        (
+            json.dumps({"prompt": "Q", "completion": "A", "tools": "[" * 100_000}),
+            "malformed tools: nested too deep",
+        ),
+        (
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": "Q"},
+                        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 100_000}]},
+                    ]
+                }
+            ),
+            "malformed tool call: the arguments of f are no JSON: nested too deep",
+        ),
+    ],
+)
+def test_numbers_and_depths_beyond_what_python_reads_are_faults_of_their_row(
+    tmp_path: Path, row: str, reason: str
+) -> None:
+    found = collected(tmp_path / "a.jsonl", f'{row}\n{{"text": "next"}}', on_bad_row="reject")
+    assert [(told["reason"] or "")[: len(reason)] for told in found] == [reason, ""]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"metadata": 5}, "wrong type in 'metadata': expected an object, found 5"),
+        ({"metadata": [1]}, "wrong type in 'metadata'"),
+        ({"label": 1}, "wrong type in 'label': expected true or false, found 1"),
+        ({"label": "7"}, "wrong type in 'label': expected true or false, found 7"),
+        ({"label": {"a": 1}}, "wrong type in 'label'"),
+    ],
+)
+def test_a_record_with_a_field_of_the_wrong_type_is_a_fault(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    line = json.dumps({"messages": [], "text": "T", "chosen": [], "rejected": [], **values})
+    (row,) = collected(tmp_path / "a.jsonl", line, on_bad_row="reject", input_format="record")
+    assert row["reason"].startswith(message)
+    with pytest.raises(DataError, match=r"a.jsonl:1: wrong type"):
+        collected(tmp_path / "a.jsonl", line, input_format="record")
+
+
+def test_rows_say_which_columns_were_renamed(tmp_path: Path) -> None:
+    lines = '{"ask": "Q", "completion": "A"}\n{"prompt": "Q", "completion": "A"}\n{"ask": "Q", "other": 1}'
+    rows = collected(tmp_path / "a.jsonl", lines, columns={"prompt": "ask"}, on_bad_row="reject")
+    assert [row["notes"] for row in rows] == ['{"renamed": ["prompt"]}', None, '{"renamed": ["prompt"]}']

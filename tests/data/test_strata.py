@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.data.strata import field_values, length_buckets, with_strata
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.strata import (
+    field_values,
+    length_buckets,
+    named_fields,
+    refuse_absent,
+    seen_names,
+    with_strata,
+)
 
 from .planted import settled
 
@@ -50,3 +60,49 @@ def test_a_field_that_tells_all_rows_apart_is_refused() -> None:
     metadata = [f'{{"name": "{n}"}}' for n in range(257)]
     with pytest.raises(DataError, match="stratify_by: 'name' has more than 256 values"):
         strata([str(n) for n in range(257)], "name", metadata=metadata)
+
+
+def test_a_field_of_a_column_named_metadata_is_one_too() -> None:
+    metadata = [
+        '{"metadata": {"topic": "law"}}',
+        '{"metadata": {"topic": "law"}, "topic": "art"}',
+        '{"metadata": "topic"}',
+    ]
+    assert field_values(settled(["a", "b", "c"], metadata=metadata).sort_by("position"), "topic") == ["law", "art", ""]
+
+
+def config(**settings: Any) -> DataCollectionConfig:
+    return DataCollectionConfig(sources=("a",), output_path="out", **settings)
+
+
+def seen(settings: DataCollectionConfig, metadata: list[str], notes: list[str | None]) -> list[str]:
+    """What `seen_names` says of each row in a table of its own."""
+    table = settled([str(n) for n in range(len(metadata))], metadata=metadata, notes=notes).sort_by("position")
+    parts = (seen_names(table.slice(n, 1), list(named_fields(settings).values())) for n in range(table.num_rows))
+    return [part.column("seen")[0].as_py() for part in parts]
+
+
+def test_fields_that_no_row_has_are_refused_with_what_was_meant() -> None:
+    metadata, notes = ['{"other": 1}', '{"metadata": {"topic": "law"}, "thread": 3}'], [None, None]
+    for given, message in [
+        ({"stratify_by": "topci"}, "stratify_by: no row has 'topci' in its metadata .*; did you mean topic"),
+        ({"group_by": "thraed"}, "group_by: no row has 'thraed' .*among others, metadata, other, thread, topic"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            refuse_absent(seen(config(**given), metadata, notes), config(**given))
+    for given in ({"stratify_by": "topic", "group_by": "thread"}, {"stratify_by": "source"}, {}, {"group_by": None}):
+        refuse_absent(seen(config(**given), metadata, notes), config(**given))
+
+
+def test_a_column_to_rename_that_no_row_has_is_refused() -> None:
+    given = config(columns={"prompt": "ask", "completion": "asnwer"})
+    told = seen(given, ["{}", '{"answer": "A"}', None], ['{"renamed": ["prompt"]}', None, None])
+    with pytest.raises(
+        DataError, match=r"columns.completion: no row of the sources has a column 'asnwer'; did you mean a"
+    ):
+        refuse_absent(told, given)
+    both = seen(given, ["{}", "{}"], ['{"renamed": ["prompt"]}', '{"renamed": ["completion"]}'])
+    refuse_absent(both, given)
+    bad = seen(given, ["{}", None], ['{"renamed": ["prompt"]}', '{"renamed": ["completion"]}'])
+    refuse_absent(bad, given)  # a row that is no record has the column, too
+    refuse_absent(seen(given, [None], [None]), given)  # where nothing is a record, that is what is wrong

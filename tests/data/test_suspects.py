@@ -169,3 +169,14 @@ def test_corrections_that_no_longer_fit_are_refused(tmp_path: Path) -> None:
             read_corrections(str(tmp_path / "mine.jsonl"))
     with pytest.raises(DataError, match="there is no such file"):
         read_corrections(str(tmp_path / "none.jsonl"))
+
+
+def test_a_correction_may_hold_any_kind_of_line_end_inside_its_text(tmp_path: Path) -> None:
+    line = json.dumps({"id": "a", "answer": "x\u2028y", "corrected": "x\u2028z\x85"}, ensure_ascii=False)
+    (tmp_path / "mine.jsonl").write_text(f"{line}\r\n{line}\n")
+    (found,) = read_corrections(str(tmp_path / "mine.jsonl")).values()
+    assert (found.answer, found.corrected, found.where) == (
+        "x\u2028y",
+        "x\u2028z\x85",
+        f"{tmp_path}/mine.jsonl:1",
+    )

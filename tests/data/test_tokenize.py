@@ -224,3 +224,17 @@ def test_the_tokenizers_digest_does_not_change_with_the_weights(tiny_model: Path
     assert tokenizer_parent(str(tmp_path)).digest == tokenizer_parent(str(tiny_model)).digest
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_parent(str(tmp_path)).digest != tokenizer_parent(str(tiny_model)).digest
+
+
+def test_the_tokenizers_digest_changes_with_a_vocabulary_that_is_a_file_of_its_own(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """As slow tokenizers have it, without a ``tokenizer.json``."""
+    for name in ("tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((tiny_model / name).read_bytes())
+    found = [tokenizer_parent(str(tmp_path)).digest]
+    for name in ("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        for content in ("one", "other"):
+            (tmp_path / name).write_text(content)
+            found.append(tokenizer_parent(str(tmp_path)).digest)
+    assert len(set(found)) == len(found) == 13
