@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 from raytune_ft.evaluation.exposures import Exposures, LogFiles, read_exposures
 from raytune_ft.evaluation.ratings import Ratings, read_ratings
 from raytune_ft.evaluation.report import image, page_template, write_plots
+from raytune_ft.evaluation.results import plain
 
 logger = logging.getLogger("raytune_ft")
 
@@ -99,7 +99,7 @@ def _write(draft: Draft, config: ABAnalysisConfig, look: Look, result: ABResult)
         "torn_lines": {role: file.torn for role, file in look.files.items()},
         "lines": {role: file.lines for role, file in look.files.items()},
     }
-    draft.write_json(RESULT, _plain(content))
+    draft.write_json(RESULT, plain(content))
     plots = ab_plots.draw(look.exposures, look.ratings, config)
     write_plots(draft.folder, plots)
     page = page_template("raytune_ft.evaluation", "ab.html.j2").render(
@@ -124,14 +124,3 @@ def _write(draft: Draft, config: ABAnalysisConfig, look: Look, result: ABResult)
 
 def _day(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: what is unknown is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

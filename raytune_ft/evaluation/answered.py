@@ -82,5 +82,6 @@ def _answer(record: Record, row: Row) -> Answer:
         reference=record.answer,
         metadata=dict(record.metadata),
         turns=prompt_turns(record),
+        tools=record.tools,
         **{name: row[name] for name in _FIELDS if name in row},
     )

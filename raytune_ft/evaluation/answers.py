@@ -13,13 +13,14 @@ from typing import Any
 def parse_json(text: str) -> dict[str, Any] | list[Any] | None:
     """The JSON object or array that `text` is, blanks around it aside; None if it is none.
 
-    Strict: NaN and Infinity, and an object that names a key twice, are not JSON here.
+    Strict: NaN and Infinity, an object that names a key twice, and more than 100 values in one another are not JSON
+    here.
     """
     try:
         value = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict | list) else None
+    return value if isinstance(value, dict | list) and not _is_deeper(value, _DEEPEST) else None
 
 
 def canonical(value: Any) -> Hashable:
@@ -41,6 +42,22 @@ def words(text: str) -> list[str]:
     """Words as SQuAD takes them: lower case, without ASCII punctuation and English articles, split at blanks."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+_DEEPEST = 100
+"""Beyond, Python's own stack would end the comparison of values."""
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,7 +111,8 @@ def repeated_share(text: str, words_in_a_row: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-_NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+_NUMBER = r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?"
+"""A minus behind a digit is a dash or an operator, and a point behind a letter, digit or point ends something else."""
 
 
 def _number(text: str) -> Decimal | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from raytune_ft.evaluation.results import EvaluationResult
@@ -10,8 +11,14 @@ from raytune_ft.evaluation.tables import TextTable
 
 
 def check_tables(result: EvaluationResult) -> list[TextTable]:
-    """One table for each check that was made and has something to show."""
-    tables = [make(result.checks[name]) for name, make in _TABLES.items() if name in result.checks]
+    """One table for each check that was made and has something to show; joined reports have a check of each part's."""
+    tables = []
+    for name, make in _TABLES.items():
+        for key, found in result.checks.items():
+            label, _, check = key.rpartition(": ")
+            if check == name:
+                table = make(found)
+                tables.append(replace(table, title=f"{table.title}: {label}") if label else table)
     return [table for table in tables if table.rows]
 
 

@@ -68,7 +68,8 @@ def check_leaks(config: MeasureConfig, targets: Sequence[Target], rows: Evaluati
             refuse_leaks(leaks, rows.records, target.label)
         if leaks:
             notes.append(f"Leak: {leak_words(leaks, rows.records, target.label)}. Its values are too good to be true.")
-        found[target.label] = {"known": True, "datasets": [source.where for source in data], "rows": len(leaks)}
+        looked_into = [source.where for source in data if source.unreadable is None]
+        found[target.label] = {"known": True, "datasets": looked_into, "rows": len(leaks)}
         found[target.label]["examples"] = leaks[:20]
     for note in notes:
         logger.warning("%s", note)

@@ -81,7 +81,8 @@ def difference(
         seed: of the resampling.
     """
     own, their = scores
-    gain = _rounded(their - own if lower_is_better else own - their)
+    with np.errstate(invalid="ignore"):
+        gain = _rounded(*((their, own) if lower_is_better else (own, their)))
     wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
     with np.errstate(invalid="ignore"):  # values beyond numbers, as an overflowed perplexity, cannot be told apart
         samples = bootstrap(statistic, columns, seed=seed) - bootstrap(statistic, others, seed=seed)
@@ -176,9 +177,10 @@ def _sums(columns: Columns) -> Columns:
     return {name: np.asarray(np.sum(column)) for name, column in columns.items()}
 
 
-def _rounded(gain: Floats) -> Floats:
+def _rounded(own: Floats, their: Floats) -> Floats:
     """Differences with those that rounding alone makes set to 0."""
-    return np.where(np.abs(gain) < 1e-9, 0.0, gain)
+    gain = own - their
+    return np.where(np.abs(gain) < 1e-9 * np.maximum(np.abs(own), np.abs(their)), 0.0, gain)
 
 
 def _probability(p: float) -> str:

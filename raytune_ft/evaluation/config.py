@@ -113,7 +113,7 @@ class MeasureConfig(Config):
     """Share of five-word sequences in common (Jaccard) from which a row counts as one that a model was trained on."""
     production_path: str | None = None
     """Feedback records (JSONL, Parquet, or a folder of these): the report then says how far what they ask is from what
-    the test set asks."""
+    the test set asks. More records do not make a finished report another one: evaluate into another folder."""
     production_embedder: str = "starter:all-minilm-l6-v2"
     """The embedder by which that is told; a folder, URI or hub id."""
     forgetting: ForgettingConfig | None = None

@@ -7,20 +7,24 @@ body that is no such answer counts as a failure like a timeout: it says somethin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.records import Message
 from raytune_ft.evaluation.config_inference import EndpointConfig
+from raytune_ft.evaluation.record_files import HALVES
 from raytune_ft.models.config import DecodingConfig
+
+logger = logging.getLogger("raytune_ft")
 
 _LONGEST_WAIT_S = 30.0
 _AGAIN = {408, 409, 425, 429}
@@ -107,14 +111,23 @@ class EndpointClient:
 
     def _ask(self, attempts: Sequence[Callable[[], Reply]], on_reply: Callable[[int, Reply], None]) -> None:
         _ = self.model  # once, before the threads
+        mended = 0
         with ThreadPoolExecutor(self.concurrency) as pool:
             asked = {pool.submit(self._reply, attempt): number for number, attempt in enumerate(attempts)}
             try:
                 for done in as_completed(asked):
-                    on_reply(asked[done], done.result())
+                    reply = done.result()
+                    mended += HALVES.search(reply.answer or "") is not None
+                    on_reply(asked[done], _whole(reply))
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        if mended:
+            logger.warning(
+                "%s: %d answers held half characters (lone surrogates), which no file can keep; U+FFFD stands for them",
+                self.url,
+                mended,
+            )
 
     def _reply(self, attempted: Callable[[], Reply]) -> Reply:
         if self._failed_in_a_row >= self.config.give_up_after:
@@ -134,7 +147,7 @@ class EndpointClient:
                 wait *= 2
             else:
                 self._failed_in_a_row = 0
-                return Reply(**{**vars(reply), "attempts": attempt})
+                return replace(reply, attempts=attempt)
         raise AssertionError("the last attempt returns")
 
     def _answer(self, request: Request) -> Reply:
@@ -205,6 +218,12 @@ def _turn(message: Message) -> dict[str, Any]:
     return turn
 
 
+def _whole(reply: Reply) -> Reply:
+    """The reply with U+FFFD in the place of half characters."""
+    answer, error = (None if text is None else HALVES.sub("\ufffd", text) for text in (reply.answer, reply.error))
+    return replace(reply, answer=answer, error=error)
+
+
 def _parsed(text: str) -> Reply:
     """The reply in the body of a successful request.
 
@@ -216,8 +235,10 @@ def _parsed(text: str) -> Reply:
         body = json.loads(text)
         choice = body["choices"][0]
         content, reason = choice["message"]["content"], choice["finish_reason"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise nonsense from None
+    if content is None and choice["message"].get("tool_calls"):
+        raise _AttemptError("answered with tool calls and without a text, which alone can be measured", again=False)
     if not isinstance(content, str):
         raise nonsense
     if reason not in _FINISHED:
@@ -236,7 +257,7 @@ def _echoed(text: str, tokens: int) -> Reply:
     try:
         found = json.loads(text)["choices"][0]["logprobs"]["token_logprobs"]
         behind = tuple(float(value) for value in found[1:tokens])
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         behind = ()
     if len(behind) != tokens - 1:
         raise _AttemptError(

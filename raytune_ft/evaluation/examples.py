@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from raytune_ft.evaluation.answers import fields
@@ -83,6 +84,7 @@ def most_changed(result: EvaluationResult) -> Changed | None:
         sign * (own.scores[metric] - their.scores[metric])
         for own, their in zip(last.answers, first.answers, strict=True)
     ]
+    gains = [0.0 if math.isnan(gain) else gain for gain in gains]
     order = sorted(range(len(gains)), key=lambda place: (-gains[place], place))
     gained = [place for place in order[:MOST_CHANGED] if gains[place] > 1e-9]
     lost = [place for place in reversed(order[-MOST_CHANGED:]) if gains[place] < -1e-9]

@@ -81,8 +81,9 @@ def gate(
     own, their = columns_of(model, measure), columns_of(other, measure)
     value, other_value = (_checked(scores, measure, side) for scores, side in ((model, own), (other, their)))
     sign = -1.0 if metric.facts.lower_is_better else 1.0
-    samples = sign * (bootstrap(measure.headline, own, seed=seed) - bootstrap(measure.headline, their, seed=seed))
-    least = float(np.quantile(samples, 1 - confidence))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is no number, and does not pass
+        samples = sign * (bootstrap(measure.headline, own, seed=seed) - bootstrap(measure.headline, their, seed=seed))
+        least = float(np.quantile(samples, 1 - confidence))
     rows = len(model.answers)
     reason = _short_of(least, rows, metric, max_drop=max_drop, confidence=confidence)
     if not reason and max_drop == 0:
@@ -113,6 +114,8 @@ def _refuse_out_of_range(max_drop: float, confidence: float) -> None:
 
 def _short_of(least: float, rows: int, metric: EvaluationMetric, *, max_drop: float, confidence: float) -> str:
     """Why a gain of at least `least` on so many rows does not pass; empty if it does."""
+    if not math.isfinite(least):
+        return "which is no number to go by: a value is beyond numbers, as an overflowed perplexity is"
     if least <= -max_drop:
         return f"that is not above {signed(-max_drop) if max_drop else '0'}"
     if least <= 0 and rows < (needed := rows_to_see(max_drop, metric.facts.best, confidence)):
@@ -172,6 +175,8 @@ def _checked(model: ModelScores, measure: RowMetric, columns: Columns) -> float:
     metric = measure.name_in_settings
     value = measure.summary(columns)[metric.facts.headline]
     recorded = model.values[metric.facts.headline]
+    if not math.isfinite(value) and not math.isfinite(recorded):
+        return value  # a report cannot say which of the values that are no numbers it was
     if not math.isclose(value, recorded, rel_tol=1e-6, abs_tol=1e-9):
         raise DataError(
             f"{metric}: the report says {recorded:.6g} of {model.label}, its answers give {value:.6g}: they were "

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Self
 
@@ -16,6 +17,9 @@ from raytune_ft.evaluation.config import HarnessConfig
 from raytune_ft.evaluation.config_inference import EndpointConfig
 from raytune_ft.evaluation.workload import Target
 from raytune_ft.models.config import Precision
+
+_KEY = "OPENAI_API_KEY"
+"""Where lm-eval looks for an endpoint's key."""
 
 
 def require_harness(config: HarnessConfig) -> None:
@@ -48,7 +52,7 @@ def run_harness(
     served = (
         _endpoint_model(target, config, endpoint) if target.is_endpoint else _local_model(target, config, precision)
     )
-    with _Unread() as unread:
+    with _Unread() as unread, _key_of(endpoint) if target.is_endpoint else nullcontext():
         try:
             found = simple_evaluate(
                 **served,
@@ -113,12 +117,24 @@ def _local_model(target: Target, config: HarnessConfig, precision: Precision) ->
     return {"model": model}
 
 
+@contextmanager
+def _key_of(endpoint: EndpointConfig) -> Iterator[None]:
+    """Within the block the endpoint's key stands where lm-eval looks for it, and no other."""
+    before = os.environ.get(_KEY)
+    os.environ[_KEY] = os.environ.get(endpoint.api_key_variable) or "none"
+    try:
+        yield
+    finally:
+        os.environ.pop(_KEY)
+        if before is not None:
+            os.environ[_KEY] = before
+
+
 def _endpoint_model(target: Target, config: HarnessConfig, endpoint: EndpointConfig) -> dict[str, Any]:
     from raytune_ft.evaluation.endpoint import EndpointClient
     from raytune_ft.models.config import DecodingConfig
 
     client = EndpointClient(target.path, endpoint, DecodingConfig(), concurrency=1)
-    os.environ.setdefault("OPENAI_API_KEY", os.environ.get(endpoint.api_key_variable, "none"))
     arguments: dict[str, Any] = {
         "model": client.model,
         "num_concurrent": endpoint.concurrency,

@@ -280,6 +280,8 @@ def _accounted(outcome: Any, what: str) -> Account:
             for row in table.to_pylist():
                 fault = fault or fault_in(row)
                 account.add(row)
+            if fault is not None:
+                break  # the other shards would be worked off for a run that has failed
             failed = f", {account.failed} without an answer" if account.failed else ""
             logger.info("%s: %d rows%s", what.capitalize(), account.answered, failed)
     except Exception as error:  # noqa: BLE001 - whatever Ray wraps a fault in: it is unwrapped and raised again

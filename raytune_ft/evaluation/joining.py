@@ -39,6 +39,8 @@ def open_reports(paths: Sequence[str]) -> tuple[list[Artifact], list[EvaluationR
 def joined(results: Sequence[EvaluationResult]) -> ComparisonResult:
     """The evaluated model of each report, beside the base of the first if that has one, on the metrics all share.
 
+    Notes and checks are those of all reports, each under the label of its report's model.
+
     Raises:
         DataError: if the reports are not of the same rows, or share no metric.
     """
@@ -46,6 +48,7 @@ def joined(results: Sequence[EvaluationResult]) -> ComparisonResult:
     if not metrics:
         raise DataError("these reports share no metric; evaluate with the same metrics")
     models = evaluated_models(results)
+    labels = [model.label for model in models]
     first = results[0].models[0]
     if len(results[0].models) > 1 and first.digest not in {model.digest for model in models}:
         models = [replace(first, label=_unused(first.label, models)), *models]
@@ -61,6 +64,12 @@ def joined(results: Sequence[EvaluationResult]) -> ComparisonResult:
         comparisons=compared(scored, chosen, seed=seed),
         created_at=now(),
         slices=sliced(scored, chosen, seed=seed, fields=settings.get("slice_by")),
+        notes=tuple(f"{label}: {note}" for label, part in zip(labels, results, strict=True) for note in part.notes),
+        checks={
+            f"{label}: {name}": found
+            for label, part in zip(labels, results, strict=True)
+            for name, found in part.checks.items()
+        },
     )
 
 

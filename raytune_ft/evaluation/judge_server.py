@@ -128,12 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return HTTPStatus.NOT_FOUND, {"error": "votes are JSON, posted to /votes"}
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _MOST_BYTES:
+        if not length.isdecimal() or int(length) > _MOST_BYTES:
             self.close_connection = True
             return HTTPStatus.BAD_REQUEST, {"error": f"a vote has at most {_MOST_BYTES} bytes"}
         try:
             self.server.take(json.loads(self.rfile.read(int(length))))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return HTTPStatus.BAD_REQUEST, {"error": str(error)}
         except OSError as error:
             return HTTPStatus.INSUFFICIENT_STORAGE, {"error": f"the disk did not take it: {error.strerror or error}"}
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_local(self) -> bool:
         """Refuses what another site's page asks for in the judge's browser (a foreign name for this address, too)."""
-        ours = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
+        ours = own_hosts(self.server.server_port)
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in ours and (origin is None or origin.removeprefix("http://") in ours):
             return True
@@ -164,6 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Frame-Options", "DENY")
         self.end_headers()
         self.wfile.write(body)
+
+
+def own_hosts(port: int) -> set[str]:
+    """What a browser calls this server; at HTTP's own port it leaves the port out."""
+    names = {HOST, "localhost"}
+    return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 
 def judge_name(text: str) -> str:

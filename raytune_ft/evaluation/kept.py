@@ -6,6 +6,7 @@ rows. Rows that could not be answered are kept apart, to be told, and asked agai
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,8 +72,11 @@ def is_answered(record: Record, row: Row | None) -> bool:
 
 
 def folder_name(label: str) -> str:
-    """A label as the name of a file or folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", label)
+    """A label as the name of a file or folder; labels that differ have names that do."""
+    name = re.sub(r"^\.+|[^A-Za-z0-9._-]+", "-", label)
+    if name == label:
+        return name
+    return f"{name}-{hashlib.sha256(label.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def _by_position(folder: Location) -> dict[int, Row]:

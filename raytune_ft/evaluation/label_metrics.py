@@ -21,7 +21,8 @@ _MOST_LABELS = 50
 class LabelF1(RowMetric):
     """Precision, recall and F1 of each label of the references: their means over labels (macro) and over rows (micro).
 
-    An answer that is no label of the references is a miss of its row's label, and nothing else.
+    An answer that is no label of the references is a miss of its row's label, and nothing else. On some of the rows
+    (a slice, a bootstrap sample) the labels are those that these rows' references have.
     """
 
     name_in_settings = EvaluationMetric.LABEL_F1
@@ -56,11 +57,15 @@ class LabelF1(RowMetric):
         given, wanted, right = (
             np.stack([sums[f"{kind}.{label}"] for label in labels]) for kind in ("given", "wanted", "right")
         )
-        each = ratio(2 * right, given + wanted)
+        each, there = ratio(2 * right, given + wanted), wanted > 0
+
+        def macro(found: NDArray[np.float64]) -> NDArray[np.float64]:
+            return ratio(np.where(there, found, 0.0).sum(0), there.sum(0))
+
         found = {
-            "label_f1_macro": each.mean(0),
-            "label_precision_macro": ratio(right, given).mean(0),
-            "label_recall_macro": ratio(right, wanted).mean(0),
+            "label_f1_macro": macro(each),
+            "label_precision_macro": macro(ratio(right, given)),
+            "label_recall_macro": macro(ratio(right, wanted)),
             "label_f1_micro": ratio(2 * right.sum(0), (given + wanted).sum(0)),
             "label_precision_micro": ratio(right.sum(0), given.sum(0)),
             "label_recall_micro": ratio(right.sum(0), wanted.sum(0)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import ConfigError, RunError
 from raytune_ft.core.figures import COLOURS, Plot
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import ComparisonConfig
 from raytune_ft.evaluation.config_inference import is_endpoint
@@ -21,7 +23,7 @@ from raytune_ft.evaluation.inference import on_worker
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.pace import measure_apart
 from raytune_ft.evaluation.report import image, page_template, write_plots
-from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric, read_result
+from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric, numbers, plain, read_result
 from raytune_ft.evaluation.rows import check_rows, read_rows
 from raytune_ft.evaluation.run import compare
 from raytune_ft.models.loading import shared_model
@@ -63,6 +65,7 @@ def ladder(config: LadderConfig) -> Artifact:
         RunError: if a smaller model breaks a limit; the report is written before.
     """
     _check(config)
+    records = _pace_records(config)
     target = Location.at(config.output_dir)
     quality_at = target.parent / f"{target.name}-quality"
     quality = compare(_comparison(config, quality_at))
@@ -77,10 +80,10 @@ def ladder(config: LadderConfig) -> Artifact:
     if draft.finished is not None:
         logger.info("Ladder: found finished in %s", draft.location)
         kept = json.loads((target / "ladder.json").read())
-        _refuse_broken(config.limits, [Rung(**rung) for rung in kept["rungs"]], target)
+        _refuse_broken(config.limits, [_kept_rung(rung) for rung in kept["rungs"]], target)
         return draft.finished
     with draft:
-        rungs = _climb(config, result, target)
+        rungs = _climb(config, records, result, target)
         _write(draft, config, result, rungs)
     for line in lines(rungs, leading_metric(result)):
         logger.info("%s", line)
@@ -102,18 +105,32 @@ def _comparison(config: LadderConfig, where: Location) -> ComparisonConfig:
     return ComparisonConfig(**settings, output_dir=where.uri)
 
 
-def _climb(config: LadderConfig, result: EvaluationResult, target: Location) -> list[Rung]:
+def _pace_records(config: LadderConfig) -> list[Record]:
+    """The rows that speed and likeness are measured on.
+
+    Raises:
+        DataError: if some row lacks a prompt or a reference.
+    """
     rows = read_rows(config.dataset_path, config.split, config.max_rows)
     check_rows(rows, needs_answers=True, needs_references=True)
-    records = rows.records[: max(config.pace.prompts, config.pace.agreement_rows)]
+    return list(rows.records[: max(config.pace.prompts, config.pace.agreement_rows)])
+
+
+def _climb(config: LadderConfig, records: Sequence[Record], result: EvaluationResult, target: Location) -> list[Rung]:
     settings = {**config.pace.model_dump(), "precision": str(config.precision)}
     rungs: list[Rung] = []
     original: list[list[int]] = []
     for scores in result.models:
         logger.info("Ladder: measures the speed of %s", scores.label)
         path = shared_model(config.models[scores.label], target.parent)
-        pace = on_worker(measure_apart, path, list(records), settings)
-        tokens = pace.pop("top_tokens")
+        pace = on_worker(measure_apart, path, records, settings)
+        tokens, too_long = pace.pop("top_tokens"), pace.pop("too_long")
+        if too_long:
+            logger.warning(
+                "Ladder: %d prompts leave no room for an answer in the context of %s: its speed is of others",
+                too_long,
+                scores.label,
+            )
         original = original or tokens
         rungs.append(_rung(scores, result, path, pace, same_tokens=share_of_same(original, tokens)))
     return rungs
@@ -135,6 +152,12 @@ def _rung(
     )
 
 
+def _kept_rung(entry: Mapping[str, Any]) -> Rung:
+    """A rung of ``ladder.json``."""
+    intervals = {name: (math.nan, math.nan) if None in ends else ends for name, ends in entry["intervals"].items()}
+    return Rung(**{**entry, "values": numbers(entry["values"]), "intervals": intervals})
+
+
 def share_of_same(original: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:
     """Share of the places at which both name the same token; rows of other lengths (another tokenizer) have none."""
     pairs = [(one, two) for one, two in zip(original, other, strict=True) if len(one) == len(two)]
@@ -151,7 +174,7 @@ def broken_limits(limits: LadderLimits, rungs: Sequence[Rung]) -> list[str]:
         for metric, most in limits.max_drop.items():
             lost = first.values[str(metric)] - rung.values[str(metric)]
             lost = -lost if EvaluationMetric(metric).facts.lower_is_better else lost
-            if lost > most:
+            if not lost <= most:  # of a value that is no number, neither holds
                 found.append(f"{rung.label}: {metric} is worse by {lost:.4g}, at most {most:g} was asked for")
         for name, limit in limits.model_dump(exclude={"max_drop"}).items():
             side, _, what = name.partition("_")
@@ -167,7 +190,8 @@ def best_trades(rungs: Sequence[Rung], metric: EvaluationMetric, cost: str) -> l
     sign = 1 if metric.facts.lower_is_better else -1
 
     def place(rung: Rung) -> tuple[float, float]:
-        return sign * rung.values[str(metric)], float(getattr(rung, cost))
+        value = rung.values[str(metric)]
+        return sign * value if math.isfinite(value) else math.inf, float(getattr(rung, cost))
 
     def beaten(rung: Rung) -> bool:
         quality, price = place(rung)
@@ -208,7 +232,7 @@ def _write(draft: Draft, config: LadderConfig, result: EvaluationResult, rungs: 
         "best_trades": trades,
         "broken_limits": broken_limits(config.limits, rungs),
     }
-    draft.write_json("ladder.json", content)
+    draft.write_json("ladder.json", plain(content))
     plots = {cost: trade_plot(rungs, metric, cost, label, trades[cost]) for cost, label in costs.items()}
     write_plots(draft.folder, plots)
     page = page_template("raytune_ft.evaluation", "ladder.html.j2").render(
@@ -235,11 +259,14 @@ def trade_plot(rungs: Sequence[Rung], metric: EvaluationMetric, cost: str, label
     """Quality against a cost; the models that none beats in both are joined by a line."""
 
     def paint(axes: Any) -> None:
-        front = sorted((float(getattr(r, cost)), r.values[str(metric)]) for r in rungs if r.label in best)
-        axes.plot(*zip(*front, strict=True), color="#c9ced6", zorder=1)
+        finite = [rung for rung in rungs if math.isfinite(rung.values[str(metric)])]
+        front = sorted((float(getattr(r, cost)), r.values[str(metric)]) for r in finite if r.label in best)
+        axes.plot([x for x, _ in front], [y for _, y in front], color="#c9ced6", zorder=1)
         for number, rung in enumerate(rungs):
             x, y = float(getattr(rung, cost)), rung.values[str(metric)]
-            low, high = rung.intervals[str(metric)]
+            if not math.isfinite(y):
+                continue
+            low, high = (end if math.isfinite(end) else y for end in rung.intervals[str(metric)])
             colour = COLOURS[number % len(COLOURS)]
             axes.errorbar([x], [y], yerr=[[y - low], [high - y]], fmt="o", color=colour, capsize=2)
             axes.annotate(

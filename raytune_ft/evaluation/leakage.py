@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.records import RECORD_SCHEMA, Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.record_files import json_rows, record_of
@@ -98,7 +98,7 @@ def find_leaks(files: pa.Table, index: RowIndex) -> pa.Table:
                     if there is None or KINDS.index(kind) < KINDS.index(there["kind"]):
                         where = f"{Location(uri)}, row {number}"
                         found[row] = {"row": row, "kind": kind, "similarity": similarity, "where": where}
-        except DataError as error:
+        except (ArtifactError, DataError) as error:
             unread.append({"row": None, "kind": UNREADABLE, "similarity": None, "where": str(error)})
     return pa.Table.from_pylist([*found.values(), *unread], schema=LEAK_SCHEMA)
 

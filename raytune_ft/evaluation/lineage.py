@@ -9,6 +9,7 @@ from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.config_inference import is_endpoint
 from raytune_ft.evaluation.rows import split_files
 from raytune_ft.models.loading import resolve_model
 
@@ -37,19 +38,28 @@ def trained_on(path: str) -> list[TrainingData] | None:
         artifacts.append(open_artifact(resolved.base, verify="size"))
     if not artifacts:
         return None
-    parents = [parent for artifact in artifacts for parent in _data_parents(artifact, set())]
-    return [_training_data(parent) for parent in {parent.digest: parent for parent in parents}.values()]
+    found = [data for artifact in artifacts for data in _data_of(artifact, set())]
+    return list({data.digest: data for data in found}.values())
 
 
-def _data_parents(artifact: Artifact, seen: set[str]) -> Iterator[Parent]:
+def _data_of(artifact: Artifact, seen: set[str]) -> Iterator[TrainingData]:
     for parent in artifact.manifest.parents:
         if parent.role == "dataset":
-            yield parent
-        elif parent.where not in seen and has_manifest(parent.where):
+            yield _training_data(parent)
+        elif parent.where not in seen and not is_endpoint(parent.where):
             seen.add(parent.where)
-            made_from = open_artifact(parent.where, verify="size")
-            if made_from.manifest.kind != ArtifactKind.DATASET:
-                yield from _data_parents(made_from, seen)
+            if has_manifest(parent.where):
+                made_from = open_artifact(parent.where, verify="size")
+                if made_from.manifest.kind != ArtifactKind.DATASET:
+                    yield from _data_of(made_from, seen)
+            elif parent.role != "calibration" and _is_gone(parent.where):
+                reason = f"{parent.where}, which it was made from, is not there any more"
+                yield TrainingData(parent.where, parent.digest, unreadable=reason)
+
+
+def _is_gone(where: str) -> bool:
+    """Whether a folder that was there is not; a hub id or a starter's name never was one."""
+    return (where.startswith("/") or "://" in where) and not Location.at(where).exists()
 
 
 def _training_data(parent: Parent) -> TrainingData:

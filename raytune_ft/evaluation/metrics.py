@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -162,11 +162,16 @@ class TokenF1(RowMetric):
         }
 
 
+MOST_FIELDS = 100
+"""Fields of JSON objects that are looked at one by one: a column a row takes memory, and a line of the report."""
+
+
 class FieldF1(RowMetric):
     """Precision, recall and F1 over the key-value pairs of JSON objects (micro), and the accuracy of each field.
 
     A pair counts when key and value are equal. An answer that is not a JSON object has no pairs. The accuracy of a
-    field is taken over the rows whose reference has it.
+    field is taken over the rows whose reference has it. Of more than 100 fields only the 100 that most references have
+    stand for themselves, and for the macro F1; the others are counted as ``field_others``.
     """
 
     name_in_settings = EvaluationMetric.FIELD_F1
@@ -178,22 +183,28 @@ class FieldF1(RowMetric):
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Pairs shared, given and wanted; per field the rows that have it, and those that have it right."""
-        places: dict[str, dict[str, array[int]]] = defaultdict(lambda: defaultdict(lambda: array("q")))
+        times = Counter(name for reference in rows["references"] for name in fields(reference))
+        most = {name for name, _ in times.most_common(MOST_FIELDS)}
+        kinds = ("present", "said", "right")
+        places = {name: {kind: array("q") for kind in kinds} for name in times if name in most}
 
         def counts() -> Iterator[tuple[int, int, int]]:
             for place, (answer, reference) in enumerate(zip(rows["predictions"], rows["references"], strict=True)):
                 given, wanted = fields(answer), fields(reference)
                 shared = given.items() & wanted.items()
-                for kind, names in (("present", wanted), ("said", given), ("right", dict(shared))):
-                    for name in names:
-                        places[kind][name].append(place)
+                for kind, names in zip(kinds, (wanted, given, dict(shared)), strict=True):
+                    for name in most.intersection(names):
+                        places[name][kind].append(place)
                 yield len(shared), len(given), len(wanted)
 
         table = counted(["shared", "given", "wanted"], counts())
-        for name in places["present"]:
-            for kind in ("present", "said", "right"):
+        for name, found in places.items():
+            for kind in kinds:
                 table[f"{kind}.{name}"] = np.zeros(len(table["shared"]))
-                table[f"{kind}.{name}"][places[kind][name]] = 1
+                table[f"{kind}.{name}"][found[kind]] = 1
+        if len(times) > len(most):
+            table["others"] = np.zeros(len(table["shared"]))
+            table["others"][0] = len(times) - len(most)  # a number of all rows: only their sum means something
         return table
 
     def values(self, sums: Columns) -> Values:
@@ -206,6 +217,8 @@ class FieldF1(RowMetric):
         names = [key.removeprefix("present.") for key in sums if key.startswith("present.")]
         each = [ratio(2 * sums[f"right.{n}"], sums[f"present.{n}"] + sums[f"said.{n}"]) for n in names]
         found["field_f1_macro"] = np.mean(each, axis=0)
+        if "others" in sums:
+            found["field_others"] = sums["others"]
         for name in names:
             found[f"field_accuracy.{name}"] = ratio(sums[f"right.{name}"], sums[f"present.{name}"])
         return found

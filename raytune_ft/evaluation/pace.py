@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import DataError, RaytuneError, RunError
 from raytune_ft.core.records import Record
 
 
@@ -36,6 +36,8 @@ class Pace:
     per_token_ms: float
     tokens_per_s: float
     top_tokens: list[list[int]]
+    too_long: int
+    """Prompts that were passed over, since they leave no room for an answer in the model's context."""
     device: str
 
 
@@ -76,66 +78,109 @@ def measure(path: str, records: Sequence[Record], settings: dict[str, Any]) -> P
     began = time.perf_counter()
     loaded = load_model(path, precision=Precision(settings["precision"]))
     load_s = time.perf_counter() - began
-    prompts = [loaded.chat.prompt_ids(record.prompt, tools=record.tools) for record in records[: settings["prompts"]]]
+    prompts, too_long = _fitting_prompts(loaded, records, settings["prompts"])
     count = settings["new_tokens"]
 
-    def seconds(some: Sequence[list[int]], limit: int) -> float:
+    def timed(some: Sequence[list[int]], limit: int) -> tuple[float, int]:
+        """Seconds, and the tokens that were made in them: fewer than asked for where the context ends."""
         budget = len(some) * (max(map(len, some)) + limit)
         began = time.perf_counter()
-        generate(loaded, some, DecodingConfig(max_new_tokens=limit), token_budget=budget, stop_ids=())
+        found = generate(loaded, some, DecodingConfig(max_new_tokens=limit), token_budget=budget, stop_ids=())
         if loaded.device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, sum(len(answer.token_ids) for answer in found)
 
     with torch.inference_mode():
-        seconds(prompts[:1], 2)  # the first pass lays out what later ones find
-        firsts = [seconds([prompt], 1) for prompt in prompts]
-        wholes = [seconds([prompt], count) for prompt in prompts]
+        timed(prompts[:1], 2)  # the first pass lays out what later ones find
+        firsts = [timed([prompt], 1)[0] for prompt in prompts]
+        wholes = [timed([prompt], count) for prompt in prompts]
         batch = [prompts[number % len(prompts)] for number in range(settings["batch_size"])]
-        batch_s = seconds(batch, count)
+        batch_s, made = timed(batch, count)
         top = top_tokens(loaded, records[: settings["agreement_rows"]])
-    steps = [(whole - first) / (count - 1) for whole, first in zip(wholes, firsts, strict=True)]
+    steps = [(whole - first) / max(1, tokens - 1) for (whole, tokens), first in zip(wholes, firsts, strict=True)]
     return Pace(
         megabytes=weight_bytes(path) / 1e6,
         load_s=load_s,
         peak_megabytes=_peak_bytes(loaded.device) / 1e6,
         first_token_ms=1000 * statistics.median(firsts),
         per_token_ms=1000 * statistics.median(steps),
-        tokens_per_s=len(batch) * count / batch_s,
+        tokens_per_s=made / batch_s,
         top_tokens=top,
+        too_long=too_long,
         device=loaded.device,
     )
 
 
+def _fitting_prompts(loaded: Any, records: Sequence[Record], count: int) -> tuple[list[list[int]], int]:
+    """Token ids of the first so many prompts with room for two tokens behind them, and how many had none.
+
+    Raises:
+        DataError: if none has.
+    """
+    from raytune_ft.models.scoring import context_tokens
+
+    context = context_tokens(loaded.model)
+    found: list[list[int]] = []
+    too_long = 0
+    for record in records:
+        if len(found) == count:
+            break
+        ids = loaded.chat.prompt_ids(record.prompt, tools=record.tools)
+        if context is not None and len(ids) + 2 > context:
+            too_long += 1
+        else:
+            found.append(ids)
+    if not found:
+        raise DataError(
+            f"none of {len(records)} prompts leaves room for an answer in the model's context of {context} tokens; "
+            "shorten them, or put rows with shorter ones first"
+        )
+    return found, too_long
+
+
 def top_tokens(loaded: Any, records: Sequence[Record]) -> list[list[int]]:
-    """For each row the likeliest token at each of its supervised ones, all before it given."""
+    """For each row the likeliest token at each of its supervised ones, all before it given.
+
+    A row that is longer than the model's context is looked at in windows, as it is scored.
+    """
     import torch
 
     from raytune_ft.evaluation.scorer import with_reference
     from raytune_ft.models.attention import SEGMENTS, attention
     from raytune_ft.models.chat import encode_record
     from raytune_ft.models.collate import pack
-    from raytune_ft.models.scoring import CausalParts, target_states
+    from raytune_ft.models.scoring import CausalParts, context_tokens, target_states, windows_of
 
-    parts = CausalParts.of(loaded.model)
-    found = []
+    parts, context = CausalParts.of(loaded.model), context_tokens(loaded.model)
+    found: list[list[int]] = []
     with attention(loaded.model, SEGMENTS), torch.inference_mode():
         for record in records:
-            batch = pack([encode_record(loaded.chat, with_reference(record))]).to(loaded.device)
-            states = target_states(parts, batch)
-            found.append(parts.head(states).argmax(-1).tolist())
+            found.append([])
+            for window in windows_of(encode_record(loaded.chat, with_reference(record)), context):
+                states = target_states(parts, pack([window]).to(loaded.device))
+                found[-1] += parts.head(states).argmax(-1).tolist()
     return found
 
 
 def weight_bytes(path: str) -> int:
-    """Bytes of the weight files of a model; of an adapter, with its base's."""
+    """Bytes of the weight files of a model; of an adapter, with its base's; of a hub id, in this machine's cache."""
     from raytune_ft.models.loading import resolve_model
 
     resolved = resolve_model(path)
-    folders = [Path(resolved.artifact.local()) if resolved.artifact and not resolved.adapter else Path(resolved.base)]
     if resolved.adapter is not None:
-        folders = [Path(resolved.base), resolved.adapter]
+        folders = [_weight_folder(resolved.base), resolved.adapter]
+    else:
+        folders = [Path(resolved.artifact.local()) if resolved.artifact else _weight_folder(resolved.base)]
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+
+
+def _weight_folder(base: str) -> Path:
+    """The folder of what `from_pretrained` takes: itself, or the snapshot of a hub id that was loaded before."""
+    if Path(base).exists():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(base, local_files_only=True))
 
 
 def _peak_bytes(device: str) -> int:
@@ -149,7 +194,11 @@ def _peak_bytes(device: str) -> int:
 def main() -> int:
     """The process: reads what was asked, writes what was found."""
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    pace = measure(asked["path"], [Record.from_row(row) for row in asked["rows"]], asked["settings"])
+    try:
+        pace = measure(asked["path"], [Record.from_row(row) for row in asked["rows"]], asked["settings"])
+    except RaytuneError as error:
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        return error.exit_code
     Path(sys.argv[2]).write_text(json.dumps(asdict(pace)), encoding="utf-8")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def _dots(result: EvaluationResult, metrics: list[EvaluationMetric]) -> Plot:
     def paint(axes: Any) -> None:
         _paint_dots(axes, places)
         if metrics[0].facts.best is None:
-            _open_scale(axes, [value for models in places for value, *_ in models])
+            _open_scale(axes, places, metrics[0].facts.lower_is_better)
         else:
             _share_scale(axes)
 
@@ -69,14 +70,17 @@ def _dots(result: EvaluationResult, metrics: list[EvaluationMetric]) -> Plot:
 
 
 def _paint_dots(axes: Any, places: Sequence[Sequence[tuple[float, float, float, float]]]) -> None:
-    """Per line and model: value, low, high, and the best possible that they are a share of."""
+    """Per line and model: value, low, high, and the best possible that they are a share of; finite ones alone."""
     for place, models in enumerate(places):
         for number, (value, low, high, best) in enumerate(models):
+            if not math.isfinite(value):
+                continue
             height = place + _offset(number, len(models))
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot([low / best, high / best], [height, height], color=colour, linewidth=2, alpha=0.5)
+            if math.isfinite(high - low):
+                axes.plot([low / best, high / best], [height, height], color=colour, linewidth=2, alpha=0.5)
             axes.plot([value / best], [height], "o", color=colour, markersize=7)
-            beside = max(high, value) / best
+            beside = (max(high, value) if math.isfinite(high) else value) / best
             axes.annotate(f"{value:.3g}", (beside, height), (7, 0), textcoords="offset points", va="center", size=9)
 
 
@@ -85,13 +89,16 @@ def _share_scale(axes: Any) -> None:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
 
 
-def _open_scale(axes: Any, numbers: Sequence[float]) -> None:
-    if max(numbers) > 20 * min(numbers):
+def _open_scale(axes: Any, places: Sequence[Sequence[tuple[float, ...]]], lower_is_better: bool) -> None:
+    """A scale without an end, for what `_paint_dots` takes; logarithmic where all is positive and far apart."""
+    numbers = [value for models in places for value, *_ in models if math.isfinite(value)]
+    lows = [low for models in places for _, low, *_ in models if math.isfinite(low)]
+    if numbers and min([*numbers, *lows]) > 0 and max(numbers) > 20 * min(numbers):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     axes.margins(x=0.2)
-    axes.set_xlabel("lower is better")
+    axes.set_xlabel("lower is better" if lower_is_better else "higher is better")
 
 
 def _differences(result: EvaluationResult, found: Sequence[Comparison]) -> Plot:
@@ -193,7 +200,7 @@ def _slices(result: EvaluationResult, metric: EvaluationMetric) -> Plot:
     def paint(axes: Any) -> None:
         _paint_dots(axes, places)
         if metric.facts.best is None:
-            _open_scale(axes, [value for models in places for value, *_ in models])
+            _open_scale(axes, places, metric.facts.lower_is_better)
         else:
             _share_scale(axes)
             axes.set_xlabel(metric.facts.title)

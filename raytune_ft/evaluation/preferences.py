@@ -35,6 +35,7 @@ def preference_records(result: EvaluationResult, votes: Sequence[Vote]) -> list[
         records.append(
             {
                 "messages": turns,
+                **({"tools": chosen.tools} if chosen.tools is not None else {}),
                 "chosen": [{"role": "assistant", "content": chosen.answer}],
                 "rejected": [{"role": "assistant", "content": rejected.answer or ""}],
                 "chosen_model": winner,

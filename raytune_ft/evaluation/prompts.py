@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import DataError, RaytuneError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
-from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.record_files import json_rows, parquet_rows, record_of
-from raytune_ft.evaluation.rows import split_files
-from raytune_ft.evaluation.shards import shard_table
+from raytune_ft.evaluation.rows import files_digest, split_files
+from raytune_ft.evaluation.shards import fault_table, shard_table
 
 ROWS_PER_SHARD = 256
 _KINDS = (".jsonl", ".parquet")
@@ -43,23 +43,24 @@ def prompt_files(dataset_path: str, split: str | None) -> tuple[list[Location], 
         files = [location / name for name in location.files() if name.endswith(_KINDS)]
     if not files or not all(file.name.endswith(_KINDS) for file in files):
         raise DataError(f"{location}: holds no .jsonl or .parquet file with prompts")
-    digest = "-".join(source_digest(file) for file in files[:64])
-    return files, Parent(role="dataset", where=str(location), digest=digest)
+    return files, Parent(role="dataset", where=str(location), digest=files_digest(files))
 
 
 def read_shards(files: pa.Table, target: str) -> Iterator[pa.Table]:
     """The rows of files (columns ``number`` and ``uri``) as tables of `SHARD_SCHEMA`, one a shard.
 
-    Raises:
-        DataError: naming file and row, if one is no prompt.
+    A row that is no prompt ends its file with a `shards.fault_table`, which names file and row: an exception would
+    be drowned by Ray Data's words.
     """
     for entry in files.to_pylist():
-        location = Location(entry["uri"])
-        rows = _records(location)
+        rows = _records(Location(entry["uri"]))
         start = 0
-        while records := list(islice(rows, ROWS_PER_SHARD)):
-            yield shard_table(records, target, f"{entry['number']:05d}-{start:012d}")
-            start += len(records)
+        try:
+            while records := list(islice(rows, ROWS_PER_SHARD)):
+                yield shard_table(records, target, f"{entry['number']:05d}-{start:012d}")
+                start += len(records)
+        except RaytuneError as error:
+            yield fault_table(error, target, f"{entry['number']:05d}-{start:012d}")
 
 
 def prompt_record(row: Any, where: str, position: int) -> Record:
@@ -70,6 +71,8 @@ def prompt_record(row: Any, where: str, position: int) -> Record:
     """
     if isinstance(row, dict) and row.get("prompt") is not None and not row.get("messages"):
         asked = row["prompt"]
+        if not isinstance(asked, str | list):
+            raise DataError(f"{where}: `prompt` must be text or a list of messages (got {asked!r:.60})")
         turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
         row = {**{key: value for key, value in row.items() if key != "prompt"}, "messages": turns}
     if not isinstance(row, dict) or not row.get("messages"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,6 +15,8 @@ from raytune_ft.core.storage import Location, storage_errors
 
 COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices", "label")
 """Columns of a file that a record is made of."""
+HALVES = re.compile("[\ud800-\udfff]")
+"""Half a character: one of the two code units that UTF-16 needs for some."""
 _BATCH_ROWS = 256
 
 
@@ -44,7 +47,7 @@ def json_rows(file: Location) -> Iterator[tuple[Any, str]]:
             where = f"{file}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: is not valid JSON ({error})") from None
             yield row, where
 
@@ -87,7 +90,22 @@ def record_of(row: Any, where: str) -> Record:
     if row.get("choices") is not None:
         metadata = {**metadata, "choices": _choices(row["choices"], where)}
     label = row["label"] if isinstance(row.get("label"), bool) else None  # other files have labels of other kinds
+    _refuse_halves(
+        [text, reference, tools, *(part for turn in messages for part in (turn.content, turn.tool_calls))], where
+    )
+    _refuse_halves([json.dumps(metadata, ensure_ascii=False)], where)
     return Record(messages=messages, text=text, label=label, reference=reference, tools=tools, metadata=metadata)
+
+
+def _refuse_halves(texts: Iterable[str | None], where: str) -> None:
+    """Refuses half characters, which JSON can escape (``\\ud83d``) and UTF-8, so any file or tokenizer, cannot say."""
+    for text in texts:
+        found = HALVES.search(text or "")
+        if found is not None:
+            raise DataError(
+                f"{where}: holds half a character ({found.group()!a}, a lone surrogate), which no text can; mend the "
+                "row, or leave it out"
+            )
 
 
 def _message(turn: Any, where: str) -> Message:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.compare import Difference
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.evaluation.judging import Judging, Vote, summarized
+from raytune_ft.evaluation.kept import folder_name
 from raytune_ft.evaluation.votes import FOLDER, VOTES, parse_votes
 
 if TYPE_CHECKING:
@@ -55,7 +56,10 @@ class Answer:
     metadata: dict[str, Any] = field(default_factory=dict)
     """What the row's record says of itself beside its content."""
     turns: tuple[dict[str, str], ...] = ()
-    """Roles and contents before the answer, where they are more than the one user turn that `prompt` shows."""
+    """Roles, contents and tool calls (JSON text) before the answer, where they are more than the one user turn that
+    `prompt` shows."""
+    tools: str | None = None
+    """The tools of the row, JSON text."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class ModelScores:
     @property
     def file(self) -> str:
         """Where in the artifact its answers lie."""
-        return f"answers/{re.sub(r'[^A-Za-z0-9._-]+', '-', self.label)}.jsonl"
+        return f"answers/{folder_name(self.label)}.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,8 @@ class EvaluationResult:
     notes: tuple[str, ...] = ()
     """What a reader has to know before believing the numbers: leaks, rows without an answer, abilities lost."""
     checks: dict[str, Any] = field(default_factory=dict)
-    """What was looked at beside the metrics: ``leakage``, ``production``, ``forgetting``, ``harness``."""
+    """What was looked at beside the metrics: ``leakage``, ``production``, ``forgetting``, ``harness``; where reports
+    were joined, ``<label>: leakage`` and so on."""
 
     @property
     def metrics(self) -> tuple[EvaluationMetric, ...]:
@@ -184,8 +189,12 @@ class ComparisonResult(EvaluationResult):
     def ranking(self, metric: EvaluationMetric | str) -> list[str]:
         """Labels of the models, best first by the metric's headline (neighbours may be too close to tell)."""
         facts = EvaluationMetric(metric).facts
-        ranked = sorted(self.models, key=lambda m: m.values[facts.headline], reverse=not facts.lower_is_better)
-        return [model.label for model in ranked]
+
+        def place(model: ModelScores) -> float:
+            value = model.values[facts.headline]
+            return (value if facts.lower_is_better else -value) if math.isfinite(value) else math.inf
+
+        return [model.label for model in sorted(self.models, key=place)]
 
 
 STRICT_METRICS = (
@@ -206,14 +215,17 @@ def leading_metric(result: EvaluationResult) -> EvaluationMetric:
 
 
 def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str, Any]:
-    """The content of ``results.json``; the answers lie beside it unless they are asked for."""
+    """The content of ``results.json``; the answers lie beside it unless they are asked for.
+
+    A value that is no finite number is None.
+    """
     models = []
     for model in result.models:
         entry = asdict(replace(model, answers=()))
         entry["answers"] = [asdict(answer) for answer in model.answers] if with_answers else None
         entry = {key: value for key, value in entry.items() if value is not None}
         models.append({**entry, "cut_off": model.cut_off, "file": model.file})
-    return {
+    content = {
         "schema_version": SCHEMA_VERSION,
         "kind": "comparison" if isinstance(result, ComparisonResult) else "evaluation",
         "created_at": result.created_at,
@@ -226,6 +238,23 @@ def to_json(result: EvaluationResult, *, with_answers: bool = False) -> dict[str
         "notes": list(result.notes),
         "checks": result.checks,
     }
+    return {name: plain(value) for name, value in content.items()}
+
+
+def plain(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: what is unknown is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def numbers(values: dict[str, float | None]) -> dict[str, float]:
+    """Values that JSON gave back; what is null there is NaN."""
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def read_result(report: Artifact | str | os.PathLike[str] | Location) -> EvaluationResult:
@@ -246,8 +275,8 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
             label=entry["label"],
             path=entry["path"],
             digest=entry["digest"],
-            values=entry["values"],
-            intervals={name: (low, high) for name, (low, high) in entry["intervals"].items()},
+            values=numbers(entry["values"]),
+            intervals=_intervals(entry["intervals"]),
             answers=read_answers(artifact / entry["file"]),
         )
         for entry in content["models"]
@@ -278,15 +307,29 @@ def with_votes(result: EvaluationResult, votes: Sequence[Vote]) -> EvaluationRes
     return replace(result, judging=summarized(ours, labels, seed=seed) if ours else None)
 
 
+_MEASURED = ("difference", "low", "high", "standard_error")
+"""What of a comparison is always a number, if not a finite one."""
+
+
 def _comparisons(entries: Sequence[dict[str, Any]]) -> tuple[Comparison, ...]:
-    return tuple(Comparison(**{**entry, "metric": EvaluationMetric(entry["metric"])}) for entry in entries)
+    found = []
+    for entry in entries:
+        known = numbers({name: entry[name] for name in _MEASURED})
+        found.append(Comparison(**{**entry, **known, "metric": EvaluationMetric(entry["metric"])}))
+    return tuple(found)
+
+
+def _intervals(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    return {name: tuple(math.nan if end is None else end for end in ends) for name, ends in found.items()}  # type: ignore[misc]
 
 
 def _slice(entry: dict[str, Any]) -> Slice:
-    intervals = {
-        label: {name: (low, high) for name, (low, high) in found.items()} for label, found in entry["intervals"].items()
+    read = {
+        "values": {label: numbers(found) for label, found in entry["values"].items()},
+        "intervals": {label: _intervals(found) for label, found in entry["intervals"].items()},
+        "comparisons": _comparisons(entry["comparisons"]),
     }
-    return Slice(**{**entry, "intervals": intervals, "comparisons": _comparisons(entry["comparisons"])})
+    return Slice(**{**entry, **read})
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
@@ -294,7 +337,7 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+        file.writelines(json.dumps(plain(asdict(answer)), ensure_ascii=False) + "\n" for answer in answers)
     partial.replace(path)
 
 
@@ -304,7 +347,10 @@ def read_answers(file: Location) -> Sequence[Answer]:
     Raises:
         ArtifactError: if the file cannot be read.
     """
-    return on_disk(Answer(**{**row, "turns": tuple(row.get("turns") or ())}) for row in map(json.loads, file.lines()))
+    return on_disk(
+        Answer(**{**row, "scores": numbers(row.get("scores") or {}), "turns": tuple(row.get("turns") or ())})
+        for row in map(json.loads, file.lines())
+    )
 
 
 def on_disk(answers: Iterable[Answer]) -> Sequence[Answer]:

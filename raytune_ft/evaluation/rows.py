@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence, Set
@@ -133,9 +134,15 @@ def prompt_text(record: Record) -> str:
 
 
 def prompt_turns(record: Record) -> tuple[dict[str, str], ...]:
-    """Roles and contents of the prompt, where `prompt_text` does not show all of it; else nothing."""
-    turns = [{"role": message.role, "content": message.content} for message in record.prompt]
+    """Roles, contents and tool calls of the prompt, where `prompt_text` does not show all of it; else nothing."""
+    turns = [{key: value for key, value in vars(message).items() if value is not None} for message in record.prompt]
     return () if [turn["role"] for turn in turns] == ["user"] else tuple(turns)
+
+
+def files_digest(files: Sequence[Location]) -> str:
+    """What identifies the content of input files: of one its `source_digest`, of several a hash over all of theirs."""
+    digests = [source_digest(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("-".join(digests).encode()).hexdigest()[:16]
 
 
 def split_files(folder: Location, names: Sequence[str], split: str) -> list[Location]:

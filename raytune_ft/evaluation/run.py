@@ -39,7 +39,14 @@ from raytune_ft.evaluation.rewards import rewarded
 from raytune_ft.evaluation.row_metric import RowMetric
 from raytune_ft.evaluation.rows import EvaluationRows, check_rows, read_rows, without
 from raytune_ft.evaluation.slices import slice_fields, sliced
-from raytune_ft.evaluation.workload import Target, parent_of, refuse_likelihoods, targets_of, workload_of
+from raytune_ft.evaluation.workload import (
+    Target,
+    parent_of,
+    refuse_likelihoods,
+    settings_parents,
+    targets_of,
+    workload_of,
+)
 from raytune_ft.models.config import DecodingConfig, Precision
 from raytune_ft.models.loading import model_parent, refuse_writer, resolve_model
 
@@ -151,11 +158,13 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         ArtifactKind.REPORT,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[*parents.values(), *judges, rows.parent],
+        parents=[*parents.values(), *judges, *settings_parents(config, targets), rows.parent],
         keep=(PIECES,),
     )
     if draft.finished is not None:
         logger.info("Evaluation: found finished in %s", draft.location)
+        if config.production_path is not None:
+            logger.info("Evaluation: what has come to %s since is not in that report", config.production_path)
         return draft.finished
     with draft:
         bare = check_templates(targets, rows)

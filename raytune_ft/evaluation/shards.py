@@ -25,8 +25,9 @@ from raytune_ft.evaluation.workload import Target, Workload
 
 logger = logging.getLogger("raytune_ft")
 
-SHARD_SCHEMA = RECORD_SCHEMA.append(pa.field("target", pa.string())).append(pa.field("shard", pa.string()))
-"""Records with the label of the target that is to answer them, and the name of the shard that they belong to."""
+SHARD_SCHEMA = pa.schema([*RECORD_SCHEMA, *((name, pa.string()) for name in ("target", "shard", "fault"))])
+"""Records with the label of the target that is to answer them, and the name of the shard that they belong to; or, in
+place of a shard that could not be read, the error as `fault` (JSON), and no record."""
 
 DONE_SCHEMA = pa.schema(
     [
@@ -45,10 +46,15 @@ DONE_SCHEMA = pa.schema(
 def shard_table(records: Sequence[Record], target: str, shard: str) -> Any:
     """A table of `SHARD_SCHEMA`."""
     table = records_to_table(records)
-    for value in (target, shard):
+    for value in (target, shard, None):
         name = SHARD_SCHEMA.names[table.num_columns]
         table = table.append_column(name, pa.array([value] * table.num_rows, pa.string()))
     return table
+
+
+def fault_table(error: RaytuneError, target: str, shard: str) -> Any:
+    """A table of `SHARD_SCHEMA` that says why a shard could not be read."""
+    return pa.Table.from_pylist([{"target": target, "shard": shard, "fault": _fault(error)}], schema=SHARD_SCHEMA)
 
 
 def close_shard(shards: pa.Table, kept: KeptRows, target: str, where: Location) -> pa.Table:
@@ -139,9 +145,12 @@ class ShardActor:
     def __call__(self, table: pa.Table) -> pa.Table:
         """A table of `SHARD_SCHEMA` to one of `DONE_SCHEMA`, one row a shard."""
         done: list[dict[str, Any]] = []
-        keys = zip(table.column("target").to_pylist(), table.column("shard").to_pylist(), strict=True)
+        keys = zip(*(table.column(name).to_pylist() for name in ("target", "shard", "fault")), strict=True)
         start = 0
-        for (target, shard), same in groupby(keys):
+        for (target, shard, unread), same in groupby(keys):
+            if unread is not None:
+                done.append({"target": target, "shard": shard, "answered": 0, "failed": 0, "fault": unread})
+                break
             size = len(list(same))
             records = table_to_records(table.slice(start, size))
             start += size
@@ -150,10 +159,13 @@ class ShardActor:
                     raise self.fault
                 done.append(work_off(self.scorer, self.kept, target, shard, records, tell_s=self.tell_s))
             except RaytuneError as error:
-                words = json.dumps([type(error).__name__, str(error)])
-                done.append({"target": target, "shard": shard, "answered": 0, "failed": 0, "fault": words})
+                done.append({"target": target, "shard": shard, "answered": 0, "failed": 0, "fault": _fault(error)})
                 break
         return pa.Table.from_pylist(done, schema=DONE_SCHEMA)
+
+
+def _fault(error: RaytuneError) -> str:
+    return json.dumps([type(error).__name__, str(error)])
 
 
 def fault_in(row: dict[str, Any]) -> RaytuneError | None:

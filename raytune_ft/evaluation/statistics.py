@@ -76,7 +76,7 @@ def permutation_p_value(
     """How often a difference this large comes up when the two models' results of each row are swapped at random.
 
     Exact where up to 13 rows differ (all swaps are tried); else by 9999 random swaps, with the observed one counted in
-    (Phipson and Smyth 2010). 1.0 where no row differs.
+    (Phipson and Smyth 2010). 1.0 where no row differs, or the difference is beyond numbers.
 
     Args:
         statistic: from sums of columns to the value.
@@ -94,21 +94,24 @@ def permutation_p_value(
     if not len(gaps):
         return 1.0
 
-    def differences(swapped: Floats) -> Floats:
-        """Of each pattern [patterns, rows] of swapped rows."""
+    def values(swapped: Floats) -> tuple[Floats, Floats]:
+        """Of both models, for each pattern [patterns, rows] of swapped rows."""
         moved = swapped @ gaps
         first, second = own.sum(axis=0) + moved, their.sum(axis=0) - moved
-        return statistic(dict(zip(columns, first.T, strict=True))) - statistic(
-            dict(zip(columns, second.T, strict=True))
-        )
+        return statistic(dict(zip(columns, first.T, strict=True))), statistic(dict(zip(columns, second.T, strict=True)))
 
-    observed = float(differences(np.zeros((1, len(gaps))))[0])
+    value, other = (float(found[0]) for found in values(np.zeros((1, len(gaps)))))
+    if not math.isfinite(observed := value - other):
+        return 1.0
+    slack = 1e-9 * abs(observed) + 1e-12 * max(abs(value), abs(other))
     exact = len(gaps) <= _EXACT_UP_TO
     patterns = _all_swaps(len(gaps)) if exact else _random_swaps(len(gaps), seed)
     extreme = total = 0
     for swapped in patterns:
-        found = differences(swapped)
-        extreme += int(_at_least(found, observed, alternative).sum())
+        first, second = values(swapped)
+        with np.errstate(invalid="ignore"):
+            found = first - second
+        extreme += int(_at_least(found, observed, alternative, slack).sum())
         total += len(found)
     return extreme / total if exact else (extreme + 1) / (total + 1)
 
@@ -156,7 +159,8 @@ def fewest_differing_rows(alpha: float) -> int:
 def percentiles(values: Floats, confidence: float) -> Interval:
     """The middle `confidence` of the values."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    with np.errstate(invalid="ignore"):  # between two infinities lies no number
+        low, high = np.quantile(values, [tail, 1 - tail])
     return Interval(float(low), float(high))
 
 
@@ -209,12 +213,10 @@ def _random_swaps(rows: int, seed: int) -> Iterator[Floats]:
         yield np.unpackbits(bits, axis=1, count=rows).astype(float)
 
 
-def _at_least(found: Floats, observed: float, alternative: Alternative) -> NDArray[np.bool_]:
-    """Which differences are as extreme as the observed one, rounding aside."""
-    slack = 1e-9 * max(1.0, abs(observed))
-    with np.errstate(invalid="ignore"):
-        if alternative == "greater":
-            return found >= observed - slack
-        if alternative == "less":
-            return found <= observed + slack
-        return np.abs(found) >= abs(observed) - slack
+def _at_least(found: Floats, observed: float, alternative: Alternative, slack: float) -> NDArray[np.bool_]:
+    """Which differences are as extreme as the observed one, `slack` for rounding aside."""
+    if alternative == "greater":
+        return found >= observed - slack
+    if alternative == "less":
+        return found <= observed + slack
+    return np.abs(found) >= abs(observed) - slack

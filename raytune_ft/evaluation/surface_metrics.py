@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_ft.core.errors import ArtifactError, ConfigError, DataError
+from raytune_ft.core.errors import ArtifactError, ConfigError, DataError, first_line
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.answers import parse_json, repeated_share
 from raytune_ft.evaluation.metric_names import EvaluationMetric
@@ -125,7 +125,7 @@ class JsonSchema(AnswerMetric):
     def score(self, prediction: str) -> float:
         """1 where the schema accepts the answer."""
         parsed = parse_json(prediction)
-        return float(parsed is not None and self._validator.is_valid(parsed))
+        return float(parsed is not None and _accepts(self._validator, parsed))
 
 
 def _validator(schema: str | Mapping[str, Any]) -> Any:
@@ -142,7 +142,41 @@ def _validator(schema: str | Mapping[str, Any]) -> Any:
         kind.check_schema(schema)
     except SchemaError as error:
         raise ConfigError(f"json_schema: is not a JSON schema: {error.message}") from None
-    return kind(schema)
+    validator = kind(schema)
+    for reference in _local_references(schema):
+        _accepts(validator.evolve(schema={"$ref": reference}), None)
+    return validator
+
+
+def _accepts(validator: Any, value: Any) -> bool:
+    """Whether a schema accepts a value.
+
+    Raises:
+        ConfigError: if it refers to what is not there, or to itself without an end.
+    """
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return bool(validator.is_valid(value))
+    except Unresolvable as error:
+        raise ConfigError(f"json_schema: a $ref leads nowhere: {first_line(error)[:200]}") from None
+    except RecursionError:
+        raise ConfigError("json_schema: refers to itself without an end") from None
+
+
+def _local_references(schema: Any) -> Iterator[str]:
+    """The ``$ref``s of a schema into itself; within a part that has an ``$id`` of its own, they mean that part."""
+    waiting = [schema]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Mapping):
+            reference = part.get("$ref")
+            if isinstance(reference, str) and reference.startswith("#"):
+                yield reference
+            waiting += [item for key, item in part.items() if key not in {"const", "enum", "default", "examples"}]
+        elif isinstance(part, list):
+            waiting += part
+        waiting = [item for item in waiting if not (isinstance(item, Mapping) and "$id" in item)]
 
 
 class Custom(MeanMetric):
@@ -179,11 +213,12 @@ def _function(name: str, where: str) -> Callable[[str, str], float]:
     module, _, attribute = where.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever a module of the user's own raises when it is imported
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"custom_functions.{name}: {where!r} cannot be imported ({error}); expected package.module:function, with "
+            f"custom_functions.{name}: {where!r} cannot be imported ({reason}); expected package.module:function, with "
             "the package on PYTHONPATH"
-        ) from None
+        ) from error
     if not callable(found):
         raise ConfigError(f"custom_functions.{name}: {where!r} is not a function")
     return found  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,10 @@ def value_table(result: EvaluationResult) -> list[dict[str, Any]]:
     for name in result.models[0].values:
         metric = headlines.get(name)
         numbers = [model.values[name] for model in result.models]
+        known = [number for number in numbers if math.isfinite(number)]
         best = None
-        if metric is not None and len(set(numbers)) > 1:
-            best = min(numbers) if metric.facts.lower_is_better else max(numbers)
+        if metric is not None and known and len(set(numbers)) > 1:
+            best = min(known) if metric.facts.lower_is_better else max(known)
         cells = []
         for model, number in zip(result.models, numbers, strict=True):
             low, high = model.intervals[metric] if metric else (None, None)

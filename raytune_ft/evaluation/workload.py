@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.manifest import Parent
@@ -12,6 +14,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import MeasureConfig
 from raytune_ft.evaluation.config_inference import EndpointConfig, is_endpoint
 from raytune_ft.evaluation.metric_names import EvaluationMetric
+from raytune_ft.evaluation.rows import files_digest
 from raytune_ft.models.config import DecodingConfig, Precision
 from raytune_ft.models.loading import model_parent, resolve_model, shared_model
 
@@ -84,6 +87,44 @@ def parent_of(target: Target, role: str) -> Parent:
         digest = hashlib.sha256(target.path.encode()).hexdigest()[:16]
         return Parent(role=role, where=target.path, digest=digest)
     return model_parent(target.path, role=role)
+
+
+def settings_parents(config: MeasureConfig, targets: Sequence[Target]) -> list[Parent]:
+    """Files that the settings name and that decide what is found, for the manifest: with other content in the same
+    place it is another evaluation.
+
+    Feedback records (`production_path`) are none of them: they grow while a model is served.
+    """
+    wheres: dict[str, str | None] = {}
+    if EvaluationMetric.JSON_SCHEMA in config.metrics and isinstance(config.json_schema, str):
+        wheres["json_schema"] = config.json_schema
+    if EvaluationMetric.CUSTOM in config.metrics:
+        modules = {where.partition(":")[0] for where in config.custom_functions.values()}
+        files = {module: getattr(import_module(module), "__file__", None) for module in sorted(modules)}
+        wheres |= {f"custom_functions {module}": file for module, file in files.items()}
+    if config.forgetting is not None:
+        wheres["forgetting.text_path"] = config.forgetting.text_path
+    if config.harness is not None:
+        wheres["harness.include_path"] = config.harness.include_path
+        wheres["harness.endpoint_tokenizer"] = config.harness.endpoint_tokenizer
+    if any(target.is_endpoint for target in targets) and not all(metric.needs_answers for metric in config.metrics):
+        wheres["endpoint.tokenizer"] = config.endpoint.tokenizer
+    return [_content(role, where) for role, where in wheres.items() if where is not None]
+
+
+def _content(role: str, where: str) -> Parent:
+    """A file or folder with the digest of its content; of a hub id the name is all there is."""
+    location = Location.at(where)
+    if not location.exists():
+        return Parent(role=role, where=where, digest=hashlib.sha256(where.encode()).hexdigest()[:16])
+    files = [location] if location.is_file() else [location / name for name in location.files() if _is_source(name)]
+    names = "" if location.is_file() else json.dumps([file.uri.removeprefix(location.uri) for file in files])
+    digest = hashlib.sha256((names + files_digest(files)).encode()).hexdigest()[:16]
+    return Parent(role=role, where=str(location), digest=digest)
+
+
+def _is_source(name: str) -> bool:
+    return "__pycache__" not in name
 
 
 def grouped(targets: Sequence[Target]) -> list[list[Target]]:

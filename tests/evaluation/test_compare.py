@@ -113,3 +113,9 @@ def test_values_beyond_numbers_cannot_be_told_apart_and_break_nothing() -> None:
     found = difference(overflowing, columns(*own), columns(*their), scores=(own, their), lower_is_better=True)
     assert (found.verdict, found.visible_difference) == ("cannot tell", None)
     assert sentence(found, model="a", other="b", metric="Perplexity").startswith("Perplexity: cannot tell a from b")
+
+
+def test_tiny_scores_win_and_lose_like_large_ones() -> None:
+    found = compared([5e-10] * 20, [1e-10] * 20)
+    assert (found.wins, found.ties, found.verdict) == (20, 0, "better")
+    assert compared([0.1 + 0.2] * 20, [0.3] * 20).ties == 20  # rounding alone

@@ -63,6 +63,30 @@ def test_a_row_that_stays_without_an_answer_is_marked_with_the_reason(server: An
     assert fine == Reply("fine", "stop", 3)
 
 
+def test_half_characters_are_replaced_and_that_is_said(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server.behaviour = lambda text, times: {
+        "refused": (400, {"error": {"message": "no \ud83d"}}),
+        "half": (200, server.completion("a \ud83d b")),
+    }.get(text, (200, server.completion("\U0001f600")))
+    half, fine, refused = ask(server.url, ["half", "fine", "refused"])
+    assert (half.answer, fine.answer) == ("a \ufffd b", "\U0001f600")
+    assert refused.error is not None
+    refused.error.encode()
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "1 answers held half characters (lone surrogates), which no file can keep; U+FFFD stands for them"
+    ]
+
+
+def test_tool_calls_without_a_text_are_told_at_once(server: Any) -> None:
+    called = server.completion(None, "tool_calls")
+    called["choices"][0]["message"]["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "f"}}]
+    server.behaviour = lambda text, times: (200, called if text == "call" else "[" * 9000)
+    call, deep = ask(server.url, ["call", "deep"], max_retries=1)
+    assert call.error is not None
+    assert call.error.startswith("answered with tool calls and without a text")
+    assert (call.attempts, deep.attempts) == (1, 2)
+
+
 def test_likelihoods_are_those_of_an_echoed_prompt(server: Any) -> None:
     def echo(text: str, times: int) -> tuple[int, object]:
         values = {"[7, 8, 9]": [None, -0.5, -2.0], "[7]": [None], "[1, 2]": [None, -1.0, -3.0]}

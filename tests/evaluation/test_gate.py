@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from typer.testing import CliRunner
 
 from raytune_ft.cli import app
 from raytune_ft.core.errors import ConfigError, DataError
+from raytune_ft.evaluation.check_tables import check_tables
 from raytune_ft.evaluation.gate import rows_to_see
+from raytune_ft.evaluation.joining import joined
+from raytune_ft.evaluation.markdown import render_markdown
 
 
 def said(right: int, rows: int = 40) -> dict[str, list[str]]:
@@ -126,3 +130,27 @@ def test_reports_are_joined_into_one_with_their_base(make_report: Any, tmp_path:
     assert [model["label"] for model in content["models"]] == ["base", "first", "second"]
     assert content["kind"] == "comparison"
     assert (tmp_path / "joined/report.html").exists()
+
+
+def test_a_model_that_diverged_passes_no_gate(make_result: Any) -> None:
+    good = make_result({"model": ["a" * (3 + n % 2) for n in range(20)]}, metrics=["perplexity"])
+    bad = make_result({"model": ["a" * (3000 + n % 2) for n in range(20)]}, metrics=["perplexity"])
+    assert bad.values["perplexity"] == np.inf
+    for terms in ({}, {"max_drop": 0.5}):
+        found = bad.beats(good, **terms)
+        assert not found
+        assert "which is no number to go by" in found.words
+    assert not bad.beats(bad, max_drop=1)
+
+
+def test_joined_reports_keep_their_notes_and_checks(make_result: Any) -> None:
+    leaks = {"leakage": {"model": {"known": True, "rows": 2, "datasets": ["d"]}}}
+    first, second = (
+        replace(make_result(said(9, rows=10)), where=f"runs/{name}", notes=notes, checks=leaks)
+        for name, notes in (("new", ("Leak: 2 rows",)), ("old", ()))
+    )
+    found = joined([first, second])
+    assert found.notes == ("new: Leak: 2 rows",)
+    assert found.checks == {"new: leakage": leaks["leakage"], "old: leakage": leaks["leakage"]}
+    assert [table.title for table in check_tables(found)] == ["Leaks: new", "Leaks: old"]
+    assert "new: Leak: 2 rows" in render_markdown(found)

@@ -16,6 +16,7 @@ from raytune_ft.core.records import Message
 from raytune_ft.evaluation.config_inference import BatchGenerationConfig
 from raytune_ft.evaluation.generate import generate
 from raytune_ft.evaluation.prompts import prompt_files, prompt_record, read_shards
+from raytune_ft.evaluation.shards import fault_in
 from raytune_ft.models.config import DecodingConfig
 
 
@@ -48,6 +49,29 @@ def test_files_become_shards_whose_rows_keep_their_places(prompts: Path) -> None
         ("00001-000000000000", 5),
     ]
     assert found[1]["position"].to_pylist() == list(range(256, 300))
+
+
+def test_every_file_counts_for_what_the_prompts_are(tmp_path: Path) -> None:
+    for number in range(65):
+        (tmp_path / f"{number:02d}.jsonl").write_text('{"prompt": "a"}\n')
+    digests = [prompt_files(str(tmp_path), None)[1].digest]
+    (tmp_path / "64.jsonl").write_text('{"prompt": "b"}\n')
+    digests.append(prompt_files(str(tmp_path), None)[1].digest)
+    (tmp_path / "65.jsonl").write_text('{"prompt": "c"}\n')
+    digests.append(prompt_files(str(tmp_path), None)[1].digest)
+    assert len(set(digests)) == 3
+    assert {len(digest) for digest in digests} == {16}
+
+
+@pytest.mark.parametrize("bad", ['{"prompt": 5}', '{"prompt": "half \\ud83d"}', "no JSON"])
+def test_a_row_that_is_no_prompt_ends_its_file_with_the_reason(tmp_path: Path, bad: str) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "q{n}"}}\n' for n in range(300)) + bad + "\n")
+    table = pa.table({"number": [0], "uri": [str(tmp_path / "p.jsonl")]})
+    found = list(read_shards(table, "m"))
+    assert [part.num_rows for part in found] == [256, 1]
+    fault = fault_in(found[1].to_pylist()[0])
+    assert isinstance(fault, DataError)
+    assert str(fault).startswith(f"{tmp_path}/p.jsonl:301: ")
 
 
 @pytest.mark.parametrize(
@@ -143,11 +167,13 @@ def test_an_endpoint_answers_files_too_and_what_it_fails_is_asked_again(
 
 @pytest.mark.ray
 def test_a_row_that_is_no_prompt_is_told_with_its_file_and_line(
-    ray_cluster: object, tiny_model: Path, tmp_path: Path
+    ray_cluster: object, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     config = BatchGenerationConfig(
         model_path=str(tiny_model), dataset_path=str(tmp_path / "bad.jsonl"), output_dir=str(tmp_path / "out")
     )
-    with pytest.raises(DataError, match=r"bad.jsonl:2: has neither `prompt` nor `messages`"):
+    with pytest.raises(DataError, match=r"bad.jsonl:2: has neither `prompt` nor `messages`$"):
         generate(config)
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err

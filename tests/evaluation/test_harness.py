@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from raytune_ft.core.errors import ConfigError, DataError, MissingDependencyError, RunError
 from raytune_ft.evaluation.config import HarnessConfig
 from raytune_ft.evaluation.config_inference import EndpointConfig
-from raytune_ft.evaluation.harness import numbers_of, require_harness, run_harness
+from raytune_ft.evaluation.harness import _key_of, numbers_of, require_harness, run_harness
 from raytune_ft.evaluation.workload import Target
 from raytune_ft.models.config import Precision
 
@@ -134,3 +135,18 @@ def test_answers_that_lm_eval_cannot_read_are_no_wrong_answers(tasks: Path, serv
     config = HarnessConfig(tasks=("house_words",), include_path=str(tasks))
     with pytest.raises(RunError, match=r"lm-eval could not read 2 of the endpoint's answers .*'index'"):
         run_harness(Target("m", server.url), config, Precision.FP32, EndpointConfig(max_retries=1))
+
+
+def test_lm_eval_finds_the_endpoints_key_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "another's")
+    monkeypatch.setenv("MY_KEY", "its own")
+    with pytest.raises(ZeroDivisionError), _key_of(EndpointConfig(api_key_variable="MY_KEY")):
+        assert os.environ["OPENAI_API_KEY"] == "its own"
+        raise ZeroDivisionError
+    assert os.environ["OPENAI_API_KEY"] == "another's"
+    with _key_of(EndpointConfig(api_key_variable="NOT_SET")):
+        assert os.environ["OPENAI_API_KEY"] == "none"
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with _key_of(EndpointConfig(api_key_variable="MY_KEY")):
+        assert os.environ["OPENAI_API_KEY"] == "its own"
+    assert "OPENAI_API_KEY" not in os.environ

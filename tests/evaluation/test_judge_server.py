@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from raytune_ft.cli import app
 from raytune_ft.evaluation.judge import JudgingFolder
-from raytune_ft.evaluation.judge_server import JudgeServer, judge_name, render_page
+from raytune_ft.evaluation.judge_server import JudgeServer, judge_name, own_hosts, render_page
 from raytune_ft.evaluation.pairs import pairs
 from raytune_ft.evaluation.results import read_result
 from raytune_ft.evaluation.votes import VOTES, VotesFile
@@ -95,6 +95,8 @@ def test_what_is_no_vote_is_refused_and_not_stored(
 def test_nonsense_is_answered_with_a_message(server: JudgeServer) -> None:
     assert ask(server, "POST", "/votes", b"{")[0] == 400
     assert ask(server, "POST", "/votes", b"[]")[0] == 400
+    assert ask(server, "POST", "/votes", b"[" * 4000)[0] == 400
+    assert ask(server, "POST", "/votes", b"{}", Content_Length="\u00b2")[0] == 400
     assert ask(server, "POST", "/elsewhere", {})[0] == 404
     assert ask(server, "GET", "/../../etc/passwd")[0] == 404
 
@@ -106,6 +108,11 @@ def test_other_sites_pages_are_refused(server: JudgeServer, tmp_path: Path) -> N
     assert ask(server, "POST", "/votes", vote, Content_Type="text/plain")[0] == 404
     assert (tmp_path / VOTES).read_bytes() == b""
     assert ask(server, "POST", "/votes", vote, Origin=server.url.rstrip("/"))[0] == 200
+
+
+def test_at_port_80_browsers_leave_the_port_out() -> None:
+    assert own_hosts(8000) == {"127.0.0.1:8000", "localhost:8000"}
+    assert own_hosts(80) == {"127.0.0.1:80", "localhost:80", "127.0.0.1", "localhost"}
 
 
 def test_names_keep_their_letters_and_lose_their_blanks() -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from raytune_ft.core.errors import ConfigError, RunError
+from raytune_ft.core.errors import ConfigError, DataError, RunError
+from raytune_ft.core.records import Message, Record
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.evaluation.config_ladder import LadderConfig, LadderLimits
-from raytune_ft.evaluation.ladder import Rung, best_trades, broken_limits, ladder, share_of_same
-from raytune_ft.evaluation.pace import measure, weight_bytes
+from raytune_ft.evaluation.ladder import Rung, best_trades, broken_limits, ladder, share_of_same, trade_plot
+from raytune_ft.evaluation.pace import measure, measure_apart, weight_bytes
+from raytune_ft.models.loading import load_model
 
 
 def rung(label: str, exact_match: float, megabytes: float, **figures: float) -> Rung:
@@ -67,8 +72,6 @@ def test_endpoints_and_unmeasured_limits_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_models_pace_is_measured_on_its_own_prompts(tiny_model: Path) -> None:
-    from raytune_ft.core.records import Message, Record
-
     records = [Record(messages=(Message("user", "a b c"), Message("assistant", "d")), position=n) for n in range(3)]
     settings = {"prompts": 2, "new_tokens": 4, "batch_size": 3, "agreement_rows": 3, "threads": 1, "precision": "fp32"}
     pace = measure(str(tiny_model), records, settings)
@@ -77,6 +80,69 @@ def test_a_models_pace_is_measured_on_its_own_prompts(tiny_model: Path) -> None:
     assert min(pace.first_token_ms, pace.per_token_ms, pace.tokens_per_s, pace.load_s) > 0
     assert len(pace.top_tokens) == 3
     assert pace.top_tokens[0] == pace.top_tokens[1] != []
+
+
+def test_rows_beyond_the_context_are_windowed_and_prompts_without_room_passed_over(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 64}))
+    chat = load_model(str(folder)).chat
+
+    def record(asked: str, answer: str) -> Record:
+        return Record(messages=(Message("user", asked), Message("assistant", answer)))
+
+    records = [record("x" * 90, "b"), record("x" * 30, "b"), record("a", "x" * 90)]
+    long, near, short = (len(chat.prompt_ids(one.prompt)) for one in records)
+    assert short < 32 < near < 62 < long
+    settings = {"prompts": 2, "new_tokens": 32, "batch_size": 2, "agreement_rows": 3, "threads": 1, "precision": "fp32"}
+    monkeypatch.setattr("raytune_ft.evaluation.pace.time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    pace = measure(str(folder), records, settings)  # by this clock everything takes a second
+    assert pace.too_long == 1
+    assert pace.tokens_per_s == (64 - near) + 32
+    assert len(pace.top_tokens[2]) > 64
+    with pytest.raises(RunError, match="none of 1 prompts leaves room for an answer in the model's context of 64 tok"):
+        measure_apart(str(folder), records[:1], settings)
+
+
+def test_a_hub_models_size_is_that_of_its_snapshot_and_an_adapter_adds_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "models--org--name"
+    (hub / "snapshots" / "abc").mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    (hub / "snapshots" / "abc" / "model.safetensors").write_bytes(b"x" * 1000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert weight_bytes("org/name") == 1000
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"x" * 10)
+    assert weight_bytes(str(tmp_path / "adapter")) == 1010
+
+
+def test_rows_that_cannot_be_climbed_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "raw"}\n')
+    config = LadderConfig(
+        model_paths=["nowhere/a", "nowhere/b"], dataset_path=str(tmp_path / "rows.jsonl"), metrics=["perplexity"],
+        output_dir=str(tmp_path / "out"),
+    )  # fmt: skip
+    with pytest.raises(DataError, match="are raw text, with no question"):
+        ladder(config)
+    assert not (tmp_path / "out-quality").exists()
+
+
+def test_a_rung_without_a_number_breaks_its_limit_and_is_no_best_trade() -> None:
+    rungs = [rung("whole", 0, 500), rung("lost", 0, 200)]
+    for one, value in zip(rungs, (2.0, float("nan")), strict=True):
+        one.values["perplexity"] = value
+    limits = LadderLimits(max_drop={"perplexity": 1})
+    assert broken_limits(limits, rungs) == ["lost: perplexity is worse by nan, at most 1 was asked for"]
+    assert best_trades(rungs, EvaluationMetric.PERPLEXITY, "per_token_ms") == ["whole"]
+    rungs[1].intervals["perplexity"] = rungs[0].intervals["perplexity"] = (1.0, 3.0)
+    assert trade_plot(rungs, EvaluationMetric.PERPLEXITY, "megabytes", "MB", ["whole"]).svg()
 
 
 @pytest.mark.ray

@@ -113,3 +113,14 @@ def test_lineage_goes_through_models_to_the_rows_they_were_trained_on(tiny_model
     assert [[file.name for file in source.files] for source in found] == [["train.jsonl"], []]
     assert found[1].unreadable is not None
     assert trained_on(str(tiny_model)) is None
+
+
+def test_a_model_that_it_was_made_from_and_that_is_gone_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    named = [Parent(role="model", where=where, digest=where) for where in ("starter:x", "org/name", "http://host/v1#m")]
+    gone = Parent(role="model", where=str(tmp_path / "moved"), digest="m")
+    assert trained_on(str(model_artifact(tmp_path / "made", tiny_model, named))) == []
+    found = trained_on(str(model_artifact(tmp_path / "small", tiny_model, [*named, gone])))
+    assert found is not None
+    assert [source.unreadable for source in found] == [
+        f"{tmp_path}/moved, which it was made from, is not there any more"
+    ]

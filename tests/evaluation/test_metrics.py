@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import evaluate
 import pytest
 
 from raytune_ft.core.errors import ConfigError, DataError
+from raytune_ft.evaluation.answers import extracted
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.metrics import METRICS, make_metric
+from raytune_ft.evaluation.metrics import METRICS, MOST_FIELDS, make_metric
+from raytune_ft.evaluation.statistics import interval
 
 ANSWERS = [
     "the cat sat on the mat",
@@ -333,3 +336,89 @@ def test_a_function_that_is_none_is_refused(function: str, message: str) -> None
 def test_a_function_that_fails_is_told_with_the_answer() -> None:
     with pytest.raises(DataError, match="custom: f raised TypeError"):
         compute("custom", ["abc"], ["a"], custom_functions={"f": "operator:truediv"})
+
+
+def test_a_label_that_some_rows_do_not_have_is_not_counted_among_them() -> None:
+    import numpy as np
+
+    metric = make_metric(EvaluationMetric.LABEL_F1, {})
+    labels = [f"l{n % 10}" for n in range(20)]
+    columns = metric.columns(predictions=labels, references=labels)
+    assert interval(metric.headline, columns, best=1.0).low == pytest.approx(0.8316, abs=1e-4)  # as of 20 right rows
+    half = {name: column[::2].sum() for name, column in columns.items()}  # the even rows have 5 of the 10 labels
+    found = metric.values({name: np.asarray(total) for name, total in half.items()})
+    names = ("label_f1_macro", "label_precision_macro", "label_recall_macro")
+    assert [float(found[name]) for name in names] == [1.0, 1.0, 1.0]
+
+
+def test_of_very_many_fields_the_most_frequent_are_looked_at_and_the_others_counted() -> None:
+    references = [json.dumps({"name": n, f"own {n}": n, f"other {n}": n}) for n in range(60)]
+    metric = make_metric(EvaluationMetric.FIELD_F1, {})
+    columns = metric.columns(predictions=references, references=references)
+    assert len(columns) == 3 + 3 * MOST_FIELDS + 1
+    found = metric.summary(columns)
+    assert (found["field_f1"], found["field_accuracy.name"], found["field_f1_macro"]) == (1.0, 1.0, 1.0)
+    assert found["field_others"] == 121 - MOST_FIELDS
+    few = metric.summary(metric.columns(predictions=references[:9], references=references[:9]))
+    assert "field_others" not in few
+    assert len(few) == 4 + 19
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        (".5", ".5"),
+        ("It is .75.", ".75"),
+        ("x = -.5", "-.5"),
+        ("1e-3", "1e-3"),
+        ("about 2.5E+10", "2.5E+10"),
+        ("3 eggs", "3"),
+        ("2020-12", "12"),
+        ("10 - 12", "12"),
+        ("it fell to -12", "-12"),
+        ("so $-5? no, -$5", "-$5"),
+        ("version 1.2.3", "3"),
+        ("well...5", "5"),
+        ("1,000.50", "1,000.50"),
+    ],
+)
+def test_the_last_number_is_read_whole_and_with_its_own_sign(text: str, number: str) -> None:
+    assert extracted(text, "last_number") == number
+
+
+def test_json_that_is_nested_beyond_all_reason_is_no_json() -> None:
+    deep = "[" * 600 + "]" * 600
+    assert compute("exact_match", [deep], [deep]) == {"exact_match": 1.0}  # as text
+    assert compute("exact_match", [deep], ["[1]"]) == {"exact_match": 0.0}
+    assert compute("valid_json", [deep, "[" * 90 + "]" * 90], ["[]", "[]"]) == {"valid_json": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"$ref": "#/definitions/missing"}, "a .ref leads nowhere: .*definitions/missing"),
+        ({"properties": {"a": {"$ref": "#/definitions/missing"}}}, "a .ref leads nowhere"),
+        ({"$ref": "#"}, "refers to itself without an end"),
+    ],
+)
+def test_a_schema_whose_references_lead_nowhere_is_refused(schema: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_metric(EvaluationMetric.JSON_SCHEMA, {"json_schema": schema})
+
+
+def test_a_schema_may_refer_to_itself_and_hold_what_only_looks_like_a_reference() -> None:
+    node = {"properties": {"next": {"$ref": "#"}, "$ref": {"const": {"$ref": "#/nowhere"}}}}
+    metric = make_metric(EvaluationMetric.JSON_SCHEMA, {"json_schema": {"type": "object", **node}})
+    assert metric.compute(predictions=['{"next": {}}', '{"next": 1}']) == {"json_schema": 0.5}
+
+
+def test_a_module_that_cannot_be_run_is_told_with_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_syntax.py").write_text("def f(a, b) return 1\n")
+    (tmp_path / "broken_name.py").write_text("x = undefined_thing\n")
+    for module, words in (
+        ("broken_syntax", "SyntaxError: expected ':'"),
+        ("broken_name", "NameError: name 'undefined"),
+    ):
+        with pytest.raises(ConfigError, match=f"custom_functions.f: '{module}:f' cannot be imported .{words}"):
+            make_metric(EvaluationMetric.CUSTOM, {"custom_functions": {"f": f"{module}:f"}})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 from raytune_ft.data.formats import detect, to_record
@@ -31,3 +33,24 @@ def test_ties_even_votes_changed_minds_and_empty_winners_give_no_record(make_res
     changed = [vote("ann", 0, "model"), vote("ann", 0, "both bad")]
     assert preference_records(make_result(SAID), changed) == []
     assert preference_records(make_result(SAID), [vote("ann", 9, "model")]) == []
+
+
+def test_tools_and_their_calls_reach_the_record(make_result: Any) -> None:
+    calls = json.dumps([{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}])
+    tools = json.dumps([{"type": "function", "function": {"name": "f"}}])
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls})
+    result = make_result(SAID)
+    models = [
+        replace(
+            model,
+            answers=[
+                replace(one, turns=(*turns, {"role": "tool", "content": "4"}), tools=tools) for one in model.answers
+            ],
+        )
+        for model in result.models
+    ]
+    [made] = preference_records(replace(result, models=tuple(models)), [vote("ann", 0, "model")])
+    kind, _ = detect(made)
+    record = to_record(made, kind, source="preferences.jsonl", position=0)
+    assert json.loads(record.tools or "") == json.loads(tools)
+    assert json.loads(record.messages[1].tool_calls or "") == json.loads(calls)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -27,7 +28,7 @@ from raytune_ft.evaluation.results import (
     write_answers,
 )
 from raytune_ft.evaluation.slices import sliced
-from raytune_ft.evaluation.tables import number_text
+from raytune_ft.evaluation.tables import number_text, value_table
 
 HOSTILE = "<script>alert('owned')</script></pre><img src=x onerror=alert(1)>\n```\n# not a heading"
 REFERENCE = '{"name": "Ada", "n": 2}'
@@ -232,3 +233,73 @@ def test_calibration_is_drawn_where_choices_were_measured() -> None:
     assert "confidence in the likeliest choice" in plots.draw(found)["calibration"].svg()
     every = render_html(found).partition('<div class="every">')[2]
     assert (every.count(">right<"), every.count(">wrong<")) == (4, 2)  # nats 0, 1, 2 and the tie with 3
+
+
+def scored(
+    metric: str, rows: dict[str, list[float]], *, kind: type[EvaluationResult] = EvaluationResult
+) -> EvaluationResult:
+    """A result of one metric of numbers: a reward, or the nats of one token, of each row and model."""
+    name = EvaluationMetric(metric)
+    metrics = {name: make_metric(name, {})}
+    models = []
+    for label, given in rows.items():
+        answers = [
+            Answer(
+                str(n), "p" * (1 + n % 3), "r", "x", nll=value, tokens=1, bytes=1, reward=value, metadata={"k": n % 2}
+            )
+            for n, value in enumerate(given)
+        ]
+        models.append(measured(ModelScores(label, label, "0", {}, {}, answers), metrics, seed=0))
+    dataset = {"path": "d", "split": "t", "rows": len(answers), "digest": "1"}
+    parts = sliced(models, metrics, seed=0)
+    settings = {"metrics": [metric], "seed": 0}
+    return kind(settings, dataset, tuple(models), compared(models, metrics, seed=0), "now", slices=parts)
+
+
+def test_values_that_are_no_numbers_are_null_in_every_file_and_are_read_back_as_such(tmp_path: Path) -> None:
+    found = scored("perplexity", {"base": [1 + n / 9 for n in range(30)], "tuned": [1000.0 + n for n in range(30)]})
+    draft = begin(tmp_path / "report", ArtifactKind.REPORT, settings=found.settings)
+    with draft:
+        for model in found.models:
+            write_answers(draft.folder / model.file, model.answers)
+            draft.numbers[model.label] = model.values
+        write_report(draft.folder, found)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    folder = tmp_path / "report"
+    lines = (folder / "answers/tuned.jsonl").read_text().splitlines()
+    for content in ((folder / "results.json").read_text(), (folder / "manifest.json").read_text(), *lines):
+        json.loads(content, parse_constant=refuse)
+    again = read_result(tmp_path / "report")
+    assert again["base"] == found["base"]
+    tuned = again["tuned"]
+    assert math.isnan(tuned.values["perplexity"])
+    assert tuned.values["nll_per_token"] == found["tuned"].values["nll_per_token"]
+    assert all(map(math.isnan, tuned.intervals["perplexity"]))
+    assert math.isnan(tuned.answers[0].scores["perplexity"])
+    assert again.comparisons[0].verdict == "cannot tell"
+    assert again.comparisons[0].p_value == 1.0
+    assert not again.beats(found, "perplexity", max_drop=0.5)
+    assert "nan" in render_markdown(again)
+    assert "<html" in render_html(again)
+    assert set(plots.draw(again)) == set(plots.draw(found)) == {"perplexity", "slices"}
+    assert all(plot.png() for plot in plots.draw(again).values())
+
+
+def test_a_model_without_a_number_is_ranked_last_and_never_the_best() -> None:
+    rows = {"lost": [1000.0] * 3, "fair": [2.0] * 3, "good": [1.0] * 3}
+    found = scored("perplexity", rows, kind=ComparisonResult)
+    assert found.ranking("perplexity") == ["good", "fair", "lost"]
+    nan = replace(found, models=(replace(found.models[0], values={"perplexity": math.nan}), *found.models[1:]))
+    assert nan.ranking("perplexity") == ["good", "fair", "lost"]
+    assert [cell["best"] for cell in value_table(nan)[0]["cells"]] == [False, False, True]
+
+
+def test_plots_of_rewards_say_that_higher_is_better_and_show_those_below_zero() -> None:
+    found = scored("reward", {"base": [n % 5 - 4.0 for n in range(20)], "tuned": [n % 5 - 1.0 for n in range(20)]})
+    picture = plots.draw(found)["slices"].svg()
+    assert "higher is better" in picture
+    assert ">−2<" in picture  # the base's mean, on a scale that has it
+    assert "lower is better" in plots.draw(scored("perplexity", {"m": [1.0] * 20}))["perplexity"].svg()

@@ -12,7 +12,7 @@ from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Message, Record, records_to_table
-from raytune_ft.evaluation.rows import check_rows, prompt_text, read_rows
+from raytune_ft.evaluation.rows import check_rows, prompt_text, prompt_turns, read_rows
 
 ASKED = Record(messages=(Message("system", "Be short."), Message("user", "2 + 2?"), Message("assistant", "4")))
 OPEN = Record(messages=(Message("user", "Capital of France?"),), reference="Paris")
@@ -86,6 +86,9 @@ def test_files_of_conversations_are_read_with_or_without_a_folder(tmp_path: Path
         ('{"messages": "hello"}', "must be a list of messages"),
         ('{"messages": [{"role": "boss", "content": "a"}]}', "a message needs a role"),
         ('{"messages": [{"role": "user", "content": 3}]}', "a content that is text"),
+        (r'{"messages": [{"role": "user", "content": "a \ud83d b"}]}', r"holds half a character \('\\ud83d'"),
+        (r'{"text": "fine", "metadata": {"x": "\udc00"}}', "holds half a character"),
+        ("[" * 9000, "is not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
@@ -124,6 +127,17 @@ def test_the_prompt_reads_like_what_the_user_said() -> None:
     assert prompt_text(ASKED) == "2 + 2?"
     longer = Record(messages=(Message("user", "a"), Message("assistant", "b"), Message("user", "c")))
     assert prompt_text(longer) == "user: a\nassistant: b\nuser: c"
+
+
+def test_the_turns_of_a_prompt_keep_what_tools_were_called() -> None:
+    calls = '[{"type": "function", "function": {"name": "f", "arguments": "{}"}}]'
+    turns = (Message("user", "q"), Message("assistant", "", calls), Message("tool", "42"), Message("assistant", "a"))
+    assert prompt_turns(Record(messages=turns)) == (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "42"},
+    )
+    assert prompt_turns(Record(messages=(turns[0], turns[3]))) == ()
 
 
 def test_choices_are_read_beside_the_row_and_missing_ones_are_told(tmp_path: Path) -> None:

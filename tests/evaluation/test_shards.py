@@ -13,13 +13,22 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message, Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.inference import shares
-from raytune_ft.evaluation.kept import KeptRows
+from raytune_ft.evaluation.kept import KeptRows, folder_name
+from raytune_ft.evaluation.results import ModelScores
 from raytune_ft.evaluation.scorer import OnRows
-from raytune_ft.evaluation.shards import DONE_SCHEMA, ShardActor, close_shard, fault_in, shard_table, work_off
+from raytune_ft.evaluation.shards import (
+    DONE_SCHEMA,
+    ShardActor,
+    close_shard,
+    fault_in,
+    fault_table,
+    shard_table,
+    work_off,
+)
 from raytune_ft.evaluation.workload import Target, Workload
 
 
@@ -87,6 +96,15 @@ def test_targets_are_kept_apart(kept: KeptRows) -> None:
     assert set(kept.all_answered("a/b")) == {0}
 
 
+def test_labels_that_differ_never_share_a_folder(kept: KeptRows) -> None:
+    labels = ["модель", "другая", "lr=1", "lr-1", "a b", "a-b", "a/b", ".", "..", "\ud83d"]
+    assert len({folder_name(label) for label in labels}) == len({ModelScores(x, "", "", {}, {}).file for x in labels})
+    assert len({folder_name(label) for label in labels}) == len(labels)
+    assert [folder_name(label) for label in ("tuned", "lr-1.5_b")] == ["tuned", "lr-1.5_b"]
+    work_off(Upper(), kept, "модель", "0", records(0))
+    assert kept.all_answered("другая") == kept.all_answered(".") == {}
+
+
 def test_an_actor_tells_a_fault_as_a_row_and_keeps_what_it_did(tiny_model: Path, kept: KeptRows) -> None:
     work = Workload(answers=False, likelihoods=True)
     targets = [Target("m", str(tiny_model))]
@@ -98,6 +116,16 @@ def test_an_actor_tells_a_fault_as_a_row_and_keeps_what_it_did(tiny_model: Path,
     broken = ShardActor([Target("m", str(kept.where.path))], work, kept.where.uri, threads=1, concurrency=1)
     fault = fault_in(broken(table).to_pylist()[0])
     assert isinstance(fault, ModelError)
+
+
+def test_a_shard_that_could_not_be_read_is_told_behind_those_that_could(tiny_model: Path, kept: KeptRows) -> None:
+    actor = ShardActor([Target("m", str(tiny_model))], Workload(False, True), kept.where.uri, threads=1, concurrency=1)
+    unread = fault_table(DataError("p.jsonl:2: has no prompt"), "m", "b")
+    done = actor(pa.concat_tables([shard_table(records(0), "m", "a"), unread])).to_pylist()
+    assert [(row["shard"], row["answered"]) for row in done] == [("a", 1), ("b", 0)]
+    fault = fault_in(done[1])
+    assert isinstance(fault, DataError)
+    assert str(fault) == "p.jsonl:2: has no prompt"
 
 
 def test_shards_are_large_unless_every_actor_is_to_have_work() -> None:

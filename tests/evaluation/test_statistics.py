@@ -161,3 +161,19 @@ def test_fewer_than_six_differing_rows_reject_nothing_at_5_percent() -> None:
     # 2 / 2^5 = 0.0625 is above 5%, 2 / 2^6 = 0.031 below; 2 / 2^2 is 0.5 exactly.
     assert fewest_differing_rows(0.05) == 6
     assert fewest_differing_rows(0.5) == 2
+
+
+def test_values_of_any_size_are_told_apart_alike() -> None:
+    own, their = np.random.default_rng(1).normal(0.5, 0.3, 40), np.zeros(40)
+    expected = permutation_p_value(mean, columns(*own), columns(*their))
+    assert expected < 0.001
+    for size in (1e-12, 1e9):
+        assert permutation_p_value(mean, columns(*(own * size)), columns(*their)) == expected
+
+
+def test_values_beyond_numbers_are_never_told_apart() -> None:
+    lost = {"nll": np.array([1000.0] * 20), "tokens": np.ones(20)}
+    fine = {"nll": np.array([1.0] * 20), "tokens": np.ones(20)}
+    for own, their in ((lost, fine), (fine, lost), (lost, {**lost, "nll": lost["nll"] + 1})):
+        with np.errstate(over="ignore", invalid="ignore"):
+            assert permutation_p_value(perplexity, own, their) == 1.0
