@@ -71,7 +71,7 @@ def _rows(file: Location) -> Iterator[Any]:
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=64):
                 yield from batch.to_pylist()
         return
-    for number, line in enumerate(file.read().decode("utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(file.lines(errors="replace"), start=1):
         if line.strip():
             try:
                 yield json.loads(line)

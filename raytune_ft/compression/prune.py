@@ -8,6 +8,7 @@ format can make use of.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.scoring import context_tokens
-from raytune_ft.models.sparsity import MARK, write_compact
+from raytune_ft.models.sparsity import MARK, fused_experts, write_compact
+
+logger = logging.getLogger("raytune_ft")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Layer:
-    """The weight matrix of a linear layer and which of its dimensions is the input."""
+    """The weight matrix of a linear layer and which of its dimensions is the input; or those of a mixture's experts."""
 
     name: str
     weight: torch.Tensor
@@ -65,9 +68,13 @@ def write_pruned(reference: str, folder: Path, config: PruningConfig, *, device:
     with full_precision(reference) as source:
         model = source.load(device=device)
         tokenizer = load_tokenizer(source.path)
-    ids = text_ids(tokenizer, getattr(model.config, "max_position_embeddings", None))
+    ids = text_ids(tokenizer, context_tokens(model))
     expected = next_token_logits(model, ids)
     layers = prunable(model)
+    if config.method is PruningMethod.MAGNITUDE:  # the others have to know which dimension is the input
+        layers += [Layer(name, weight, input_dim=2) for name, weight in fused_experts(model).items()]
+    else:
+        warn_of_experts(f"prune: {config.method}", model, layers, "method: magnitude prunes them, too")
     if not layers:
         raise ModelError(f"{reference}: has no linear layer besides its head; there is nothing to prune")
     calibrated = 0
@@ -108,6 +115,21 @@ def prunable(model: Any) -> list[Layer]:
         elif isinstance(module, Conv1D):  # GPT-2 keeps its weights as [input, output]
             layers.append(Layer(name, module.weight, input_dim=0))
     return layers
+
+
+def warn_of_experts(what: str, model: Any, layers: Sequence[Layer], instead: str) -> None:
+    """Says so where a mixture's experts, which are no linear layers, stay as they are, and what share is covered."""
+    experts = sum(weight.numel() for weight in fused_experts(model).values())
+    if experts:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        logger.warning(
+            "%s takes linear layers only, which hold %.1f%% of this model's weights; its experts (%.1f%%) stay as they "
+            "are. %s",
+            what,
+            100 * sum(layer.weight.numel() for layer in layers) / total,
+            100 * experts / total,
+            instead,
+        )
 
 
 def _prune_by_inputs(model: Any, chat: Chat, layers: Sequence[Layer], config: PruningConfig) -> int:

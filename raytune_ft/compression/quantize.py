@@ -21,6 +21,7 @@ from raytune_ft.compression.agreement import Agreement, compare, next_token_logi
 from raytune_ft.compression.calibration import calibration_rows
 from raytune_ft.compression.config import QuantizationConfig, QuantizationMethod
 from raytune_ft.compression.environment import quantizer_python
+from raytune_ft.compression.prune import prunable, warn_of_experts
 from raytune_ft.compression.source import full_precision
 from raytune_ft.core.errors import ModelError, RunError
 from raytune_ft.models.chat import Chat
@@ -30,6 +31,7 @@ from raytune_ft.models.scoring import context_tokens
 
 logger = logging.getLogger("raytune_ft")
 
+_NO_EXPERTS = "A folder of this model is hardly smaller than its source"
 _DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
@@ -71,8 +73,9 @@ def _by_one_shot(reference: str, folder: Path, config: QuantizationConfig, devic
         place = Path(scratch)
         model = source.load(device=device)
         tokenizer = load_tokenizer(source.path)
-        ids = text_ids(tokenizer, getattr(model.config, "max_position_embeddings", None))
+        ids = text_ids(tokenizer, context_tokens(model))
         expected = next_token_logits(model, ids)
+        warn_of_experts("quantize: compressed_tensors", model, prunable(model), _NO_EXPERTS)
         bytes_before, weights = weight_bytes(model), sum(parameter.numel() for parameter in model.parameters())
         rows = calibration_rows(config, Chat(tokenizer), context_tokens=context_tokens(model))
         warn_of_few(sum(map(len, rows)), model)
@@ -125,8 +128,9 @@ def _by_bitsandbytes(reference: str, folder: Path, config: QuantizationConfig, d
     with full_precision(reference) as source:
         model = source.load(device=device)
         tokenizer = load_tokenizer(source.path)
-        ids = text_ids(tokenizer, getattr(model.config, "max_position_embeddings", None))
+        ids = text_ids(tokenizer, context_tokens(model))
         expected = next_token_logits(model, ids)
+        warn_of_experts("quantize: bitsandbytes", model, prunable(model), _NO_EXPERTS)
         bytes_before = weight_bytes(model)
         settings = _bitsandbytes(config, head=head_names(model), dtype=model.dtype)
         del model

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.adapters import merge_adapter
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.loading import refuse_scorer, resolve_model
 
 _UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
@@ -45,11 +45,14 @@ def refuse_quantized(reference: str) -> Any:
     """Checks that a model can be compressed at all, and returns its base's transformers configuration.
 
     Raises:
-        ModelError: if it is not a model, or its weights (for an adapter: its base's) are quantized already.
+        ModelError: if it is not a model, gives scores and no text, or its weights (for an adapter: its base's) are
+            quantized already.
     """
     from transformers import AutoConfig
 
-    base = resolve_model(reference).base
+    resolved = resolve_model(reference)
+    refuse_scorer(resolved)
+    base = resolved.base
     try:
         config = AutoConfig.from_pretrained(base)
     except _UNREADABLE as error:

@@ -48,9 +48,15 @@ def add_lora(
         task: PEFT's name of what the model does.
 
     Raises:
-        ModelError: if no layer has one of the names.
+        ModelError: if no layer has one of the names: of each of them, since PEFT ignores those that fit nothing.
     """
     from peft import LoraConfig, get_peft_model
+
+    if not isinstance(target_modules, str):
+        modules = [name for name, _ in model.named_modules()]
+        unknown = [end for end in target_modules if not any(f".{name}".endswith(f".{end}") for name in modules)]
+        if unknown:
+            raise _no_such_layer(model, unknown)
 
     config = LoraConfig(
         r=rank,
@@ -66,15 +72,16 @@ def add_lora(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        linear = sorted(
-            {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        )
-        raise ModelError(
-            f"lora_target_modules: {target_modules} fit no layer of this model; its linear layers are "
-            f"{', '.join(linear)} ({first_line(error)})"
-        ) from None
+        raise _no_such_layer(model, target_modules, f" ({first_line(error)})") from None
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
+
+
+def _no_such_layer(model: Any, targets: list[str] | str, more: str = "") -> ModelError:
+    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    return ModelError(
+        f"lora_target_modules: {targets} fit no layer of this model; its linear layers are {', '.join(linear)}{more}"
+    )
 
 
 def add_virtual_tokens(

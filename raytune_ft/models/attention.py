@@ -34,8 +34,8 @@ def segment_attention(
     max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     prefixes: Prefixes | None = None,
+    one_segment: bool = False,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment.
@@ -50,9 +50,10 @@ def segment_attention(
         max_length_q: tokens of the longest segment; without it, it is asked of the device, which has to be waited for.
         scaling: factor of the scores; 1 / sqrt(head size) if None.
         dropout: of the attention weights; only 0 is taken.
-        sliding_window: how many tokens back a token sees, itself included.
         prefixes: learned keys and values before each segment, which every token of it sees (prefix tuning).
-        others: further arguments of the layer; those that change the result are refused.
+        one_segment: whether all tokens are one segment, so that no starts are needed.
+        others: further arguments of the layer. `sliding_window` says how many tokens back a token sees, itself
+            included; of a layer that leaves it out, its settings say so. Others that change the result are refused.
 
     Returns:
         [1, tokens, heads, head size], and no weights.
@@ -60,19 +61,31 @@ def segment_attention(
     Raises:
         ModelError: if the layer asks for something that segments don't know.
     """
+    if one_segment:
+        cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
     if cu_seq_lens_q is None:
         raise ModelError("attention 'segments' was called without segments; use 'sdpa' for padded batches")
     refused = [name for name in _UNKNOWN_TO_SEGMENTS if others.get(name) is not None]
     if refused or dropout:
         what = ", ".join(refused) or f"attention dropout {dropout}"
         raise ModelError(f"padding-free batches do not support {type(module).__name__} with {what}")
+    window = others["sliding_window"] if "sliding_window" in others else _window_of(module)
     if prefixes is not None:
         layer: Any = module.layer_idx
         query, key, value = prefixes.before(layer, query, key, value)
         starts = prefixes.extended.cu_seq_lens
-        out = _attended(query, key, value, starts, None, scaling=scaling, window=sliding_window)
+        out = _attended(query, key, value, starts, None, scaling=scaling, window=window)
         return out.index_select(1, prefixes.extended.tokens), None
-    return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=sliding_window), None
+    return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=window), None
+
+
+def _window_of(module: Any) -> int | None:
+    """That of a layer which leaves it to the mask, of which segments have none (PhiMoE, Qwen2-MoE)."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[module.layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None) or None
 
 
 def _attended(

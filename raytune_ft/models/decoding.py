@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.neighbours import factors_by_row, long_from, why_alone
 from raytune_ft.models.row_cache import RowCache
 from raytune_ft.models.sampling import Sampler, TokenLogprob, logprobs_of
 from raytune_ft.models.text_stream import TextStream
@@ -132,11 +134,13 @@ class Decoder:
         self._own = Prefix.of(virtual) if virtual else None
         if virtual is not None:
             self._model = loaded.model.get_base_model()
-        if getattr(self._model, "_is_stateful", False):
+        reason = why_alone(self._model)
+        if reason is not None:
             raise ModelError(
-                f"{loaded.reference.given}: {type(self._model).__name__} keeps a recurrent state, not keys and values, "
-                "and cannot be served by the transformers engine"
+                f"{loaded.reference.given}: {type(self._model).__name__} {reason}; the transformers engine serves "
+                "models that keep keys and values only"
             )
+        self._long_from = long_from(self._model)
         self._cache_argument = _cache_argument(self._model)
         self._slots = slots
         self._stop_ids = frozenset(loaded.chat.stop_ids if stop_ids is None else stop_ids)
@@ -180,6 +184,7 @@ class Decoder:
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """Decodes one token of every row; returns the rows, the ended ones among them having left."""
+        self._read_again()
         rows, cache = self.rows, self._cache
         if not rows or cache is None:
             return []
@@ -220,11 +225,33 @@ class Decoder:
         if len(staying) < len(rows):
             order = cache.keep(staying, max(rows[place].tokens for place in staying))
             rows = [rows[place] for place in order]
+        self._add(rows, cache)
+
+    def _add(self, rows: list[Row], cache: RowCache) -> None:
         if self._cache is not None and self.rows:
             self._cache.join(cache)
         else:
             self._cache = cache
         self.rows = [*self.rows, *rows]
+
+    def _factors(self, rows: list[Row]) -> AbstractContextManager[None]:
+        if self._long_from is None:
+            return nullcontext()
+        whole = torch.tensor([[row.tokens + bool(row.token_ids)] for row in rows], device=self._device)
+        return factors_by_row(self._model, whole)
+
+    def _read_again(self) -> None:
+        """Under longrope: keys of rows that are about to get the long factors are made anew, with these."""
+        again = [row for row in self.rows if row.tokens == self._long_from]
+        if not again:
+            return
+        self.leave(again)
+        for row in again:
+            with self._adapters([row]):
+                reading = self._begun(row)
+                ids = torch.tensor([[*row.prompt_ids, *row.token_ids[:-1]]], device=self._device)
+                self._forward([row], reading.cache, ids.shape[1], input_ids=ids)
+            self._add([row], reading.cache)
 
     @staticmethod
     def _before(rows: list[Row]) -> RowCache:
@@ -297,14 +324,15 @@ class Decoder:
         columns_back = torch.arange(columns, 0, -1, device=self._device)  # 1 is the last one
         mask = None if min(ends) == columns else (columns_back <= held).long()
         positions = (held - columns_back[-width:]).clamp_min(0)
-        out = self._model(
-            **inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=keep,
-            **{self._cache_argument: cache},
-        )
+        with self._factors(rows):
+            out = self._model(
+                **inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self._cache_argument: cache},
+            )
         logits: Tensor = out.logits
         return logits
 
@@ -330,6 +358,4 @@ class Decoder:
         self.rows = [self.rows[place] for place in order]
 
     def _adapters(self, rows: list[Row]) -> Any:
-        from contextlib import nullcontext
-
         return self._slots.rows([row.slot for row in rows]) if self._slots else nullcontext()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,11 +20,11 @@ import xxhash
 from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.attention import attention
-from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel
 from raytune_ft.models.memory import TokenBudget, is_out_of_memory, release_memory
+from raytune_ft.models.neighbours import why_alone
 from raytune_ft.models.scoring import context_tokens
 
 logger = logging.getLogger("raytune_ft")
@@ -82,12 +83,14 @@ def generate(
     budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
     asked = _Asked(prompts, seeds, slots or [0] * len(prompts))
     make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
+    alone = _Alone(loaded, loaded.chat.stop_ids if stop_ids is None else stop_ids, adapters)
     waiting = list(range(len(prompts)))
     with attention(loaded.model, "sdpa"):
         while waiting:
             reason = None
             try:
-                for some in _found(loaded, asked.only(waiting), decoding, budget.tokens, make_decoder):
+                left = asked.only(waiting)
+                for some in _found(loaded, left, decoding, budget.tokens, make_decoder=make_decoder, alone=alone):
                     found = {waiting[place]: answer for place, answer in some.items()}
                     answers |= found
                     if on_answers is not None:
@@ -141,22 +144,22 @@ def _found(
     asked: _Asked,
     decoding: DecodingConfig,
     token_budget: int,
+    *,
     make_decoder: Callable[[], Decoder],
+    alone: _Alone,
 ) -> Iterator[dict[int, Completion]]:
     prompts, context = asked.prompts, context_tokens(loaded.model)
     room = [context - len(prompt) if context else decoding.max_new_tokens for prompt in prompts]
     limits = [max(1, min(decoding.max_new_tokens, left)) for left in room]
     lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-    if getattr(loaded.model, "_is_stateful", False):  # its recurrent state cannot be joined to that of others
-        for group in group_by_budget(lengths, token_budget, padded=True):
-            torch.manual_seed(asked.seeds[group[0]])
-            batch = _generate_batch(loaded, [prompts[number] for number in group], decoding)
-            yield dict(zip(group, batch, strict=True))
-        return
     own = [
         decoding.model_copy(update={"max_new_tokens": limit, "seed": seed})
         for limit, seed in zip(limits, asked.seeds, strict=True)
     ]
+    if why_alone(loaded.model) is not None:
+        for number, prompt in enumerate(prompts):
+            yield {number: alone.answer(prompt, own[number], asked.slots[number])}
+        return
     for wave, places in waves(lengths, token_budget):
         wave.sort(key=lambda number: -len(prompts[number]))
         decoder = make_decoder()
@@ -208,33 +211,43 @@ def waves(lengths: Sequence[int], token_budget: int) -> list[tuple[list[int], in
     return found
 
 
-def _generate_batch(loaded: LoadedModel, prompts: list[Sequence[int]], decoding: DecodingConfig) -> list[Completion]:
-    from transformers import GenerationConfig
+@dataclass(frozen=True)
+class _Alone:
+    """Answers to one prompt at a time by transformers' own loop, for models that keep more than keys and values."""
 
-    tokenizer, stops = loaded.tokenizer, list(loaded.chat.stop_ids)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=loaded.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if decoding.temperature > 0:
-        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-    settings = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens, eos_token_id=stops or None, pad_token_id=pad, use_cache=True, **sampling
-    )
-    extra = {"stop_strings": list(decoding.stop), "tokenizer": tokenizer} if decoding.stop else {}
-    out = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)[:, longest:]
-    # A row that ended on a stop text is padded while the others of its batch go on.
-    ends = {*stops, pad}
-    return [_completion(loaded, row, decoding, stops=ends) for row in out.tolist()]
+    loaded: LoadedModel
+    stop_ids: Sequence[int]
+    adapters: AdapterSlots | None
 
+    def answer(self, prompt: Sequence[int], decoding: DecodingConfig, slot: int) -> Completion:
+        """The answer to a prompt, drawn by the settings' seed, with the adapter in a slot."""
+        from transformers import GenerationConfig
 
-def _completion(loaded: LoadedModel, tokens: list[int], decoding: DecodingConfig, *, stops: set[int]) -> Completion:
-    end = next((place for place, token in enumerate(tokens) if token in stops), None)
-    kept = tokens if end is None else tokens[:end]
-    text = loaded.tokenizer.decode(kept, skip_special_tokens=True)
-    cuts = [text.find(stop) for stop in decoding.stop if stop in text]
-    if cuts:
-        text = text[: min(cuts)]
-    ended = tokens[end] if end is not None and tokens[end] in loaded.chat.stop_ids else None
-    return Completion(text, kept, "stop" if end is not None or cuts else "length", ended)
+        tokenizer, stops = self.loaded.tokenizer, list(self.stop_ids)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
+        sampling: dict[str, Any] = {"do_sample": False}
+        if decoding.temperature > 0:
+            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        settings = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            eos_token_id=stops or [-1],  # None would be those of its own settings
+            pad_token_id=pad,
+            use_cache=True,
+            **sampling,
+        )
+        extra = {"stop_strings": list(decoding.stop), "tokenizer": tokenizer} if decoding.stop else {}
+        ids = torch.tensor([list(prompt)], device=self.loaded.device)
+        mask = torch.ones_like(ids)
+        torch.manual_seed(decoding.seed)
+        with self.adapters.rows([slot]) if self.adapters else nullcontext():
+            out = self.loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)
+        return self._completion(out[0, len(prompt) :].tolist(), decoding)
+
+    def _completion(self, tokens: list[int], decoding: DecodingConfig) -> Completion:
+        stopped = tokens[-1] if tokens and tokens[-1] in self.stop_ids else None
+        kept = tokens if stopped is None else tokens[:-1]
+        text = self.loaded.tokenizer.decode(kept, skip_special_tokens=True)
+        cuts = [text.find(stop) for stop in decoding.stop if stop in text]
+        if cuts:
+            text = text[: min(cuts)]
+        return Completion(text, kept, "stop" if stopped is not None or cuts else "length", stopped)

@@ -79,7 +79,10 @@ def golden_continuations(
 
 def _answered(loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[GoldenAnswer]:
     from raytune_ft.models.decoding import Decoder
+    from raytune_ft.models.neighbours import why_alone
 
+    if why_alone(loaded.model) is not None:
+        return [_answered_alone(loaded, list(prompt), max_new_tokens) for prompt in prompts]
     decoder = Decoder(loaded)
     decoding = DecodingConfig(max_new_tokens=max_new_tokens)
     rows = [decoder.new_row(loaded, list(prompt), decoding, top_logprobs=0) for prompt in prompts]
@@ -95,6 +98,33 @@ def _answered(loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tok
         )
         for row in rows
     ]
+
+
+def _answered_alone(loaded: LoadedModel, prompt: list[int], max_new_tokens: int) -> GoldenAnswer:
+    """By transformers' own loop, for models that keep more than keys and values."""
+    import torch
+
+    ids = torch.tensor([prompt], device=loaded.device)
+    found = loaded.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=list(loaded.chat.stop_ids) or [-1],  # None would be those of its own settings
+        pad_token_id=loaded.tokenizer.pad_token_id,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    said = found.sequences[0, len(prompt) :].tolist()
+    kept = said[:-1] if said[-1] in loaded.chat.stop_ids else said
+    return GoldenAnswer(
+        prompt_ids=prompt,
+        answer=str(loaded.tokenizer.decode(kept, skip_special_tokens=True)),
+        token_ids=said,
+        logprobs=[
+            float(step[0].float().log_softmax(-1)[token]) for step, token in zip(found.logits, said, strict=True)
+        ],
+    )
 
 
 def write_golden(golden: Golden, folder: Path) -> None:

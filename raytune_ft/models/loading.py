@@ -148,8 +148,20 @@ def refuse_writer(resolved: ModelReference) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing, where there is none (a hub id)."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    """What a JSON file says; nothing, where there is none (a hub id).
+
+    Raises:
+        ModelError: if it is damaged, or holds something else than an object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: is not valid JSON ({first_line(error)}); copy the model's files again") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(found).__name__}; copy the model's files again")
+    return found
 
 
 def model_parent(reference: str, role: str = "model") -> Parent:
@@ -252,10 +264,7 @@ def put_adapter(model: Any, folder: Path, device: str) -> Any:
 
 
 def _adapter_base(folder: Path) -> str:
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError):
-        base = None
+    base = _json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{folder}/adapter_config.json: does not name its base_model_name_or_path")
     return str(base)

@@ -22,9 +22,19 @@ from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.frozen_head import can_be_summed, summed_loss
 from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.neighbours import factors_by_row, long_from, why_alone
 from raytune_ft.models.virtual import Extended, VirtualTokens
 
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 512, 8192
+_BEHIND_THE_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_mup_width_multiplier",
+)
+"""Settings by which models change their logits."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,8 @@ class CausalParts:
         name = type(causal).__name__
         if decoder is None or head is None or decoder is causal:
             raise ModelError(f"{name}: has no separate decoder and output head; only causal language models are taken")
-        changed = [
-            key
-            for key in ("final_logit_softcapping", "logit_scale", "logits_scaling")
-            if getattr(causal.config, key, None) not in (None, 1, 1.0)
-        ]
+        settings = causal.config.get_text_config()
+        changed = [key for key in _BEHIND_THE_HEAD if getattr(settings, key, None) not in (None, 1, 1.0)]
         if changed:
             raise ModelError(
                 f"{name}: changes its logits behind the head ({', '.join(changed)}), which is not supported"
@@ -147,10 +154,39 @@ def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
 
 
 def hidden_states(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
-    """[tokens, width] hidden states of rows that start at `starts`."""
+    """[tokens, width] hidden states of rows that start at `starts`; each row's are what they would be alone.
+
+    Raises:
+        ModelError: for a prefix before rows that have to be computed one at a time.
+    """
+    if why_alone(decoder) is not None:
+        return _one_by_one(decoder, starts, **inputs)
     longest = int((starts[1:] - starts[:-1]).max())  # a host that waits once a pass, not once a layer
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
-    found: Tensor = decoder(**inputs, **lengths, use_cache=False).last_hidden_state[0]
+    if long_from(decoder) is None:
+        return _computed(decoder, **inputs, **lengths)
+    positions = inputs["position_ids"]
+    ends = positions[0, starts[1:].long() - 1] + 1
+    of_place = torch.repeat_interleave(ends, starts[1:] - starts[:-1], output_size=positions.shape[1])
+    with factors_by_row(decoder, of_place[None]):
+        return _computed(decoder, **inputs, **lengths)
+
+
+def _one_by_one(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
+    if inputs.pop("prefixes", None) is not None:
+        raise ModelError(
+            f"prefix tuning: {type(decoder).__name__} {why_alone(decoder)}, and layers without keys and values take no "
+            "prefix; take prompt_tuning or lora"
+        )
+    lengths = (starts[1:] - starts[:-1]).tolist()
+    names = list(inputs)
+    rows = zip(*(torch.split(inputs[name], lengths, dim=1) for name in names), strict=True)
+    # Without starts: some layers refuse packed rows that they could not keep apart, even a single one.
+    return torch.cat([_computed(decoder, **dict(zip(names, row, strict=True)), one_segment=True) for row in rows])
+
+
+def _computed(decoder: nn.Module, **inputs: Any) -> Tensor:
+    found: Tensor = decoder(**inputs, use_cache=False).last_hidden_state[0]
     return found
 
 
@@ -220,7 +256,7 @@ def windows_of(row: Encoded, context: int | None) -> list[Encoded]:
 
 def context_tokens(model: Any) -> int | None:
     """Most tokens of a row, learned virtual ones aside; None where the model names no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     virtual = VirtualTokens.of(model)
     return int(limit) - (virtual.count if virtual else 0) if limit else None
 

@@ -36,8 +36,19 @@ def carry_mark(source: str | Path, target: Path) -> None:
         shutil.copy2(Path(source) / MARK, target / MARK)
 
 
+def fused_experts(model: Any) -> dict[str, Tensor]:
+    """The matrices of a mixture's experts that lie in one parameter, [experts, rows, columns], by their names."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if "experts" in type(module).__name__.lower()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.is_floating_point()
+    }
+
+
 def zeros_of(model: Any) -> dict[str, Tensor]:
-    """Where the matrices of a model's linear layers are zero, by the weight's name: booleans of the weight's shape.
+    """Where the matrices of a model's linear layers and experts are zero, by name: booleans of the weight's shape.
 
     Matrices without zeros are left out, and so is the output head, which is never pruned.
     """
@@ -51,6 +62,10 @@ def zeros_of(model: Any) -> dict[str, Tensor]:
             zeros = weight.detach() == 0
             if bool(zeros.any()):
                 found[f"{name}.weight"] = zeros
+    for name, experts in fused_experts(model).items():
+        zeros = experts.detach() == 0
+        if bool(zeros.any()):
+            found[name] = zeros
     return found
 
 

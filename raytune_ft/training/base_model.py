@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from raytune_ft.models.loading import load_tokenizer, quiet_transformers, refuse
 from raytune_ft.models.rewarding import load_scorer
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import RewardConfig
+
+logger = logging.getLogger("raytune_ft")
 
 
 def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 6.0) -> Any:
@@ -54,14 +57,38 @@ def load_base(config: FineTuningConfig, device: str, *, int8_threshold: float = 
 
 
 def _load_writer(base: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         return AutoModelForCausalLM.from_pretrained(
-            base, attn_implementation="sdpa", trust_remote_code=False, use_safetensors=True, **options
+            base,
+            config=_without_attention_dropout(base, AutoConfig.from_pretrained(base, trust_remote_code=False)),
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{base}: cannot be loaded for training: {first_line(error)}") from None
+
+
+_ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
+
+
+def _without_attention_dropout(base: str, settings: Any) -> Any:
+    """The model's configuration without a dropout of attention weights, which padding-free attention does not have."""
+    inner = settings.get_text_config()
+    names = [name for name in _ATTENTION_DROPOUT if getattr(inner, name, 0)]
+    for name in names:
+        logger.warning(
+            "%s: %s is %g in its configuration, and 0 here: attention of padding-free batches has no dropout. "
+            "lora_dropout is there as before",
+            base,
+            name,
+            getattr(inner, name),
+        )
+        setattr(inner, name, 0.0)
+    return settings
 
 
 def _keep_differentiable(model: Any) -> None:

@@ -17,6 +17,7 @@ from raytune_ft.models.adapters import add_lora, add_virtual_tokens, go_on_from
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.neighbours import why_alone
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
@@ -68,6 +69,12 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
         ModelError: if the model cannot be loaded, or cannot be trained by this method.
     """
     model = load_base(config, device)
+    alone = why_alone(model)
+    if alone is not None and config.zero_stage == 3:
+        raise ModelError(
+            f"{config.model_path}: {alone}, so each row takes a pass of its own, and ZeRO stage 3 wants as many passes "
+            "of every worker; set zero_stage: 2"
+        )
     tokenizer = load_tokenizer(config.model_path)
     if not config.uses_adapter and is_pruned(resolve_model(config.model_path).base):
         if config.zero_stage == 3:

@@ -67,3 +67,33 @@ def test_where_a_model_lies_does_not_make_another_run():
     one = QuantizationJob(model_path="a", output_dir="b")
     assert one.identity() == QuantizationJob(model_path="c", output_dir="d").identity()
     assert one.identity() != QuantizationJob(model_path="a", output_dir="b", bits=8).identity()
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (PruningConfig, {"method": "structured", "scope": "global"}, "scope: structured compares weights of one"),
+        (
+            PruningConfig,
+            {"method": "wanda", "calibration_path": "x", "scope": "global"},
+            "scope: wanda .*use magnitude",
+        ),
+        (PruningConfig, {"calibration_rows": 5}, "calibration_rows: magnitude looks at no rows"),
+        (QuantizationConfig, {"bits": 8, "bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: is of 4-bit weights"),
+        (QuantizationConfig, {"bits": 4, "llm_int8_threshold": 0}, "llm_int8_threshold: is of 8-bit weights"),
+        (QuantizationConfig, {"calibration_tokens": 5}, "calibration_tokens: bitsandbytes looks at no rows"),
+        (
+            QuantizationConfig,
+            {"method": "compressed_tensors", "calibration_path": "x", "bnb_4bit_compute_dtype": "fp32"},
+            "bnb_4bit_compute_dtype: is of bitsandbytes' weights",
+        ),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(make: type, settings: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        make(**settings)
+
+
+def test_resolved_settings_make_the_same_ones_again():
+    for config in (PruningConfig(method="structured"), QuantizationConfig(bits=8, llm_int8_threshold=0)):
+        assert type(config)(**config.model_dump()) == config

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from raytune_ft.compression.config import PruningConfig, PruningMethod, PruningScope
+from raytune_ft.compression.config import PruningConfig, PruningMethod, PruningScope, QuantizationConfig
 from raytune_ft.compression.prune import Layer, prunable, prune, write_pruned, zero_in_groups, zero_smallest
+from raytune_ft.compression.quantize import write_quantized
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.loading import load_model
+from raytune_ft.models.sparsity import zeros_of
 
 
 def test_the_smallest_magnitudes_become_zero():
@@ -106,3 +110,43 @@ def test_a_pruned_folder_loads_with_plain_transformers_and_is_as_sparse_as_repor
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
     assert made.bytes_after >= made.bytes_before, "dense storage does not get smaller"
     assert 0 < made.agreement.kl < 0.01
+
+
+@pytest.fixture
+def mixture(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model whose 4 experts hold most of its weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), head_dim=16, pad_token_id=0, **shape, **experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    return tmp_path / "mixture"
+
+
+@pytest.mark.parametrize("storage", ["dense", "compact"])
+def test_magnitude_prunes_a_mixtures_experts_which_stay_zero(
+    mixture: Path, tmp_path: Path, storage: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = write_pruned(str(mixture), tmp_path / "out", PruningConfig(target_sparsity=0.5, storage=storage))
+    assert made.weights_considered == 4 * 32 * 32 + 4 * (128 * 32 + 32 * 64)  # q, k, v, o; and 4 experts
+    assert made.sparsity == pytest.approx(0.5)
+    assert made.sparsity_by_layer["model.layers.0.mlp.experts.gate_up_proj"] == 0.5
+    zeros = zeros_of(load_model(str(tmp_path / "out"), device="cpu").model)
+    assert int(zeros["model.layers.0.mlp.experts.down_proj"].sum()) == 4 * 32 * 64 / 2
+
+
+@pytest.mark.parametrize("what", ["prune", "quantize"])
+def test_experts_that_stay_as_they_are_are_told(
+    mixture: Path, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        if what == "prune":
+            write_pruned(str(mixture), tmp_path / "out", PruningConfig(method=PruningMethod.STRUCTURED))
+        else:
+            write_quantized(str(mixture), tmp_path / "out", QuantizationConfig())
+    assert f"{what}: " in caplog.text
+    assert "its experts (" in caplog.text

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from raytune_ft.compression.config import QuantizationConfig
+from raytune_ft.compression.config import PruningConfig, QuantizationConfig
+from raytune_ft.compression.prune import write_pruned
 from raytune_ft.compression.quantize import warn_of_few, write_quantized
 from raytune_ft.compression.source import refuse_quantized
 from raytune_ft.core.errors import ConfigError, ModelError
@@ -162,3 +163,14 @@ def test_fewer_tokens_to_calibrate_with_than_a_layer_has_inputs_are_told(
 def test_calibration_is_asked_for_where_it_is_used_and_refused_elsewhere(settings: dict[str, str], message: str):
     with pytest.raises(ConfigError, match=message):
         QuantizationConfig(**settings)
+
+
+def test_a_reward_model_is_refused_before_anything_is_written(tiny_model: Path, tmp_path: Path):
+    source = tmp_path / "scorer"
+    AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(source)
+    with pytest.raises(ModelError, match="is a reward model"):
+        write_quantized(str(source), tmp_path / "out", QuantizationConfig())
+    with pytest.raises(ModelError, match="is a reward model"):
+        write_pruned(str(source), tmp_path / "out", PruningConfig())
+    assert not (tmp_path / "out").exists()

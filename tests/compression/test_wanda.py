@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from raytune_ft.compression.calibration import calibration_rows
 from raytune_ft.compression.config import PruningConfig, PruningMethod
 from raytune_ft.compression.prune import prunable, write_pruned
 from raytune_ft.compression.wanda import decoder_blocks, prune_by_inputs, zero_least
 from raytune_ft.core.errors import ConfigError, DataError, ModelError
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.loading import load_tokenizer
 
 
 def test_a_small_weight_of_a_large_input_stays_and_a_large_one_of_a_small_input_goes():
@@ -113,3 +116,18 @@ def test_calibration_rows_that_are_none_are_named(tiny_model: Path, tmp_path: Pa
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, str], message: str):
     with pytest.raises(ConfigError, match=message):
         PruningConfig(**settings)
+
+
+def test_a_line_separator_inside_a_text_ends_no_row(tiny_model: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "one\u2028two"}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    config = PruningConfig(method=PruningMethod.WANDA, calibration_path=str(rows))
+    chat = Chat(load_tokenizer(str(tiny_model)))
+    assert len(calibration_rows(config, chat, context_tokens=None)) == 1
+
+
+def test_no_more_rows_are_read_than_are_asked_for(tiny_model: Path, tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "one and two"}\n' * 2 + "no JSON\n")
+    config = PruningConfig(method=PruningMethod.WANDA, calibration_path=str(rows), calibration_rows=2)
+    assert len(calibration_rows(config, Chat(load_tokenizer(str(tiny_model))), context_tokens=None)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,3 +72,16 @@ def test_the_former_attention_comes_back_after_the_block(tiny_model: Path) -> No
     with attention(loaded.model, SEGMENTS):
         assert loaded.model.config._attn_implementation == SEGMENTS
     assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("kinds", "window"), [(None, 2), (["sliding_attention"], 2), (["full_attention"], None)])
+def test_a_window_that_a_layer_leaves_to_the_mask_is_that_of_its_settings(
+    kinds: list[str] | None, window: int | None
+) -> None:
+    layer = torch.nn.Identity()
+    layer.config, layer.layer_idx = SimpleNamespace(sliding_window=2, layer_types=kinds), 0
+    q = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(0))
+    starts = torch.tensor([0, 6], dtype=torch.int32)
+    left_out, _ = segment_attention(layer, q, q, q, None, cu_seq_lens_q=starts)
+    said, _ = segment_attention(layer, q, q, q, None, cu_seq_lens_q=starts, sliding_window=window)
+    assert torch.equal(left_out, said)

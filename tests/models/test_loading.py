@@ -133,3 +133,19 @@ def test_the_starter_answers() -> None:
     loaded = load_model("starter:smollm2-135m")
     prompt = loaded.chat.prompt_ids([Message("user", "What is the capital of France?")])
     assert "Paris" in generate(loaded, [prompt], DecodingConfig(max_new_tokens=12))[0].text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", '{"model_type": "llama"', "config.json: is not valid JSON"),
+        ("config.json", "[]", "config.json: expected a JSON object, found list"),
+        ("adapter_config.json", "[]", "adapter_config.json: expected a JSON object, found list"),
+        ("adapter_config.json", "{", "adapter_config.json: is not valid JSON"),
+        ("adapter_config.json", "{}", "adapter_config.json: does not name its base_model_name_or_path"),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tmp_path))

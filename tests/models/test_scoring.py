@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,9 +47,11 @@ def test_chunks_change_neither_losses_nor_gradients(tiny_model: Path, monkeypatc
 
 def test_a_model_that_changes_its_logits_behind_the_head_is_refused(tiny_model: Path) -> None:
     loaded = load_model(str(tiny_model))
-    loaded.model.config.logit_scale = 0.5
-    with pytest.raises(ModelError, match="logit_scale"):
-        scoring.CausalParts.of(loaded.model)
+    for key, neutral in (("logit_scale", 1.0), ("logits_soft_cap", None), ("lm_head_multiplier", 1.0)):
+        setattr(loaded.model.config, key, 0.5)
+        with pytest.raises(ModelError, match=key):
+            scoring.CausalParts.of(loaded.model)
+        setattr(loaded.model.config, key, neutral)
 
 
 def test_a_row_without_supervised_tokens_scores_nothing(tiny_model: Path) -> None:
@@ -94,3 +97,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model: Path
     loaded.tokenizer.add_tokens(["<one-more>"])
     with pytest.raises(ModelError, match=r"knows \d+ tokens, but the model has embeddings for \d+"):
         scoring.check_vocabulary(loaded)
+
+
+def test_the_context_of_a_model_with_pictures_is_that_of_its_text() -> None:
+    from transformers import Gemma3Config
+
+    config = Gemma3Config(text_config={"max_position_embeddings": 64})
+    assert scoring.context_tokens(SimpleNamespace(config=config)) == 64

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from raytune_ft.core.errors import ModelError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.batches import TokenRows, step_rows
 from raytune_ft.training.config import FineTuningConfig
@@ -108,3 +109,31 @@ def test_qlora_trains_an_adapter_on_a_quantized_base(settings: Settings, splits,
     losses = history(settings(method="qlora"), splits, tmp_path / "qlora")
     assert losses[-1] < losses[0]
     assert (tmp_path / "qlora/adapter_model.safetensors").exists()
+
+
+def test_a_model_that_carries_state_is_refused_under_stage_3(settings: Settings, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    AutoModelForCausalLM.from_config(Lfm2Config(**shape, **heads)).save_pretrained(tmp_path / "lfm2")
+    config = settings(method="full").with_overrides(model_path=str(tmp_path / "lfm2"), zero_stage=3)
+    with pytest.raises(ModelError, match=r"has conv layers.*set zero_stage: 2"):
+        make_trainee(config, "cpu")
+
+
+def test_gpt2_as_it_is_published_trains_without_its_attention_dropout(
+    settings: Settings, splits: dict[str, list[str]], tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    shape = {"n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    published = GPT2Config(vocab_size=len(tokenizer), attn_pdrop=0.1, bos_token_id=2, eos_token_id=2, **shape)
+    for saved in (tokenizer, AutoModelForCausalLM.from_config(published)):
+        saved.save_pretrained(tmp_path / "gpt2")
+    config = settings().with_overrides(model_path=str(tmp_path / "gpt2"))
+    with caplog.at_level("WARNING", "raytune_ft"):
+        losses = history(config, splits)
+    assert "attn_pdrop is 0.1 in its configuration, and 0 here" in caplog.text
+    assert losses == pytest.approx(reference(config, splits, tmp_path / "rows"), abs=1e-5)

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.neighbours import carried_state
 from raytune_ft.models.scoring import CausalParts
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _HEADS_ONLY = ("classifier", "summary")
-_RECURRENT_WORDS = ("mamba", "rwkv", "linearattention", "deltanet", "recurrent", "retention", "ssm")
-_RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 
 
 def why_not_packed(model: Any) -> str | None:
@@ -25,7 +24,7 @@ def why_not_packed(model: Any) -> str | None:
         return str(error)
     if not getattr(model, "_supports_attention_backend", False):
         return f"{name}: computes its attention past transformers' attention registry, so segments cannot be kept apart"
-    for reason in (_experts(model), _recurrence(model), _dropout(model), _outliers(model)):
+    for reason in (_experts(model), carried_state(model), _dropout(model), _outliers(model)):
         if reason is not None:
             return f"{name}: {reason}"
     return None
@@ -36,20 +35,6 @@ def _experts(model: Any) -> str | None:
         count = getattr(model.config, key, None)
         if isinstance(count, int) and count > 1:
             return f"is a mixture of {count} experts, whose auxiliary loss and routing join the rows of a batch"
-    return None
-
-
-def _recurrence(model: Any) -> str | None:
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    found = sorted(kind for kind in kinds if any(word in str(kind) for word in _RECURRENT_LAYERS))
-    if found:
-        return f"has {', '.join(found)} layers, which carry state from one row into the next"
-    for module in model.modules():
-        kind = type(module).__name__
-        if isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in kind.lower() for word in _RECURRENT_WORDS):
-            return (
-                f"has a {kind} layer (state-space, linear attention or convolution), which carries state between rows"
-            )
     return None
 
 

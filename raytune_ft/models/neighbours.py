@@ -1,0 +1,119 @@
+"""Models in which a row's result would depend on the rows beside it, and what is done so that it does not.
+
+A state that layers carry along a sequence (state-space layers, convolutions, linear attention) would go from one row
+into the next: such a model computes each row alone. Two sets of rotary factors, of which transformers takes one for a
+whole batch by its longest row (longrope: Ding et al., 2024, arXiv:2402.13753), are chosen for each row here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger("raytune_ft")
+
+_RECURRENT_WORDS = ("mamba", "rwkv", "linearattention", "deltanet", "recurrent", "retention", "ssm")
+_RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
+
+
+def carried_state(model: Any) -> str | None:
+    """What in a model, or the decoder of one, carries state along a sequence, in words; None if nothing does."""
+    settings = model.config.get_text_config() if hasattr(model, "config") else None
+    kinds = set(getattr(settings, "layer_types", None) or ())
+    found = sorted(kind for kind in kinds if any(word in str(kind) for word in _RECURRENT_LAYERS))
+    if found:
+        return f"has {', '.join(found)} layers, which carry state from one row into the next"
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in kind.lower() for word in _RECURRENT_WORDS):
+            return (
+                f"has a {kind} layer (state-space, linear attention or convolution), which carries state between rows"
+            )
+    if getattr(model, "_is_stateful", False):
+        return "keeps a state of its own beside keys and values, which joins the rows of a batch"
+    return None
+
+
+_ALONE: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def why_alone(model: Any) -> str | None:
+    """Why the rows of a causal language model (or of its decoder) are computed one at a time; None if they are not.
+
+    A model is looked at once, and it is said in the log once.
+    """
+    decoder = _decoder(model)
+    if decoder not in _ALONE:
+        _ALONE[decoder] = carried_state(decoder)
+        if _ALONE[decoder] is not None:
+            logger.info(
+                "%s: %s; its rows are computed one at a time, which is slower", type(decoder).__name__, _ALONE[decoder]
+            )
+    return _ALONE[decoder]
+
+
+def _decoder(model: Any) -> nn.Module:
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: nn.Module = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
+    return found
+
+
+_ROTARIES: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+def long_from(model: Any) -> int | None:
+    """The number of tokens up to which a row has the short factors of longrope; None without longrope."""
+    found = _rotaries(_decoder(model))
+    return _limit(found[0]) if found else None
+
+
+@contextmanager
+def factors_by_row(model: Any, ends: Tensor) -> Iterator[None]:
+    """Within the block, each place of a longrope model has the factors of its own row; other models are left alone.
+
+    Args:
+        model: a causal language model, or its decoder.
+        ends: [rows, 1], or [1, tokens] of rows laid end to end: how many tokens the row at each place has in all.
+    """
+    with ExitStack() as stack:
+        for rotary in _rotaries(_decoder(model)):
+            stack.enter_context(_computes(rotary, partial(_both, rotary.forward, ends, _limit(rotary))))
+        yield
+
+
+@contextmanager
+def _computes(module: Any, forward: Any) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:  # a hook of accelerate's
+            module.forward = before
+
+
+def _both(usual: Any, ends: Tensor, limit: int, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    """Sines and cosines with the factors of each row: transformers looks at the highest position of a call."""
+    short = usual(x, position_ids.clamp_max(limit - 1))
+    beyond = torch.full_like(position_ids[:, :1], limit)
+    long = (part[:, :-1] for part in usual(x, torch.cat([position_ids, beyond], dim=1)))
+    is_long = (ends > limit)[..., None]
+    return tuple(torch.where(is_long, *parts) for parts in zip(long, short, strict=True))
+
+
+def _rotaries(decoder: nn.Module) -> tuple[Any, ...]:
+    if decoder not in _ROTARIES:
+        _ROTARIES[decoder] = tuple(m for m in decoder.modules() if getattr(m, "rope_type", None) == "longrope")
+    return _ROTARIES[decoder]
+
+
+def _limit(rotary: Any) -> int:
+    return int(rotary.config.rope_parameters["original_max_position_embeddings"])
