@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,10 @@ def combine_adapters(
     ranks = sorted({config.r for config in configs})
     if combination_type == "linear" and len(ranks) > 1:
         raise ModelError(f"combination_type linear wants equal ranks, these are {ranks}; take cat or svd")
+    layers = [module for module in loaded.model.modules() if hasattr(module, "lora_A")]
+    narrowest = min(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank is not None and rank > narrowest:
+        raise ModelError(f"rank: must be at most {narrowest}, the width of the narrowest layer (got {rank})")
     configs[0].use_rslora = False  # the result's alpha is its rank, which rsLoRA would scale once more
     try:
         with torch.no_grad():
@@ -113,6 +118,11 @@ def _check_combination(
         raise ModelError(f"combination_type: must be cat, linear or svd (got {combination_type})")
     if rank is not None and combination_type != "svd":
         raise ModelError(f"rank: {combination_type} has its rank from the adapters; only svd takes one")
+    if rank is not None and rank < 1:
+        raise ModelError(f"rank: must be at least 1 (got {rank})")
+    odd = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True) if not math.isfinite(weight)]
+    if odd:
+        raise ModelError(f"weights must be finite numbers (got {', '.join(odd)})")
 
 
 def _of_one_base(adapters: Mapping[str, str]) -> dict[str, Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raytune_ft.core.errors import DataError
-from raytune_ft.core.storage import Location
+from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.storage import Location, cache_folder, storage_errors, storage_reason
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack_flat
 
@@ -24,6 +26,10 @@ LABEL = "label"
 """Column that says whether people liked an answer; null where nobody was asked."""
 _AT_ONCE = 4096
 """Rows that are looked at together."""
+
+
+class NoExampleError(DataError):
+    """All rows of a split are answers that people disliked."""
 
 
 class Rows(Protocol):
@@ -44,28 +50,33 @@ class TokenRows:
     """What is read of the files."""
 
     def __init__(self, files: Sequence[str], cache_dir: str) -> None:
-        """Opens the files.
+        """Opens the files, wherever they lie.
 
         Raises:
-            DataError: if there is no row but disliked answers.
+            NoExampleError: if there is no row but disliked answers.
+            ArtifactError: if a file cannot be fetched.
         """
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
-        labelled = LABEL in _columns_of(files[0])
+        here = [local_copy(file) for file in files]
+        labelled = LABEL in pq.read_schema(here[0]).names
         columns = [*self.columns, *([LABEL] if labelled and LABEL not in self.columns else [])]
-        rows: Any = Dataset.from_parquet(list(files), columns=columns, cache_dir=cache_dir)
+        rows: Any = Dataset.from_parquet(here, columns=columns, cache_dir=cache_dir)
         self.disliked = 0
+        self.row_lengths = _longest_of(rows.data)
+        """[rows] tokens of each row; of those that belong together, such as a pair's, those of the longer one."""
         if labelled and LABEL not in self.columns:
             liked = pc.fill_null(rows.data.column(LABEL), fill_value=True).to_numpy()
             self.disliked = int(len(liked) - liked.sum())
             if self.disliked == len(liked):
-                raise DataError(
+                raise NoExampleError(
                     f"{files[0]}: all {len(liked)} rows are answers that people disliked: there is no example to learn "
                     "from. `raytune-ft align` with loss_type: kto learns from such rows"
                 )
             if self.disliked:
                 rows = rows.select(np.flatnonzero(liked))
+                self.row_lengths = self.row_lengths[np.flatnonzero(liked)]
         self._rows = rows.with_format("arrow")
 
     def __len__(self) -> int:
@@ -108,19 +119,58 @@ class PromptRows(TokenRows):
     def unjudged(self) -> list[int]:
         """Numbers of the rows that have neither an answer nor a reference."""
         found: list[int] = []
-        for start in range(0, len(self), _AT_ONCE):
-            numbers = range(start, min(start + _AT_ONCE, len(self)))
+        for numbers in self.parts():
             unknown = self._rows[list(numbers)]["reference"].is_null().to_numpy()
             if unknown.any():
                 _, supervised, lengths = self.flat(numbers)
                 answered = np.bitwise_or.reduceat(supervised, np.cumsum(lengths) - lengths)
-                found += (start + np.flatnonzero(unknown & ~answered)).tolist()
+                found += (numbers.start + np.flatnonzero(unknown & ~answered)).tolist()
         return found
 
+    def read(self, numbers: Sequence[int]) -> list[tuple[Encoded, str | None]]:
+        """These rows, each with its reference, read together."""
+        ids, supervised, lengths = self.flat(numbers)
+        ends = np.cumsum(lengths)
+        references = self._rows[list(numbers)]["reference"].to_pylist()
+        return [
+            (Encoded(ids[end - length : end].tolist(), supervised[end - length : end].tolist()), reference)
+            for end, length, reference in zip(ends, lengths, references, strict=True)
+        ]
 
-def _columns_of(file: str) -> list[str]:
+    def parts(self) -> Iterator[range]:
+        """The numbers of all rows, of which so many follow each other as are looked at together."""
+        return (range(start, min(start + _AT_ONCE, len(self))) for start in range(0, len(self), _AT_ONCE))
+
+
+def local_copy(file: str) -> str:
+    """The path of a file on this machine: its own, or that of a copy in the machine's cache, which is made once.
+
+    Raises:
+        ArtifactError: if the file cannot be read.
+    """
     where = Location.at(file)
-    return list(pq.read_schema(where.path, filesystem=where.filesystem).names)
+    if where.is_local:
+        return where.path
+    if not where.is_file():
+        raise ArtifactError(f"{where}: there is no such file")
+    try:
+        info = where.filesystem.get_file_info(where.path)
+        version = hashlib.sha256(f"{where.uri} {info.size} {info.mtime_ns}".encode()).hexdigest()[:16]
+        copy = cache_folder() / "tokens" / version / where.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with (copy.parent / ".lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one of this machine's workers fetches it, and the others wait
+            if not copy.exists():
+                where.parent.download(copy.parent, [where.name])
+    except storage_errors() as error:
+        raise ArtifactError(f"{where}: {storage_reason(error)}") from None
+    return str(copy)
+
+
+def _longest_of(table: Any) -> NDArray[Any]:
+    columns = [name for name in table.column_names if name.endswith("input_ids")]
+    lengths = [pc.fill_null(pc.list_value_length(table.column(name)), 0).to_numpy() for name in columns]
+    return np.asarray(np.maximum.reduce(lengths))
 
 
 def step_rows(rows: int, batch_size: int, seed: int, *, start: int = 0) -> Iterator[list[int]]:

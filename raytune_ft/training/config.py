@@ -111,7 +111,7 @@ class FineTuningConfig(Config):
     """Added to the root of the second moment."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     """Seed of the data order, the adapter's first values and dropout."""
     max_length: int = Field(1024, ge=2)
     """Most tokens of a row, where the dataset has to be tokenized here; longer rows are rejected and counted."""

@@ -7,7 +7,7 @@ for them are compared and left out. Pure functions; loads no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 _STAGE = "zero_optimization.stage"
 _OFFLOAD = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
+_FORMATS = ("bf16", "fp16")
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _NOT_TAKEN = {
     "amp": "precision decides the number formats",
@@ -52,9 +53,7 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
 
 def contradictions(config: FineTuningConfig, given: Mapping[str, Any]) -> list[str]:
     """Every value of a user's DeepSpeed settings that says other than the training settings, with both values."""
-    found = [
-        f"{key} is not taken: {reason}" for key, reason in _NOT_TAKEN.items() if _at(given, key) not in (None, 0, False)
-    ]
+    found = [f"{key} is not taken: {reason}" for key, reason in _NOT_TAKEN.items() if not _is_off(_at(given, key))]
     for key, mine, source in _expected(config):
         theirs = _at(given, key)
         if theirs in (None, AUTO) or _same(theirs, mine):
@@ -69,9 +68,39 @@ def refuse_contradictions(config: FineTuningConfig, given: Mapping[str, Any]) ->
     Raises:
         ConfigError: naming each contradiction with both values.
     """
-    found = contradictions(config, given)
+    _refuse(contradictions(config, given))
+
+
+def _refuse(found: Sequence[str]) -> None:
     if found:
         raise ConfigError(f'deepspeed_config: {"; ".join(found)}. Make them equal, or write "auto" in the JSON')
+
+
+def refuse_other_run(config: FineTuningConfig, precision: str, *, total: int, warmup: int) -> None:
+    """Checks a user's DeepSpeed settings against what only the run decides: ``auto`` precision, and its steps.
+
+    Args:
+        config: settings, with the contents of the user's JSON.
+        precision: what the weights are in: ``fp32``, ``bf16`` or ``fp16``.
+        total: steps of the run.
+        warmup: steps of its warmup.
+
+    Raises:
+        ConfigError: naming each contradiction with both values.
+    """
+    given = config.deepspeed_config if isinstance(config.deepspeed_config, dict) else {}
+    found = []
+    for name in _FORMATS:
+        theirs, mine = _at(given, f"{name}.enabled"), precision == name
+        if theirs not in (None, AUTO) and not _same(theirs, mine):
+            source = f"precision ({config.precision}, here {precision})"
+            found.append(f"{name}.enabled is {json.dumps(theirs)} there, and {source} makes it {json.dumps(mine)}")
+    steps = {
+        "warmup_num_steps": (warmup, "the warmup (warmup_steps, warmup_ratio)"),
+        "total_num_steps": (total, "the number of steps (max_steps, num_train_epochs)"),
+    }
+    found += _others(_params(given.get("scheduler")), steps, "scheduler.params")
+    _refuse(found)
 
 
 def deepspeed_settings(config: FineTuningConfig, precision: str) -> dict[str, Any]:
@@ -121,7 +150,7 @@ def _expected(config: FineTuningConfig) -> Iterator[tuple[str, Any, str]]:
     for key in _OFFLOAD:
         yield key, _moved(config, key), f"offload ({config.offload})"
     if config.precision != AUTO:
-        for name in ("bf16", "fp16"):
+        for name in _FORMATS:
             yield f"{name}.enabled", config.precision == name, f"precision ({config.precision})"
 
 
@@ -134,7 +163,7 @@ def _optimizer(config: FineTuningConfig, given: Mapping[str, Any]) -> Iterator[s
     block = given.get("optimizer")
     if not isinstance(block, Mapping):
         return
-    kind, parameters = str(block.get("type", "AdamW")), block.get("params", {})
+    kind, parameters = str(block.get("type", "AdamW")), _params(block)
     decoupled = kind.lower() == "adamw" or (kind.lower() == "adam" and parameters.get("adam_w_mode", True))
     if not decoupled:
         yield f"optimizer.type is {json.dumps(kind)} there, and the optimizer here is AdamW"
@@ -151,7 +180,7 @@ def _scheduler(config: FineTuningConfig, given: Mapping[str, Any]) -> Iterator[s
     block = given.get("scheduler")
     if not isinstance(block, Mapping):
         return
-    kind, parameters = str(block.get("type")), block.get("params", {})
+    kind, parameters = str(block.get("type")), _params(block)
     if _SCHEDULES.get(kind) != config.lr_scheduler_type:
         same = next(name for name, schedule in _SCHEDULES.items() if schedule == config.lr_scheduler_type)
         yield (
@@ -174,6 +203,19 @@ def _others(parameters: Mapping[str, Any], mine: Mapping[str, tuple[Any, str]], 
         theirs = parameters.get(name)
         if theirs not in (None, AUTO) and not _same(theirs, value):
             yield f"{where}.{name} is {json.dumps(theirs)} there, and {source} makes it {json.dumps(value)}"
+
+
+def _params(block: Any) -> Mapping[str, Any]:
+    """What a block says of its own; nothing, where it leaves that to us (``null``, or "auto")."""
+    found = block.get("params") if isinstance(block, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_off(value: Any) -> bool:
+    """Whether a setting asks for nothing; of a block, if it says that it is not enabled."""
+    if isinstance(value, Mapping):
+        return not value or value.get("enabled") is False
+    return value in (None, 0, AUTO)
 
 
 def _same(theirs: Any, mine: Any) -> bool:

@@ -14,6 +14,7 @@ from statistics import fmean, median
 from typing import Any
 
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
+from raytune_ft.training.cursor import layouts
 
 Row = Mapping[str, float]
 
@@ -227,9 +228,9 @@ def memory(row: Row, before: Sequence[Row], config: FineTuningConfig) -> Finding
     divisor, last = row.get("micro_batch_divisor", 1), before[-1].get("micro_batch_divisor", 1) if before else 1
     if divisor <= last:
         return None
-    rows = max(1, math.ceil(config.per_device_train_batch_size / divisor))
-    steps = int(config.gradient_accumulation_steps * divisor)
-    sign = f"out of memory; micro-batches have {rows} rows from here on, {steps} are added up to the same global batch"
+    most = math.ceil(config.per_device_train_batch_size / divisor)
+    (_, rows, steps), *_ = layouts(config.global_batch_size, config.num_workers, most)
+    sign = f"out of memory; micro-batches have at most {most} rows from here on, and the global batch stays the same"
     remedy = (
         f"Set per_device_train_batch_size={rows} gradient_accumulation_steps={steps} from the start, "
         "lower max_length, or take method=qlora"

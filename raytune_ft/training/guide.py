@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
 from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
+from raytune_ft.training.schedule import Timetable, learning_rate_at
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,18 @@ def ranges_for(config: FineTuningConfig) -> list[Range]:
     if isinstance(config, PreferenceConfig | ReinforcementConfig | RewardConfig):
         overridden |= {"num_train_epochs", "lora_dropout"}  # one pass, and no dropout, are usual there
     return [r for r in (*rates, *GENERAL, *(LORA if lora else ())) if r.setting not in overridden]
+
+
+def departures_of_timetable(config: FineTuningConfig, timetable: Timetable) -> list[str]:
+    """What to warn about once the number of steps is known: a warmup that takes up the whole run."""
+    total, warmup = timetable.total, timetable.warmup
+    if warmup < total:
+        return []
+    last = learning_rate_at(total, total, peak=1.0, warmup=warmup, kind=config.lr_scheduler_type)
+    what = f"the warmup takes {warmup} step(s) and the run has {total}: its learning rate ends at {last:.0%} of"
+    remedy = f"set warmup_steps: {total // 10}, or train longer (num_train_epochs, max_steps)"
+    nothing = ", so that nothing is learned" if total == 1 else ""
+    return [f"{what} learning_rate ({config.learning_rate:g}){nothing}; {remedy}"]
 
 
 def _inside(config: FineTuningConfig, wanted: Range) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from raytune_ft.core.errors import ModelError
+from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.generation import Completion
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.rewarding import load_reward_model, rewards
 from raytune_ft.training.answers import Question
+from raytune_ft.training.batches import PromptRows, TokenRows
 from raytune_ft.training.config_alignment import ReinforcementConfig
 
 
@@ -46,7 +47,39 @@ class MetricJudge:
     def _right(self, question: Question) -> str:
         if question.reference is not None:
             return question.reference
-        return str(self._tokenizer.decode(question.answer, skip_special_tokens=True)).strip()
+        return _said(self._tokenizer, question.answer)
+
+
+def refuse_misfits(splits: Mapping[str, TokenRows], config: ReinforcementConfig, tokenizer: Any) -> None:
+    """Checks that the metric can measure by every row's own answer or reference, a part of the rows at a time.
+
+    Raises:
+        DataError: with the split and the number of the first row that does not fit.
+    """
+    if config.reward_metric is None:
+        return
+    from raytune_ft.evaluation.metrics import METRICS
+
+    metric = METRICS[config.reward_metric]()
+    for split, rows in splits.items():
+        if not isinstance(rows, PromptRows):
+            continue
+        try:
+            metric.check(_references(rows, tokenizer))
+        except DataError as error:
+            raise DataError(f"{config.dataset_path}: {split} split: {error}") from None
+
+
+def _references(rows: PromptRows, tokenizer: Any) -> Iterator[str]:
+    for numbers in rows.parts():
+        for row, reference in rows.read(numbers):
+            question = Question.of(row)
+            answer = [] if question is None else question.answer
+            yield reference if not answer and reference is not None else _said(tokenizer, answer)
+
+
+def _said(tokenizer: Any, answer: Sequence[int]) -> str:
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 class ModelJudge:

@@ -78,7 +78,7 @@ class Keeper:
             self._writer = CheckpointWriter(output / CHECKPOINTS, peers, keep=keep, attempt=attempt)
 
     def resume(self, total: int, cursor: Cursor) -> None:
-        """Goes on from a checkpoint, if there is one, and says which.
+        """Goes on from a checkpoint, if there is one, and says which; the best so far is only taken over from its own.
 
         Args:
             total: steps of the run.
@@ -103,9 +103,11 @@ class Keeper:
             )
         self._state.restore(found)
         set_random_state(found, self.peers)
-        self._best = self._state.best_in(found)
         self.start = found.step
-        self.patience = Patience(self.config.early_stopping_patience, self.config.goal, **found.progress["patience"])
+        if self._is_own(found):  # another run's best may be by another metric, or on other rows
+            self._best = self._state.best_in(found)
+            patience = self.config.early_stopping_patience
+            self.patience = Patience(patience, self.config.goal, **found.progress["patience"])
         self.history = History(found.progress["history"])
         if self.leads:
             then = found.progress["world_size"]

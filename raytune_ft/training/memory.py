@@ -17,6 +17,7 @@ _TYPICAL = (  # of Llama's family: parameters, layers, hidden, intermediate, key
     (8e9, 32, 4096, 14_336, 1 / 4, 128_256),
     (70e9, 80, 8192, 28_672, 1 / 8, 128_256),
 )
+_UNTIED_FROM = 8e9
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ModelShape:
     kv_width: int
     """Width of keys, and of values: key-value heads x head size."""
     vocabulary: int
+    tied: bool = False
+    """Whether the head's weights are those of the embeddings."""
 
     @classmethod
     def of(cls, settings: Any, parameters: float) -> Self:
@@ -42,13 +45,19 @@ class ModelShape:
         head = getattr(settings, "head_dim", None) or settings.hidden_size // heads
         kv = (getattr(settings, "num_key_value_heads", None) or heads) * head
         inner = getattr(settings, "intermediate_size", None) or 4 * settings.hidden_size
-        return cls(parameters, settings.num_hidden_layers, settings.hidden_size, inner, kv, settings.vocab_size)
+        tied = bool(getattr(settings, "tie_word_embeddings", False))
+        return cls(parameters, settings.num_hidden_layers, settings.hidden_size, inner, kv, settings.vocab_size, tied)
 
     @classmethod
     def typical(cls, parameters: float) -> Self:
         """The shape of a published Llama or SmolLM2 of about this size, for a model of which only the size is known."""
-        _, layers, hidden, inner, share, words = min(_TYPICAL, key=lambda known: abs(known[0] / parameters - 1))
-        return cls(parameters, layers, hidden, inner, int(hidden * share), words)
+        size, layers, hidden, inner, share, words = min(_TYPICAL, key=lambda known: abs(known[0] / parameters - 1))
+        return cls(parameters, layers, hidden, inner, int(hidden * share), words, tied=size < _UNTIED_FROM)
+
+    @property
+    def unquantized(self) -> float:
+        """Weights that quantization leaves as they are: embeddings, and the head."""
+        return min(self.parameters, self.vocabulary * self.hidden * (1.0 if self.tied else 2.0))
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,11 @@ def predict_peak(shape: ModelShape, load: Load) -> MemoryPeak:
     frozen = 0.0 if load.method is FineTuningMethod.FULL else shape.parameters
     share = load.world_size
     width = load.bytes_per_value
-    per_frozen = width if load.method is not FineTuningMethod.QLORA else (0.55 if load.bits == 4 else 1.05)
-    weights = (frozen * per_frozen + trained * width) / (share if load.zero_stage == 3 else 1)
+    held = frozen * width
+    if load.method is FineTuningMethod.QLORA:
+        packed = 0.55 if load.bits == 4 else 1.05
+        held = (frozen - shape.unquantized) * packed + shape.unquantized * width
+    weights = (held + trained * width) / (share if load.zero_stage == 3 else 1)
     gradients = trained * width / (share if load.zero_stage >= 2 else 1)
     optimizer = trained * (12 / share if load.zero_stage >= 1 else 8)
     activations = load.tokens * activation_bytes_per_token(shape, load)
@@ -113,8 +125,8 @@ def predict_peak(shape: ModelShape, load: Load) -> MemoryPeak:
     loss = min(load.tokens, chunk) * shape.vocabulary * (2 * _FULL_BYTES + width)
     begins = activations + loss + (gradients if load.accumulates else 0)
     if begins >= gradients:
-        held = gradients if load.accumulates else 0.0
-        return MemoryPeak(weights, held, optimizer, activations, loss)
+        earlier = gradients if load.accumulates else 0.0
+        return MemoryPeak(weights, earlier, optimizer, activations, loss)
     return MemoryPeak(weights, gradients, optimizer, 0.0, 0.0)
 
 

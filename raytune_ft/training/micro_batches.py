@@ -6,6 +6,7 @@ With dropout the masks are other ones, since a micro-batch draws its own.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ logger = logging.getLogger("raytune_ft")
 
 Result = TypeVar("Result")
 DIVISOR = "micro_batch_divisor"
+_SCALES = 16
+"""Halvings from DeepSpeed's first loss scale, 2^16, to 1."""
 
 
 _HOPELESS = (
@@ -117,6 +120,34 @@ class ShrinkingLearner:
 
 
 @dataclass
+class SkippingLearner:
+    """A learner in fp16: DeepSpeed leaves out a step whose gradients overflow, and scales the next loss by half.
+
+    So it finds its scale; a norm that is no number is then no divergence, unless it stays so at every scale.
+    """
+
+    learner: Learner
+    skipped: int = 0
+    """Steps that were left out, one after the other."""
+
+    def step(self, batch: Any, step: int) -> Metrics:
+        """Makes an optimizer step; of one that was left out, `skipped_steps` takes the place of the norm."""
+        metrics = self.learner.step(batch, step)
+        if math.isfinite(metrics["grad_norm"]):
+            self.skipped = 0
+            return metrics
+        self.skipped += 1
+        if self.skipped > _SCALES or not math.isfinite(metrics["loss"]):
+            return metrics
+        logger.warning("step %d: left out, since its gradients overflow fp16; the next loss is scaled by less", step)
+        return {**{name: value for name, value in metrics.items() if name != "grad_norm"}, "skipped_steps": 1.0}
+
+    def evaluate(self) -> Metrics:
+        """The learner's own evaluation."""
+        return self.learner.evaluate()
+
+
+@dataclass
 class Held:
     """How many rows of a batch memory holds at a time, where no gradient is computed; starts with all of them."""
 
@@ -173,10 +204,16 @@ def computed_without_gradient(
 
 
 def shrunk(config: FineTuningConfig, divisor: int) -> FineTuningConfig:
-    """The settings with micro-batches of a `divisor`-th of the rows, and as many more of them."""
+    """The settings with micro-batches of at most a `divisor`-th of the rows, and as many more of them as that takes.
+
+    Rows that cannot be divided evenly leave smaller ones: what a step learns from is still `config`'s global batch.
+    The copy is not checked again: a DeepSpeed JSON of the user's was held against what the user wrote.
+    """
+    whole = config.per_device_train_batch_size
+    rows = -(-whole // divisor)
     changes: dict[str, Any] = {
-        "per_device_train_batch_size": max(1, -(-config.per_device_train_batch_size // divisor)),
-        "per_device_eval_batch_size": max(1, -(-config.per_device_eval_batch_size // divisor)),
-        "gradient_accumulation_steps": config.gradient_accumulation_steps * divisor,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": -(-config.per_device_eval_batch_size // divisor),
+        "gradient_accumulation_steps": config.gradient_accumulation_steps * -(-whole // rows),
     }
-    return config if divisor == 1 else config.with_overrides(**changes)
+    return config if divisor == 1 else config.model_copy(update=changes)

@@ -86,11 +86,9 @@ def progress_line(row: dict[str, float], total: int) -> str:
         parts.append(f"perplexity {row['eval_perplexity']:.2f}")
     answered = [name for name in row if name.startswith("eval_") and name not in {"eval_loss", "eval_perplexity"}]
     parts += [f"{_evaluated_words(name, row)} {row[name]:.3f}" for name in answered]
-    parts += [
-        f"lr {row['learning_rate']:.2e}",
-        f"grad norm {row['grad_norm']:.2f}",
-        f"{row['tokens_per_s']:.0f} tokens/s",
-    ]
+    parts.append(f"lr {row['learning_rate']:.2e}")
+    parts.append(f"grad norm {row['grad_norm']:.2f}" if "grad_norm" in row else "left out")
+    parts.append(f"{row['tokens_per_s']:.0f} tokens/s")
     if "flop_utilization" in row:
         parts.append(f"{row['flop_utilization']:.0%} of peak")
     if "cuda_peak_gib" in row:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from raytune_ft.core.errors import DataError
 from raytune_ft.core.storage import Location
-from raytune_ft.models.scoring import SummedLoss
-from raytune_ft.training.batches import PromptRows, TokenRows, step_rows
+from raytune_ft.models.scoring import SummedLoss, context_tokens
+from raytune_ft.models.virtual import VirtualTokens
+from raytune_ft.training.answers import Question
+from raytune_ft.training.batches import NoExampleError, PromptRows, TokenRows, say_disliked, step_rows
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
 from raytune_ft.training.distill import DistillationLoss, load_teacher
@@ -23,6 +29,8 @@ from raytune_ft.training.reward import RewardLoss
 from raytune_ft.training.schedule import Timetable
 
 logger = logging.getLogger("raytune_ft")
+
+_USED = ("train", "validation")
 
 
 def make_objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
@@ -49,6 +57,78 @@ def rows_of(config: FineTuningConfig) -> type[TokenRows]:
     if isinstance(config, ReinforcementConfig):
         return PromptRows
     return PairRows if isinstance(config, PreferenceConfig | RewardConfig) else TokenRows
+
+
+def opened_rows(
+    config: FineTuningConfig, splits: dict[str, list[str]], cache: str, *, leads: bool
+) -> dict[str, TokenRows]:
+    """The rows of the splits that are used; without a validation split that holds disliked answers only."""
+    rows: dict[str, TokenRows] = {}
+    for split in _USED:
+        try:
+            if splits.get(split):
+                rows[split] = rows_of(config)(splits[split], cache)
+        except NoExampleError as error:
+            if split == "train":
+                raise
+            if leads:
+                logger.warning("the validation split is left out: %s", error)
+    if leads:
+        say_disliked(rows)
+    return rows
+
+
+def refuse_too_long(splits: dict[str, TokenRows], model: Any, config: FineTuningConfig) -> None:
+    """Checks that the model has a place for every token of a row, and for the virtual ones before it.
+
+    Raises:
+        DataError: with the number of rows that are too long, and the longest.
+    """
+    room = _room(model)
+    if room is None:
+        return
+    for split, rows in splits.items():
+        lengths = _lengths_read(rows, room)
+        over = int((lengths > room).sum())
+        if not over:
+            continue
+        longest = int(lengths.argmax())
+        virtual = VirtualTokens.of(model)
+        aside = f" besides {virtual.count} virtual ones (num_virtual_tokens)" if virtual is not None else ""
+        remedy = f"Set max_length: {room}, which leaves such rows out" if room > 1 else "Lower num_virtual_tokens"
+        raise DataError(
+            f"{config.dataset_path}: {over} of {len(rows)} {split} rows have more tokens than the {max(0, room)} that "
+            f"{config.model_path} can read{aside}; the longest is row {longest + 1} with {lengths[longest]}. {remedy}, "
+            "or take a model with a longer context"
+        )
+
+
+def _room(model: Any) -> int | None:
+    """Most tokens of a row, virtual ones aside; None where the model names no limit, or none that counts.
+
+    Scaled rotations reach further than the positions that a model was trained on first.
+    """
+    room, config = context_tokens(model), model.config.get_text_config()
+    if room is None or getattr(config, "alibi", False):
+        return None
+    scaling = getattr(config, "rope_parameters", None) or {}
+    virtual = VirtualTokens.of(model)
+    for block in (scaling, *scaling.values()):  # one for all layers, or one for each kind of them
+        if isinstance(block, Mapping) and block.get("factor"):
+            trained = block.get("original_max_position_embeddings") or config.max_position_embeddings
+            room = max(room, int(trained * block["factor"]) - (virtual.count if virtual is not None else 0))
+    return room
+
+
+def _lengths_read(rows: TokenRows, room: int) -> NDArray[Any]:
+    """[rows] tokens that the model reads of each row; of one that it answers itself, the prompt and one more."""
+    if not isinstance(rows, PromptRows):
+        return rows.row_lengths
+    lengths = np.zeros_like(rows.row_lengths)
+    for number in np.flatnonzero(rows.row_lengths >= room).tolist():
+        question = Question.of(rows[number])
+        lengths[number] = 0 if question is None else len(question.prompt) + 1
+    return lengths
 
 
 def look_at_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,9 +56,13 @@ def recommend_method(
         world_size: workers that share the optimizer's state and the gradients.
 
     Raises:
-        ConfigError: if even a 4-bit base does not fit, or neither or both of model and parameters are given.
+        ConfigError: if even a 4-bit base does not fit, a number is out of range, or neither or both of model and
+            parameters are given.
         ModelError: if `model` leads to no model.
     """
+    positive = {"memory_gib": memory_gib, "max_length": max_length, "world_size": world_size}
+    for name, value in (positive if rows is None else {**positive, "rows": rows}).items():
+        _refuse_below_zero(name, value)
     shape = _shape(parameters, model)
     batches = {m: _fitting_batch(shape, m, memory_gib, max_length, world_size) for m in _FITTED}
     if batches[FineTuningMethod.QLORA] is None:
@@ -84,11 +89,12 @@ def recommend_method(
 def _shape(parameters: float | None, model: str | None) -> ModelShape:
     if (parameters is None) == (model is None):
         raise ConfigError("give either model (a reference, or a size such as 8B) or parameters")
-    if model is None:
-        return ModelShape.typical(float(parameters or 0))
-    size = _SIZE.fullmatch(model.strip())
+    size = _SIZE.fullmatch(model.strip()) if model is not None else None
     if size is not None:
-        return ModelShape.typical(float(size[1]) * {"": 1, "M": 1e6, "B": 1e9}[size[2].upper()])
+        parameters = float(size[1]) * {"": 1, "M": 1e6, "B": 1e9}[size[2].upper()]
+    if model is None or size is not None:
+        _refuse_below_zero("model" if size is not None else "parameters", float(parameters or 0))
+        return ModelShape.typical(float(parameters or 0))
     from transformers import AutoConfig
 
     from raytune_ft.models.loading import resolve_model
@@ -96,6 +102,11 @@ def _shape(parameters: float | None, model: str | None) -> ModelShape:
 
     count = parameter_count(model)
     return ModelShape.of(AutoConfig.from_pretrained(resolve_model(model).base, trust_remote_code=False), count)
+
+
+def _refuse_below_zero(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name}: must be a number above 0 (got {value:g})")
 
 
 def _fitting_batch(

@@ -23,7 +23,7 @@ class EvaluationReport:
     def __call__(self, step: int, metrics: Metrics) -> Decision:
         """Hears of a step."""
         self.step = step
-        if "eval_loss" in metrics or self._config.eval_strategy == "no":
+        if any(name.startswith("eval_") for name in metrics) or self._config.eval_strategy == "no":
             row = {"global_step": step, **metrics, "tokens": metrics["tokens_so_far"]}
             if step == metrics["last_step"]:
                 self._last = row

@@ -37,6 +37,7 @@ from raytune_ft.training.loop import Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import NotOneRowError, OutOfMemoryError
 from raytune_ft.training.pairs import refuse_unpaired, refuse_unrated
 from raytune_ft.training.reporting import EvaluationReport
+from raytune_ft.training.schedule import refuse_without_validation
 from raytune_ft.training.trackers import refuse_missing
 
 logger = logging.getLogger("raytune_ft")
@@ -115,6 +116,8 @@ def train(config: FineTuningConfig) -> Artifact:
         connected.admit(ResourcePlan("train", (worker_demand(config, use_gpu=use_gpu),)))
         ready = with_student(reachable(config, output.parent), output / _STUDENT)
         splits = splits_of(ready, output / "tokens")
+        if not splits.get("validation"):
+            refuse_without_validation(config)
         run_workers(ready, splits, output, use_gpu=use_gpu)
         _keep_numbers(draft, output)
         for leftover in (RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
+
+_OF_EVALUATIONS = ("early_stopping_patience", "metric_for_best_model", "eval_generation_rows")
 
 
 def learning_rate_at(step: int, total: int, *, peak: float, warmup: int, kind: str) -> float:
@@ -66,6 +69,21 @@ class Timetable:
     def logs(self, step: int) -> bool:
         """Whether a progress line is due after `step`."""
         return self.log_every is not None and (step % self.log_every == 0 or step in {1, self.total})
+
+
+def refuse_without_validation(config: FineTuningConfig) -> None:
+    """Refuses settings that ask for evaluations where there is no validation split.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    given = {name: getattr(config, name) for name in _OF_EVALUATIONS}
+    asked = [name for name, value in given.items() if value and value != type(config).model_fields[name].default]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: {config.dataset_path} has no validation split to evaluate on; add one (`raytune-ft "
+            "prepare`, validation_split), or leave them out"
+        )
 
 
 def _every(strategy: str, steps: int, per_epoch: int) -> int | None:

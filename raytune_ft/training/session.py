@@ -18,17 +18,20 @@ from typing import Any
 from raytune_ft.core.errors import RunError, StoppedError, first_line
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
-from raytune_ft.models.loading import torch_dtype
+from raytune_ft.models.loading import load_tokenizer, torch_dtype
 from raytune_ft.models.memory import is_out_of_memory
 from raytune_ft.training.answers import AnswerCheck, AnsweringLearner
-from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps, say_disliked
+from raytune_ft.training.batches import TokenRows, evaluation_batches, one_ahead, packed_steps
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import ReinforcementConfig
 from raytune_ft.training.cursor import Cursor
+from raytune_ft.training.deepspeed_settings import refuse_other_run
 from raytune_ft.training.engine import LocalLearner, Trainee, ZeroLearner, make_trainee
 from raytune_ft.training.folder import CHECKPOINTS, TENSORBOARD
 from raytune_ft.training.golden import golden_of
+from raytune_ft.training.guide import departures_of_timetable
 from raytune_ft.training.interruption import agreed, is_noted
+from raytune_ft.training.judges import refuse_misfits
 from raytune_ft.training.keeper import Keeper
 from raytune_ft.training.loop import Decision, Learner, Metrics, NotFiniteError, TrainingSummary, fit
 from raytune_ft.training.micro_batches import (
@@ -36,23 +39,23 @@ from raytune_ft.training.micro_batches import (
     NotOneRowError,
     OutOfMemoryError,
     ShrinkingLearner,
+    SkippingLearner,
     shrunk,
 )
 from raytune_ft.training.monitor import Monitor
-from raytune_ft.training.objectives import look_at_start, rows_of
+from raytune_ft.training.objectives import look_at_start, opened_rows, refuse_too_long
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.ratings import RatedLearner, RatedLoss
 from raytune_ft.training.rollouts import RolloutLearner, Rollouts, prompt_steps, refuse_unjudged
-from raytune_ft.training.schedule import Timetable
-from raytune_ft.training.trackers import Trackers
+from raytune_ft.training.schedule import Timetable, refuse_without_validation
+from raytune_ft.training.trackers import TRACKED, Trackers
 from raytune_ft.training.utilization import Work, device_peak
-from raytune_ft.training.zero import sharded_loading
+from raytune_ft.training.zero import precision_of, sharded_loading
 
 logger = logging.getLogger("raytune_ft")
 
 Report = Callable[[int, Metrics], Decision]
 _SHRUNK = "micro_batches.json"
-_USED = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -94,23 +97,29 @@ def train_in_process(
     with tempfile.TemporaryDirectory() as cache:
         events = _events_folder(output, cache)
         trackers = _trackers(config, seat, output, events)
-        rows = {split: rows_of(config)(files, cache) for split, files in splits.items() if split in _USED and files}
+        rows = opened_rows(config, splits, cache, leads=seat.rank == 0)
         train, validation = rows["train"], rows.get("validation")
-        if seat.rank == 0:
-            say_disliked(rows)
+        if validation is None:
+            refuse_without_validation(config)
         if isinstance(config, ReinforcementConfig):
             refuse_unjudged(rows, config)
+            refuse_misfits(rows, config, load_tokenizer(config.model_path))
         timetable = Timetable.of(config, len(train), has_validation=validation is not None)
+        precision = precision_of(config, seat.device)
+        refuse_other_run(config, precision, total=timetable.total, warmup=timetable.warmup)
+        for departure in departures_of_timetable(config, timetable) if seat.rank == 0 else ():
+            logger.warning("train: %s", departure)
         divisor = _earlier_divisor(output)
         fitting = shrunk(config, divisor)
         with sharded_loading(fitting, seat.device) if seat.deepspeed else nullcontext():
             trainee = make_trainee(fitting, seat.device)
+        refuse_too_long(rows, trainee.model, config)
         adopt_template(trainee.tokenizer, splits["train"])
         peers = Peers(seat.rank, seat.world_size, seat.device)
         evaluation = partial(_evaluation, fitting, validation, peers)
         kind = ZeroLearner if seat.deepspeed else LocalLearner
         learner: LocalLearner | ZeroLearner = kind(trainee, fitting, timetable, seat.device, evaluation)
-        careful = _within_memory(learner, fitting, divisor, output)
+        careful = _within_memory(learner, fitting, divisor, output, precision)
         if isinstance(trainee.loss, RatedLoss):
             careful = RatedLearner(careful, trainee.loss, peers, evaluation)
         watched = _answering(careful, fitting, trainee, rows, peers=peers)
@@ -120,7 +129,8 @@ def train_in_process(
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
         if monitor is not None:
             monitor.recall(keeper.history.rows)
-        batches = _steps(fitting, train, keeper.start, peers)
+        parts = fitting.gradient_accumulation_steps
+        batches = _steps(config, train, keeper.start, peers, micro_batches=parts)
         summary = _Run(seat, timetable, keeper, monitor, report, stop_wanted).fit(watched, one_ahead(batches), trackers)
         if summary.left:
             raise StoppedError(f"stopped after step {summary.steps} of {timetable.total} ({keeper.saved_words()})")
@@ -144,6 +154,11 @@ class _Run:
     def fit(self, learner: Any, batches: Iterator[Any], trackers: Trackers) -> TrainingSummary:
         """Makes the steps; whatever ends them, what is being saved is whole and the trackers know how it ended."""
         keeper, status = self.keeper, "failed"
+
+        def save(step: int) -> None:
+            keeper.save(step)
+            trackers.go_on_later()
+
         try:
             summary = fit(
                 learner,
@@ -153,7 +168,7 @@ class _Run:
                 last=keeper.history.last,
                 stopping=keeper.patience,
                 on_best=keeper.keep_best,
-                on_save=keeper.save,
+                on_save=save,
                 note=self._note,
                 report=self._told,
             )
@@ -199,7 +214,8 @@ def _trackers(config: FineTuningConfig, seat: Seat, output: Location | None, eve
     """The configured trackers on rank 0, started before anything is loaded; none elsewhere."""
     if output is None or seat.rank != 0:
         return Trackers({})
-    return Trackers.start(config.report_to, folder=events, run=str(output), settings=config.resolved())
+    kept = output / CHECKPOINTS / TRACKED
+    return Trackers.start(config.report_to, folder=events, run=str(output), settings=config.resolved(), kept=kept)
 
 
 def _monitor(
@@ -217,9 +233,10 @@ def _evaluation(config: FineTuningConfig, validation: TokenRows | None, peers: P
     return evaluation_batches(validation, config.per_device_eval_batch_size, peers.rank, peers.world_size)
 
 
-def _steps(config: FineTuningConfig, train: TokenRows, start: int, peers: Peers) -> Iterator[Any]:
+def _steps(
+    config: FineTuningConfig, train: TokenRows, start: int, peers: Peers, *, micro_batches: int
+) -> Iterator[Any]:
     """What the learner takes at each step after `start`: this rank's micro-batches, or the prompts of its answers."""
-    micro_batches = config.gradient_accumulation_steps
     if isinstance(config, ReinforcementConfig):
         return prompt_steps(len(train), config, start=start, peers=peers, micro_batches=micro_batches)
     return packed_steps(
@@ -251,11 +268,16 @@ def _answering(
 
 
 def _within_memory(
-    learner: LocalLearner | ZeroLearner, config: FineTuningConfig, divisor: int, output: Location | None
+    learner: LocalLearner | ZeroLearner,
+    config: FineTuningConfig,
+    divisor: int,
+    output: Location | None,
+    precision: str,
 ) -> Learner:
     if isinstance(learner, LocalLearner):
         return ShrinkingLearner(learner, base=divisor)
-    return _RestartingLearner(learner, config, divisor, output)
+    careful = _RestartingLearner(learner, config, divisor, output)
+    return SkippingLearner(careful) if precision == "fp16" else careful
 
 
 @dataclass

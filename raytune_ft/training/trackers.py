@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from raytune_ft.core.errors import ConfigError, MissingDependencyError, first_line
+from raytune_ft.core.errors import ArtifactError, ConfigError, MissingDependencyError, first_line
+from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
 
 logger = logging.getLogger("raytune_ft")
 
 Row = Mapping[str, float]
+TRACKED = "trackers.txt"
 _PACKAGES = {Tracking.TENSORBOARD: "tensorboardX", Tracking.MLFLOW: "mlflow", Tracking.WANDB: "wandb"}
 
 
@@ -55,8 +58,14 @@ class Trackers:
     `failures` counts by tracker how often each failed; runs that share one say the first failure of all only.
     """
 
-    def __init__(self, running: dict[Tracking, Tracker], failures: dict[str, int] | None = None) -> None:
-        self._running = running
+    def __init__(
+        self,
+        running: dict[Tracking, Tracker],
+        failures: dict[str, int] | None = None,
+        key: str = "",
+        kept: Location | None = None,
+    ) -> None:
+        self._running, self._key, self._kept = running, key, kept
         self.failures = {} if failures is None else failures
         for name in running:
             self.failures.setdefault(name, 0)
@@ -70,25 +79,31 @@ class Trackers:
         run: str,
         settings: Mapping[str, Any],
         failures: dict[str, int] | None = None,
+        kept: Location | None = None,
     ) -> Trackers:
         """Starts the trackers.
 
         Args:
             names: which.
             folder: where event files are written.
-            run: what the run is called; the same name goes on with the same run of MLflow and W&B.
+            run: what the run is called; without `kept`, the same name goes on with the same run of MLflow and W&B.
             settings: the run's settings.
             failures: those of other runs, which this one's are added to.
+            kept: the file that an earlier attempt left in which run of MLflow and W&B to go on with (`go_on_later`);
+                where there is none, a new one begins.
 
         Raises:
             MissingDependencyError: if one is not installed.
             ConfigError: if one cannot start.
         """
         refuse_missing(names)
+        key = _key(run)
+        if kept is not None:
+            key = kept.read().decode() if kept.exists() else secrets.token_hex(8)
         makers: dict[Tracking, Callable[[], Tracker]] = {
             Tracking.TENSORBOARD: lambda: TensorBoard(folder),
-            Tracking.MLFLOW: lambda: MLflow(run, settings),
-            Tracking.WANDB: lambda: WandB(run, settings),
+            Tracking.MLFLOW: lambda: MLflow(run, settings, key),
+            Tracking.WANDB: lambda: WandB(run, settings, key),
         }
         running: dict[Tracking, Tracker] = {}
         for name in names:
@@ -99,7 +114,17 @@ class Trackers:
                     f"report_to: {name} cannot start: {first_line(error)} Mend its settings, or leave it out; nothing "
                     "was trained"
                 ) from error
-        return cls(running, failures)
+        return cls(running, failures, key, kept)
+
+    def go_on_later(self) -> None:
+        """Notes, once there is a checkpoint to go on from, which run of MLflow and W&B goes on with it."""
+        kept, self._kept = self._kept, None
+        if kept is None or not {Tracking.MLFLOW, Tracking.WANDB} & self._running.keys():
+            return
+        try:
+            kept.write(self._key.encode())
+        except (OSError, ArtifactError) as error:
+            logger.warning("%s cannot be written (%s): after a restart, trackers begin a new run", kept, error)
 
     def recall(self, rows: Sequence[Row]) -> None:
         """Passes a resumed run's history on to all."""
@@ -153,21 +178,21 @@ class TensorBoard:
 class MLflow:
     """A run of MLflow's, where its own variables say: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
 
-    def __init__(self, run: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, settings: Mapping[str, Any], key: str) -> None:
         import mlflow
 
         self._client = mlflow.MlflowClient()
         self._experiment = mlflow.set_experiment(_experiment()).experiment_id
         tag = "raytune_ft.run"
-        found = self._client.search_runs([self._experiment], f"tags.`{tag}` = '{_key(run)}'", max_results=1)
+        found = self._client.search_runs([self._experiment], f"tags.`{tag}` = '{key}'", max_results=1)
         if found:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, "RUNNING")
         else:
-            made = self._client.create_run(self._experiment, tags={tag: _key(run)}, run_name=run.rpartition("/")[2])
+            made = self._client.create_run(self._experiment, tags={tag: key}, run_name=run.rpartition("/")[2])
             self._id = made.info.run_id
-            for key, value in settings.items():
-                self._client.log_param(self._id, key, str(value)[:500])
+            for name, value in settings.items():
+                self._client.log_param(self._id, name, str(value)[:500])
 
     def recall(self, rows: Sequence[Row]) -> None:
         """Nothing: the run there has them."""
@@ -190,7 +215,7 @@ class MLflow:
 class WandB:
     """A run of Weights & Biases', where its own variables say: WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE."""
 
-    def __init__(self, run: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run: str, settings: Mapping[str, Any], key: str) -> None:
         import os
 
         import wandb
@@ -198,7 +223,7 @@ class WandB:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "raytune_ft"),
             name=run.rpartition("/")[2],
-            id=_key(run),
+            id=key,
             resume="allow",
             config=dict(settings),
         )

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
 from raytune_ft.training.checkpoint import (
     StoredCheckpoint,
@@ -181,6 +182,8 @@ def _read_back(target: Location, files: Mapping[str, Written]) -> None:
 def delete_old(folder: Location, newest: int, *, keep: int, best_step: int | None, verified: set[int]) -> None:
     """Deletes old checkpoints: never the best one's, and none before one that stays was read and found whole.
 
+    Those that an earlier attempt left unfinished are of no use: they go, and do not count.
+
     Args:
         folder: what they lie in.
         newest: the step of the newest finished one.
@@ -188,7 +191,12 @@ def delete_old(folder: Location, newest: int, *, keep: int, best_step: int | Non
         best_step: the step of the best evaluation, whether or not there is a checkpoint of it.
         verified: steps that were read and found whole; one read here is added.
     """
-    steps = [step for step in steps_below(folder) if step <= newest]
+    steps = []
+    for step in steps_below(folder):
+        if step <= newest and (folder_of(folder, step) / MANIFEST).exists():
+            steps.append(step)
+        elif step < newest:
+            folder_of(folder, step).delete()
     best = [best_step] if best_step in steps[:-keep] else []
     kept = steps[-max(1, keep - len(best)) :]
     old = [step for step in steps if step not in (*kept, *best)]

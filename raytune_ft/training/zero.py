@@ -74,8 +74,13 @@ def _frozen_stays_as_loaded(model: Any) -> Iterator[None]:
             parameter.__dict__.pop("ds_optim_param", None)
 
 
+def precision_of(config: FineTuningConfig, device: str) -> str:
+    """What the weights are in on a device: ``fp32``, ``bf16`` or ``fp16``."""
+    return _NAMES[torch_dtype(config.precision, device)]
+
+
 def _settings(config: FineTuningConfig, device: str) -> dict[str, Any]:
-    return deepspeed_settings(config, _NAMES[torch_dtype(config.precision, device)])
+    return deepspeed_settings(config, precision_of(config, device))
 
 
 @torch.no_grad()

@@ -120,6 +120,11 @@ def test_what_has_no_sum_is_refused_by_name(tiny_model: Path, tmp_path: Path) ->
         combine_adapters([plain, other], [1], tmp_path / "out")
     with pytest.raises(ModelError, match="only svd takes one"):
         combine_adapters([plain, other], [1, 1], tmp_path / "out", rank=2)
+    with pytest.raises(ModelError, match=r"weights must be finite numbers \(got .*=nan\)"):
+        combine_adapters([plain, other], [1, float("nan")], tmp_path / "out")
+    for rank, words in ((0, "at least 1"), (1000, r"at most \d+, the width of the narrowest layer")):
+        with pytest.raises(ModelError, match=words):
+            combine_adapters([plain, other], [1, 1], tmp_path / "out", "svd", rank=rank)
     assert not (tmp_path / "out").exists()
 
 

@@ -9,12 +9,15 @@ from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.storage import Location
 from raytune_ft.models.collate import pack
 from raytune_ft.training.batches import (
     TokenRows,
@@ -146,3 +149,38 @@ def test_nothing_but_disliked_answers_is_refused(tmp_path: Path) -> None:
     file = labelled(tmp_path / "a.parquet", [False, False])
     with pytest.raises(DataError, match="all 2 rows are answers that people disliked"):
         TokenRows([file], str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """A bucket of an S3 server on this machine, and what a URI says to reach it without the environment's help."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="rows")
+    yield "s3://rows", f"?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+def test_rows_on_an_object_store_are_read_from_a_copy_until_the_file_changes(
+    bucket: tuple[str, str], tmp_path: Path
+) -> None:
+    base, options = bucket
+    uri = f"{base}/d ata/train-0.parquet{options}"
+    assert len(put(uri, labelled(tmp_path / "a.parquet", [None] * 3), tmp_path / "1")) == 3
+    (copy,) = (tmp_path / "home").rglob("*.parquet")
+    written = copy.stat().st_mtime_ns
+    assert TokenRows([uri], str(tmp_path / "2"))[2].input_ids == [1, 12]
+    assert copy.stat().st_mtime_ns == written  # not fetched again
+    assert len(put(uri, labelled(tmp_path / "b.parquet", [None] * 5), tmp_path / "3")) == 5
+    with pytest.raises(ArtifactError, match=r"s3://rows/missing.*no such file"):
+        TokenRows([f"{base}/missing.parquet{options}"], str(tmp_path / "4"))
+
+
+def put(uri: str, file: str, cache: Path) -> TokenRows:
+    Location.at(uri).write(Path(file).read_bytes())
+    return TokenRows([uri], str(cache))

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.training.deepspeed_settings import contradictions, deepspeed_settings, read_deepspeed_json
+from raytune_ft.training.deepspeed_settings import (
+    contradictions,
+    deepspeed_settings,
+    read_deepspeed_json,
+    refuse_other_run,
+)
 
 AUTO = {  # as transformers' documentation has it
     "train_batch_size": "auto",
@@ -99,3 +104,43 @@ def test_a_file_is_read_or_named(tmp_path: Path) -> None:
         read_deepspeed_json(str(path))
     with pytest.raises(ConfigError, match=r"missing.json cannot be read.*no such file"):
         read_deepspeed_json(str(tmp_path / "missing.json"))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"bf16": {"enabled": True}}, r"bf16.enabled is true there, and precision \(auto, here fp32\) makes it false"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is true there"),
+        ({"scheduler": {"params": {"warmup_num_steps": 500}}}, "warmup_num_steps is 500 there, and the warmup .* 2"),
+        (
+            {"scheduler": {"params": {"total_num_steps": 500}}},
+            "total_num_steps is 500 there, and .*steps.* it 20",
+        ),
+    ],
+)
+def test_what_only_the_run_decides_is_compared_then(given: dict, words: str, settings) -> None:
+    if "scheduler" in given:
+        given["scheduler"]["type"] = "WarmupDecayLR"
+    config = settings(deepspeed_config=given)
+    with pytest.raises(ConfigError, match=words):
+        refuse_other_run(config, "fp32", total=20, warmup=2)
+    agreed = {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 20}}}
+    refuse_other_run(settings(deepspeed_config={**agreed, "bf16": {"enabled": True}}), "bf16", total=20, warmup=2)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"amp": {"enabled": False}},
+        {"elasticity": {}},
+        {"optimizer": {"type": "AdamW", "params": None}},
+        {"optimizer": {"type": "AdamW", "params": "auto"}},
+        {"scheduler": {"type": "WarmupDecayLR", "params": None}},
+    ],
+)
+def test_blocks_that_say_nothing_contradict_nothing(given: dict, settings) -> None:
+    config = settings(deepspeed_config=given)
+    refuse_other_run(config, "fp32", total=20, warmup=2)
+    assert deepspeed_settings(config, "fp32")["fp16"] == {"enabled": False}
+    with pytest.raises(ConfigError, match="amp is not taken"):
+        settings(deepspeed_config={"amp": {"enabled": True}})

@@ -118,3 +118,12 @@ def test_the_plot_has_both_losses_and_the_findings_and_is_the_same_each_time() -
     drawn = draw_curves(rows, [(15, "instability")])
     assert drawn == draw_curves(rows, [(15, "instability")])
     assert all(word in drawn for word in ("training loss", "validation", "instability", "gradient norm"))
+
+
+def test_the_settings_that_avoid_running_out_of_memory_have_the_same_global_batch() -> None:
+    rows = [{**row, "micro_batch_divisor": row["step"]} for row in curve(falling(2))]
+    (finding,) = diagnose(rows, config(per_device_train_batch_size=3))
+    assert "at most 2 rows" in finding.sign
+    assert "per_device_train_batch_size=1 gradient_accumulation_steps=3" in finding.remedy
+    (finding,) = diagnose(rows, config(per_device_train_batch_size=6, gradient_accumulation_steps=2, num_workers=3))
+    assert "per_device_train_batch_size=3 gradient_accumulation_steps=4" in finding.remedy

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.guide import departures_from_guide
+from raytune_ft.training.guide import departures_from_guide, departures_of_timetable
+from raytune_ft.training.schedule import Timetable
 
 
 def departures(**settings: object) -> list[str]:
@@ -40,3 +41,16 @@ def test_what_another_setting_overrides_is_not_judged() -> None:
 def test_qlora_is_told_of_nf4_and_double_quantization() -> None:
     found = departures(method="qlora", bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False)
     assert ["nf4" in found[0], "double" in found[1]] == [True, True]
+
+
+def test_a_warmup_that_takes_the_whole_run_is_told_with_the_rate_it_ends_at() -> None:
+    def told(rows: int, **settings: object) -> list[str]:
+        config = FineTuningConfig(model_path="m", output_dir="o", dataset_path="d", **settings)
+        return departures_of_timetable(config, Timetable.of(config, rows, has_validation=False))
+
+    (words,) = told(18, warmup_steps=100, max_steps=20)
+    assert words.startswith("the warmup takes 100 step(s) and the run has 20: its learning rate ends at 19% of")
+    assert "warmup_steps: 2" in words
+    (words,) = told(4, num_train_epochs=1)
+    assert "ends at 0% of learning_rate (0.0002), so that nothing is learned; set warmup_steps: 0" in words
+    assert told(18, max_steps=20) == told(18, max_steps=20, warmup_steps=19) == []

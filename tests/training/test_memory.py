@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,13 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all() -> None:
     assert activation_bytes_per_token(SHAPE, load) == 2 * layer
     checkpointed = Load(FineTuningMethod.FULL, 1, bytes_per_value=4, gradient_checkpointing=True)
     assert activation_bytes_per_token(SHAPE, checkpointed) == layer + 2 * 8 * 4
+
+
+def test_quantization_leaves_embeddings_and_head_as_they_are() -> None:
+    # 10 words of width 8: 80 weights of 2 bytes, twice that where the head has its own; the others take 0.55.
+    tied = replace(SHAPE, tied=True)
+    trained = trained_weights(SHAPE, Load(FineTuningMethod.QLORA, 0)) * 2
+    for shape, wide in ((SHAPE, 160), (tied, 80)):
+        expected = (1000 - wide) * 0.55 + wide * 2 + trained
+        assert predict_peak(shape, Load(FineTuningMethod.QLORA, 0)).weights == pytest.approx(expected)
+    assert ModelShape.typical(1.2e9).tied and not ModelShape.typical(8e9).tied

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import pickle
 import subprocess
@@ -16,11 +18,14 @@ from raytune_ft.core.errors import InfeasibleError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
+from raytune_ft.training.batches import rank_share
+from raytune_ft.training.config_alignment import ReinforcementConfig
 from raytune_ft.training.micro_batches import (
     Held,
     NotOneRowError,
     OutOfMemoryError,
     ShrinkingLearner,
+    SkippingLearner,
     before_the_optimizer,
     divided,
     shrunk,
@@ -77,6 +82,37 @@ def test_other_errors_are_not_taken_for_memory() -> None:
 def test_shrunk_settings_keep_the_rows_of_a_step(settings) -> None:
     config = shrunk(settings(per_device_train_batch_size=8, gradient_accumulation_steps=2), 4)
     assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("rows", "divisor", "layout"), [(3, 2, (2, 2)), (6, 4, (2, 3)), (4, 8, (1, 4)), (5, 2, (3, 2)), (1, 2, (1, 1))]
+)
+def test_rows_that_cannot_be_halved_leave_a_smaller_micro_batch(rows: int, divisor: int, layout, settings) -> None:
+    given = {"train_micro_batch_size_per_gpu": rows}  # the user's JSON is of what the user wrote
+    config = shrunk(settings(per_device_train_batch_size=rows, deepspeed_config=given), divisor)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == layout
+    shares = rank_share(range(rows), 0, 1, layout[1])
+    assert max(map(len, shares)) == layout[0]
+    assert sum(map(len, shares)) == rows
+
+
+def test_settings_on_rewards_can_be_shrunk() -> None:
+    paths = {"model_path": "m", "output_dir": "o", "dataset_path": "d", "reward_metric": "exact_match"}
+    assert shrunk(ReinforcementConfig(**paths, per_device_train_batch_size=4), 2).per_device_train_batch_size == 2
+
+
+def test_a_run_shrunk_unevenly_takes_the_steps_of_the_unbroken_one(settings, splits, tmp_path: Path) -> None:
+    config = settings(per_device_train_batch_size=3, save_strategy="no", num_train_epochs=1)
+    (tmp_path / "shrunk/checkpoints").mkdir(parents=True)
+    (tmp_path / "shrunk/checkpoints/micro_batches.json").write_text('{"divisor": 2}')
+    found: dict[str, list[list[float]]] = {"shrunk": [], "whole": []}
+    for name, rows in found.items():
+        output = Location.at(tmp_path / name)
+        note = lambda step, m, to=rows: to.append([m["loss"], m["tokens"]])  # noqa: E731
+        train_in_process(config, splits, Seat(), output=output, report=note, golden=False)
+    assert len(found["shrunk"]) == 6
+    for shrunken, whole in zip(found["shrunk"], found["whole"], strict=True):
+        assert shrunken == pytest.approx(whole, abs=1e-5)
 
 
 def test_under_deepspeed_the_wish_for_smaller_parts_reaches_the_next_attempt(settings, splits, tmp_path: Path) -> None:
@@ -183,3 +219,23 @@ def test_that_not_even_one_row_fits_is_still_known_as_such_in_another_process() 
     error = pickle.loads(pickle.dumps(NotOneRowError("step 3", "CUDA out of memory")))  # as Ray hands it over
     assert isinstance(error, OutOfMemoryError) and isinstance(error, InfeasibleError)
     assert str(error).startswith("step 3: CUDA out of memory. Not even one row at a time fits: lower max_length")
+
+
+class Norms:
+    """A learner whose steps have these gradient norms."""
+
+    def __init__(self, *norms: float, loss: float = 1.0) -> None:
+        self.norms, self.loss = iter(norms), loss
+
+    def step(self, batch, step):
+        return {"loss": self.loss, "grad_norm": next(self.norms)}
+
+
+def test_a_step_that_overflows_fp16_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    learner = SkippingLearner(Norms(math.inf, math.inf, 0.5, *[math.inf] * 17))
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        steps = [learner.step([], number) for number in range(1, 21)]
+    assert steps[:3] == [{"loss": 1.0, "skipped_steps": 1.0}] * 2 + [{"loss": 1.0, "grad_norm": 0.5}]
+    assert "step 2: left out, since its gradients overflow fp16" in caplog.text
+    assert ["grad_norm" in metrics for metrics in steps[3:]] == [False] * 16 + [True]  # no scale was small enough
+    assert "grad_norm" in SkippingLearner(Norms(math.nan, loss=math.nan)).step([], 1)

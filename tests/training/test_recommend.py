@@ -62,3 +62,18 @@ def test_the_verb_reads_a_models_shape_and_prints_the_table(tiny_model: Path) ->
     assert "limited memory" in done.output
     refused = CliRunner().invoke(app, ["recommend", "--model", "1B", "--memory-gb", "8", "--goal", "best"])
     assert refused.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "0"}, "model: must be a number above 0"),
+        ({"parameters": 0}, "parameters: must be a number above 0"),
+        ({"model": "1B", "memory_gib": float("nan")}, r"memory_gib: .*above 0 \(got nan\)"),
+        ({"model": "1B", "max_length": 0}, "max_length: must be"),
+        ({"model": "1B", "rows": -3}, "rows: must be"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        recommend_method(**{"memory_gib": 8, **changes})

@@ -76,6 +76,25 @@ def test_prompts_without_an_answer_are_judged_by_their_reference(
         train_in_process(reinforcement(), {**alone, "train": [unjudged]}, Seat(), output=None)
 
 
+def test_a_reference_that_the_metric_cannot_measure_by_is_named_before_the_first_step(
+    reinforcement, undecided, prompts, tmp_path: Path
+) -> None:
+    turns = [(f"order {n}", '{"a": 1}') for n in range(7)]
+    asked = [*[(f"order {n}", '{"a": 1}') for n in range(4)], ("order 9", "sorry")]
+    answered = turns_file(undecided, tmp_path / "answered.parquet", turns)
+    alone = prompts_file(undecided, tmp_path / "alone.parquet", asked)
+    config, steps = reinforcement(reward_metric="field_f1"), []
+    with pytest.raises(DataError, match=r"given as splits: train split: field_f1: .* reference of row 12 is 'sorry'"):
+        train_in_process(
+            config,
+            {**prompts, "train": [answered, alone]},
+            Seat(),
+            output=None,
+            report=lambda *told: steps.append(told),
+        )
+    assert not steps
+
+
 def test_a_reward_model_judges_as_well(reinforcement, undecided, prompts, tmp_path: Path) -> None:
     pairs = pair_files(undecided, tmp_path, train=18, validation=4)  # yes before no
     settings = {"method": "full", "learning_rate": 2e-3, "num_train_epochs": 4, "per_device_train_batch_size": 6}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.schedule import Timetable, learning_rate_at
 
@@ -54,3 +55,9 @@ def test_progress_lines_come_with_steps_or_epochs_or_not_at_all(strategy: str, l
 def test_warmup_steps_override_the_ratio() -> None:
     assert Timetable.of(settings(max_steps=50, warmup_steps=7), 10, has_validation=False).warmup == 7
     assert Timetable.of(settings(max_steps=50, warmup_ratio=0.2), 10, has_validation=False).warmup == 10
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_that_torch_does_not_take_is_refused(seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed: must be"):
+        settings(seed=seed)

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.core.errors import ArtifactError, RunError, StoppedError
+from raytune_ft.core.errors import ArtifactError, ConfigError, DataError, RunError, StoppedError
 from raytune_ft.core.storage import Location
+from raytune_ft.training import checkpoint
 from raytune_ft.training.interruption import note_sigterm
 from raytune_ft.training.session import Seat, train_in_process
 from raytune_ft.training.utilization import Work, device_peak
+
+from ..rows import rated_files  # noqa: TID252 - tests are no installed package
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -79,6 +82,59 @@ def test_a_run_starts_from_a_named_checkpoint_until_it_has_its_own(settings, spl
     assert rows(tmp_path / "b")[-1]["loss"] == pytest.approx(rows(tmp_path / "a")[-1]["loss"], abs=1e-6)
     train_in_process(second, splits, Seat(), output=output, report=lambda step, metrics: steps.append(step))
     assert steps == [4, 5, 6, 5, 6]
+
+
+def test_the_best_of_another_run_is_not_taken_over(settings, splits, tmp_path: Path) -> None:
+    first = settings(save_strategy="steps", save_steps=3, eval_strategy="steps", eval_steps=1, save_total_limit=9)
+    train_in_process(first, splits, Seat(), output=Location.at(tmp_path / "a"))
+    where = tmp_path / "a/checkpoints/step-00000003"
+    assert checkpoint.read(Location.at(where)).progress["patience"]["best_step"] == 3
+    # By perplexity, losses of the other run would never be reached again.
+    changes = {"metric_for_best_model": "eval_perplexity", "early_stopping_patience": 2, "learning_rate": 1e-6}
+    second = settings(resume_from_checkpoint=str(where), eval_strategy="steps", eval_steps=1, **changes)
+    summary = train_in_process(second, splits, Seat(), output=Location.at(tmp_path / "b"))
+    assert (summary.steps, summary.metric) == (6, "eval_perplexity")
+    assert summary.best_step in {4, 5, 6}
+    assert summary.best == rows(tmp_path / "b")[summary.best_step - 1]["eval_perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"early_stopping_patience": 1}, "early_stopping_patience"),
+        ({"metric_for_best_model": "eval_perplexity"}, "metric_for_best_model"),
+        ({"eval_generation_rows": 2}, "eval_generation_rows"),
+    ],
+)
+def test_what_needs_a_validation_split_is_refused_without_one(
+    changes: dict[str, object], named: str, settings, splits
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}: given as splits has no validation split"):
+        train_in_process(settings(**changes), {"train": splits["train"]}, Seat(), output=None)
+
+
+def test_a_validation_split_of_disliked_answers_is_left_out_and_said(
+    settings, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rated = rated_files(tiny_model, tmp_path, train=6, validation=1)  # of the first in three, the answer is disliked
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        summary = train_in_process(settings(max_steps=1), rated, Seat(), output=None)
+    assert "the validation split is left out" in caplog.text
+    assert summary.best_step is None
+    with pytest.raises(DataError, match="all 1 rows are answers that people disliked"):
+        train_in_process(settings(), {"train": rated["validation"]}, Seat(), output=None)
+
+
+def test_a_run_that_is_all_warmup_is_warned_of(settings, splits, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        train_in_process(settings(max_steps=1), splits, Seat(), output=None)
+    assert "the warmup takes 1 step(s) and the run has 1" in caplog.text
+
+
+def test_a_users_deepspeed_json_is_held_against_the_runs_steps(settings, splits) -> None:
+    given = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 12345}}}
+    with pytest.raises(ConfigError, match=r"total_num_steps is 12345 there, and the number of steps .* makes it 6"):
+        train_in_process(settings(deepspeed_config=given), splits, Seat(), output=None)
 
 
 def test_a_run_killed_between_its_last_save_and_its_model_makes_no_step_more(

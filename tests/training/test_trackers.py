@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.core.errors import ConfigError, MissingDependencyError
+from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
 from raytune_ft.training.trackers import TensorBoard, Trackers, refuse_missing
 
@@ -88,3 +90,25 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mo
     (run,) = client.search_runs([client.get_experiment_by_name("raytune_ft").experiment_id])
     assert (run.info.status, run.data.params["lora_r"]) == ("FINISHED", "8")
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_run_that_begins_anew_in_its_folder_is_another_one_in_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+    monkeypatch.setattr("raytune_ft.training.trackers.refuse_missing", lambda names: None)
+    monkeypatch.setattr("raytune_ft.training.trackers.MLflow", lambda run, settings, key: keys.append(key))
+
+    def begin() -> Trackers:
+        kept = Location.at(tmp_path / "model/checkpoints/trackers.txt")
+        return Trackers.start([Tracking.MLFLOW], folder=tmp_path, run=str(tmp_path / "model"), settings={}, kept=kept)
+
+    begin()  # which ends before it has a checkpoint: nothing goes on with it
+    assert not (tmp_path / "model").exists()
+    begin().go_on_later()
+    begin()
+    shutil.rmtree(tmp_path / "model")
+    begin()
+    first, second, resumed, anew = keys
+    assert second == resumed
+    assert len({first, second, anew}) == 3

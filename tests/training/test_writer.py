@@ -202,3 +202,14 @@ def test_nothing_is_deleted_before_a_newer_one_was_read_and_found_whole(tmp_path
     assert checkpoint.steps_below(folder) == [1, 2]
     assert "step 2 is not whole (rank-00000-of-00001.safetensors does not match the manifest" in caplog.text
     assert checkpoint.newest(folder).step == 1
+
+
+def test_unfinished_checkpoints_do_not_count_and_go(tmp_path: Path) -> None:
+    folder = Location.at(tmp_path)
+    for step in (2, 6):
+        checkpoint.write(folder, checkpoint.Checkpoint(step, {"w": torch.ones(2)}, {}, {}), keep=9)
+    for step in (4, 8):
+        (tmp_path / f"step-0000000{step}").mkdir()
+        (tmp_path / f"step-0000000{step}/rank-00000-of-00001.safetensors").write_bytes(b"x")
+    delete_old(folder, 6, keep=2, best_step=None, verified={6})
+    assert folder.folders() == ["step-00000002", "step-00000006", "step-00000008"]
