@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,8 @@ from raytune_ft.serving.tickets import Progress
 
 Finish = Literal["stop", "length"]
 DONE = "data: [DONE]\n\n"
+_CONTEXT = 6
+"""Tokens before another one that its text may depend on."""
 
 
 class Tokenizer(Protocol):
@@ -24,15 +26,27 @@ class Tokenizer(Protocol):
 
 
 @dataclass
+class Place:
+    """Where the next token stands: behind which tokens, the last of them, and behind how much of the choice's text."""
+
+    before: list[int] = field(default_factory=list)
+    answered: list[int] = field(default_factory=list)
+    """Of the answer alone: its text begins anew, where a tokenizer may leave out a space."""
+    offset: int = 0
+
+
+@dataclass
 class Choice:
     """One of a request's answers, as far as it has come.
 
-    `prompt` and `first_token` are what it goes on from, if that is echoed.
+    `prompt` and `first_token` are what it goes on from, if that is echoed; `behind` are the prompt's tokens, if
+    it is not.
     """
 
     index: int
     prompt: str = ""
     first_token: int | None = None
+    behind: Sequence[int] = ()
     text: str = ""
     tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -40,6 +54,8 @@ class Choice:
     finish_reason: Finish | None = None
     opened: bool = False
     """Whether an event of it went out."""
+    place: Place | None = None
+    """Behind the log-probabilities that events have told."""
 
     def take(self, progress: Progress) -> None:
         """Adds what came."""
@@ -77,12 +93,15 @@ class Answer:
             "total_tokens": self.prompt_tokens + completion_tokens,
         }
 
+    def completion_tokens(self, choices: Sequence[Choice]) -> int:
+        """Tokens of the answers that are told."""
+        return 0 if self.without_text else sum(choice.tokens for choice in choices)
+
     def body(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The whole answer."""
         kind = "chat.completion" if self.chat else "text_completion"
         told = [self._whole(choice) for choice in choices]
-        tokens = 0 if self.without_text else sum(choice.tokens for choice in choices)
-        return {**self._head(kind), "choices": told, "usage": self.usage(tokens)}
+        return {**self._head(kind), "choices": told, "usage": self.usage(self.completion_tokens(choices))}
 
     def event(self, choice: Choice, progress: Progress) -> str | None:
         """The event of a progress that the choice has taken; None if there is nothing to tell."""
@@ -93,7 +112,9 @@ class Answer:
         elif not text and not progress.logprobs and progress.finish_reason is None:
             return None
         first = choice.first_token if opening else None
-        logprobs = self._logprobs(choice, first, progress.prompt_logprobs, progress.logprobs)
+        if choice.place is None:
+            choice.place = Place(list(choice.behind))
+        logprobs = self._logprobs(choice, choice.place, first, progress.prompt_logprobs, progress.logprobs)
         content: dict[str, Any] = {"text": text}
         if self.chat:
             role = {"role": "assistant"} if opening else {}
@@ -110,7 +131,8 @@ class Answer:
         content: dict[str, Any] = {"text": text}
         if self.chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        logprobs = self._logprobs(choice, choice.first_token, choice.prompt_logprobs, choice.logprobs)
+        place = Place(list(choice.behind))
+        logprobs = self._logprobs(choice, place, choice.first_token, choice.prompt_logprobs, choice.logprobs)
         return {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def _event(self, index: int, content: Mapping[str, Any], logprobs: Any, reason: Finish | None) -> str:
@@ -121,53 +143,91 @@ class Answer:
         return {"id": self.sent_id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(
-        self, choice: Choice, first: int | None, prompt: Sequence[TokenLogprob], generated: Sequence[TokenLogprob]
+        self,
+        choice: Choice,
+        place: Place,
+        first: int | None,
+        prompt: Sequence[TokenLogprob],
+        generated: Sequence[TokenLogprob],
     ) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
         if not self.chat:
-            return self._completion_logprobs(first, [*prompt, *(() if self.without_text else generated)])
+            return self._completion_logprobs(choice, place, first, prompt, () if self.without_text else generated)
         # The token that ends an answer has a probability, but no place in a chat's text.
         beyond = len(choice.logprobs) - choice.tokens if choice.finish_reason else 0
         shown = generated[: len(generated) - beyond]
-        return {"content": [self._chat_token(entry) for entry in shown], "refusal": None}
+        return {"content": [self._chat_token(entry, place) for entry in shown], "refusal": None}
 
-    def _completion_logprobs(self, first: int | None, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
-        tokens: list[str] = []
-        values: list[float | None] = []
-        top: list[dict[str, float] | None] = []
-        offsets: list[int] = []
-        place = 0
+    def _completion_logprobs(
+        self,
+        choice: Choice,
+        place: Place,
+        first: int | None,
+        prompt: Sequence[TokenLogprob],
+        generated: Sequence[TokenLogprob],
+    ) -> dict[str, Any]:
+        told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+        def tell(text: str, width: int, logprob: float | None, top: dict[str, float] | None) -> None:
+            for values, value in zip(told.values(), (text, logprob, top, place.offset), strict=True):
+                values.append(value)
+            place.offset += width
+
+        written: list[int] = []  # of the prompt, what stands in its text
         if first is not None:  # nothing comes before it, so it has no probability
-            tokens, values, top, offsets = [self._text(first)], [None], [None], [0]
-            place = len(tokens[0])
-        for entry in entries:
-            text = self._text(entry.token)
-            tokens.append(text)
-            values.append(entry.logprob)
-            top.append(self._by_text(entry))
-            offsets.append(place)
-            place += len(text)
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+            text = self._text(first)
+            # What the tokenizer begins texts with is not in the prompt as it was written.
+            special = not self._width(first, (), skip_special_tokens=True)
+            written = [] if special and not choice.prompt.startswith(text) else [first]
+            tell(text, len(text) if written else 0, None, None)
+            place.before.append(first)
+        for entry in prompt:
+            text = self._text(entry.token, place.before)
+            tell(text, self._width(entry.token, written), entry.logprob, self._by_text(entry, place.before))
+            place.before.append(entry.token)
+            written.append(entry.token)
+        for entry in generated:
+            # Special tokens have no place in the answer's text.
+            width = self._width(entry.token, place.answered, skip_special_tokens=True)
+            tell(self._text(entry.token, place.before), width, entry.logprob, self._by_text(entry, place.before))
+            place.before.append(entry.token)
+            place.answered.append(entry.token)
+        place.before, place.answered = place.before[-_CONTEXT:], place.answered[-_CONTEXT:]
+        return told
 
-    def _by_text(self, entry: TokenLogprob) -> dict[str, float]:
+    def _by_text(self, entry: TokenLogprob, before: Sequence[int]) -> dict[str, float]:
         """The likeliest tokens by their text, the chosen one among them; of two with one text the likelier."""
         found: dict[str, float] = {}
         for token, logprob in (*entry.top, (entry.token, entry.logprob)):
-            found.setdefault(self._text(token), logprob)
+            found.setdefault(self._text(token, before), logprob)
         return found
 
-    def _chat_token(self, entry: TokenLogprob) -> dict[str, Any]:
-        top = [self._told(token, logprob) for token, logprob in entry.top]
-        return {**self._told(entry.token, entry.logprob), "top_logprobs": top}
+    def _chat_token(self, entry: TokenLogprob, place: Place) -> dict[str, Any]:
+        top = [self._told(token, logprob, place.answered) for token, logprob in entry.top]
+        told = {**self._told(entry.token, entry.logprob, place.answered), "top_logprobs": top}
+        place.answered = [*place.answered, entry.token][-_CONTEXT:]
+        return told
 
-    def _told(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
+    def _told(self, token: int, logprob: float, before: Sequence[int]) -> dict[str, Any]:
+        text = self._text(token, before)
         # Part of a character has no text of its own, and its bytes cannot be told from it.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
-    def _text(self, token: int) -> str:
-        return str(self.tokenizer.decode([token]))
+    def _text(self, token: int, before: Sequence[int] = ()) -> str:
+        """A token's text behind others: alone, some tokenizers leave its leading space out."""
+        alone = str(self.tokenizer.decode([token]))
+        if not before or "\ufffd" in alone:
+            return alone
+        context = list(before[-_CONTEXT:])
+        head, whole = str(self.tokenizer.decode(context)), str(self.tokenizer.decode([*context, token]))
+        return whole[len(head) :] if whole.startswith(head) else alone
+
+    def _width(self, token: int, before: Sequence[int], **options: bool) -> int:
+        """By how many characters a token makes a text longer; the last part of one makes it no longer."""
+        context = list(before[-_CONTEXT:])
+        head, whole = self.tokenizer.decode(context, **options), self.tokenizer.decode([*context, token], **options)
+        return len(whole) - len(head)
 
 
 def event(body: Mapping[str, Any]) -> str:

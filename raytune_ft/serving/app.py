@@ -2,6 +2,8 @@
 
 # No `from __future__ import annotations` here: Serve sends the classes by value, without the names that only quoted
 # annotations use.
+import hashlib
+import json
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,7 +13,7 @@ from ray import serve
 from raytune_ft.core.errors import RaytuneError, ServingError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import resolve_model
-from raytune_ft.serving.board import Board, Posted
+from raytune_ft.serving.board import Board, Posted, Posting
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.metrics import Series
 
@@ -33,17 +35,17 @@ class Notices:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def report(self, replica: str, epoch: str | None, adapters: dict[str, str], series: Series) -> Posted:
+    async def report(self, replica: str, epoch: str | None, known: dict[str, Posting], series: Series) -> Posted:
         """See `Board.report`."""
-        return await self._handle.report.remote(replica, epoch, adapters, series)  # type: ignore[no-any-return]
+        return await self._handle.report.remote(replica, epoch, known, series)  # type: ignore[no-any-return]
 
-    async def post(self, name: str, reference: str) -> None:
+    async def post(self, name: str, reference: str) -> Posting:
         """See `Board.post`."""
-        await self._handle.post.remote(name, reference)
+        return await self._handle.post.remote(name, reference)  # type: ignore[no-any-return]
 
-    async def take_down(self, name: str) -> None:
+    async def take_down(self, name: str) -> Posting:
         """See `Board.take_down`."""
-        await self._handle.take_down.remote(name)
+        return await self._handle.take_down.remote(name)  # type: ignore[no-any-return]
 
 
 @serve.deployment(graceful_shutdown_wait_loop_s=0.2, max_constructor_retry_count=1, health_check_period_s=2)
@@ -98,7 +100,7 @@ def own_application(config: ServingConfig, *, gpus: int) -> Any:
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": gpus},
         logging_config=quiet(),
-    ).bind(here, here.model_path, "cuda" if gpus else "cpu", board.bind(here.adapters))
+    ).bind(here, here.model_path, "cuda" if gpus else "cpu", board.bind(here.adapters, _digest(here)))
 
 
 def vllm_application(config: ServingConfig, *, gpus: int) -> Any:
@@ -152,6 +154,11 @@ def _placed(config: ServingConfig) -> ServingConfig:
     if config.ab_test is not None:
         changes["ab_test"] = config.ab_test.with_overrides(log_path=Location.at(config.ab_test.log_path).uri)
     return config.with_overrides(**changes, **folders)
+
+
+def _digest(config: ServingConfig) -> str:
+    """16 hex digits that change with the settings."""
+    return hashlib.sha256(json.dumps(config.resolved(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _scale(config: ServingConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import resolve_model
 from raytune_ft.serving.answers import model_card
-from raytune_ft.serving.board import Bulletin, Posted
+from raytune_ft.serving.board import Bulletin, Posted, Posting
 from raytune_ft.serving.config import ADAPTER_NAME, ServingConfig
 from raytune_ft.serving.config_ab import BASE
 from raytune_ft.serving.engines import TransformersEngine
@@ -31,7 +31,9 @@ class Catalogue:
     ) -> None:
         self._config, self._engine, self._metrics, self._board = config, engine, metrics, board
         self._rates = rates
-        self._loaded = dict(config.adapters)
+        self._loaded = {name: Posting(reference) for name, reference in config.adapters.items()}
+        self._known: dict[str, Posting] = {}
+        """What was last said of each name, as far as this replica has heard."""
         self._variants = config.ab_test.variants if config.ab_test else {}
         self._whole = {config.served_name}
         """Ids of the model without an adapter."""
@@ -40,7 +42,7 @@ class Catalogue:
         self._epoch: str | None = None
         self._others: list[Series] = []
         self._changing = asyncio.Lock()
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, Posting] = {}
 
     def cards(self, created: int) -> list[dict[str, Any]]:
         """The base, an A/B test upon it, and its adapters, as ``GET /v1/models`` lists them."""
@@ -71,18 +73,21 @@ class Catalogue:
         """Tells the board this replica's figures, and loads and drops what the board says."""
         # Under the lock, so that what the board says is not older than what this replica does meanwhile.
         async with self._changing:
-            added = {name: where for name, where in self._loaded.items() if name not in self._config.adapters}
-            posted: Posted = await self._board.report(self._metrics.replica, self._epoch, added, self._metrics.series())
-            self._epoch, self._others = posted.epoch, posted.others
-            self._rates.replicas = 1 + len(posted.others)
-            for name in [name for name in self._loaded if name not in posted.adapters]:
+            posted: Posted = await self._board.report(
+                self._metrics.replica, self._epoch, self._known, self._metrics.series()
+            )
+            self._epoch, self._known, self._others = posted.epoch, posted.postings, posted.others
+            self._rates.replicas = max(self._config.num_replicas, 1 + len(posted.others))
+            # Also what was dropped and loaded again meanwhile: other weights may lie there now.
+            for name in [name for name, loaded in self._loaded.items() if posted.postings.get(name) != loaded]:
                 await self._drop(name)
-            for name, reference in posted.adapters.items():
-                if name not in self._loaded and self._failed.get(name) != reference:
+            for name in posted.adapters:
+                said = posted.postings[name]
+                if name not in self._loaded and self._failed.get(name) != said:
                     try:
-                        await self._load(name, reference)
+                        await self._load(name, said)
                     except RaytuneError as error:
-                        self._failed[name] = reference
+                        self._failed[name] = said
                         logger.warning("adapter %r, which another replica has, cannot be loaded: %s", name, error)
 
     def loadable(self) -> list[str]:
@@ -106,11 +111,11 @@ class Catalogue:
             if name in self._loaded:
                 raise ApiError(409, f"the adapter {name!r} is loaded already", param="name")
             try:
-                await self._load(name, reference)
+                await self._load(name, Posting(reference))
             except RaytuneError as error:
                 raise ApiError(400, str(error), param="name") from None
             self._failed.pop(name, None)
-            await self._board.post(name, reference)
+            self._loaded[name] = self._known[name] = await self._board.post(name, reference)
 
     async def drop(self, name: str) -> None:
         """Drops an adapter here at once, and from the other replicas when they next look.
@@ -123,7 +128,7 @@ class Catalogue:
                 raise ApiError(404, "there is no adapter of this name", param="name")
             if name in self._variants:
                 raise ApiError(409, f"the adapter {name!r} is a variant of the A/B test that runs", param="name")
-            await self._board.take_down(name)
+            self._known[name] = await self._board.take_down(name)
             await self._drop(name)
 
     def exposition(self) -> bytes:
@@ -136,9 +141,10 @@ class Catalogue:
         self._metrics.adapters.labels(replica).set(len(self._engine.adapters.names))
         return exposition([self._metrics.series(), *self._others])
 
-    async def _load(self, name: str, reference: str) -> None:
-        await asyncio.to_thread(self._load_and_check, name, reference)
-        self._loaded[name] = reference
+    async def _load(self, name: str, said: Posting) -> None:
+        assert said.reference is not None
+        await asyncio.to_thread(self._load_and_check, name, said.reference)
+        self._loaded[name] = said
 
     def _load_and_check(self, name: str, reference: str) -> None:
         self._engine.add_adapter(name, reference)

@@ -24,6 +24,15 @@ _OURS_ALONE = (
     "request_log_path",
 )
 """Settings that only the transformers engine's endpoint knows."""
+_OUR_LIMITS = (
+    "max_new_tokens",
+    "max_request_mb",
+    "request_timeout_s",
+    "max_queued_requests",
+    "prefill_tokens",
+    "golden_tolerance",
+)
+"""As those, but with defaults, which do not hold under vLLM."""
 _NEEDS_FOR_TRANSFORMERS = {"compressed-tensors": "compressed_tensors", "gptq": "gptqmodel", "awq": "gptqmodel"}
 """Formats that vLLM serves as it is, and the package that transformers loads them with."""
 
@@ -80,7 +89,17 @@ def why_not_vllm(config: ServingConfig, resolved: ModelReference) -> str | None:
     if quantization_of(resolved) == "bitsandbytes":
         return "does not load bitsandbytes weights everywhere that transformers does"
     unknown = [name for name in _OURS_ALONE if getattr(config, name)]
+    # Not by what was given: a copy with overrides has been given everything.
+    fields = ServingConfig.model_fields
+    unknown += [name for name in _OUR_LIMITS if getattr(config, name) != fields[name].default]
     return f"knows no {', '.join(unknown)}" if unknown else None
+
+
+def not_under_vllm() -> str:
+    """Which of our defaults do not hold where vLLM serves."""
+    return (
+        f"vLLM's own limits hold, not {', '.join(_OUR_LIMITS)}; there is no playground and no check of golden answers"
+    )
 
 
 def quantization_of(resolved: ModelReference) -> str:

@@ -36,7 +36,8 @@ class ServingConfig(Config):
     """``transformers`` serves whatever loads there, on a CPU, too; ``auto`` takes what can serve the model here, and
     says why."""
     adapters: dict[str, str] = Field(default_factory=dict)
-    """LoRA, prompt and prefix adapters upon the model, by name: requests ask for ``model="NAME:ADAPTER"``."""
+    """LoRA, prompt and prefix adapters upon the model, by name: requests ask for ``model="NAME:ADAPTER"``. One that
+    brings its own chat template is asked and ended by it."""
     adapters_path: str | None = Field(None, min_length=1)
     """Folder (or URI) whose subfolders are adapters that ``POST /admin/adapters`` may load while serving, by their
     names; nothing else can be loaded."""
@@ -54,8 +55,8 @@ class ServingConfig(Config):
     admin_keys: tuple[str, ...] = ()
     """The sha256 of each key that may load and drop adapters; empty lets nobody."""
     requests_per_minute: int | None = Field(None, ge=1)
-    """How often each of `api_keys` may ask for answers; more gets 429 with Retry-After. Every replica lets through its
-    even share, so that one that is asked more than the others may refuse a little early."""
+    """How often each of `api_keys` may ask for answers in any minute; more gets 429 with Retry-After. Every replica
+    lets through its even share, rounded down, so that one that is asked more than the others may refuse early."""
     allow_anyone: bool = False
     """Listens on an address that other machines reach without asking who they are."""
     num_replicas: int = Field(1, ge=1)
@@ -153,6 +154,11 @@ class ServingConfig(Config):
     def _limited_by_key(self) -> Self:
         if self.requests_per_minute is not None and not self.api_keys:
             raise ValueError("requests_per_minute: counts by key; set api_keys (`raytune-ft key` makes one)")
+        if self.requests_per_minute is not None and self.requests_per_minute < self.most_replicas:
+            raise ValueError(
+                f"requests_per_minute: must be at least the number of replicas, {self.most_replicas}, since each lets "
+                f"through its share (got {self.requests_per_minute}); raise it, or have fewer replicas"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,15 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Self
 
 from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.records import Message
+from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.decoding import Decoder, Row
+from raytune_ft.models.decoding import Decoder
 from raytune_ft.models.loading import LoadedModel, load_model
 from raytune_ft.models.virtual import VirtualTokens
 from raytune_ft.serving.adapters import Adapter, AdapterSet
+from raytune_ft.serving.rows import CheckedSampler, ServedRow
 from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
 
 logger = logging.getLogger("raytune_ft")
@@ -107,13 +110,22 @@ class TransformersEngine:
         """Requests that are being decoded, and that wait."""
         return len(self._running), self._inbox.qsize() + len(self._waiting)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def chat(self, adapter: str | None = None) -> Chat:
+        """The tokenizer and chat template that an adapter's requests are read and answered with.
+
+        Raises:
+            ModelError: if the adapter is not loaded.
+        """
+        return self.adapters.chat(adapter)
+
+    def prompt_ids(self, messages: Sequence[Message], adapter: str | None = None) -> tuple[int, ...]:
         """The conversation through the chat template, as in training.
 
         Raises:
             DataError: if the template refuses the conversation.
+            ModelError: if the adapter is not loaded.
         """
-        return tuple(self.loaded.chat.prompt_ids(messages))
+        return tuple(self.chat(adapter).prompt_ids(messages))
 
     def submit(self, request: GenerationRequest, events: Events | None = None) -> Ticket:
         """Enters a request whose progress goes to `events`; to be called in the event loop that listens there.
@@ -136,9 +148,11 @@ class TransformersEngine:
         """Loads an adapter beside the running requests, and returns when it can be asked for.
 
         Raises:
-            ModelError: if it belongs to another base, is of a kind that cannot be mixed, or is beyond the limits.
+            ModelError: if it belongs to another base, is of a kind that cannot be mixed, is beyond the limits, or
+                holds no numbers.
         """
-        self._in_loop(lambda: self.adapters.add(name, reference))
+        found = self.adapters.find(name, reference)
+        self._in_loop(lambda: self.adapters.add(name, found))
 
     def drop_adapter(self, name: str) -> None:
         """Drops an adapter: requests that have it are answered, further ones are refused.
@@ -269,10 +283,11 @@ class TransformersEngine:
             return [self._failed(ticket, error) for ticket in failed]
         return self._progress([self._running[id(row)] for row in rows])
 
-    def _row(self, request: GenerationRequest, adapter: Adapter | None) -> Row:
+    def _row(self, request: GenerationRequest, adapter: Adapter | None) -> ServedRow:
         asked = {"slot": adapter.slot, "prefix": adapter.prefix} if adapter else {}
-        return self._decoder.new_row(
-            self.loaded,
+        chat = adapter.chat if adapter else self.loaded.chat
+        row = self._decoder.new_row(
+            replace(self.loaded, tokenizer=chat.tokenizer, chat=chat),
             request.prompt_ids,
             request.decoding,
             top_logprobs=request.top_logprobs,
@@ -280,12 +295,21 @@ class TransformersEngine:
             whole=not request.streamed,
             **asked,
         )
+        sampler = CheckedSampler(request.decoding, self.loaded.device)
+        return ServedRow(**{**vars(row), "sampler": sampler, "stop_ids": frozenset(chat.stop_ids)})
 
     def _progress(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Progress]]:
         told = []
         for ticket in tickets:
             row = ticket.row
             assert row is not None
+            if row.failed:
+                logger.error(
+                    "the model's logits for a request are no numbers: %s", ticket.request.adapter or "no adapter"
+                )
+                self._decoder.leave([row])
+                told.append(self._failed(ticket, ModelError("the model gave no numbers for this request")))
+                continue
             ended = row.finish_reason is not None
             ticket.began = ticket.began or time.monotonic()
             if ended:

@@ -98,7 +98,7 @@ class Experiment:
             "id": answer.sent_id,
             "finish_reason": "length" if "length" in reasons else "stop",
             "prompt_tokens": answer.prompt_tokens,
-            "completion_tokens": sum(choice.tokens for choice in choices),
+            "completion_tokens": answer.completion_tokens(choices),
         }
         await asyncio.to_thread(self._append, {**self._line(exposure, 200), **ends})
 

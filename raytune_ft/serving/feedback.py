@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raytune_ft.serving.faults import ApiError
 
@@ -44,6 +44,13 @@ class Feedback(BaseModel):
     model: str | None = None
     id: str | None = None
     comment: str | None = None
+
+    @field_validator("rating", mode="before")
+    @classmethod
+    def _no_truth(cls, rating: Any) -> Any:
+        if isinstance(rating, bool):  # Python takes true for the number 1, which is the worst rating
+            raise ValueError("must be up, down, or from 1 to 5, not true or false; send up for true and down for false")
+        return rating
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -92,7 +99,7 @@ class Journal:
         self._file: int | None = None
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Puts a record on the disk; returns when it is there.
+        """Puts a record on the disk; returns when it is there. What could not be written whole leaves nothing behind.
 
         Raises:
             OSError: if it cannot be written.
@@ -102,10 +109,15 @@ class Journal:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            written = os.write(self._file, line)
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-            os.fsync(self._file)
+            before = os.fstat(self._file).st_size
+            try:
+                written = os.write(self._file, line)
+                while written < len(line):
+                    written += os.write(self._file, line[written:])
+                os.fsync(self._file)
+            except OSError:
+                os.ftruncate(self._file, before)  # the next line would go on from half of this one
+                raise
 
     def close(self) -> None:
         """Closes the file; the next line opens it again."""

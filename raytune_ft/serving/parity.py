@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message
+from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.golden import GOLDEN, GoldenAnswer, read_golden
+from raytune_ft.models.layout import LayoutMaker
 from raytune_ft.models.loading import ModelReference
 from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.tickets import GenerationRequest
+
+_DAYS = 10 * 366
+"""How old golden answers may be whose prompts have the date in them."""
 
 
 def golden_folder(reference: ModelReference) -> Path | None:
@@ -33,7 +41,7 @@ def check_parity(engine: TransformersEngine, folder: Path, tolerance: float, *, 
     if golden is None:
         return 0.0
     for place, answer in enumerate(golden.answers, start=1):
-        _check_prompt(engine, answer, f"{folder / GOLDEN}: answer {place}")
+        _check_prompt(engine.chat(adapter), answer, f"{folder / GOLDEN}: answer {place}")
     differences: list[float] = []
 
     def replay() -> None:
@@ -55,22 +63,45 @@ def check_parity(engine: TransformersEngine, folder: Path, tolerance: float, *, 
     return mean
 
 
-def _check_prompt(engine: TransformersEngine, answer: GoldenAnswer, where: str) -> None:
+def _check_prompt(chat: Chat, answer: GoldenAnswer, where: str) -> None:
     messages = [Message(turn.role, turn.content) for turn in answer.messages]
     if not messages and not answer.text:
         return
-    tokenizer = engine.loaded.tokenizer
     try:
-        ids = list(
-            engine.prompt_ids(messages) if messages else tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        )
+        ids = chat.prompt_ids(messages) if messages else _ids(chat, answer.text)
+        same = ids == answer.prompt_ids or (bool(messages) and _is_of_another_day(chat, messages, answer.prompt_ids))
     except DataError as error:
         raise ModelError(f"{where}: {error}; the folder has another chat template than in training") from None
-    if ids != answer.prompt_ids:
+    if not same:
         raise ModelError(
             f"{where}: the prompt has other tokens than in training ({len(ids)} instead of {len(answer.prompt_ids)}): "
             "the folder has another chat template or tokenizer"
         )
+
+
+def _ids(chat: Chat, text: str) -> list[int]:
+    return list(chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _is_of_another_day(chat: Chat, messages: Sequence[Message], recorded: Sequence[int]) -> bool:
+    """Whether the template writes the date, and wrote the recorded prompt on some day of the last years."""
+    asked = False
+    day = datetime.now()
+
+    def strftime_now(form: str) -> str:
+        nonlocal asked
+        asked = True
+        return day.strftime(form)
+
+    names: Any = {**chat.tokenizer.special_tokens_map, "strftime_now": strftime_now}
+    maker = LayoutMaker(chat.tokenizer.get_chat_template(), names)
+    for back in range(-1, _DAYS):  # from tomorrow on, where another time zone may have trained
+        day = datetime.now() - timedelta(days=back)
+        if _ids(chat, maker.render(messages, add_generation_prompt=True)) == recorded:
+            return True
+        if not asked:
+            return False
+    return False
 
 
 async def _replayed(engine: TransformersEngine, answers: list[GoldenAnswer], adapter: str | None) -> list[float]:

@@ -4,6 +4,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -25,6 +26,20 @@ _IN_STEP_EVERY_S = 1.0
 _EVENTS = "text/event-stream"
 Make = Callable[[Any, Any, Exposure | None], Coroutine[Any, Any, Job]]
 """From a request's body, its state and its exposure to what it asks of the engine."""
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; `end` is called also where the client goes away before the first of them is made."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None], headers: dict[str, str]) -> None:
+        super().__init__(events, media_type=_EVENTS, headers=headers)
+        self._end = end
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 class AdapterName(BaseModel):
@@ -107,8 +122,9 @@ def _add_answers(api: FastAPI, service: Service) -> None:
         with service.experiment.watched(exposure):
             job = await make(body, request.state, exposure)
             if body.stream:
-                events = service.streamed(job, service.enter(job))
-                return StreamingResponse(events, media_type=_EVENTS, headers=headers)
+                entered = service.enter(job)
+                end = partial(service.left, job, entered[1])
+                return _Stream(service.streamed(job, entered), end, headers)
             return JSONResponse(await _unless_gone(service.whole(job), request), headers=headers)
 
     @api.post("/v1/chat/completions")

@@ -17,7 +17,7 @@ from raytune_ft.core.cluster import Cluster, connect
 from raytune_ft.core.errors import RaytuneError, ServingError
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
-from raytune_ft.serving.choice import check_config, choose_engine
+from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
 from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
@@ -204,6 +204,8 @@ def _deploy(config: ServingConfig, cluster: Cluster) -> None:
     engine, reason = choose_engine(config, gpus=cluster.gpus > 0)
     logger.info("Engine %s: %s", engine, reason)
     own = engine is Engine.TRANSFORMERS
+    if not own:
+        logger.warning("%s", not_under_vllm())
     application = (own_application if own else vllm_application)(config, gpus=_gpus(cluster))
     target = serve.RunTarget(application, name=_APPLICATION, route_prefix="/")
     (handle,) = serve.run_many([target], wait_for_applications_running=False)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.chat import Chat
 from raytune_ft.serving.answers import DONE, Answer, Choice, event
 from raytune_ft.serving.board import Bulletin
 from raytune_ft.serving.catalogue import Catalogue
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.engines import TransformersEngine
-from raytune_ft.serving.experiment import Experiment, Exposure
+from raytune_ft.serving.experiment import GONE, Experiment, Exposure
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
@@ -52,7 +53,7 @@ class Service:
         self.config, self.engine, self.replica = config, engine, replica
         self.created = int(time.time())
         self.metrics = Metrics(replica)
-        self.rates = Rates(config.requests_per_minute)
+        self.rates = Rates(config.requests_per_minute, replicas=config.num_replicas)
         self.prompts = Prompts(engine)
         self.catalogue = Catalogue(config, engine, self.metrics, board, self.rates)
         self.feedback = Journal(config.feedback_path, f"feedback-{replica}") if config.feedback_path else None
@@ -69,8 +70,9 @@ class Service:
         adapter = await self._adapter(model, state)
         request.refuse_unsupported()
         messages = [message.to_message() for message in request.messages]
-        ids = await self.prompts.of_chat(messages)
-        answer = Answer(model, self.engine.loaded.tokenizer, True, len(ids), request.top is not None)
+        chat = self._chat(adapter, model)
+        ids = await self.prompts.of_chat(messages, chat)
+        answer = Answer(model, chat.tokenizer, True, len(ids), request.top is not None)
         logged = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
         requests = self._spread(request, ids, adapter, request.top)
         choices = [Choice(index) for index in range(len(requests))]
@@ -85,22 +87,22 @@ class Service:
         model = exposure.model if exposure else request.model
         adapter = await self._adapter(model, state)
         request.refuse_unsupported()
-        tokenizer, echo = self.engine.loaded.tokenizer, bool(request.echo)
+        chat, echo = self._chat(adapter, model), bool(request.echo)
         requests: list[GenerationRequest] = []
         choices: list[Choice] = []
         prompts: list[dict[str, Any]] = []
         total = 0
         for prompt in request.prompts:
-            ids = await self.prompts.of_completion(prompt)
+            ids = await self.prompts.of_completion(prompt, chat)
             total += len(ids)
-            text = prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+            text = prompt if isinstance(prompt, str) else chat.tokenizer.decode(ids)
             for one in self._spread(request, ids, adapter, request.logprobs, echo=echo):
-                given = (text, ids[0]) if echo else ("", None)
+                given = (text, ids[0], ()) if echo else ("", None, ids)
                 choices.append(Choice(len(choices), *given))
                 requests.append(one)
                 prompts.append({"prompt": text})
         answer = Answer(
-            model, tokenizer, False, total, request.logprobs is not None, without_text=request.max_tokens == 0
+            model, chat.tokenizer, False, total, request.logprobs is not None, without_text=request.max_tokens == 0
         )
         return Job(requests, answer, choices, request.include_usage, prompts, exposure)
 
@@ -132,7 +134,7 @@ class Service:
             yield event(error.body)
             return
         if job.include_usage:
-            yield job.answer.usage_event(sum(choice.tokens for choice in job.choices))
+            yield job.answer.usage_event(job.answer.completion_tokens(job.choices))
         yield DONE
 
     def enter(self, job: Job) -> tuple[Events, list[Ticket]]:
@@ -160,6 +162,12 @@ class Service:
                 raise ApiError(503, str(error), kind="server_error") from None
             raise ApiError(404, str(error), param="model", code="model_not_found") from None
         return events, tickets
+
+    def left(self, job: Job, tickets: Sequence[Ticket]) -> None:
+        """Takes the tickets of a stream out that ended, or whose client went before it began."""
+        for ticket in tickets:
+            self.engine.cancel(ticket)
+        self.experiment.failed(job.exposure, GONE)
 
     async def keep_feedback(self, feedback: Feedback) -> None:
         """Puts a judgement on the disk.
@@ -233,6 +241,13 @@ class Service:
         state.model, state.adapter = self.config.served_name, adapter or ""
         return adapter
 
+    def _chat(self, adapter: str | None, model: str) -> Chat:
+        try:
+            return self.engine.chat(adapter)
+        except ModelError:  # dropped a moment ago
+            message = f"the model {model[:200]!r} is not served here any more"
+            raise ApiError(404, message, param="model", code="model_not_found") from None
+
     def _spread(
         self,
         request: ChatRequest | CompletionRequest,
@@ -268,7 +283,8 @@ class Service:
         if self.log is None:
             return
         for choice, prompt in zip(job.choices, job.prompts, strict=True):
-            record = {**_exchange(prompt, choice.text), "model": job.answer.model, "id": job.answer.id,
+            text = "" if job.answer.without_text else choice.text
+            record = {**_exchange(prompt, text), "model": job.answer.model, "id": job.answer.sent_id,
                       "finish_reason": choice.finish_reason, "time": timestamp()}  # fmt: skip
             await asyncio.to_thread(self.log.append, record)
 

@@ -10,7 +10,7 @@ import pytest
 
 from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
 from raytune_ft.serving import choice
-from raytune_ft.serving.choice import check_config, choose_engine
+from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
 from raytune_ft.serving.config import Engine, ServingConfig
 
 
@@ -38,8 +38,20 @@ def test_auto_takes_vllm_where_it_can_serve_and_says_why(
     assert choose_engine(packed, gpus=False) == (Engine.VLLM, "it serves this format")
     keyed = config.with_overrides(api_keys=["0" * 64], feedback_path="feedback")
     assert choose_engine(keyed, gpus=True) == (Engine.TRANSFORMERS, "vllm knows no api_keys, feedback_path")
+    limited = config.with_overrides(max_new_tokens=16, request_timeout_s=5)
+    assert choose_engine(limited, gpus=True) == (
+        Engine.TRANSFORMERS, "vllm knows no max_new_tokens, request_timeout_s"
+    )  # fmt: skip
     adapter = config.with_overrides(model_path=str(adapters / "a"))
     assert choose_engine(adapter, gpus=True)[0] is Engine.TRANSFORMERS
+
+
+def test_what_does_not_hold_under_vllm_is_told(monkeypatch: pytest.MonkeyPatch, tiny_model: Path):
+    for name in ("max_new_tokens", "request_timeout_s", "golden_tolerance", "playground"):
+        assert name in not_under_vllm()
+    with_packages(monkeypatch, "vllm")
+    config = ServingConfig(model_path=str(tiny_model), playground=False)
+    assert choose_engine(config, gpus=True)[0] is Engine.VLLM, "without a page is how vLLM serves"
 
 
 def test_vllm_is_refused_for_what_it_cannot_serve(
@@ -51,6 +63,8 @@ def test_vllm_is_refused_for_what_it_cannot_serve(
     for changes, message in [
         ({"model_path": str(adapters / "a")}, r"serves no adapter as a model; merge it first"),
         ({"model_path": quantized(tiny_model, tmp_path / "nf4", "bitsandbytes")}, r"does not load bitsandbytes"),
+        ({"golden_tolerance": 0.1, "max_request_mb": 1}, r"knows no max_request_mb, golden_tolerance; set engine"),
+        ({"max_queued_requests": 0, "prefill_tokens": 64}, r"knows no max_queued_requests, prefill_tokens; set"),
         ({"adapters": {"a": str(adapters / "a")}}, r"knows no adapters; set engine: transformers"),
     ]:
         with pytest.raises(ServingError, match=message):

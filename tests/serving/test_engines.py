@@ -13,7 +13,7 @@ import pytest
 
 from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message
-from raytune_ft.models.adapters import add_virtual_tokens, save_adapter
+from raytune_ft.models.adapters import add_lora, add_virtual_tokens, save_adapter
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder
 from raytune_ft.models.generation import Completion, generate
@@ -247,6 +247,117 @@ def test_an_adapter_that_does_not_fit_is_refused_by_what_is_wrong(
     with pytest.raises(ModelError, match="this name is taken"):
         engine.add_adapter("a", str(adapters / "b"))
     assert engine.adapters.names == ["a", "b", "prefix", "prompt"]
+
+
+def test_an_adapter_whose_weights_are_no_numbers_is_refused(engine: TransformersEngine, adapters: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    for name in ("b", "prompt"):
+        folder = Path(shutil.copytree(adapters / name, tmp_path / name))
+        weights = load_file(folder / "adapter_model.safetensors")
+        first = min(weights)
+        weights[first].view(-1)[3] = float("inf")
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=rf"{name}: {first} holds values that are no finite numbers"):
+            engine.add_adapter("new", str(folder))
+    assert engine.adapters.names == ["a", "b", "prefix", "prompt"]
+
+
+def test_an_adapter_upon_layers_that_do_not_see_rows_apart_is_refused(
+    tiny_model: Path, tmp_path: Path, new_adapter: Callable[..., Path]
+):
+    """OPT's feed-forward layers take the tokens of all rows as one list; its attention does not."""
+    from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "opt")
+    OPTForCausalLM(OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )).save_pretrained(tmp_path / "opt")  # fmt: skip
+    new_adapter(tmp_path / "opt", tmp_path / "all")
+    loaded = load_model(str(tmp_path / "opt"), device="cpu")
+    attention = add_lora(
+        loaded.model, rank=2, alpha=4, dropout=0.0, target_modules=["q_proj"], seed=0, base=str(tmp_path / "opt")
+    )
+    save_adapter(attention, tokenizer, tmp_path / "attention")
+    engine = TransformersEngine.load(str(tmp_path / "opt"), device="cpu")
+    with pytest.raises(
+        ModelError, match=r"all: .*layers\.0\.fc1 does not see rows apart .*merge it .*or serve it alone"
+    ):
+        engine.add_adapter("all", str(tmp_path / "all"))
+    engine.add_adapter("attention", str(tmp_path / "attention"))
+    both = [ask(engine, "red", adapter=name, max_new_tokens=4) for name in ("attention", None)]
+    assert all(progress[-1].error is None for progress in answers(engine, both))
+    engine.close()
+
+
+@pytest.fixture
+def templated(adapters: Path, tmp_path: Path) -> Path:
+    """Adapter a with a chat template of its own, whose turns end with <|pad|>."""
+    folder = Path(shutil.copytree(adapters / "a", tmp_path / "templated"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|pad|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    return folder
+
+
+def test_an_adapter_is_asked_and_ended_by_its_own_template(engine: TransformersEngine, templated: Path):
+    alone = load_model(str(templated), device="cpu")
+    engine.add_adapter("own", str(templated))
+    try:
+        ids = engine.prompt_ids([Message("user", "red")], "own")
+        assert engine.loaded.tokenizer.decode(ids) == "[user] red<|pad|>[assistant] "
+        assert engine.prompt_ids([Message("user", "red")], "b") == engine.prompt_ids([Message("user", "red")])
+        pad = alone.tokenizer.pad_token_id
+        assert pad in engine.chat("own").stop_ids and pad not in engine.chat("b").stop_ids
+        decoding = DecodingConfig(max_new_tokens=40)
+        requests = [GenerationRequest(ids, decoding, "own"), ask(engine, "red", adapter="b", max_new_tokens=9)]
+        (own, _) = answers(engine, requests)
+        assert told(own) == said(generate(alone, [ids], decoding)[0])
+    finally:
+        engine.drop_adapter("own")
+    with pytest.raises(ModelError, match="'own' is not loaded"):
+        engine.chat("own")
+
+
+def test_a_row_ends_by_its_own_stop_tokens(engine: TransformersEngine):
+    row = engine._row(ask(engine, "red", max_new_tokens=9), None)
+    row.stop_ids = frozenset({5})
+    row.push(7, frozenset({7}))
+    assert row.finish_reason is None
+    row.push(5, frozenset({7}))
+    assert (row.finish_reason, row.token_ids) == ("stop", [7])
+
+
+def test_a_tokenizer_with_tokens_that_the_model_has_not_is_refused(engine: TransformersEngine, templated: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(templated)
+    tokenizer.add_tokens(["<|tool|>"])
+    tokenizer.save_pretrained(templated)
+    with pytest.raises(
+        ModelError, match=r"has the token '<\|tool\|>', which the served model .* has not; serve it alone"
+    ):
+        engine.add_adapter("own", str(templated))
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}, {"top": 1}])
+def test_a_request_that_gets_no_numbers_fails_without_its_neighbours(
+    tiny_model: Path, adapters: Path, asked: dict[str, object]
+):
+    engine = TransformersEngine.load(str(tiny_model), device="cpu", adapters={"a": str(adapters / "a")})
+    slot = engine.adapters._by_name["a"].slot
+    layer = next(iter(engine.adapters.slots._layers.values()))
+    neighbours = [ask(engine, text, max_new_tokens=12, temperature=1.0, seed=1) for text in ("red", "blue")]
+    wanted = [told(progress) for progress in answers(engine, neighbours)]
+    layer.up[slot] = float("nan")
+    found = answers(engine, [neighbours[0], ask(engine, "red", adapter="a", max_new_tokens=12, **asked), neighbours[1]])
+    assert [told(progress) for progress in found[::2]] == wanted
+    assert isinstance(found[1][-1].error, ModelError)
+    assert engine.load_now == (0, 0)
+    engine.close()
 
 
 def test_more_adapters_than_there_is_room_for_are_refused(tiny_model: Path, adapters: Path):

@@ -72,14 +72,18 @@ def test_the_request_log_holds_conversations_that_prepare_reads(endpoint):
     stream = client.chat.completions.create(model="tiny:a", messages=ASKED, max_tokens=5, temperature=0, stream=True)
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     text = client.completions.create(model="tiny", prompt="red", max_tokens=3, temperature=0)
+    asked = client.completions.create(model="tiny", prompt="blue", max_tokens=0, echo=True)
     folder = Path(endpoint.service.config.request_log_path)
-    found = records(folder)[-3:]
+    (file,) = folder.iterdir()
+    scored = json.loads(file.read_text().splitlines()[-1])
+    assert (scored["id"], scored["completion"]) == (asked.id, ""), "its one token was never sent"
+    found = records(folder)[-4:-1]
+    assert [record.metadata["id"] for record in found][::2] == [chat.id, text.id], "feedback names them so"
     assert [record.messages[-1].content for record in found] == [
         chat.choices[0].message.content, streamed, text.choices[0].text
     ]  # fmt: skip
     assert [record.messages[0].content for record in found] == ["Grüße?", "Grüße?", "red"]
     assert [record.metadata["model"] for record in found] == ["tiny", "tiny:a", "tiny"]
-    (file,) = folder.iterdir()
     assert file.stat().st_mode & 0o077 == 0, "others may read what was asked"
 
 
@@ -89,6 +93,7 @@ def test_the_request_log_holds_conversations_that_prepare_reads(endpoint):
         ({"response": "A"}, "a judgement is needed"),
         ({"rating": "up"}, "response: the answer that is judged is needed"),
         ({"response": "A", "rating": 6}, "from 1 to 5"),
+        ({"response": "A", "rating": True}, "not true or false; send up for true and down for false"),
         ({"preferred": "A"}, "one is nothing without the other"),
         ({"response": "A", "rating": "up", "path": "/etc/passwd"}, "path"),
     ],
@@ -115,6 +120,26 @@ def test_every_line_is_whole_whatever_writes_beside_it(tmp_path: Path):
     journal.close()
     lines = journal.path.read_text().splitlines()
     assert sorted(json.loads(line)["n"] for line in lines) == list(range(64))
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_others_whole(tmp_path: Path):
+    program = (
+        "import resource, signal, sys\n"
+        "from raytune_ft.serving.feedback import Journal\n"
+        f"journal = Journal({str(tmp_path)!r}, 'feedback-r1')\n"
+        "journal.append({'n': 1})\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "everything = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 4, everything[1]))\n"
+        "try:\n"
+        "    sys.exit(journal.append({'n': 2}) or 'it was written')\n"
+        "except OSError:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, everything)\n"
+        "journal.append({'n': 3})\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    (file,) = tmp_path.iterdir()
+    assert [json.loads(line)["n"] for line in file.read_text().splitlines()] == [1, 3]
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):

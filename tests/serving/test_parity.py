@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.core.records import Message
+from raytune_ft.models import templates
 from raytune_ft.models.golden import GOLDEN, golden_answers, inherit_golden, read_golden, write_golden
 from raytune_ft.models.loading import load_model
 from raytune_ft.serving.board import Board
@@ -62,6 +65,35 @@ def test_another_chat_template_is_refused(trained: Path):
     (trained / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<|im_start|> "))
     with pytest.raises(ModelError, match=r"other tokens than in training .*another chat template or tokenizer"):
         start(trained)
+
+
+DATED = (
+    "{%- if strftime_now is defined %}{%- set today = strftime_now('%d %b %Y') %}{%- endif %}"
+    "{{ '<|im_start|>system\nToday: ' + today + '\nYear: ' + strftime_now('%Y') + '<|im_end|>' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Writes today's date, as Llama 3.2's does."""
+
+
+def test_a_template_that_writes_the_date_is_served_on_other_days_too(trained: Path, monkeypatch: pytest.MonkeyPatch):
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2031, 5, 6, tzinfo=tz)
+
+    (trained / "chat_template.jinja").write_text(DATED)
+    write_golden(golden_answers(load_model(str(trained), device="cpu"), PROMPTS, max_new_tokens=8), trained)
+    start(trained)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
+    templates.compiled.cache_clear()
+    loaded = load_model(str(trained), device="cpu")
+    assert "06 May 2031" in loaded.chat.render(PROMPTS[0])
+    start(trained)
+    for other in (DATED.replace("Today: ", "Now: "), DATED.replace("%d %b %Y", "%d/%m/%Y")):
+        (trained / "chat_template.jinja").write_text(other)
+        with pytest.raises(ModelError, match="other tokens than in training"):
+            start(trained)
 
 
 def test_broken_weights_are_refused_and_a_small_change_is_not(trained: Path):

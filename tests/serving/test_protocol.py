@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import ValidationError
 
 from raytune_ft.core.records import Message
-from raytune_ft.models.sampling import TokenLogprob
+from raytune_ft.models.sampling import Sampler, TokenLogprob
 from raytune_ft.serving.answers import DONE, Answer, Choice
 from raytune_ft.serving.faults import ApiError, validation_error
 from raytune_ft.serving.protocol import ChatMessage, ChatRequest, CompletionRequest
@@ -123,6 +124,12 @@ def test_openais_defaults_are_ours():
         .max_new_tokens == 3  # fmt: skip
 
 
+def test_a_nucleus_too_small_for_float32_still_holds_the_likeliest_token():
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    decoding = request(top_p=1e-50).decoding(1, context_tokens=9, max_new_tokens=9)
+    assert Sampler(decoding, "cpu").draw(logits) == 1
+
+
 def test_requests_without_a_seed_get_different_ones():
     seeds = {request().decoding(1, context_tokens=9, max_new_tokens=9).seed for _ in range(8)}
     assert len(seeds) == 8
@@ -155,7 +162,7 @@ def test_text_parts_are_joined_and_a_developer_is_the_system():
 class Letters:
     """Token n is the n-th letter; 26 is half a character."""
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: list[int], **options: Any) -> str:
         return "".join("\ufffd" if token == 26 else chr(97 + token) for token in token_ids)
 
 
@@ -246,6 +253,42 @@ def test_no_tokens_asked_for_are_none_told():
     assert body["choices"][0]["text"] == "ab"
     assert body["choices"][0]["logprobs"]["tokens"] == ["a", "b"]
     assert body["usage"]["completion_tokens"] == 0
+
+
+class Words(Letters):
+    """Token n is a space and the n-th letter; as SentencePiece's, a text begins without its space. 9 is special."""
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        texts = ["<s>" if token == 9 else f" {chr(97 + token)}" for token in token_ids]
+        kept = [text for text in texts if text != "<s>" or not options.get("skip_special_tokens")]
+        return "".join(kept).removeprefix(" ")
+
+
+def test_a_tokens_leading_space_is_told_and_places_are_those_in_the_text():
+    """ "a b" is echoed as it was written, without the <s> before it; the answer's own text is "c d"."""
+    answer = Answer("m", Words(), False, 3, with_logprobs=True)
+    choice = Choice(0, prompt="a b", first_token=9)
+    entries = [logprob(2, -1.5, (2, -1.5), (4, -2.0)), logprob(3, -1.0)]
+    choice.take(Progress("c d", 2, entries, [logprob(0, -3.0), logprob(1, -2.0)], finish_reason="length"))
+    told = answer.body([choice])["choices"][0]["logprobs"]
+    assert told["tokens"] == ["<s>", " a", " b", " c", " d"]
+    assert told["top_logprobs"][3] == {" c": -1.5, " e": -2.0}
+    assert told["text_offset"] == [0, 0, 1, 3, 4]
+
+
+def test_places_in_a_stream_go_on_from_event_to_event():
+    whole, streamed = (Choice(0, prompt="ab", first_token=0) for _ in range(2))
+    answer = Answer("m", Letters(), False, 2, with_logprobs=True)
+    parts = [
+        Progress("c", 1, [logprob(2, -1.5)], [logprob(1, -3.0)]),
+        Progress("d", 2, [logprob(3, -1.0)]),
+        Progress("e", 3, [logprob(4, -1.0)], finish_reason="length"),
+    ]
+    found = events(answer, streamed, *parts)
+    for part in parts:
+        whole.take(part)
+    offsets = [place for told in found for place in told["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == answer.body([whole])["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
 
 
 def test_an_error_can_always_be_encoded():

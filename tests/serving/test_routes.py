@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
+from starlette.requests import ClientDisconnect
 
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.keys import hashed
+from raytune_ft.serving.protocol import ChatRequest
+from raytune_ft.serving.routes import _Stream
 
 QUESTIONS = ["What is the capital of France?", "red", "The quick brown fox jumps over the lazy dog.", "0 1 2 3"]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -134,6 +142,14 @@ def test_a_completion_goes_on_from_text_or_its_tokens(endpoint):
     assert (nothing.choices[0].text, nothing.usage.completion_tokens) == (text, 0)
 
 
+def test_a_completion_that_only_scores_tells_no_token_however_it_is_sent(endpoint):
+    options = {"model": "tiny", "prompt": "red blue", "max_tokens": 0, "echo": True}
+    whole = endpoint.client().completions.create(**options)
+    chunks = list(endpoint.client().completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage.completion_tokens == 0
+
+
 def test_mistakes_are_answered_in_openais_shape_by_what_is_wrong(endpoint):
     client = endpoint.client()
     for options, param, said in [
@@ -204,6 +220,46 @@ def test_a_client_that_goes_away_frees_its_place(endpoint, stream: bool):
     connection.close()
     until(lambda: engine.load_now == (0, 0))
     assert ask(endpoint.client(), "red").choices[0].finish_reason
+
+
+def test_a_client_that_goes_away_before_the_first_event_frees_its_place(endpoint):
+    """The stream's generator is never begun then, so its own end cannot take the tickets out."""
+
+    async def gone() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def refused(message: Any) -> None:
+        raise OSError("the client is gone")
+
+    async def ask_and_go() -> None:
+        service = endpoint.service
+        body = ChatRequest.model_validate_json(chat_body(stream=True, n=60, max_tokens=96))
+        job = await service.chat_job(body, SimpleNamespace())
+        entered = service.enter(job)
+        stream = _Stream(service.streamed(job, entered), partial(service.left, job, entered[1]), {})
+        with suppress(OSError, ClientDisconnect):
+            await stream({"type": "http", "asgi": {"spec_version": "2.4"}}, gone, refused)
+        assert all(ticket.cancelled for ticket in entered[1])
+
+    asyncio.run_coroutine_threadsafe(ask_and_go(), endpoint.loop).result(30)
+    until(lambda: endpoint.service.engine.load_now == (0, 0))
+
+
+def test_an_adapters_own_template_is_what_it_is_asked_with(
+    tiny_model: Path, adapters: Path, tmp_path: Path, serve_here
+):
+    shutil.copytree(adapters / "a", tmp_path / "own")
+    (tmp_path / "own" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    config = ServingConfig(
+        model_path=str(tiny_model), name="tiny", adapters={"a": str(adapters / "a"), "own": str(tmp_path / "own")}
+    )
+    with serve_here(config) as running:
+        used = [ask(running.client(), "red", model=f"tiny:{name}").usage.prompt_tokens for name in ("a", "own")]
+        loaded = running.service.engine.loaded
+        assert used == [
+            len(loaded.chat.prompt_ids([Message("user", "red")])),
+            len(loaded.tokenizer("red")["input_ids"]),
+        ]
 
 
 def test_too_many_at_once_get_429_with_retry_after_and_the_rest_is_answered(tiny_model: Path, serve_here):
