@@ -99,8 +99,7 @@ class PipelineConfig(Config):
 
     @model_validator(mode="after")
     def _in_order(self) -> PipelineConfig:
-        if self.tune is not None and self.tune.objective != "train":
-            raise ValueError(f"tune.objective: the search is for the settings of train (got {self.tune.objective})")
+        self._refuse_other_search()
         if self.heal is not None and self.prune is None:
             raise ValueError("heal: trains what prune made; name prune, too, or leave heal out")
         if (self.gate is not None or self.previous_path is not None) and self.evaluate is None:
@@ -114,6 +113,25 @@ class PipelineConfig(Config):
         if self.ladder is not None and self.prune is None and self.quantize is None:
             raise ValueError("ladder: there is no smaller version to measure; name prune or quantize, too")
         return self
+
+    def _refuse_other_search(self) -> None:
+        """A search whose best settings would mean something else in `train`."""
+        if self.tune is None:
+            return
+        if self.tune.objective != "train":
+            raise ValueError(f"tune.objective: the search is for the settings of train (got {self.tune.objective})")
+        if self.tune.scheduler == "pbt":
+            raise ValueError(
+                "tune.scheduler: under pbt settings change on the way, and train takes those of a whole run; set asha, "
+                "or run `raytune-ft tune` by itself, whose best/ holds the model"
+            )
+        here, there = self.tune.training.num_workers, self.train.num_workers
+        if "gradient_accumulation_steps" in self.tune.space and here != there:
+            raise ValueError(
+                f"tune.space.gradient_accumulation_steps: the same number makes another batch on the {here} worker(s) "
+                f"of a trial than on the {there} of train; search per_device_train_batch_size, or set "
+                f"tune.training.num_workers: {there}"
+            )
 
     @property
     def gate_settings(self) -> GateConfig | None:
@@ -150,14 +168,17 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
         train = settings["train"] = {**train, **training, "output_dir": places["tuned"]}
     _fill(settings, "prepare", output_path=places["dataset"], model_path=model)
     if isinstance(settings.get("tune"), Mapping):
-        own = settings["tune"].get("training") or {}
-        shared = dict(train) if isinstance(train, Mapping) else {}
-        shared = {key: value for key, value in shared.items() if key not in OF_RUNS}
-        trials = {**(shared if "num_workers" in own else _on_one_worker(shared)), **own, **training}
-        trials["output_dir"] = (storage / "sweep" / "trials").uri
-        _fill(settings, "tune", output_dir=places["sweep"], training=trials)
+        own = settings["tune"].get("training")
+        own = own.model_dump(exclude_unset=True) if isinstance(own, FineTuningConfig) else own
+        _fill(settings, "tune", output_dir=places["sweep"])
+        if own is None or isinstance(own, Mapping):  # another is refused where its turn comes
+            shared = dict(train) if isinstance(train, Mapping) else {}
+            shared = {key: value for key, value in shared.items() if key not in OF_RUNS}
+            trials = {**(shared if "num_workers" in (own or {}) else _on_one_worker(shared)), **(own or {}), **training}
+            trials["output_dir"] = (storage / "sweep" / "trials").uri
+            _fill(settings, "tune", training=trials)
     if isinstance(train, Mapping):
-        _fill(settings, "align", **_going_on(train, places["tuned"]), output_dir=places["aligned"])
+        _fill(settings, "align", **_taken_over(train, places["tuned"]), output_dir=places["aligned"])
     _fill(
         settings,
         "evaluate",
@@ -189,7 +210,7 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _going_on(train: Mapping[str, Any], tuned: str) -> dict[str, Any]:
+def _taken_over(train: Mapping[str, Any], tuned: str) -> dict[str, Any]:
     """What a training run takes over from the one that it goes on from: its adapter with its shape, or its model."""
     if train.get("method") == "full":
         return {"model_path": tuned}

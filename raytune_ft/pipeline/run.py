@@ -15,7 +15,7 @@ from raytune_ft.compression.run import prune, quantize
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
@@ -31,6 +31,7 @@ from raytune_ft.pipeline.config import FOLDERS, SHAPE, PipelineConfig
 from raytune_ft.pipeline.report import Story, render
 from raytune_ft.pipeline.sources import placed
 from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.keys import hashed, new_key
 from raytune_ft.serving.run import ModelServer
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig
@@ -39,6 +40,9 @@ from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.run import tune
 
 logger = logging.getLogger("raytune_ft")
+
+_LONGEST_ANSWER = 128
+"""Tokens of the answer that the endpoint is asked for."""
 
 
 class Pipeline:
@@ -93,7 +97,7 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
     logger.info("train: learning_rate %g, lora_r %d", training.learning_rate, training.lora_r)
     steps.take("train", lambda: train(training))
     if config.align is not None:
-        aligning = _going_on(config.align, training)
+        aligning = _shaped_like(training, config.align)
         steps.take("align", lambda: train(aligning))
     if config.evaluate is not None:
         evaluation = config.evaluate.with_overrides(base_model_path=base)
@@ -110,7 +114,7 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
     return artifact
 
 
-def _going_on(align: PreferenceConfig, training: FineTuningConfig) -> PreferenceConfig:
+def _shaped_like(training: FineTuningConfig, align: PreferenceConfig) -> PreferenceConfig:
     """The settings of the further training, with the base and the adapter's shape as they were trained."""
     if not training.uses_adapter:
         return align
@@ -184,8 +188,10 @@ def _evaluated(config: PipelineConfig) -> str:
 def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Location) -> Artifact:
     """Serves the last model, sends it the first test record's prompt by the `openai` client, and keeps the exchange.
 
+    Where only those with a key may ask, it is served with one more, which is forgotten afterwards.
+
     Raises:
-        RunError: if the dataset has no test record to ask for.
+        RunError: if the dataset has no test record to ask for, or the endpoint does not answer.
     """
     model = next(made[step] for step in ("quantize", "heal", "prune", "align", "train") if step in made)
     draft = begin(
@@ -199,22 +205,29 @@ def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Locati
         logger.info("serve: found finished at %s", where)
         return draft.finished
     with draft:
-        record = _first_test_record(made["prepare"])
-        with ModelServer(config) as server:
-            exchange = _ask(server.url, config.served_name, record)
+        record, key = _first_test_record(made["prepare"]), new_key()
+        asked = config.with_overrides(api_keys=(*config.api_keys, hashed(key))) if config.api_keys else config
+        with ModelServer(asked) as server:
+            exchange = _ask(server.url, asked, record, key)
         draft.write_json("exchange.json", exchange)
         draft.numbers |= {"seconds": exchange["seconds"], "as_expected": exchange["answer"] == exchange["expected"]}
         logger.info("served model says: %s (expected: %s)", exchange["answer"], exchange["expected"])
     return draft.artifact
 
 
-def _ask(url: str, model: str, record: Record) -> dict[str, Any]:
-    from openai import OpenAI
+def _ask(url: str, config: ServingConfig, record: Record, key: str) -> dict[str, Any]:
+    from openai import OpenAI, OpenAIError
 
     messages: Any = [{"role": message.role, "content": message.content} for message in record.prompt]
-    client = OpenAI(base_url=url, api_key="none", max_retries=0)
+    client = OpenAI(base_url=url, api_key=key, max_retries=0)
+    most = min(_LONGEST_ANSWER, config.max_new_tokens)
     started = time.perf_counter()
-    reply = client.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=128)
+    try:
+        reply = client.chat.completions.create(
+            model=config.served_name, messages=messages, temperature=0, max_tokens=most
+        )
+    except OpenAIError as error:
+        raise RunError(f"serve: the endpoint did not answer the held-out request: {first_line(error)}") from None
     return {
         "url": url,
         "messages": messages,

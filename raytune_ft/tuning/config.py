@@ -10,7 +10,7 @@ from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.goal import OF_REWARDS, Goal
-from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, with_guide
+from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, extremes, grid_size, with_guide
 
 _OF_PREFERENCES = frozenset({"loss", "eval_loss", "eval_reward_margin", "eval_chosen_reward"})
 _DEFINED = {
@@ -19,6 +19,9 @@ _DEFINED = {
     **dict.fromkeys(("temperature", "hard_loss_weight"), frozenset({"loss"})),
 }
 """What is measured in units that a setting decides, by the setting."""
+
+_SHAPE = ("lora_r", "lora_target_modules")
+"""What an adapter's tensors have their shapes from."""
 
 
 def _by_objective(value: Any, handler: Any, info: ValidationInfo) -> FineTuningConfig:
@@ -53,19 +56,21 @@ class SweepConfig(Config):
     scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = "asha"
     """``asha`` stops the trials that are worse than others at the same step; ``hyperband`` the same in rounds that wait
     for each other; ``median`` stops those below the median of the others' running means; ``pbt`` lets the worse go on
-    from the better ones' states with changed settings; ``none`` runs each to its last step."""
+    from the better ones' states with changed settings, so that what it finds is a model and a schedule of settings;
+    ``none`` runs each to its last step."""
     grace_steps: int = Field(1, ge=1)
     """ASHA and median: no trial is stopped before this step; pbt: steps between exchanges."""
     reduction_factor: float = Field(2, gt=1)
     """ASHA and hyperband: one in so many trials goes on at each rung."""
     max_tokens: int | None = Field(None, ge=1)
-    """Budget: no trial goes on once all together have trained on so many tokens."""
+    """Budget: no trial goes on once all together have trained on so many tokens. Repeats are made beyond it."""
     max_hours: float | None = Field(None, gt=0)
-    """Budget: no trial goes on after so many hours."""
+    """Budget: no trial goes on after so many hours. Repeats are made beyond it."""
     seed: int = 0
     """Decides what is sampled."""
     repeat_top: int = Field(0, ge=0)
-    """So many of the best settings are trained again with fresh seeds, so that the winner wins by more than noise."""
+    """So many of the best settings are trained again with fresh seeds, so that the winner wins by more than noise. All
+    repeats are trained to their last step, whatever the search's budget: means of cut ones could not be compared."""
     repeat_seeds: int = Field(2, ge=1)
     """Fresh seeds of each repeated setting."""
     metric: str = "eval_loss"
@@ -115,19 +120,49 @@ class SweepConfig(Config):
             raise ValueError(f"num_trials: a search with searcher {self.searcher} needs a number of trials")
         if self.scheduler in {"hyperband", "pbt"} and self.packed == "never":
             raise ValueError(f"scheduler: {self.scheduler} pauses trials, which only packed ones can; set packed: auto")
-        if self.training.max_steps is not None and self.grace_steps > self.training.max_steps:
+        if self.last_step is not None and self.grace_steps > self.last_step:
             raise ValueError(
-                f"grace_steps: {self.grace_steps} is beyond the last step ({self.training.max_steps}): nothing would "
-                "ever be compared"
+                f"grace_steps: {self.grace_steps} is beyond the last step ({self.last_step}): nothing would ever be "
+                "compared"
             )
         if self.searcher == "grid" and self.num_trials is not None:
             raise ValueError("num_trials: a grid has as many trials as combinations; leave it out, or search at random")
         if self.repeat_top and "seed" in self.space:
             raise ValueError("repeat_top: repeats settings with fresh seeds, but the space searches the seed; drop one")
+        self._refuse_other_schedule()
         self._refuse_unused()
         self._refuse_other_metric()
         self._refuse_other_losses()
         return self
+
+    def _refuse_other_schedule(self) -> None:
+        """What the scheduler cannot do its work with."""
+        if self.scheduler == "hyperband" and self.last_step is None:
+            raise ValueError(
+                "scheduler: hyperband plans its rounds from the last step, which only max_steps tells it; set "
+                "training.max_steps, or scheduler: asha"
+            )
+        trials = self.num_trials or grid_size(self.space)
+        if self.scheduler in {"hyperband", "pbt"} and (self.max_concurrent_trials or trials) < trials:
+            raise ValueError(
+                f"max_concurrent_trials: {self.scheduler} compares the trials that are there at the same time, so it "
+                f"wants all {trials} of them (got {self.max_concurrent_trials}); leave it out, or set scheduler: asha"
+            )
+        if self.scheduler != "pbt":
+            return
+        for key in _SHAPE:
+            if key in self.space:
+                raise ValueError(
+                    f"space.{key}: under scheduler pbt trials go on from each other's states, which adapters of "
+                    "another shape cannot; give all the same (training), or set scheduler: asha"
+                )
+        if self.searcher == "optuna":
+            raise ValueError("searcher: under scheduler pbt, which changes settings itself, take grid or random")
+        if self.repeat_top:
+            raise ValueError(
+                "repeat_top: under scheduler pbt settings change on the way, so that training again with the last ones "
+                "repeats nothing; leave it out, or set scheduler: asha"
+            )
 
     def _refuse_other_losses(self) -> None:
         """Trials whose losses are different quantities cannot be compared by them."""
@@ -180,6 +215,12 @@ class SweepConfig(Config):
         if self.mode not in {None, self.goal.mode}:
             better = "higher" if self.goal.higher else "lower"
             raise ValueError(f"mode: {better} values of {self.metric} are better; leave it out or say {self.goal.mode}")
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step of the trials that make most; None where their epochs decide that."""
+        steps = extremes(self.space["max_steps"]) if "max_steps" in self.space else [self.training.max_steps]
+        return None if None in steps else int(max(steps))
 
     @property
     def goal(self) -> Goal:

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import load_frozen_base
 from raytune_ft.training.bank.preferences import criterion_for, referenced
 from raytune_ft.training.bank.snapshot import on_cpu
+from raytune_ft.training.bank.template import AdapterTemplate
 from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import say_disliked
 from raytune_ft.training.config_alignment import OBJECTIVES
@@ -95,6 +96,7 @@ class BankHost:
         snapshots: str,
         *,
         objective: str = "train",
+        targets: Sequence[list[str] | str] = (),
         device: str,
         threads: int,
         token_budget: int | None = None,
@@ -107,6 +109,7 @@ class BankHost:
             splits: Parquet files of the tokenized splits.
             snapshots: folder or URI that every node reaches.
             objective: ``train`` or ``align``, as in `SweepConfig`.
+            targets: all that trials have as `lora_target_modules`; by default what the settings say.
             device: of the base and all adapters.
             threads: CPU threads.
             token_budget: most tokens computed at the same time; by default what the settings say.
@@ -133,6 +136,14 @@ class BankHost:
             base = load_frozen_base(config, device)
         except RaytuneError as error:
             self._fault = str(error)
+            return
+        template = AdapterTemplate(base.model, base.name)
+        try:
+            wanted = [config.with_overrides(lora_target_modules=modules) for modules in targets] or [config]
+            self._fault = next(filter(None, [template.misfit(one) for one in wanted]), None)
+        except UserError as error:
+            self._refused = error
+        if self._fault is not None or self._refused is not None:
             return
         adopt_template(base.tokenizer, splits["train"])
         used = [split for split in ("train", "validation") if splits.get(split)]
@@ -167,6 +178,7 @@ class BankHost:
 
         Raises:
             DataError: if the validation rows give no answers to measure; no trial could do better.
+            ModelError: if no layer of the base has one of the names that trials want to adapt; nor could this.
         """
         if self._refused is not None:
             raise self._refused
@@ -318,8 +330,8 @@ class BankHost:
             folder = self._snapshots / progress.name
             try:
                 where = checkpoint.write(folder, on_cpu(kept), keep=line.snapshots_to_keep())
-            except OSError as error:
-                self._break(f"{folder}: the snapshot cannot be written: {error}")
+            except Exception as error:  # noqa: BLE001 - its trial would wait for ever
+                self._break(f"{folder}: the snapshot cannot be written: {type(error).__name__}: {error}")
                 return
             self._tell(line, progress, metrics, where)
 

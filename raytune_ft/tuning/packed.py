@@ -81,7 +81,7 @@ class Banks:
         """Why trials of some pack cannot share their base; None if all can.
 
         Raises:
-            DataError: if the validation rows give no answers to measure.
+            UserError: if no trial could do better; see `BankHost.fault`.
         """
         for name, actors in self.actors.items():
             with cluster.own_errors():
@@ -174,7 +174,7 @@ def start_banks(room: Room, packs: Packs, splits: Splits, snapshots: str, object
         runtime_env={"env_vars": cluster.worker_environment()},
     )
     device = "cuda" if use_gpu else "cpu"
-    how = {"objective": objective, "device": device, "threads": threads, "own_process": True}
+    how = {"objective": objective, "targets": packs.targets, "device": device, "threads": threads, "own_process": True}
     actors = {}
     for name, training in packs.settings.items():
         if packs.keys:
@@ -261,18 +261,24 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
             try:
                 if self._bank is None:
                     self._enter(settings)
-                report = ray.get(self._bank.report.remote(self._name, self._seen))
+                report = self._asked()
                 if report is not None:
                     self._seen = report["number"]
-                    return report  # type: ignore[no-any-return]
+                    return report
             except ray.exceptions.RayActorError as error:
                 lost += 1
                 if lost > _RESTARTS * 20:
                     raise RunError(f"the bank did not come back: {first_line(error)}") from None
                 self._bank = None
                 time.sleep(0.5)
-            except KeyError:  # a bank that was started anew knows no trial
-                self._bank = None
+
+    def _asked(self) -> dict[str, Any] | None:
+        """The bank's next report; None if it has none yet, or knows no such trial, as one that was started anew."""
+        try:
+            return ray.get(self._bank.report.remote(self._name, self._seen))  # type: ignore[no-any-return]
+        except KeyError:
+            self._bank = None
+            return None
 
     def _enter(self, settings: dict[str, Any]) -> None:
         """Takes a seat in the bank with the fewest trials, of those with its base, from the last state on storage.

@@ -22,10 +22,14 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Packs:
-    """The packs of a sweep: the `keys` of `SHARED` that it searches, and the training settings of each by its name."""
+    """The packs of a sweep: the `keys` of `SHARED` that it searches, and the training settings of each by its name.
+
+    `targets` are all values of `lora_target_modules` that its trials have.
+    """
 
     keys: tuple[str, ...]
     settings: Mapping[str, FineTuningConfig]
+    targets: tuple[list[str] | str, ...] = ()
 
     @classmethod
     def of(cls, space: Mapping[str, Domain], training: FineTuningConfig) -> Packs:
@@ -44,7 +48,7 @@ class Packs:
             except ConfigError as error:
                 said = str(error).removeprefix(f"{type(training).__name__}: ")
                 raise ConfigError(f"space: {name} do not go together: {said}") from None
-        return cls(keys, found)
+        return cls(keys, found, tuple(extremes(space.get("lora_target_modules", [training.lora_target_modules]))))
 
     def apart(self) -> dict[str, str]:
         """The packs whose trials cannot share a base, by their names, and why."""
@@ -59,7 +63,8 @@ class Packs:
 
     def without(self, names: Collection[str]) -> Packs:
         """The other packs."""
-        return Packs(self.keys, {name: training for name, training in self.settings.items() if name not in names})
+        left = {name: training for name, training in self.settings.items() if name not in names}
+        return Packs(self.keys, left, self.targets)
 
     def lengths(self) -> list[int]:
         """The row lengths for which data is needed."""

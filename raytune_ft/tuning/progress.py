@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from dataclasses import replace
 from typing import Any
 
 from ray.tune.callback import Callback
 
+from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.storage import Location
+from raytune_ft.training.checkpoint import StoredCheckpoint
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.tracking import Tracked, TrackedTrials
 from raytune_ft.tuning.view import SweepView
 
-_CURVES, _TRACKER_FAILURES = "curves.json", "tracker_failures.json"
+_CURVES, _TRACKER_FAILURES, _SECONDS = "curves.json", "tracker_failures.json", "seconds_before.json"
 _COLUMNS = ("global_step", "last_step", "loss", "learning_rate", "tokens", "time_total_s")
 _EVALUATED = "eval_"
 
@@ -37,17 +41,18 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         """
         self._folder, self._view, self._curves = folder, SweepView(metric), Curves()
         self._trackers = TrackedTrials(tracked)
+        self._began, self._seconds_before = time.monotonic(), 0.0
 
     def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal or a tracker cannot be kept
         return Progress, (self._folder, self._view.metric, self._trackers.tracked)
 
     def get_state(self) -> dict[str, Any]:
         """Ray Tune's hook: what it keeps with the trials."""
-        return {"curves": self._curves}
+        return {"curves": self._curves, "seconds": self._seconds_before + time.monotonic() - self._began}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Ray Tune's hook: what it kept."""
-        self._curves = state["curves"]
+        self._curves, self._seconds_before = state["curves"], state.get("seconds", 0.0)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
@@ -60,10 +65,8 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         step, value = result["global_step"], result.get(self._view.metric, math.nan)
         last = int(result.get("last_step", 0))
         self._view.hear(trial.trial_id, _label(trial), state="running", step=step, last_step=last, value=value)
-        kept = {name: told for name, told in result.items() if name in _COLUMNS or name.startswith(_EVALUATED)}
-        row = {name: float(told) for name, told in kept.items() if math.isfinite(told)}
         curve = self._curves.setdefault(trial.trial_id, [])
-        curve.append(row)
+        curve.append(_kept(result))
         self._trackers.log(trial.trial_id, _label(trial), trial.config, curve)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -94,6 +97,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
                 self._trackers.end(trial.trial_id, "failed" if trial.status == "ERROR" else self._state_of(trial))
         self._trackers.close()
         (self._folder / _TRACKER_FAILURES).write(json.dumps(self._trackers.failures).encode())
+        (self._folder / _SECONDS).write(json.dumps(self._seconds_before).encode())
         (self._folder / _CURVES).write(json.dumps(self._curves).encode())
 
 
@@ -106,10 +110,52 @@ def curves_in(folder: Location) -> Curves:
     }
 
 
+def of_its_state(trial: Trial) -> Trial:
+    """A trial of a population with the curve, and the schedule of settings, of the state that it ended in.
+
+    Of what it reported before it went on from another's state, the model is gone.
+
+    Raises:
+        RunError: if that state cannot be read.
+    """
+    if trial.snapshot is None:
+        return trial
+    try:
+        kept = StoredCheckpoint(Location.at(trial.snapshot)).progress
+    except (ArtifactError, OSError, ValueError, KeyError) as error:
+        raise RunError(f"the state of trial {trial.label()} is lost: {error}") from None
+    curve, tokens = list[dict[str, float]](), 0.0
+    evaluated = any("eval_loss" in row for row in kept["history"])
+    for number, row in enumerate(kept["history"], start=1):
+        tokens += row["tokens"]
+        if "eval_loss" in row or not evaluated or number == len(kept["history"]):
+            told = {**row, "global_step": row["step"], "last_step": trial.last_step, "tokens": tokens}
+            curve.append(_kept(told))
+    earlier, schedule = kept.get("earlier", []), list[dict[str, Any]]()
+    configs = [*(before["config"] for before in earlier), kept["config"]]
+    for after, config in zip([0, *(before["until"] for before in earlier)], configs, strict=True):
+        settings = {key: config[key] for key in trial.settings}
+        if not schedule or schedule[-1]["settings"] != settings:
+            schedule.append({"after": after, "settings": settings})
+    return replace(trial, curve=curve, settings=schedule[-1]["settings"], schedule=schedule)
+
+
+def seconds_before_in(folder: Location) -> float:
+    """How long earlier drivers were at it, as far as the state tells that the last one went on from."""
+    file = folder / _SECONDS
+    return float(json.loads(file.read())) if file.exists() else 0.0
+
+
 def tracker_failures_in(folder: Location) -> dict[str, int]:
     """How often each tracker failed that did."""
     failures: dict[str, int] = json.loads((folder / _TRACKER_FAILURES).read())
     return failures
+
+
+def _kept(result: dict[str, Any]) -> dict[str, float]:
+    """What curves keep of what was told."""
+    kept = {name: told for name, told in result.items() if name in _COLUMNS or name.startswith(_EVALUATED)}
+    return {name: float(told) for name, told in kept.items() if told is not None and math.isfinite(told)}
 
 
 def _label(trial: Any) -> str:

@@ -71,9 +71,7 @@ def importance(result: SweepResult) -> dict[str, float]:
 def most_telling(result: SweepResult, shares: dict[str, float]) -> tuple[str, str] | None:
     """The two settings that a map shows: rank and learning rate, or those numbers that explain most; None of fewer."""
     numbers = [
-        name
-        for name, value in result.trials[0].settings.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        name for name in result.trials[0].settings if all(_is_number(trial.settings[name]) for trial in result.trials)
     ]
     if {"lora_r", "learning_rate"} <= set(numbers):
         return "lora_r", "learning_rate"
@@ -81,14 +79,21 @@ def most_telling(result: SweepResult, shares: dict[str, float]) -> tuple[str, st
     return (chosen[0], chosen[1]) if len(chosen) == 2 else None
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def cost_in_words(result: SweepResult, seconds: float) -> str:
-    """What the search spent, and against what every trial to its last step would have."""
+    """What the search spent, and against what every trial to its last step would have; and what repeats did besides."""
     spent = sum(trial.tokens for trial in result.trials)
     words = f"{len(result.trials)} trials, {sum(t.steps for t in result.trials):,} steps, {spent:,.0f} tokens"
     words += f" in {seconds:,.0f} s"
     ends = {trial.last_step for trial in result.trials if trial.last_step is not None}
     whole = sum(trial.tokens * (trial.last_step or 0) / trial.steps for trial in result.trials if trial.steps)
-    if not whole:
-        return words
-    where = f"step {ends.pop()}" if len(ends) == 1 else "their last steps"
-    return f"{words}; all of them to {where}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"
+    if whole:
+        where = f"step {ends.pop()}" if len(ends) == 1 else "their last steps"
+        words += f"; all of them to {where}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"
+    if result.repeats:
+        again = sum(trial.tokens for trial in result.repeats)
+        words += f"; besides, {len(result.repeats)} repeats with fresh seeds, {again:,.0f} tokens"
+    return words

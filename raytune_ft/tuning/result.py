@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from raytune_ft.core.errors import RunError
@@ -24,6 +24,9 @@ class Trial:
     error: str | None = None
     snapshot: str | None = None
     """Where its last state lies while the sweep runs, if it was packed."""
+    schedule: list[dict[str, Any]] = field(default_factory=list)
+    """Under population-based training, the settings that made its model: `settings` and the step that they were first
+    used `after`, in that order. `Trial.settings` are the last ones."""
 
     def best(self, metric: str) -> float | None:
         """The best value of `metric` on the curve; None without one."""
@@ -46,9 +49,11 @@ class Trial:
 
     def label(self) -> str:
         """The settings in a few words."""
-        return ", ".join(
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.settings.items()
-        )
+        return _in_words(self.settings)
+
+    def schedule_in_words(self) -> str:
+        """The settings that made its model, and when each began."""
+        return "; ".join(f"after step {part['after']}: {_in_words(part['settings'])}" for part in self.schedule)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,15 @@ class SweepResult:
         feasible = [trial for trial in self.trials if trial.ending != "infeasible"]
         return sorted((trial for trial in feasible if trial.best(self.metric) is not None), key=self._place)
 
+    @property
+    def distinct(self) -> list[Trial]:
+        """Of `ranked`, the best trial of each settings: a random search may try the same ones again."""
+        found: list[Trial] = []
+        for trial in self.ranked:
+            if all(trial.settings != other.settings for other in found):
+                found.append(trial)
+        return found
+
     def _place(self, trial: Trial) -> tuple[float, float, str]:
         value, loss = trial.best(self.metric), trial.best("eval_loss")
         assert value is not None
@@ -107,13 +121,13 @@ class SweepResult:
 
     @property
     def repeated(self) -> list[Repeated]:
-        """The repeated settings, best mean first; the search's own trial counts as one seed."""
+        """The repeated settings, best mean first; the search's own trial counts as one seed, as does each other."""
         found = []
-        for trial in self.ranked:
+        for trial in self.distinct:
             again = [t for t in self.repeats if {**t.settings, "seed": None} == {**trial.settings, "seed": None}]
-            values = [value for t in (trial, *again) if (value := t.best(self.metric)) is not None]
+            by_seed = {t.settings.get("seed"): t.best(self.metric) for t in (trial, *again)}
             if again:
-                found.append(_over_seeds(trial.settings, values))
+                found.append(_over_seeds(trial.settings, [value for value in by_seed.values() if value is not None]))
         return sorted(found, key=lambda one: self.goal.cost(one.mean))
 
     def to_json(self) -> dict[str, Any]:
@@ -132,6 +146,12 @@ class SweepResult:
         """The result that `to_json` wrote."""
         trials, repeats = (tuple(Trial(**trial) for trial in content[key]) for key in ("trials", "repeats"))
         return cls(content["metric"], trials, repeats)
+
+
+def _in_words(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+    )
 
 
 def _over_seeds(settings: dict[str, Any], values: list[float]) -> Repeated:

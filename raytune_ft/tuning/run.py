@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
 from raytune_ft.tuning.budget import refuse_small_budget
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
-from raytune_ft.tuning.progress import Progress, curves_in, tracker_failures_in
+from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
@@ -37,6 +38,7 @@ logger = logging.getLogger("raytune_ft")
 
 _RAY_STATE = "ray"
 _RAY_REPEATS = "ray-repeats"
+_TOGETHER = "together.json"
 _KEPT = (_RAY_STATE, _RAY_REPEATS, SNAPSHOTS, TRIALS)
 _ENDINGS: dict[str, Ending] = {"stopped_early": "stopped early", "failed": "failed", "infeasible": "infeasible"}
 
@@ -80,6 +82,7 @@ def tune(config: SweepConfig) -> Artifact:
     tracked = Tracked(tuple(config.training.report_to), output, config.training.resolved())
     with draft, tracked.sweep(config.resolved()) as told:
         config = config.model_copy(update={"training": reachable(config.training, output.parent)})
+        config = _as_it_began(config, output)
         packs = Packs.of(config.space, config.training)
         splits = {
             most: splits_of(config.training.with_overrides(max_length=most), output / "tokens" / str(most))
@@ -91,31 +94,63 @@ def tune(config: SweepConfig) -> Artifact:
         ground = Ground(config, packs, splits, output, connected, trials)
         with ground.arranged() as arrangement:
             result = _search(config, arrangement, output, tracked)
-        _keep(draft, result, config, round(time.perf_counter() - started, 1))
+        stages = [_RAY_STATE, *([_RAY_REPEATS] if config.repeat_top else [])]
+        seconds = time.perf_counter() - started + sum(seconds_before_in(output / stage) for stage in stages)
+        _keep(draft, result, config, round(seconds, 1))
         told.log({"step": len(result.trials), f"best_{config.metric}": draft.numbers[f"best_{config.metric}"]})
-        _count_failures(draft, told, [_RAY_STATE, *([_RAY_REPEATS] if config.repeat_top else [])])
+        _count_failures(draft, told, stages)
         for leftover in (*_KEPT, "tokens"):
             (output / leftover).delete()
     return draft.artifact
 
 
+def _as_it_began(config: SweepConfig, output: Location) -> SweepConfig:
+    """The settings with as many trials at a time as the search has begun with, if it has: Ray Tune goes on with those.
+
+    The cluster, or `max_concurrent_trials`, may be another now.
+    """
+    began = output / _RAY_STATE / _TOGETHER
+    if not (began.exists() and Tuner.can_restore((output / _RAY_STATE).uri)):
+        return config
+    together = int(json.loads(began.read()))
+    if config.max_concurrent_trials not in {None, together}:
+        logger.warning(
+            "tune: goes on with %d trials at a time, as it began; max_concurrent_trials: %d is for a new search",
+            together,
+            config.max_concurrent_trials,
+        )
+    return config.model_copy(update={"max_concurrent_trials": together})
+
+
 def _keep(draft: Draft, result: SweepResult, config: SweepConfig, seconds: float) -> None:
-    """Writes what was found: every trial, the page, and the numbers of the manifest."""
+    """Writes what was found: every trial, the page, and the numbers of the manifest.
+
+    Steps and tokens are those of the search and its repeats.
+
+    Args:
+        draft: the sweep's artifact.
+        result: what was found.
+        config: the sweep's.
+        seconds: of this driver, and of those before it as far as their state tells.
+    """
     draft.write_json("result.json", result.to_json())
     page = render(result, seconds)
     (draft.folder / "report.html").write_text(page, encoding="utf-8")
-    best = result.best
+    best, everyone = result.best, (*result.trials, *result.repeats)
     draft.numbers |= {
         "trials": len(result.trials),
         **{key: sum(trial.ending == ending for trial in result.trials) for key, ending in _ENDINGS.items()},
-        "steps": sum(trial.steps for trial in result.trials),
-        "tokens": sum(trial.tokens for trial in result.trials),
+        "steps": sum(trial.steps for trial in everyone),
+        "tokens": sum(trial.tokens for trial in everyone),
         "seconds": seconds,
         f"best_{config.metric}": best.best(config.metric),
         "best_settings": best.settings,
         **({"repeats": [asdict(again) for again in result.repeated]} if result.repeats else {}),
+        **({"best_schedule": best.schedule} if best.schedule else {}),
     }
     logger.info("tune: best trial %s, %s %.4f", best.label(), config.metric, best.best(config.metric))
+    if len(best.schedule) > 1:
+        logger.info("tune: its settings changed on the way (best_schedule); the last ones alone make another model")
 
 
 def _count_failures(draft: Draft, told: Trackers, stages: Sequence[str]) -> None:
@@ -144,19 +179,24 @@ def _search(config: SweepConfig, arrangement: Arrangement, output: Location, tra
         told = Progress(output / stage.name, config.metric, tracked)
         return _trials(config, arrangement, output, stage, told)
 
-    result = SweepResult(config.metric, trials(_first_stage(config, output)))
+    if not Tuner.can_restore((output / _RAY_STATE).uri):
+        (output / _RAY_STATE / _TOGETHER).write(json.dumps(arrangement.together).encode())
+    result = SweepResult(config.metric, trials(_first_stage(config, output, arrangement.together)))
     if config.repeat_top:
-        result = replace(result, repeats=trials(_second_stage(config, result)))
+        stage = _second_stage(config, result, arrangement.together)
+        if config.max_tokens or config.max_hours:
+            logger.info("tune: the repeats are made beyond the search's budget")
+        result = replace(result, repeats=trials(stage))
     if not arrangement.leave_best(result.best):
         logger.warning("tune: the best trial was stopped before it saved a model; train with its settings to get one")
     return result
 
 
-def _first_stage(config: SweepConfig, output: Location) -> _Stage:
+def _first_stage(config: SweepConfig, output: Location, together: int) -> _Stage:
     grid = config.searcher == "grid"
     searched = TuneConfig(
         scheduler=scheduler(config, output / _RAY_STATE / "rungs.json"),
-        search_alg=searcher(config),
+        search_alg=searcher(config, together),
         num_samples=config.num_trials or 1,
         time_budget_s=config.max_hours and config.max_hours * 3600,
     )
@@ -164,13 +204,14 @@ def _first_stage(config: SweepConfig, output: Location) -> _Stage:
     return _Stage(_RAY_STATE, space, searched, TokenBudget(config.max_tokens) if config.max_tokens else None)
 
 
-def _second_stage(config: SweepConfig, result: SweepResult) -> _Stage:
+def _second_stage(config: SweepConfig, result: SweepResult, together: int) -> _Stage:
     points = [
         {**trial.settings, "seed": config.training.seed + number}
-        for trial in result.ranked[: config.repeat_top]
+        for trial in result.distinct[: config.repeat_top]
         for number in range(1, config.repeat_seeds + 1)
     ]
-    return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, TuneConfig(scheduler=FIFOScheduler()))
+    searched = TuneConfig(scheduler=FIFOScheduler(), max_concurrent_trials=together)
+    return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, searched)
 
 
 def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:
@@ -178,12 +219,11 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
     if Tuner.can_restore(where):
         logger.info("tune: resumes the trials that are left")
         return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
-    together = {"max_concurrent_trials": arrangement.together, "reuse_actors": True}
     pointers = CheckpointConfig(checkpoint_frequency=1, num_to_keep=homes.POINTERS_KEPT)
     return Tuner(
         arrangement.trainable,
         param_space=stage.space,
-        tune_config=replace(stage.searched, metric=config.goal.metric, mode=config.goal.mode, **together),
+        tune_config=replace(stage.searched, metric=config.goal.metric, mode=config.goal.mode, reuse_actors=True),
         run_config=RunConfig(
             name=stage.name,
             storage_path=output.uri,
@@ -204,9 +244,12 @@ def _trials(
     for result in grid:
         last = result.metrics or {}
         name, shared = last.get("trial_id", ""), config.training.model_dump(mode="json")
-        trial = Trial(name, settings_at(result.config, shared), "finished", curves.get(name, []))
+        settings, curve = settings_at(result.config, shared), curves.get(name, [])
+        trial = Trial(name, settings, "finished", curve, snapshot=last.get("snapshot"))
+        if config.scheduler == "pbt":
+            trial = of_its_state(trial)
         ending, error = _ending(trial, result)
-        trials.append(replace(trial, ending=ending, error=error, snapshot=last.get("snapshot")))
+        trials.append(replace(trial, ending=ending, error=error))
     return tuple(trials)
 
 

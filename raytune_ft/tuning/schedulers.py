@@ -6,6 +6,9 @@ Meets Ray, beside `run.py`, because schedulers and stoppers are classes of Ray T
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ray import tune as ray_tune
@@ -16,26 +19,30 @@ from ray.tune.schedulers import (
     MedianStoppingRule,
     PopulationBasedTraining,
 )
-from ray.tune.search import BasicVariantGenerator
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.stopper import Stopper
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.space import Choice, Domain, LogUniform, QUniform, TimesRank, Uniform, dimension
+from raytune_ft.tuning.space import Choice, Domain, LogUniform, QUniform, TimesRank, Uniform, dimension, grid_size
+
+logger = logging.getLogger("raytune_ft")
 
 _TIME = "global_step"
 
 
 def scheduler(config: SweepConfig, memory: Location) -> Any:
     """The scheduler; ASHA keeps its rungs in the file `memory`."""
-    most = config.training.max_steps or 10**9
+    most = config.last_step or 10**9
     match config.scheduler:
         case "none":
             return FIFOScheduler()
         case "median":
             return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
         case "hyperband":
-            return HyperBandScheduler(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
+            made = HyperBandScheduler(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
+            _warn_if_all_run_to_the_end(made, config.num_trials or grid_size(config.space), most)
+            return made
         case "pbt":
             return PopulationBasedTraining(
                 time_attr=_TIME,
@@ -43,6 +50,7 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
                 hyperparam_mutations={
                     dimension(key, choice): _mutation(choice) for key, choice in config.space.items()
                 },
+                custom_explore_fn=partial(_within, config.space),
                 require_attrs=False,
             )
     return RememberedASHA(
@@ -54,20 +62,50 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
     )
 
 
-def searcher(config: SweepConfig) -> Any:
-    """What chooses the points of the space."""
+def _warn_if_all_run_to_the_end(hyperband: HyperBandScheduler, trials: int, last_step: int) -> None:
+    """HyperBand's first bracket, which trials fall to first, has no rung before the last step."""
+    first = hyperband._get_n0(0)
+    if trials <= first:
+        logger.warning(
+            "tune: hyperband stops none of %d trials: the first %d run to step %d; search more, or set scheduler: asha",
+            trials,
+            first,
+            last_step,
+        )
+
+
+def searcher(config: SweepConfig, together: int) -> Any:
+    """What chooses the points of the space, and lets `together` of them be tried at the same time.
+
+    It sees to that itself: beside a searcher that one names, Ray Tune takes no heed of its own `max_concurrent_trials`.
+    """
     if config.searcher == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        return OptunaSearch(seed=config.seed)
-    return BasicVariantGenerator(random_state=config.seed)
+        return ConcurrencyLimiter(OptunaSearch(seed=config.seed), max_concurrent=together)
+    return BasicVariantGenerator(random_state=config.seed, max_concurrent=together)
 
 
 def _mutation(choice: Domain) -> Any:
     """What population-based training draws a changed setting from; PBT's explicit lists are neighbours in order."""
     if isinstance(choice, list):
         return list(choice)
+    if isinstance(choice, Choice):
+        return list(choice.choice)
+    if isinstance(choice, TimesRank):
+        return list(choice.times_rank)
     return domain(choice, grid=False)
+
+
+def _within(space: Mapping[str, Domain], point: dict[str, Any]) -> dict[str, Any]:
+    """A point that population-based training made, with what it multiplied put back into its range."""
+    for key, choice in space.items():
+        match choice:
+            case Uniform(uniform=(low, high)) | LogUniform(loguniform=(low, high)):
+                point[key] = min(max(point[key], low), high)
+            case QUniform(quniform=(low, high, step)):
+                point[key] = min(max(step * round(point[key] / step), low), high)
+    return point
 
 
 class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any

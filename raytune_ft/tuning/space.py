@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -130,6 +131,46 @@ def extremes(choice: Domain) -> list[Any]:
     return list(choice)
 
 
+def _inside(choice: Domain) -> list[float]:
+    """A value between the ends of a range, which is no whole number where some of its values are not."""
+    match choice:
+        case Uniform(uniform=(low, high)):
+            return [low + (high - low) / math.pi]
+        case LogUniform(loguniform=(low, high)):
+            return [low * (high / low) ** (1 / math.pi)]
+        case QUniform(quniform=(low, _, step)):
+            return [low + step]
+    return []
+
+
+def _refuse_range(key: str, choice: Domain) -> None:
+    """Checks that there are numbers to draw from a range, as Ray Tune draws them.
+
+    Raises:
+        ValueError: if there are not.
+    """
+    if not isinstance(choice, Uniform | LogUniform | QUniform):
+        return
+    [(kind, numbers)] = choice.model_dump().items()
+    low, high, *steps = numbers
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"space.{key}: {kind} wants finite numbers (got {', '.join(map(str, numbers))})")
+    if low >= high:
+        raise ValueError(f"space.{key}: the low end {low} is not below the high end {high}")
+    if kind == "loguniform" and low <= 0:
+        raise ValueError(
+            f"space.{key}: loguniform wants a low end above 0 (got {low}); take uniform, or a small number"
+        )
+    for step in steps:
+        if step <= 0:
+            raise ValueError(f"space.{key}: quniform wants a step above 0 (got {step})")
+        if not all(math.isclose(end / step, round(end / step)) for end in (low, high)):
+            raise ValueError(
+                f"space.{key}: quniform draws multiples of its step, {step:g}, and its ends must be some, too (got "
+                f"{low:g} and {high:g})"
+            )
+
+
 def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
     """Tries every setting of the space on the training settings.
 
@@ -150,13 +191,15 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
         values = extremes(choice)
         if not values:
             raise ValueError(f"space.{key}: has no values")
-        if not isinstance(choice, list | Choice | TimesRank) and values[0] >= values[1]:
-            raise ValueError(f"space.{key}: the low end {values[0]} is not below the high end {values[1]}")
-        for value in values:
+        _refuse_range(key, choice)
+        for value in [*values, *_inside(choice)]:
             try:
                 training.with_overrides(**{key: value})
             except ConfigError as error:
-                raise ValueError(f"space.{str(error).removeprefix(f'{kind.__name__}: ')}") from None
+                why = f"space.{str(error).removeprefix(f'{kind.__name__}: ')}"
+                if value not in values:
+                    why += "; the range has such values between its ends: take quniform with another step, or a list"
+                raise ValueError(why) from None
         rated = isinstance(training, PreferenceConfig) and training.loss_type == "kto"
         if key == "loss_type" and any((value == "kto") != rated for value in values):
             raise ValueError(

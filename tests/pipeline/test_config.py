@@ -10,6 +10,7 @@ from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.storage import Location
 from raytune_ft.pipeline.config import GateConfig, PipelineConfig
 from raytune_ft.pipeline.sources import placed
+from raytune_ft.training.config import FineTuningConfig
 
 SETTINGS = {
     "storage_path": "/runs/a",
@@ -129,6 +130,32 @@ def test_trials_differ_from_training_only_where_the_search_says() -> None:
     assert config.tune is not None
     assert (config.tune.training.learning_rate, config.tune.training.max_steps) == (0.001, 4)
     assert (config.tune.training.num_workers, config.train.num_workers) == (1, 2)
+
+
+@pytest.mark.parametrize("own", [5, "x", ["x"]])
+def test_training_settings_of_trials_that_are_none_are_refused_by_name(own: object) -> None:
+    with pytest.raises(ConfigError, match=r"tune\.training: must be a mapping of settings"):
+        PipelineConfig(**{**SETTINGS, "tune": {"space": {"lora_r": [4, 8]}, "training": own}})
+
+
+def test_trials_may_be_given_their_settings_as_an_object() -> None:
+    own = FineTuningConfig(model_path="other", dataset_path="other", output_dir="other", max_steps=4)
+    config = PipelineConfig(**{**SETTINGS, "tune": {"space": {"lora_r": [4, 8]}, "training": own}})
+    assert config.tune is not None
+    trial = config.tune.training
+    assert (trial.max_steps, trial.learning_rate, trial.model_path) == (4, 0.001, "m")
+    assert (trial.dataset_path, trial.output_dir) == ("/runs/a/dataset", "/runs/a/sweep/trials")
+
+
+def test_a_search_whose_best_settings_would_mean_something_else_in_the_training_is_refused() -> None:
+    population = {"scheduler": "pbt", "space": {"learning_rate": [1e-4, 1e-3]}}
+    with pytest.raises(ConfigError, match=r"tune\.scheduler: under pbt settings change on the way"):
+        PipelineConfig(**{**SETTINGS, "tune": population})
+    batches: dict[str, object] = {"space": {"gradient_accumulation_steps": [1, 2]}}
+    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps: the same number .*num_workers: 2"):
+        PipelineConfig(**{**SETTINGS, "tune": batches})
+    assert PipelineConfig(**{**SETTINGS, "tune": {**batches, "training": {"num_workers": 2}}}).tune is not None
+    assert PipelineConfig(**{**SETTINGS, "tune": batches, "train": {}}).tune is not None
 
 
 def test_without_quantization_the_tuned_model_is_served() -> None:

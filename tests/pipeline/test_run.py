@@ -9,13 +9,21 @@ import pytest
 
 from raytune_ft.core.artifacts import open_artifact
 from raytune_ft.core.errors import RunError
+from raytune_ft.core.records import Message, Record
 from raytune_ft.evaluation.results import read_result
 from raytune_ft.pipeline.config import PipelineConfig
-from raytune_ft.pipeline.run import Pipeline
+from raytune_ft.pipeline.run import Pipeline, _ask
+from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.keys import hashed
 
-pytestmark = pytest.mark.ray
+
+def test_an_endpoint_that_does_not_answer_ends_the_run_in_words() -> None:
+    record = Record(messages=(Message(role="user", content="hello"), Message(role="assistant", content="hi")))
+    with pytest.raises(RunError, match="serve: the endpoint did not answer the held-out request: Connection error"):
+        _ask("http://127.0.0.1:9/v1", ServingConfig(model_path="m"), record, "key")
 
 
+@pytest.mark.ray
 def test_the_circle_closes_and_a_second_run_redoes_nothing(
     ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
 ) -> None:
@@ -35,7 +43,7 @@ def test_the_circle_closes_and_a_second_run_redoes_nothing(
         align={"dataset_path": str(preferred), "max_steps": 2, "eval_strategy": "no"},
         evaluate={"metrics": ["exact_match", "perplexity"], "decoding": {"max_new_tokens": 8}},
         quantize={"bits": 8},
-        serve={"port": 0, "max_new_tokens": 128},
+        serve={"port": 0, "max_new_tokens": 64, "api_keys": [hashed("known to others only")]},
     )
     artifact = Pipeline(config).run()
     page = (tmp_path / "runs/pipeline/report.html").read_text()
@@ -54,6 +62,7 @@ def test_the_circle_closes_and_a_second_run_redoes_nothing(
     assert {path: path.stat().st_mtime_ns for path in manifests} == manifests
 
 
+@pytest.mark.ray
 def test_a_further_round_learns_from_feedback_and_goes_on_only_through_the_gate(
     ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
 ) -> None:

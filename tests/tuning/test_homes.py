@@ -65,7 +65,8 @@ def test_banks_share_the_node_that_they_are_on() -> None:
         ([Node(2)], {}, 16, 8),  # four a core keep it busy
         ([Node(2)], {}, 3, 3),
         ([Node(4, 0, 2), Node(1)], {}, 100, 32),  # banks are on the large nodes
-        ([Node(2)], {"scheduler": "pbt"}, 16, 16),  # a population compares all that it has
+        # a population compares all that it has
+        ([Node(2)], {"scheduler": "pbt", "space": {"learning_rate": [1e-4, 1e-3]}}, 16, 16),
         ([Node(16, 1)], {}, 100, 64),
         ([Node(16, 1)], {"training": {"use_gpu": False}}, 100, 64),
         ([Node(2)], {"max_concurrent_trials": 12}, 16, 12),
@@ -94,7 +95,7 @@ def test_what_keeps_trials_apart_is_named(changes, which, reason) -> None:
 
 @pytest.mark.parametrize("scheduler", ["pbt", "hyperband"])
 def test_a_scheduler_that_pauses_trials_is_refused_where_some_share_no_base(scheduler: str) -> None:
-    config = sweep(space={"use_dora": [False, True]}, scheduler=scheduler)
+    config = sweep(space={"use_dora": [False, True]}, scheduler=scheduler, training={"max_steps": 8})
     with pytest.raises(ConfigError, match=f"scheduler: {scheduler} pauses .* use_dora True .*set scheduler: asha"):
         refuse_pausing(config, apart(config, Packs.of(config.space, config.training)))
     refuse_pausing(config, {})

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raytune_ft.core.errors import DataError, RunError
+from raytune_ft.core.errors import DataError, ModelError, RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training import checkpoint
@@ -143,6 +143,41 @@ def test_a_bank_that_cannot_write_says_so_to_every_caller(host: BankHost, settin
     host.admit("t", settings)
     with pytest.raises(RuntimeError, match="the snapshot cannot be written"):
         host.report("t", 0)
+
+
+def test_a_bank_that_fails_to_write_in_any_other_way_says_so_too(
+    host: BankHost, settings: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object, **how: object) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(checkpoint, "write", fail)
+    host.admit("t", settings)
+    with pytest.raises(RuntimeError, match="the snapshot cannot be written: ValueError: no such thing"):
+        host.report("t", 0)
+
+
+def test_layers_that_no_bank_adapts_are_a_fault_and_layers_that_are_not_there_a_refusal(
+    settings: dict, splits: dict, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def host(settings: dict, *targets: list[str]) -> BankHost:
+        return BankHost(settings, splits, str(tmp_path), targets=targets, device="cpu", threads=1)
+
+    told = host(settings, ["v_proj"], ["q_proj", "lm_head"]).fault()
+    assert told == "lora_target_modules: lm_head is no linear layer inside the decoder; packed trials adapt only those"
+    assert host({**settings, "lora_target_modules": ["lm_head"]}).fault() == told
+    assert host({**settings, "lora_target_modules": ["lm_head"]}, ["v_proj"]).fault() is None
+    with pytest.raises(ModelError, match=r"lora_target_modules: \['nope'\] fit no layer of this model"):
+        host(settings, ["lm_head"], ["nope"]).fault()
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, **dropouts)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    told = host({**settings, "model_path": str(tmp_path / "gpt2")}, ["c_attn"]).fault()
+    assert told is not None and "h.0.attn.c_attn is no linear layer inside the decoder" in told
 
 
 def test_a_base_that_cannot_be_shared_is_a_fault_not_a_crash(settings: dict, tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ def test_settings_that_adapters_may_differ_in_make_no_packs() -> None:
     assert name_of(packs.keys, {"lora_r": 4}) == "all trials"
 
 
+def test_what_trials_adapt_is_known_to_every_pack() -> None:
+    assert Packs.of({"lora_r": [4, 8]}, TRAINING).targets == (["q_proj", "v_proj"],)
+    packs = Packs.of({"lora_target_modules": [["q_proj"], "all-linear"], "max_length": [64, 128]}, TRAINING)
+    assert packs.without(["max_length 64"]).targets == packs.targets == (["q_proj"], "all-linear")
+
+
 def test_every_combination_of_what_a_base_decides_is_a_pack() -> None:
     packs = Packs.of({"max_length": [64, 128], "lora_r": [4, 8], "precision": ["fp32", "bf16"]}, TRAINING)
     assert list(packs.settings) == [

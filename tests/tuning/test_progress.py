@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import pytest
 from ray import tune
 
+from raytune_ft.core.errors import RunError
 from raytune_ft.core.storage import Location
+from raytune_ft.training import checkpoint
+from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import Tracking
-from raytune_ft.tuning.progress import Progress, curves_in, tracker_failures_in
+from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
+from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.tracking import Tracked
 
 from ..training.test_trackers import scalars  # noqa: TID252 - tests are no installed package
@@ -86,6 +91,46 @@ def test_a_step_that_was_reported_again_counts_once(tmp_path) -> None:
     told = [{"global_step": step, "eval_loss": loss} for step, loss in [(4, 3.0), (2, 5.0), (4, 2.0)]]
     (folder / "curves.json").write(json.dumps({"a": told}).encode())
     assert curves_in(folder) == {"a": [told[1], told[2]]}
+
+
+def test_what_was_told_before_anothers_state_was_taken_over_is_not_of_the_model_that_is_left(tmp_path) -> None:
+    def config(rate: float) -> dict:
+        return {"learning_rate": rate, "lora_r": 8, "seed": 0}
+
+    history = [
+        {"step": 1, "loss": 3.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens": 10},
+        {"step": 2, "loss": 2.9, "learning_rate": 0.1, "grad_norm": 1.0, "tokens": 20, "eval_loss": 2.8},
+        {"step": 3, "loss": float("inf"), "learning_rate": 0.2, "grad_norm": 1.0, "tokens": 30},
+    ]
+    earlier = [{"until": 1, "config": config(0.1)}, {"until": 2, "config": {**config(0.1), "seed": 1}}]
+    progress = {"history": history, "earlier": earlier, "config": {**config(0.2), "seed": 1}}
+    where = checkpoint.write(Location.at(tmp_path), Checkpoint(3, {}, {}, progress), keep=1)
+    told = [{"global_step": 1.0, "last_step": 8.0, "eval_loss": 1.5}]  # better, but its model is gone
+    trial = Trial("t", {"learning_rate": 0.3}, "finished", told, snapshot=where.uri)
+    found = of_its_state(trial)
+    assert found.best("eval_loss") == 2.8
+    assert found.curve == [
+        {"global_step": 2, "last_step": 8, "loss": 2.9, "learning_rate": 0.1, "tokens": 30, "eval_loss": 2.8},
+        {"global_step": 3, "last_step": 8, "learning_rate": 0.2, "tokens": 60},
+    ]
+    assert found.settings == {"learning_rate": 0.2}  # the 0.3 was chosen, and never used
+    assert found.schedule == [
+        {"after": 0, "settings": {"learning_rate": 0.1}},
+        {"after": 2, "settings": {"learning_rate": 0.2}},
+    ]
+    assert of_its_state(replace(trial, snapshot=None)) == replace(trial, snapshot=None)
+    with pytest.raises(RunError, match=r"the state of trial learning_rate=0.3 is lost: .*step-00000009"):
+        of_its_state(replace(trial, snapshot=str(tmp_path / "step-00000009")))
+
+
+def test_the_time_of_earlier_drivers_is_kept_with_the_state(tmp_path) -> None:
+    folder = Location.at(tmp_path)
+    first, second = (Progress(folder, "eval_loss", Tracked((), folder, {})) for _ in range(2))
+    first._began -= 100.0
+    second.set_state(first.get_state())
+    second.on_experiment_end([])
+    assert 100.0 <= seconds_before_in(folder) < 110.0
+    assert 100.0 <= second.get_state()["seconds"] < 110.0
 
 
 def test_trackers_hear_of_trials_that_ended_before_this_driver_went_on(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -53,6 +54,32 @@ def test_the_map_shows_rank_and_rate_or_the_numbers_that_explain_most() -> None:
     assert most_telling(searched, {"beta": 0.1, "loss_type": 0.9}) is None
     ranked = SweepResult("eval_loss", (Trial("t", {**settings, "lora_r": 4}, "finished", []),))
     assert most_telling(ranked, shares) == ("lora_r", "learning_rate")
+
+
+def test_a_setting_that_is_a_number_in_some_trials_only_is_no_axis_of_the_map() -> None:
+    losses = {(5, 0.0): 1.0, (None, 0.0): 2.0, (5, 0.1): 3.0, (None, 0.1): 4.0}
+    trials = tuple(
+        Trial(str(place), {"early_stopping_patience": patience, "lora_dropout": dropout}, "finished", curve)
+        for place, ((patience, dropout), loss) in enumerate(losses.items())
+        for curve in [[{"global_step": 2.0, "eval_loss": loss}]]
+    )
+    result = SweepResult("eval_loss", trials)
+    assert most_telling(result, importance(result)) is None
+    assert render(result, 1.0).count("data:image/svg+xml") == 3
+
+
+def test_a_schedule_of_settings_is_told_part_by_part() -> None:
+    parts = [{"after": 0, "settings": {"learning_rate": 0.01}}, {"after": 4, "settings": {"learning_rate": 0.02}}]
+    scheduled = Trial("a", {"learning_rate": 0.02}, "finished", trial(4, 0.1, 1.0).curve, schedule=parts)
+    page = render(SweepResult("eval_loss", (scheduled, replace(scheduled, name="b", schedule=[]))), 1.0)
+    assert page.count("after step 0: learning_rate=0.01; after step 4: learning_rate=0.02") == 1
+
+
+def test_what_repeats_cost_is_told_besides() -> None:
+    searched, again = trial(4, 0.1, 1.0), (trial(4, 0.1, 1.0), trial(4, 0.1, 1.0, steps=2))
+    words = cost_in_words(SweepResult("eval_loss", (searched,), again), 12.0)
+    assert words.startswith("1 trials, 4 steps, 400 tokens in 12 s; ")
+    assert words.endswith("; besides, 2 repeats with fresh seeds, 600 tokens")
 
 
 def test_cost_is_told_against_the_full_grid() -> None:

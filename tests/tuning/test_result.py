@@ -75,3 +75,15 @@ def test_the_winner_of_repeats_is_the_setting_with_the_lowest_mean() -> None:
     assert second.mean == pytest.approx(1.2)
     assert second.high - second.mean == pytest.approx(4.3027 * 0.3 / 3**0.5, abs=1e-4)
     assert SweepResult.from_json(json.loads(json.dumps(result.to_json()))) == result
+
+
+def test_settings_that_were_tried_twice_are_one_and_every_seed_counts_once() -> None:
+    def tried(name: str, rank: int, loss: float, **seed: int) -> Trial:
+        return Trial(name, {"lora_r": rank, **seed}, "finished", [{"global_step": 4.0, "eval_loss": loss}])
+
+    trials = (tried("a", 4, 2.0), tried("b", 4, 2.0), tried("c", 2, 2.1))
+    repeats = tuple(tried(f"r{n}", 4, (2.2, 2.3)[n % 2], seed=1 + n % 2) for n in range(4))
+    result = SweepResult("eval_loss", trials, repeats)
+    assert [trial.name for trial in result.distinct] == ["a", "c"]
+    [again] = result.repeated
+    assert (again.seeds, again.mean) == (3, pytest.approx(6.5 / 3))

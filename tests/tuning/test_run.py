@@ -2,18 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
 import pytest
 
+from raytune_ft.core.draft import begin
+from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.result import SweepResult
-from raytune_ft.tuning.run import HyperparameterSweep
+from raytune_ft.tuning.result import SweepResult, Trial
+from raytune_ft.tuning.run import HyperparameterSweep, _as_it_began, _keep, _second_stage
+from raytune_ft.tuning.space import REPEAT
 
-pytestmark = pytest.mark.ray
+
+def test_settings_that_were_tried_twice_are_repeated_once() -> None:
+    training = {"model_path": "m", "dataset_path": "d", "seed": 5}
+    config = SweepConfig(output_dir="o", training=training, space={"lora_r": [2, 4]}, repeat_top=2)
+    trials = tuple(
+        Trial(name, {"lora_r": rank}, "finished", [{"global_step": 4.0, "eval_loss": loss}])
+        for name, rank, loss in [("a", 4, 1.0), ("b", 4, 1.0), ("c", 2, 2.0)]
+    )
+    stage = _second_stage(config, SweepResult("eval_loss", trials), 3)
+    points = stage.space[REPEAT]["grid_search"]
+    assert points == [{"lora_r": rank, "seed": seed} for rank in (4, 2) for seed in (6, 7)]
+    assert (stage.searched.max_concurrent_trials, stage.stop) == (3, None)
 
 
+def test_steps_and_tokens_are_those_of_repeats_too(tmp_path: Path) -> None:
+    config = SweepConfig(output_dir="o", training={"model_path": "m", "dataset_path": "d"}, space={"lora_r": [2, 4]})
+    draft = begin(tmp_path / "sweep", ArtifactKind.SWEEP, settings={})
+    row = {"global_step": 4.0, "last_step": 4.0, "eval_loss": 1.0, "tokens": 100.0}
+    parts = [{"after": 0, "settings": {"lora_r": 2}}]
+    best = Trial("a", {"lora_r": 2}, "finished", [row], schedule=parts)
+    repeats = (Trial("c", {"lora_r": 2, "seed": 1}, "finished", [row]),)
+    result = SweepResult("eval_loss", (best, Trial("b", {"lora_r": 4}, "finished", [row])), repeats)
+    with draft:
+        _keep(draft, result, config, 7)
+    assert (draft.numbers["steps"], draft.numbers["tokens"], draft.numbers["trials"]) == (12, 300.0, 2)
+    assert draft.numbers["best_schedule"] == parts
+
+
+def test_a_search_that_goes_on_has_as_many_trials_at_a_time_as_it_began_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = {"model_path": "m", "dataset_path": "d"}
+    config = SweepConfig(output_dir="o", training=training, space={"lora_r": [2, 4]}, max_concurrent_trials=1)
+    output = Location.at(tmp_path)
+    (output / "ray/together.json").write(b"6")
+    assert _as_it_began(config, output) == config  # Ray Tune has not begun
+    (output / "ray/tuner.pkl").write(b"")
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        assert _as_it_began(config, output).max_concurrent_trials == 6
+    assert "goes on with 6 trials at a time, as it began; max_concurrent_trials: 1 is for a new search" in caplog.text
+    assert _as_it_began(config.model_copy(update={"max_concurrent_trials": None}), output).max_concurrent_trials == 6
+
+
+@pytest.mark.ray
 def test_asha_stops_the_slow_learners_and_the_best_settings_are_found(
     ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
 ) -> None:

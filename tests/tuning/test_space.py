@@ -45,6 +45,29 @@ def test_a_range_whose_ends_are_turned_round_is_refused() -> None:
         sweep(space={"learning_rate": {"loguniform": [1e-2, 1e-4]}}, searcher="random", num_trials=2)
 
 
+@pytest.mark.parametrize(
+    ("key", "choice", "message"),
+    [
+        ("lora_r", {"quniform": [5, 32, 4]}, "space.lora_r: quniform draws multiples of its step, 4, and .*5 and 32"),
+        ("lora_r", {"quniform": [4, 32, 0]}, "space.lora_r: quniform wants a step above 0"),
+        ("lora_r", {"quniform": [4, 32, 0.5]}, r"space.lora_r: must be a whole number \(got 4.5\); the range has such"),
+        ("lora_r", {"uniform": [4, 32]}, "space.lora_r: must be a whole number .*take quniform with another step"),
+        ("weight_decay", {"loguniform": [0, 0.1]}, "space.weight_decay: loguniform wants a low end above 0"),
+        ("learning_rate", {"uniform": [1e-4, float("inf")]}, r"uniform wants finite numbers \(got 0.0001, inf\)"),
+        ("learning_rate", {"quniform": [1e-4, 1e-2, float("nan")]}, "quniform wants finite numbers"),
+    ],
+)
+def test_a_range_that_nothing_can_be_drawn_from_is_refused(key: str, choice: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep(space={key: choice}, searcher="random", num_trials=2)
+
+
+def test_ranges_of_whole_and_of_broken_numbers_are_taken() -> None:
+    space = {"lora_r": {"quniform": [4, 32, 4]}, "learning_rate": {"quniform": [1e-4, 1e-2, 1e-4]}}
+    space |= {"lora_dropout": {"uniform": [0, 0.5]}, "weight_decay": {"loguniform": [1e-4, 0.1]}}
+    assert len(sweep(space=space, searcher="random", num_trials=2).space) == 4
+
+
 def test_sampling_needs_a_random_search_and_a_number_of_trials() -> None:
     space = {"learning_rate": {"loguniform": [1e-4, 1e-2]}}
     with pytest.raises(ConfigError, match="searcher: random"):
@@ -131,12 +154,47 @@ def test_alpha_follows_the_rank_of_its_trial() -> None:
         sweep(space={"lora_r": {"times_rank": [1, 2]}})
 
 
+ENDLESS = {"model_path": "m", "dataset_path": "d"}
+
+
+def test_the_last_step_is_that_of_the_trials_that_make_most() -> None:
+    assert sweep().last_step == 4
+    assert sweep(training=ENDLESS).last_step is None
+    assert sweep(space={"max_steps": [8, 16]}, grace_steps=8).last_step == 16
+    assert sweep(space={"max_steps": [8, None]}).last_step is None
+    drawn = {"searcher": "random", "num_trials": 2, "space": {"max_steps": {"quniform": [8, 64, 8]}}}
+    assert sweep(**drawn, training=ENDLESS).last_step == 64
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"scheduler": "hyperband", "training": ENDLESS}, "hyperband plans its rounds from the last step"),
+        (
+            {"scheduler": "hyperband", "space": {"max_steps": [8, None]}},
+            "hyperband plans its rounds from the last step",
+        ),
+        (
+            {"scheduler": "hyperband", "max_concurrent_trials": 1},
+            "max_concurrent_trials: hyperband compares the trials that .* wants all 2 of them .got 1.",
+        ),
+        ({"scheduler": "pbt"}, "space.lora_r: under scheduler pbt trials go on from each other's states"),
+        (
+            {"scheduler": "pbt", "space": {"lora_target_modules": [["q_proj"], ["v_proj"]]}},
+            "space.lora_target_modules: under scheduler pbt",
+        ),
+        (
+            {"scheduler": "pbt", "space": {"learning_rate": [1e-4, 1e-3]}, "searcher": "optuna", "num_trials": 2},
+            "searcher: under scheduler pbt",
+        ),
+        (
+            {"scheduler": "pbt", "space": {"learning_rate": [1e-4, 1e-3]}, "repeat_top": 1},
+            "repeat_top: under scheduler pbt settings change on the way",
+        ),
         ({"searcher": "optuna"}, "num_trials: a search with searcher optuna needs a number of trials"),
         ({"scheduler": "pbt", "packed": "never"}, "scheduler: pbt pauses trials, which only packed ones can"),
         ({"grace_steps": 5}, "grace_steps: 5 is beyond the last step .4."),
+        ({"grace_steps": 7, "space": {"max_steps": [2, 6]}}, "grace_steps: 7 is beyond the last step .6."),
         ({"max_tokens": 0}, "max_tokens: must be at least 1"),
         ({"max_hours": 0}, "max_hours"),
     ],

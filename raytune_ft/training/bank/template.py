@@ -30,11 +30,22 @@ class AdapterTemplate:
             ModelError: if no layer has one of the names, or one of them is no linear layer of the decoder.
         """
         adapted = self._adapted(config)
+        other = self._other_layer(adapted)
+        if other is not None:
+            raise ModelError(other)
         return self._targets(adapted), {
             name: parameter.detach().float()
             for name, parameter in adapted.named_parameters()
             if parameter.requires_grad
         }
+
+    def misfit(self, config: FineTuningConfig) -> str | None:
+        """Why no bank can adapt the layers that a trial adapts, though a run of its own can; None if one can.
+
+        Raises:
+            ModelError: if no layer has one of the names.
+        """
+        return self._other_layer(self._adapted(config))
 
     def save(self, config: FineTuningConfig, weights: State, tokenizer: Any, folder: Path) -> None:
         """Writes `weights` as an ordinary PEFT folder with the tokenizer."""
@@ -59,17 +70,24 @@ class AdapterTemplate:
             )
 
     def _targets(self, adapted: Any) -> list[Target]:
+        return [
+            Target(name, self._index[name], module.in_features, module.out_features)
+            for name, module in _adapted_layers(adapted)
+        ]
+
+    def _other_layer(self, adapted: Any) -> str | None:
+        """An adapted layer that is no linear one of the decoder, in words; None if there is none."""
         head = adapted.get_base_model().get_output_embeddings()
-        targets = []
-        for name, module in adapted.get_base_model().named_modules():
-            if not hasattr(module, "lora_A"):
-                continue
+        for name, module in _adapted_layers(adapted):
             if name not in self._index or module is head:
-                raise ModelError(
+                return (
                     f"lora_target_modules: {name} is no linear layer inside the decoder; packed trials adapt only those"
                 )
-            targets.append(Target(name, self._index[name], module.in_features, module.out_features))
-        return targets
+        return None
+
+
+def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
+    return [(name, module) for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
 
 
 def _linear_names(model: Any) -> list[str]:

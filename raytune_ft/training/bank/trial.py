@@ -59,6 +59,8 @@ class Trial:
     reason: str = ""
     patience: Patience = field(init=False)
     history: list[dict[str, float]] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    """What was trained with before, by it or by those whose states it went on from: `config`, and the step `until`."""
     best: State | None = None
     _order: Iterator[list[int]] | None = None
     _upcoming: StepRows | None = None
@@ -154,13 +156,16 @@ class Trial:
         """What a snapshot keeps besides tensors; JSON-ready but for numbers that are not finite."""
         history = [dict(row) for row in self.history]  # the trial steps on while its snapshot is written
         status = {"status": self.status, "reason": self.reason}
-        return {"history": history, "patience": self.patience.remembered(), **status}
+        return {"history": history, "earlier": self.earlier, "patience": self.patience.remembered(), **status}
 
     def recall(self, snapshot: Checkpoint) -> None:
-        """Stands where a snapshot says; with settings of more steps, a finished trial goes on."""
+        """Stands where a snapshot says, its own or a donor's; with settings of more steps, a finished trial goes on."""
         kept = snapshot.progress
         self.step = snapshot.step
         self.history = [dict(row) for row in kept["history"]]
+        self.earlier = list(kept.get("earlier", []))
+        if kept["config"] != self.config.resolved():
+            self.earlier.append({"until": snapshot.step, "config": kept["config"]})
         self.patience = Patience(self.config.early_stopping_patience, self.config.goal, **kept["patience"])
         self.best = {
             key.removeprefix("best."): tensor for key, tensor in snapshot.moments.items() if key.startswith("best.")

@@ -118,6 +118,28 @@ def test_a_copy_of_a_donor_starts_from_its_state_with_settings_of_its_own(make_b
         bank.admit("wider", trial(lora_r=16), taken)
 
 
+def test_a_trial_that_went_on_from_others_knows_what_they_trained_with(
+    make_bank: MakeBank, trial: Settings, validation_rows, tmp_path: Path
+) -> None:
+    """The best of its own past is forgotten with its weights: the donor's best takes its place."""
+    often = {"eval_strategy": "steps", "eval_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    bank = make_bank(validation_rows)
+    bank.admit("good", trial(**often, learning_rate=1e-2))
+    bank.admit("poor", trial(**often, learning_rate=1e-8))
+    for _ in range(2):
+        bank.step()
+    best_of_poor = bank.trial("poor").patience.best
+    taken = checkpoint.read(checkpoint.write(Location.at(tmp_path), bank.snapshot("poor"), keep=1))
+    bank.evict("good")
+    bank.admit("good", trial(**often, learning_rate=1e-3), taken)
+    assert bank.trial("good").patience.best == best_of_poor
+    bank.step()
+    where = checkpoint.write(Location.at(tmp_path / "again"), bank.snapshot("good"), keep=1)
+    bank.admit("third", trial(**often, learning_rate=1e-3), checkpoint.read(where))  # the same settings: no new part
+    [before] = bank.trial("third").earlier
+    assert (before["until"], before["config"]["learning_rate"]) == (2, 1e-8)
+
+
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_target_modules": ["q_proj", "down_proj"]}])
 def test_a_saved_slot_is_an_ordinary_peft_adapter(
     changes: dict, make_bank: MakeBank, trial: Settings, tiny_model: Path, rows, tmp_path: Path
