@@ -32,12 +32,13 @@ _TAG = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it: ``no`` and dates are text, ``1e-3`` is a number, and no key stands twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node.
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """The node of a mapping, as it is written: what it merges is not in it yet.
 
         Raises:
             ConstructorError: if a key stands twice in it.
         """
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != _TAG + "merge":
@@ -46,7 +47,7 @@ class _Loader(yaml.SafeLoader):
                         None, None, f"the key {key.value!r} stands twice", key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -126,11 +127,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a settings file ({error})") from None
     try:
         settings = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-        json.dumps(settings, default=str)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    try:
+        json.dumps(settings, default=str)
     except (ValueError, RecursionError):
         raise ConfigError(f"{path}: an anchor (&) stands in its own value, or mappings are nested too deep") from None
     if settings is None:

@@ -92,7 +92,8 @@ class Draft:
 
     def _is_ours(self) -> bool:
         """Whether no other run has claimed the folder since."""
-        return read_claim(self.location) == self.claim
+        found = read_claim(self.location)
+        return found is not None and found.attempt == self.claim.attempt
 
     def _finish(self) -> None:
         if not self._is_ours():
@@ -164,12 +165,23 @@ def begin(
         _refuse_other(location, claim, done.manifest, "holds a finished")
         return Draft(location, claim, finished=done)
     lock = _locked(location)
+    try:
+        _claim(location, claim, keep)
+    except BaseException:
+        if lock is not None:
+            lock.release()  # whoever keeps the error's traceback would keep the lock, too
+        raise
+    return Draft(location, claim, lock=lock)
+
+
+def _claim(location: Location, claim: Claim, keep: Sequence[str]) -> None:
+    """Takes a folder without a manifest over; what is left of earlier attempts goes, but for what is kept."""
     present = list(location.files())
     if CLAIM in present:
         earlier = read_claim(location)  # None: torn by the kill that ended the attempt before any work was done
         # Work that the run could go on from is not given up for other settings; without any, nothing is lost.
         resumable = any(name.partition("/")[0] in keep for name in present)
-        if earlier is not None and (earlier.kind != kind or resumable):
+        if earlier is not None and (earlier.kind != claim.kind or resumable):
             _refuse_other(location, claim, earlier, "holds an unfinished")
         for name in present:
             if name != CLAIM and name.partition("/")[0] not in {FAILURES, *keep}:
@@ -180,7 +192,6 @@ def begin(
             "choose an empty or a new folder. Nothing was overwritten."
         )
     (location / CLAIM).write(claim.model_dump_json(indent=2).encode())
-    return Draft(location, claim, lock=lock)
 
 
 class FolderLock:
@@ -193,6 +204,7 @@ class FolderLock:
             BlockingIOError: if another process, or another lock of this one, holds it.
             OSError: if the folder cannot be opened, or its file system knows no locks.
         """
+        self._handle = -1
         self._handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,10 +248,11 @@ def _refuse_other(location: Location, wanted: Claim, found: Claim, what: str) ->
     else:
         changed = differences(found.identity, json.loads(json.dumps(wanted.identity)))
         older = {(parent.role, parent.digest) for parent in found.parents}
+        known = {parent.role for parent in found.parents}  # earlier versions noted fewer roles
         changed += [
             f"{parent.role}: another content at {parent.where}"
             for parent in wanted.parents
-            if (parent.role, parent.digest) not in older
+            if parent.role in known and (parent.role, parent.digest) not in older
         ]
         if not changed:
             return

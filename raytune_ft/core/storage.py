@@ -68,6 +68,10 @@ class Location:
         return Location(posixpath.join(base, quote(name, safe=_IN_URI) if self._is_quoted else name) + query)
 
     def __str__(self) -> str:
+        return self._shown
+
+    @cached_property
+    def _shown(self) -> str:
         base, _ = self._parts
         plain = unquote(base) if self._is_quoted else base
         return str(masked(plain if Location.at(plain).uri == base else base))  # a string that leads here again
@@ -188,7 +192,11 @@ class Location:
             ArtifactError: if there is no file, or it cannot be read.
             UnicodeDecodeError: if a line is no UTF-8 and `errors` is strict.
         """
-        stream = self._reach(lambda: self.filesystem.open_input_stream(self.path, compression=None))
+
+        def opened() -> Any:  # buffered: else each 8 KiB would be a request
+            return self.filesystem.open_input_stream(self.path, compression=None, buffer_size=_CHUNK)
+
+        stream = self._reach(opened)
         with stream, io.TextIOWrapper(stream, encoding="utf-8", errors=errors, newline="\n") as text:
             while line := self._reach(text.readline):
                 yield line

@@ -18,7 +18,7 @@ SPLITS = ("train", "validation", "test")
 COLUMNS = (
     "messages", "conversations", "instruction", "input", "output", "history", "prompt", "completion", "question",
     "answer", "text", "system", "tools", "reference", "label", "chosen", "rejected", "response", "rating", "correction",
-    "preferred", "reasoning", "reasoning_content", "rationale", "thinking", "metadata", "supervised_spans",
+    "preferred", "choices", "reasoning", "reasoning_content", "rationale", "thinking", "metadata", "supervised_spans",
 )  # fmt: skip
 """Columns that have a meaning of their own."""
 STRATA = ("length", "source", "length_and_source")
@@ -128,8 +128,8 @@ class DataCollectionConfig(Config):
     input_format: RecordFormat | None = None
     """Format of the rows; by default each row's is told from its columns, and refused where two fit."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Renames columns before the format is told: standard name -> name in the source (``{prompt: ask}``). A standard
-    name is one that a format uses, or the field of `group_by` or `stratify_by`."""
+    """Renames columns before the format is told: standard name -> name in the source (``{prompt: ask}``); a name that
+    no format uses is one of the metadata."""
     on_bad_row: Literal["raise", "reject"] = "raise"
     """A row that is no record (malformed JSON, unknown columns) stops the run, or goes to ``rejected/``."""
     unanswered: Literal["reject", "keep"] = "reject"
@@ -251,10 +251,9 @@ class DataCollectionConfig(Config):
     def _columns_are_known(self) -> DataCollectionConfig:
         known = [*COLUMNS, *(field for field in (self.group_by, self.stratify_by) if field and field not in STRATA)]
         for name, source in self.columns.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                meant = f"; did you mean {near[0]}?" if near else f" (known: {', '.join(known)})"
-                raise ValueError(f"columns.{name}: is no standard name{meant}")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            if name not in known and near:  # else it is the name of a field of the metadata
+                raise ValueError(f"columns.{name}: is no standard name; did you mean {near[0]}?")
             if list(self.columns.values()).count(source) > 1:
                 raise ValueError(f"columns.{name}: {source!r} is given twice; a column has one standard name")
         return self

@@ -219,7 +219,7 @@ def _prepare(
         split = mapped(split, flag_rows, why=assessment.why)
     if config.source_weights:
         weights = file_weights(files, config.source_weights)
-        split = mapped(split, weigh_training_rows, weights=weights, seed=config.seed)
+        split = mapped(split, weigh_training_rows, weights=weights, seed=config.seed).materialize()
     if config.augmentation.ratio:
         split = _augmented(split, settled.num_blocks(), config, draft, model=model, policy=policy)
     if config.source_weights or config.augmentation.ratio:

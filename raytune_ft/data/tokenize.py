@@ -33,12 +33,14 @@ TEMPLATE_FILE = "chat_template.jinja"
 _SLICE = 1024
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""Files that decide the tokens."""
+_VOCABULARIES = (
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.model",
     "sentencepiece.bpe.model", "spm.model", "spm_char.model", "source.spm", "target.spm", "target_vocab.json",
     "vocab-src.json", "vocab-tgt.json", "bpe.codes", "dict.txt", "tekken.json",
 )  # fmt: skip
-"""Files that decide the tokens; those behind the first line are the vocabularies of tokenizers without a
-``tokenizer.json``, as transformers names them."""
+"""Files that decide the tokens, too, where there is no ``tokenizer.json``, as transformers names them."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def chat_for(model: str, template: str | None = None) -> Chat:
 def tokenizer_parent(model: str) -> Parent:
     """A manifest's entry for the tokenizer of `model`, whose digest changes with its files, not with the weights."""
     folder = Path(resolve_model(model).tokenizer_source)
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    names = _TOKENIZER_FILES if (folder / "tokenizer.json").exists() else (*_TOKENIZER_FILES, *_VOCABULARIES)
+    files = [folder / name for name in names if (folder / name).exists()]
     content = [[path.name, source_digest(path)] for path in files] or [[model, ""]]
     return Parent(role="tokenizer", where=model, digest=short_hash(json.dumps(content)))
 

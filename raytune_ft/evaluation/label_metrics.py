@@ -41,13 +41,11 @@ class LabelF1(RowMetric):
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Per label: rows that have it, answers that say it, and both."""
         labels = {label: number for number, label in enumerate(sorted({text.strip() for text in rows["references"]}))}
-        given, wanted = (
-            np.fromiter((labels.get(text.strip(), -1) for text in rows[side]), int)
-            for side in ("predictions", "references")
-        )
+        both = zip(rows["predictions"], rows["references"], strict=True)
+        pairs = counted(["given", "wanted"], ([labels.get(text.strip(), -1) for text in row] for row in both))
         table: dict[str, NDArray[np.bool_]] = {}
         for label, number in labels.items():
-            says, has = given == number, wanted == number
+            says, has = pairs["given"] == number, pairs["wanted"] == number
             table |= {f"given.{label}": says, f"wanted.{label}": has, f"right.{label}": says & has}
         return {name: column.astype(float) for name, column in table.items()}
 

@@ -337,7 +337,7 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
     with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(plain(asdict(answer)), ensure_ascii=False) + "\n" for answer in answers)
+        file.writelines(json.dumps(plain(vars(answer)), ensure_ascii=False) + "\n" for answer in answers)
     partial.replace(path)
 
 
@@ -355,4 +355,4 @@ def read_answers(file: Location) -> Sequence[Answer]:
 
 def on_disk(answers: Iterable[Answer]) -> Sequence[Answer]:
     """The answers, which may be many, as a sequence on this machine's disk."""
-    return Spool(answers, asdict, lambda row: Answer(**{**row, "turns": tuple(row["turns"])}))
+    return Spool(answers, vars, lambda row: Answer(**{**row, "turns": tuple(row["turns"])}))

@@ -140,9 +140,9 @@ def prompt_turns(record: Record) -> tuple[dict[str, str], ...]:
 
 
 def files_digest(files: Sequence[Location]) -> str:
-    """What identifies the content of input files: of one its `source_digest`, of several a hash over all of theirs."""
-    digests = [source_digest(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("-".join(digests).encode()).hexdigest()[:16]
+    """What identifies the content of input files: their `source_digest`s, or, of more than 64, a hash over these."""
+    digests = "-".join(source_digest(file) for file in files)
+    return digests if len(files) <= 64 else hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 def split_files(folder: Location, names: Sequence[str], split: str) -> list[Location]:

@@ -79,9 +79,15 @@ def segment_attention(
     return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=window), None
 
 
+_WINDOW_IN_MASK = ("phimoe", "qwen2_moe", "doge")
+
+
 def _window_of(module: Any) -> int | None:
-    """That of a layer which leaves it to the mask, of which segments have none (PhiMoE, Qwen2-MoE)."""
+    """That of a layer which leaves it to the mask, of which segments have none. Other models have no window then,
+    whatever is left of one in their settings."""
     config = getattr(module, "config", None)
+    if getattr(config, "model_type", None) not in _WINDOW_IN_MASK:
+        return None
     kinds = getattr(config, "layer_types", None)
     if kinds and kinds[module.layer_idx] != "sliding_attention":
         return None

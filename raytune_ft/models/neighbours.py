@@ -8,6 +8,7 @@ whole batch by its longest row (longrope: Ding et al., 2024, arXiv:2402.13753), 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("raytune_ft")
 
-_RECURRENT_WORDS = ("mamba", "rwkv", "linearattention", "deltanet", "recurrent", "retention", "ssm")
+_RECURRENT = re.compile(r"(?i:mamba|rwkv|linearattention|deltanet|recurrent|retention)|SSM|Ssm(?![a-z])")
+"""In names of classes; GptOssMLP is none."""
+_BESIDE = ("audio", "vision")
+"""In names of towers beside the decoder, which see no rows of text."""
 _RECURRENT_LAYERS = ("linear_attention", "mamba", "recurrent", "conv", "ssm")
 
 
@@ -30,9 +34,11 @@ def carried_state(model: Any) -> str | None:
     found = sorted(kind for kind in kinds if any(word in str(kind) for word in _RECURRENT_LAYERS))
     if found:
         return f"has {', '.join(found)} layers, which carry state from one row into the next"
-    for module in model.modules():
+    for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in kind.lower() for word in _RECURRENT_WORDS):
+        if any(word in name for word in _BESIDE):
+            continue
+        if isinstance(module, nn.Conv1d | nn.RNNBase) or _RECURRENT.search(kind):
             return (
                 f"has a {kind} layer (state-space, linear attention or convolution), which carries state between rows"
             )

@@ -21,6 +21,10 @@ _PROBED = 16
 """Tokens of each of two rows by which a layer shows whether it sees rows apart; several, for experts' sake."""
 
 
+class NoSlotError(ModelError):
+    """As many LoRA adapters are loaded as there may be, those that running requests still use among them."""
+
+
 @dataclass(frozen=True)
 class Found:
     """An adapter that fits the served model, before it is loaded: where it lies, and its tokenizer and template."""
@@ -159,7 +163,7 @@ class AdapterSet:
         if resolved.tokenizer_source == resolved.base:
             return served
         own = Chat(load_tokenizer(resolved.given))
-        if own.fingerprint == served.fingerprint:
+        if own.fingerprint == served.fingerprint or not own.brings_template:
             return served
         rows = self._loaded.model.get_input_embeddings().weight.shape[0]
         known = served.tokenizer.get_vocab()
@@ -181,7 +185,7 @@ class AdapterSet:
         if adapter_kind(resolved.adapter) in PROMPT_METHODS:
             return Adapter(0, _prefix(self._loaded.model, resolved.adapter), found.chat)
         if not self._free:
-            raise ModelError(
+            raise NoSlotError(
                 f"{resolved.given}: {self._most} LoRA adapters are loaded, which is the limit; drop one, or raise "
                 "max_adapters"
             )

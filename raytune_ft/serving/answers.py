@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from raytune_ft.models.sampling import TokenLogprob
@@ -79,6 +80,7 @@ class Answer:
     """Whether the generated text is left out (``max_tokens: 0``)."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
+    _texts: dict[tuple[int, ...], str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def sent_id(self) -> str:
@@ -216,12 +218,24 @@ class Answer:
 
     def _text(self, token: int, before: Sequence[int] = ()) -> str:
         """A token's text behind others: alone, some tokenizers leave its leading space out."""
-        alone = str(self.tokenizer.decode([token]))
-        if not before or "\ufffd" in alone:
+        alone = self._decoded((token,))
+        if not before or "\ufffd" in alone or self._by_bytes:
             return alone
-        context = list(before[-_CONTEXT:])
-        head, whole = str(self.tokenizer.decode(context)), str(self.tokenizer.decode([*context, token]))
+        context = tuple(before[-_CONTEXT:])
+        head, whole = self._decoded(context), str(self.tokenizer.decode([*context, token]))
         return whole[len(head) :] if whole.startswith(head) else alone
+
+    def _decoded(self, tokens: tuple[int, ...]) -> str:
+        """Their text; an answer's likeliest tokens are few different ones, and each has one context."""
+        if tokens not in self._texts:
+            self._texts[tokens] = str(self.tokenizer.decode(list(tokens)))
+        return self._texts[tokens]
+
+    @cached_property
+    def _by_bytes(self) -> bool:
+        """Whether the tokens are pieces of UTF-8, each the same wherever it stands."""
+        decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
+        return type(decoder).__name__ == "ByteLevel"
 
     def _width(self, token: int, before: Sequence[int], **options: bool) -> int:
         """By how many characters a token makes a text longer; the last part of one makes it no longer."""

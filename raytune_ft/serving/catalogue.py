@@ -10,6 +10,7 @@ from typing import Any
 from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import resolve_model
+from raytune_ft.serving.adapters import NoSlotError
 from raytune_ft.serving.answers import model_card
 from raytune_ft.serving.board import Bulletin, Posted, Posting
 from raytune_ft.serving.config import ADAPTER_NAME, ServingConfig
@@ -86,6 +87,8 @@ class Catalogue:
                 if name not in self._loaded and self._failed.get(name) != said:
                     try:
                         await self._load(name, said)
+                    except NoSlotError:
+                        logger.info("adapter %r waits until an adapter that is dropped is given back", name)
                     except RaytuneError as error:
                         self._failed[name] = said
                         logger.warning("adapter %r, which another replica has, cannot be loaded: %s", name, error)

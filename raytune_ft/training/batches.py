@@ -5,8 +5,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import os
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -142,8 +147,20 @@ class PromptRows(TokenRows):
         return (range(start, min(start + _AT_ONCE, len(self))) for start in range(0, len(self), _AT_ONCE))
 
 
+_IDLE_S = 3 * 24 * 3600
+
+
+def _delete_idle(folder: Path) -> None:
+    for copy in folder.iterdir():
+        with suppress(OSError):  # another process may delete it, too
+            if time.time() - copy.stat().st_mtime > _IDLE_S:
+                shutil.rmtree(copy)
+
+
 def local_copy(file: str) -> str:
     """The path of a file on this machine: its own, or that of a copy in the machine's cache, which is made once.
+
+    Copies that nothing has opened for three days go when another is made.
 
     Raises:
         ArtifactError: if the file cannot be read.
@@ -160,7 +177,9 @@ def local_copy(file: str) -> str:
         copy.parent.mkdir(parents=True, exist_ok=True)
         with (copy.parent / ".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one of this machine's workers fetches it, and the others wait
+            os.utime(copy.parent)
             if not copy.exists():
+                _delete_idle(copy.parent.parent)
                 where.parent.download(copy.parent, [where.name])
     except storage_errors() as error:
         raise ArtifactError(f"{where}: {storage_reason(error)}") from None

@@ -59,8 +59,11 @@ def refuse_misfits(splits: Mapping[str, TokenRows], config: ReinforcementConfig,
     if config.reward_metric is None:
         return
     from raytune_ft.evaluation.metrics import METRICS
+    from raytune_ft.evaluation.row_metric import RowMetric
 
     metric = METRICS[config.reward_metric]()
+    if type(metric).misfit is RowMetric.misfit and type(metric).check is RowMetric.check:
+        return  # whatever a reference is
     for split, rows in splits.items():
         if not isinstance(rows, PromptRows):
             continue

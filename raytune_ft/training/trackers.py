@@ -99,7 +99,9 @@ class Trackers:
         refuse_missing(names)
         key = _key(run)
         if kept is not None:
-            key = kept.read().decode() if kept.exists() else secrets.token_hex(8)
+            begun = kept.exists()
+            # Checkpoints without the file are of a version that called the run by its name.
+            key = kept.read().decode() if begun else key if kept.parent.folders() else secrets.token_hex(8)
         makers: dict[Tracking, Callable[[], Tracker]] = {
             Tracking.TENSORBOARD: lambda: TensorBoard(folder),
             Tracking.MLFLOW: lambda: MLflow(run, settings, key),

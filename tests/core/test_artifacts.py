@@ -1,7 +1,9 @@
 """Artifacts: finished exactly when the manifest is there, verified when opened, resumed and never overwritten."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -330,3 +332,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"file/out: this folder cannot be made \(Not a directory\)"):
         begin(tmp_path / "file" / "out", ArtifactKind.DATASET, settings={})
+
+
+def test_settings_that_json_changes_are_the_run_s_own_all_the_same(storage):
+    assert finished(storage, {"max_grad_norm": math.inf, "where": Path("/x"), "betas": (0.9, 0.99)}).numbers
+
+
+def test_a_refused_run_holds_no_lock(tmp_path):
+    for settings in ({"seed": 1}, {"seed": 2}):
+        draft = begin(tmp_path / "a", ArtifactKind.DATASET, settings=settings, keep=("kept",))
+        (draft.folder / "kept").mkdir(exist_ok=True)
+        (draft.folder / "kept" / "rows").write_text("1")
+        del draft
+        with pytest.raises(ArtifactError, match="made with other settings") as caught:
+            begin(tmp_path / "a", ArtifactKind.DATASET, settings={"seed": 3}, keep=("kept",))
+        assert caught.value.__traceback__ is not None  # which holds every frame, and so the refused run
+        begin(tmp_path / "a", ArtifactKind.DATASET, settings=settings, keep=("kept",))
+        shutil.rmtree(tmp_path / "a")

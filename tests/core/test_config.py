@@ -152,6 +152,10 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
         read_settings(written(tmp_path, "lora_r: 8\nmodel_path: x\nlora_r: 16\n"))
     merged = "base: &b {lora_r: 8, method: lora}\nmine: {<<: *b, lora_r: 4}\n"
     assert read_settings(written(tmp_path, merged))["mine"] == {"lora_r": 4, "method": "lora"}
+    nested = "a: &a {x: 1}\nouter: {b: &b {<<: *a, y: 2, x: 3}}\nc: {<<: *b, y: 4}\n"
+    assert read_settings(written(tmp_path, nested))["c"]["y"] == 4
+    with pytest.raises(ConfigError, match=r"train.yaml: not valid YAML: invalid literal for int"):
+        read_settings(written(tmp_path, "lora_r: !!int many\n"))
 
 
 def test_an_anchor_in_its_own_value_is_refused(tmp_path):

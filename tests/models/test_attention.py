@@ -79,9 +79,24 @@ def test_a_window_that_a_layer_leaves_to_the_mask_is_that_of_its_settings(
     kinds: list[str] | None, window: int | None
 ) -> None:
     layer = torch.nn.Identity()
-    layer.config, layer.layer_idx = SimpleNamespace(sliding_window=2, layer_types=kinds), 0
+    layer.config, layer.layer_idx = SimpleNamespace(model_type="phimoe", sliding_window=2, layer_types=kinds), 0
     q = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(0))
     starts = torch.tensor([0, 6], dtype=torch.int32)
     left_out, _ = segment_attention(layer, q, q, q, None, cu_seq_lens_q=starts)
     said, _ = segment_attention(layer, q, q, q, None, cu_seq_lens_q=starts, sliding_window=window)
     assert torch.equal(left_out, said)
+
+
+def test_a_window_that_is_left_in_the_settings_of_a_model_without_one_counts_for_nothing() -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2, sliding_window=4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(1, 20)[None]
+    plain = model(ids).logits
+    with attention(model, SEGMENTS):
+        starts = torch.tensor([0, 19], dtype=torch.int32)
+        segments = model(ids, cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=19, max_length_k=19).logits
+    assert torch.allclose(plain, segments, atol=1e-5)

@@ -188,3 +188,10 @@ def test_a_model_with_longrope_is_left_as_it_was(tiny_model: Path, tmp_path: Pat
     loaded = made(longrope, tiny_model, tmp_path)
     sequence_scores(loaded, encoded(some_rows(5, 40)))
     assert "forward" not in vars(loaded.model.model.rotary_emb)
+
+
+def test_a_name_that_holds_ssm_is_no_state() -> None:
+    from transformers import SeedOssConfig
+
+    plain = AutoModelForCausalLM.from_config(SeedOssConfig(vocab_size=64, head_dim=16, **HEADS, **SPECIAL, **LAYERS))
+    assert why_alone(plain) is None
