@@ -54,7 +54,7 @@ class CalibrationConfig(Config):
     def _refuse_idle(self, names: Iterable[str], why: str) -> None:
         """Refuses settings that would change nothing, where they say something else than they do by themselves."""
         for name in names:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.differs(name):
                 raise ValueError(f"{name}: {why}")
 
 

@@ -86,6 +86,11 @@ class Config(BaseModel):
         """The resolved settings that decide what the run makes."""
         return {key: value for key, value in self.resolved().items() if key not in self.not_identity}
 
+    def differs(self, name: str) -> bool:
+        """Whether a setting is another than its default; what was given does not tell, since copies are given all."""
+        default = type(self).model_fields[name].get_default(call_default_factory=True)
+        return bool(getattr(self, name) != default)
+
     def with_overrides(self: C, **changes: Any) -> C:
         """A copy with `changes`, validated again.
 

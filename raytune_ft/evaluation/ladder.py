@@ -23,7 +23,15 @@ from raytune_ft.evaluation.inference import on_worker
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.pace import measure_apart
 from raytune_ft.evaluation.report import image, page_template, write_plots
-from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric, numbers, plain, read_result
+from raytune_ft.evaluation.results import (
+    EvaluationResult,
+    ModelScores,
+    intervals,
+    leading_metric,
+    numbers,
+    plain,
+    read_result,
+)
 from raytune_ft.evaluation.rows import check_rows, read_rows
 from raytune_ft.evaluation.run import compare
 from raytune_ft.models.loading import shared_model
@@ -154,8 +162,7 @@ def _rung(
 
 def _kept_rung(entry: Mapping[str, Any]) -> Rung:
     """A rung of ``ladder.json``."""
-    intervals = {name: (math.nan, math.nan) if None in ends else ends for name, ends in entry["intervals"].items()}
-    return Rung(**{**entry, "values": numbers(entry["values"]), "intervals": intervals})
+    return Rung(**{**entry, "values": numbers(entry["values"]), "intervals": intervals(entry["intervals"])})
 
 
 def share_of_same(original: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> float:

@@ -49,12 +49,17 @@ def compared(
     All of these comparisons are one family of tests.
     """
     keys, found = [], []
-    for other, model in itertools.combinations(models, 2):
+    columns = columns_by_label(models, metrics)
+    for (other, their), (model, own) in itertools.combinations(columns.items(), 2):
         for name, metric in metrics.items():
-            own, their = columns_of(model, metric), columns_of(other, metric)
-            keys.append((name, model.label, other.label))
-            found.append(gained(name, metric, own, their, seed=seed, confidence=confidence))
+            keys.append((name, model, other))
+            found.append(gained(name, metric, own[name], their[name], seed=seed, confidence=confidence))
     return in_words(keys, found)
+
+
+def columns_by_label(models: Sequence[ModelScores], metrics: Metrics) -> dict[str, dict[EvaluationMetric, Columns]]:
+    """The counts of each model by each metric: answers are read from disk for each of these."""
+    return {model.label: {name: columns_of(model, metric) for name, metric in metrics.items()} for model in models}
 
 
 def gained(

@@ -276,7 +276,7 @@ def read_result(report: Artifact | str | os.PathLike[str] | Location) -> Evaluat
             path=entry["path"],
             digest=entry["digest"],
             values=numbers(entry["values"]),
-            intervals=_intervals(entry["intervals"]),
+            intervals=intervals(entry["intervals"]),
             answers=read_answers(artifact / entry["file"]),
         )
         for entry in content["models"]
@@ -319,14 +319,15 @@ def _comparisons(entries: Sequence[dict[str, Any]]) -> tuple[Comparison, ...]:
     return tuple(found)
 
 
-def _intervals(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def intervals(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """As `numbers`, of intervals."""
     return {name: tuple(math.nan if end is None else end for end in ends) for name, ends in found.items()}  # type: ignore[misc]
 
 
 def _slice(entry: dict[str, Any]) -> Slice:
     read = {
         "values": {label: numbers(found) for label, found in entry["values"].items()},
-        "intervals": {label: _intervals(found) for label, found in entry["intervals"].items()},
+        "intervals": {label: intervals(found) for label, found in entry["intervals"].items()},
         "comparisons": _comparisons(entry["comparisons"]),
     }
     return Slice(**{**entry, **read})

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.measurement import Metrics, columns_of, gained, in_words
+from raytune_ft.evaluation.measurement import Metrics, columns_by_label, gained, in_words
 from raytune_ft.evaluation.results import Answer, Comparison, ModelScores, Slice
 from raytune_ft.evaluation.row_metric import Columns
 from raytune_ft.evaluation.statistics import interval
@@ -66,7 +66,7 @@ def sliced(
     Raises:
         DataError: if a field that was asked for cannot be sliced by.
     """
-    columns = {model.label: {name: columns_of(model, metric) for name, metric in metrics.items()} for model in models}
+    columns = columns_by_label(models, metrics)
     parts = groups(models[0].answers, fields)
     found = [Slice(group.by, group.name, len(group.places), *_values(columns, metrics, group, seed)) for group in parts]
     by_slice: list[list[Comparison]] = [[] for _ in parts]

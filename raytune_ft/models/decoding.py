@@ -62,6 +62,8 @@ class Row:
     stream: TextStream
     slot: int = 0
     prefix: Prefix | None = None
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end it."""
     top_logprobs: int | None = None
     echo: bool = False
     token_ids: list[int] = field(default_factory=list)
@@ -78,9 +80,9 @@ class Row:
         """Tokens that its keys and values hold, virtual ones included."""
         return (self.prefix.count if self.prefix else 0) + len(self.prompt_ids) + max(len(self.token_ids) - 1, 0)
 
-    def push(self, token: int, stop_ids: frozenset[int]) -> None:
+    def push(self, token: int) -> None:
         """Takes the next token, and says whether the answer ends with it."""
-        if token in stop_ids:
+        if token in self.stop_ids:
             self.stop_token = token
             return self._end("stop")
         self.token_ids.append(token)
@@ -152,8 +154,8 @@ class Decoder:
     def new_row(self, loaded: LoadedModel, prompt_ids: Sequence[int], decoding: DecodingConfig, **asked: Any) -> Row:
         """A row that has not joined; `asked` are further fields of `Row`, and `whole` as `TextStream` takes it."""
         stream = TextStream(loaded.tokenizer, decoding.stop, whole=asked.pop("whole", False))
-        asked.setdefault("prefix", self._own)
-        return Row(prompt_ids, decoding, Sampler(decoding, self._device), stream, **asked)
+        own = {"sampler": Sampler(decoding, self._device), "prefix": self._own, "stop_ids": self._stop_ids}
+        return Row(prompt_ids, decoding, stream=stream, **{**own, **asked})
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Row]) -> None:
@@ -340,7 +342,7 @@ class Decoder:
         likeliest = logits.argmax(dim=-1).tolist()
         for place, row in enumerate(rows):
             token = likeliest[place] if row.sampler.greedy else row.sampler.draw(logits[place])
-            row.push(token, self._stop_ids)
+            row.push(token)
             if row.top_logprobs is not None:
                 chosen = torch.tensor([token], device=logits.device)
                 row.logprobs += logprobs_of(logits[place : place + 1], chosen, row.top_logprobs)

@@ -24,7 +24,7 @@ from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel
 from raytune_ft.models.memory import TokenBudget, is_out_of_memory, release_memory
-from raytune_ft.models.neighbours import why_alone
+from raytune_ft.models.neighbours import generate_alone, why_alone
 from raytune_ft.models.scoring import context_tokens
 
 logger = logging.getLogger("raytune_ft")
@@ -221,26 +221,14 @@ class _Alone:
 
     def answer(self, prompt: Sequence[int], decoding: DecodingConfig, slot: int) -> Completion:
         """The answer to a prompt, drawn by the settings' seed, with the adapter in a slot."""
-        from transformers import GenerationConfig
-
-        tokenizer, stops = self.loaded.tokenizer, list(self.stop_ids)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
-        sampling: dict[str, Any] = {"do_sample": False}
+        options: dict[str, Any] = {}
         if decoding.temperature > 0:
-            sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
-        settings = GenerationConfig(
-            max_new_tokens=decoding.max_new_tokens,
-            eos_token_id=stops or [-1],  # None would be those of its own settings
-            pad_token_id=pad,
-            use_cache=True,
-            **sampling,
-        )
-        extra = {"stop_strings": list(decoding.stop), "tokenizer": tokenizer} if decoding.stop else {}
-        ids = torch.tensor([list(prompt)], device=self.loaded.device)
-        mask = torch.ones_like(ids)
+            options = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        if decoding.stop:
+            options |= {"stop_strings": list(decoding.stop), "tokenizer": self.loaded.tokenizer}
         torch.manual_seed(decoding.seed)
         with self.adapters.rows([slot]) if self.adapters else nullcontext():
-            out = self.loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **extra)
+            out = generate_alone(self.loaded, prompt, self.stop_ids, decoding.max_new_tokens, **options)
         return self._completion(out[0, len(prompt) :].tolist(), decoding)
 
     def _completion(self, tokens: list[int], decoding: DecodingConfig) -> Completion:

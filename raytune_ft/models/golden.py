@@ -102,21 +102,12 @@ def _answered(loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tok
 
 def _answered_alone(loaded: LoadedModel, prompt: list[int], max_new_tokens: int) -> GoldenAnswer:
     """By transformers' own loop, for models that keep more than keys and values."""
-    import torch
+    from raytune_ft.models.neighbours import generate_alone
 
-    ids = torch.tensor([prompt], device=loaded.device)
-    found = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=list(loaded.chat.stop_ids) or [-1],  # None would be those of its own settings
-        pad_token_id=loaded.tokenizer.pad_token_id,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    stops = loaded.chat.stop_ids
+    found = generate_alone(loaded, prompt, stops, max_new_tokens, output_logits=True, return_dict_in_generate=True)
     said = found.sequences[0, len(prompt) :].tolist()
-    kept = said[:-1] if said[-1] in loaded.chat.stop_ids else said
+    kept = said[:-1] if said[-1] in stops else said
     return GoldenAnswer(
         prompt_ids=prompt,
         answer=str(loaded.tokenizer.decode(kept, skip_special_tokens=True)),

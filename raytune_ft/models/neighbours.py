@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from raytune_ft.models.loading import LoadedModel
 
 logger = logging.getLogger("raytune_ft")
 
@@ -69,6 +71,31 @@ def _decoder(model: Any) -> nn.Module:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: nn.Module = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
     return found
+
+
+def generate_alone(
+    loaded: LoadedModel, prompt: Sequence[int], stop_ids: Sequence[int], max_new_tokens: int, **options: Any
+) -> Any:
+    """What transformers' own loop gives for one prompt: for models that keep more than keys and values.
+
+    Args:
+        loaded: the model.
+        prompt: token ids.
+        stop_ids: tokens that end the answer; with none, it is as long as may be.
+        max_new_tokens: most tokens of the answer.
+        options: of transformers' ``generate``; greedy by default.
+    """
+    stops, pad = list(stop_ids), loaded.tokenizer.pad_token_id
+    ids = torch.tensor([list(prompt)], device=loaded.device)
+    return loaded.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or [-1],  # None would be those of its own settings
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
+        use_cache=True,
+        **{"do_sample": False, **options},
+    )
 
 
 _ROTARIES: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()

@@ -23,8 +23,9 @@ class Sampler:
     """Chooses the tokens of one answer; what it draws depends on its seed alone, not on other answers."""
 
     def __init__(self, decoding: DecodingConfig, device: str) -> None:
-        # Below a millionth only equals are drawn from, and float32 would soon divide by zero.
-        self._temperature, self._top_p = max(decoding.temperature, 1e-6), decoding.top_p
+        # Below a millionth only equals are drawn from, and float32 would soon divide by zero; and a nucleus is the
+        # likeliest token alone, where float32 would soon leave none.
+        self._temperature, self._top_p = max(decoding.temperature, 1e-6), max(decoding.top_p, 1e-6)
         self._generator = None
         if decoding.temperature > 0:
             self._generator = torch.Generator(device).manual_seed(decoding.seed)

@@ -55,8 +55,11 @@ class Choice:
     finish_reason: Finish | None = None
     opened: bool = False
     """Whether an event of it went out."""
-    place: Place | None = None
-    """Behind the log-probabilities that events have told."""
+    place: Place = field(init=False)
+    """Behind the log-probabilities that were told."""
+
+    def __post_init__(self) -> None:
+        self.place = Place(list(self.behind))
 
     def take(self, progress: Progress) -> None:
         """Adds what came."""
@@ -114,9 +117,7 @@ class Answer:
         elif not text and not progress.logprobs and progress.finish_reason is None:
             return None
         first = choice.first_token if opening else None
-        if choice.place is None:
-            choice.place = Place(list(choice.behind))
-        logprobs = self._logprobs(choice, choice.place, first, progress.prompt_logprobs, progress.logprobs)
+        logprobs = self._logprobs(choice, first, progress.prompt_logprobs, progress.logprobs)
         content: dict[str, Any] = {"text": text}
         if self.chat:
             role = {"role": "assistant"} if opening else {}
@@ -133,8 +134,7 @@ class Answer:
         content: dict[str, Any] = {"text": text}
         if self.chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        place = Place(list(choice.behind))
-        logprobs = self._logprobs(choice, place, choice.first_token, choice.prompt_logprobs, choice.logprobs)
+        logprobs = self._logprobs(choice, choice.first_token, choice.prompt_logprobs, choice.logprobs)
         return {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def _event(self, index: int, content: Mapping[str, Any], logprobs: Any, reason: Finish | None) -> str:
@@ -145,30 +145,21 @@ class Answer:
         return {"id": self.sent_id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(
-        self,
-        choice: Choice,
-        place: Place,
-        first: int | None,
-        prompt: Sequence[TokenLogprob],
-        generated: Sequence[TokenLogprob],
+        self, choice: Choice, first: int | None, prompt: Sequence[TokenLogprob], generated: Sequence[TokenLogprob]
     ) -> dict[str, Any] | None:
         if not self.with_logprobs:
             return None
         if not self.chat:
-            return self._completion_logprobs(choice, place, first, prompt, () if self.without_text else generated)
+            return self._completion_logprobs(choice, first, prompt, () if self.without_text else generated)
         # The token that ends an answer has a probability, but no place in a chat's text.
         beyond = len(choice.logprobs) - choice.tokens if choice.finish_reason else 0
         shown = generated[: len(generated) - beyond]
-        return {"content": [self._chat_token(entry, place) for entry in shown], "refusal": None}
+        return {"content": [self._chat_token(entry, choice.place) for entry in shown], "refusal": None}
 
     def _completion_logprobs(
-        self,
-        choice: Choice,
-        place: Place,
-        first: int | None,
-        prompt: Sequence[TokenLogprob],
-        generated: Sequence[TokenLogprob],
+        self, choice: Choice, first: int | None, prompt: Sequence[TokenLogprob], generated: Sequence[TokenLogprob]
     ) -> dict[str, Any]:
+        place = choice.place
         told: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
         def tell(text: str, width: int, logprob: float | None, top: dict[str, float] | None) -> None:

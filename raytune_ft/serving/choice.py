@@ -89,9 +89,7 @@ def why_not_vllm(config: ServingConfig, resolved: ModelReference) -> str | None:
     if quantization_of(resolved) == "bitsandbytes":
         return "does not load bitsandbytes weights everywhere that transformers does"
     unknown = [name for name in _OURS_ALONE if getattr(config, name)]
-    # Not by what was given: a copy with overrides has been given everything.
-    fields = ServingConfig.model_fields
-    unknown += [name for name in _OUR_LIMITS if getattr(config, name) != fields[name].default]
+    unknown += filter(config.differs, _OUR_LIMITS)
     return f"knows no {', '.join(unknown)}" if unknown else None
 
 

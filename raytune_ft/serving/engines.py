@@ -21,11 +21,11 @@ from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.records import Message
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.decoding import Decoder
+from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel, load_model
 from raytune_ft.models.virtual import VirtualTokens
 from raytune_ft.serving.adapters import Adapter, AdapterSet
-from raytune_ft.serving.rows import CheckedSampler, ServedRow
+from raytune_ft.serving.rows import CheckedSampler, has_failed
 from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
 
 logger = logging.getLogger("raytune_ft")
@@ -283,27 +283,27 @@ class TransformersEngine:
             return [self._failed(ticket, error) for ticket in failed]
         return self._progress([self._running[id(row)] for row in rows])
 
-    def _row(self, request: GenerationRequest, adapter: Adapter | None) -> ServedRow:
+    def _row(self, request: GenerationRequest, adapter: Adapter | None) -> Row:
         asked = {"slot": adapter.slot, "prefix": adapter.prefix} if adapter else {}
         chat = adapter.chat if adapter else self.loaded.chat
-        row = self._decoder.new_row(
+        return self._decoder.new_row(
             replace(self.loaded, tokenizer=chat.tokenizer, chat=chat),
             request.prompt_ids,
             request.decoding,
             top_logprobs=request.top_logprobs,
             echo=request.echo,
             whole=not request.streamed,
+            sampler=CheckedSampler(request.decoding, self.loaded.device),
+            stop_ids=frozenset(chat.stop_ids),
             **asked,
         )
-        sampler = CheckedSampler(request.decoding, self.loaded.device)
-        return ServedRow(**{**vars(row), "sampler": sampler, "stop_ids": frozenset(chat.stop_ids)})
 
     def _progress(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, Progress]]:
         told = []
         for ticket in tickets:
             row = ticket.row
             assert row is not None
-            if row.failed:
+            if has_failed(row):
                 logger.error(
                     "the model's logits for a request are no numbers: %s", ticket.request.adapter or "no adapter"
                 )

@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -39,12 +39,13 @@ class Prompts:
             ApiError: 400, if the template refuses it, or it is beyond the context for certain.
         """
         characters = sum(len(message.content) for message in messages)
-        # The first message that spells a special token makes a tokenizer, which takes a while.
-        spells = characters <= _SHORT and chat.special_text(Conversation(tuple(messages))) is not None
+        tokenize, beside = partial(conversation_ids, chat, messages), characters > _SHORT
+        if not beside:
+            spelled = chat.special_text(Conversation(tuple(messages)))
+            # The first message that spells a special token makes a tokenizer, which takes a while.
+            tokenize, beside = partial(_ids, chat, messages, spelled), spelled is not None
         try:
-            return await self._tokenized(
-                characters, chat, lambda: conversation_ids(chat, messages), "messages", beside=spells
-            )
+            return await self._tokenized(characters, chat, tokenize, "messages", beside=beside)
         except DataError as error:
             raise ApiError(400, str(error), param="messages") from None
 
@@ -56,9 +57,8 @@ class Prompts:
         """
         if isinstance(prompt, str):
             text = prompt
-            ids = await self._tokenized(
-                len(text), chat, lambda: chat.encode_text(text, closed=False).input_ids, "prompt"
-            )
+            tokenize = lambda: chat.encode_text(text, closed=False).input_ids  # noqa: E731
+            ids = await self._tokenized(len(text), chat, tokenize, "prompt", beside=len(text) > _SHORT)
             if not ids:
                 raise ApiError(400, "prompt: is empty", param="prompt")
             return ids
@@ -75,7 +75,7 @@ class Prompts:
         tokenize: Callable[[], Sequence[int]],
         param: str,
         *,
-        beside: bool = False,
+        beside: bool,
     ) -> Sequence[int]:
         if chat not in self._longest:
             self._longest[chat] = _longest_token(chat)
@@ -88,7 +88,7 @@ class Prompts:
                 param=param,
                 code="context_length_exceeded",
             )
-        return await asyncio.to_thread(tokenize) if beside or characters > _SHORT else tokenize()
+        return await asyncio.to_thread(tokenize) if beside else tokenize()
 
 
 def conversation_ids(chat: Chat, messages: Sequence[Message]) -> Sequence[int]:
@@ -99,7 +99,10 @@ def conversation_ids(chat: Chat, messages: Sequence[Message]) -> Sequence[int]:
     Raises:
         DataError: if the template refuses the conversation, or the tokenizer cannot read such a spelling as text.
     """
-    spelled = chat.special_text(Conversation(tuple(messages)))
+    return _ids(chat, messages, chat.special_text(Conversation(tuple(messages))))
+
+
+def _ids(chat: Chat, messages: Sequence[Message], spelled: str | None) -> Sequence[int]:
     if spelled is None:
         return chat.prompt_ids(messages)
     ids = _as_text(chat, messages)

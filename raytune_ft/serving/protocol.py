@@ -28,8 +28,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _PASSED_OVER = {"metadata", "store", "service_tier", "prompt_cache_key", "name"}
 """Options that never change an answer."""
 _MOST_STOPS, _LONGEST_STOP = 16, 256
-_LEAST_TOP_P = 1e-6
-"""Takes the likeliest token alone, as smaller ones would, which in float32 may be 0 and leave none."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -153,7 +151,7 @@ class _Request(BaseModel):
         return DecodingConfig(
             max_new_tokens=min(room, most) if wanted is None else needed,
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=max(self.top_p or 1.0, _LEAST_TOP_P),
+            top_p=self.top_p or 1.0,
             seed=secrets.randbits(62) if self.seed is None else self.seed,
             stop=self.stops,
         )

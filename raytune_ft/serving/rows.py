@@ -1,9 +1,8 @@
-"""Answers as the engine decodes them: each ends by its own model's tokens, and fails without its neighbours."""
+"""Answers as the engine decodes them: one whose model gives no numbers fails without its neighbours."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,18 +24,7 @@ class CheckedSampler(Sampler):
         return super().draw(logits)
 
 
-@dataclass
-class ServedRow(Row):
-    """A row with the tokens that end its answer: those of its adapter's template, where that has one of its own."""
-
-    stop_ids: frozenset[int] = frozenset()
-
-    def push(self, token: int, stop_ids: frozenset[int]) -> None:
-        """Takes the next token; the row's own `stop_ids` end it."""
-        return super().push(token, self.stop_ids)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the model gave no numbers for it."""
-        drawn = isinstance(self.sampler, CheckedSampler) and self.sampler.failed
-        return drawn or any(math.isnan(entry.logprob) for entry in (*self.logprobs[-1:], *self.prompt_logprobs[-1:]))
+def has_failed(row: Row) -> bool:
+    """Whether the model gave no numbers for a row."""
+    drawn = isinstance(row.sampler, CheckedSampler) and row.sampler.failed
+    return drawn or any(math.isnan(entry.logprob) for entry in (*row.logprobs[-1:], *row.prompt_logprobs[-1:]))

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raytune_ft.models.config import DecodingConfig
+from raytune_ft.models.decoding import Row
 from raytune_ft.models.sampling import TokenLogprob
 from raytune_ft.serving.adapters import Adapter
-from raytune_ft.serving.rows import ServedRow
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Ticket:
     events: Events
     loop: asyncio.AbstractEventLoop
     cancelled: bool = False
-    row: ServedRow | None = None
+    row: Row | None = None
     told: int = field(default=0)
     """Log-probabilities that were told already."""
     entered: float = field(default_factory=time.monotonic)

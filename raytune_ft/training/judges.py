@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from raytune_ft.core.errors import DataError, ModelError
@@ -39,15 +40,10 @@ class MetricJudge:
         Raises:
             DataError: if it does not fit a row's own answer.
         """
-        references = [self._right(question) for question in questions]
+        references = [_right(self._tokenizer, question) for question in questions]
         self._metric.check(references)
         columns = self._metric.columns(predictions=[answer.text for answer in answers], references=references)
         return [self._sign * float(score) for score in self._metric.row_scores(columns)]
-
-    def _right(self, question: Question) -> str:
-        if question.reference is not None:
-            return question.reference
-        return _said(self._tokenizer, question.answer)
 
 
 def refuse_misfits(splits: Mapping[str, TokenRows], config: ReinforcementConfig, tokenizer: Any) -> None:
@@ -76,13 +72,15 @@ def refuse_misfits(splits: Mapping[str, TokenRows], config: ReinforcementConfig,
 def _references(rows: PromptRows, tokenizer: Any) -> Iterator[str]:
     for numbers in rows.parts():
         for row, reference in rows.read(numbers):
-            question = Question.of(row)
-            answer = [] if question is None else question.answer
-            yield reference if not answer and reference is not None else _said(tokenizer, answer)
+            question = Question.of(row) or Question([], [])
+            yield _right(tokenizer, question if question.answer else replace(question, reference=reference))
 
 
-def _said(tokenizer: Any, answer: Sequence[int]) -> str:
-    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+def _right(tokenizer: Any, question: Question) -> str:
+    """What a row's metric compares with: its reference, else its own answer."""
+    if question.reference is not None:
+        return question.reference
+    return str(tokenizer.decode(question.answer, skip_special_tokens=True)).strip()
 
 
 class ModelJudge:

@@ -77,8 +77,7 @@ def refuse_without_validation(config: FineTuningConfig) -> None:
     Raises:
         ConfigError: naming them.
     """
-    given = {name: getattr(config, name) for name in _OF_EVALUATIONS}
-    asked = [name for name, value in given.items() if value and value != type(config).model_fields[name].default]
+    asked = [name for name in _OF_EVALUATIONS if getattr(config, name) and config.differs(name)]
     if asked:
         raise ConfigError(
             f"{', '.join(asked)}: {config.dataset_path} has no validation split to evaluate on; add one (`raytune-ft "

@@ -142,7 +142,7 @@ class SweepConfig(Config):
                 "scheduler: hyperband plans its rounds from the last step, which only max_steps tells it; set "
                 "training.max_steps, or scheduler: asha"
             )
-        trials = self.num_trials or grid_size(self.space)
+        trials = self.trials
         if self.scheduler in {"hyperband", "pbt"} and (self.max_concurrent_trials or trials) < trials:
             raise ValueError(
                 f"max_concurrent_trials: {self.scheduler} compares the trials that are there at the same time, so it "
@@ -191,12 +191,8 @@ class SweepConfig(Config):
             )
             refused["cpus_per_worker"] = "a trial on one worker is given cpus_per_trial; set that instead"
         for key, why in refused.items():
-            if self._is_set(key):
+            if self.training.differs(key):
                 raise ValueError(f"training.{key}: {why}")
-
-    def _is_set(self, key: str) -> bool:
-        """Whether a training setting is another than where nothing is said."""
-        return bool(getattr(self.training, key) != type(self.training).model_fields[key].get_default())
 
     def _refuse_other_metric(self) -> None:
         known = ("loss", *self.training.evaluated_metrics)
@@ -215,6 +211,11 @@ class SweepConfig(Config):
         if self.mode not in {None, self.goal.mode}:
             better = "higher" if self.goal.higher else "lower"
             raise ValueError(f"mode: {better} values of {self.metric} are better; leave it out or say {self.goal.mode}")
+
+    @property
+    def trials(self) -> int:
+        """How many trials the search makes."""
+        return self.num_trials or grid_size(self.space)
 
     @property
     def last_step(self) -> int | None:

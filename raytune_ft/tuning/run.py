@@ -31,7 +31,7 @@ from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, second
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
-from raytune_ft.tuning.space import REPEAT, dimension, grid_size, settings_at
+from raytune_ft.tuning.space import REPEAT, dimension, settings_at
 from raytune_ft.tuning.tracking import Tracked
 
 logger = logging.getLogger("raytune_ft")
@@ -88,10 +88,9 @@ def tune(config: SweepConfig) -> Artifact:
             most: splits_of(config.training.with_overrides(max_length=most), output / "tokens" / str(most))
             for most in packs.lengths()
         }
-        trials = config.num_trials or grid_size(config.space)
-        refuse_small_budget(config, trials, next(iter(splits.values()))["train"])
+        refuse_small_budget(config, config.trials, next(iter(splits.values()))["train"])
         started = time.perf_counter()
-        ground = Ground(config, packs, splits, output, connected, trials)
+        ground = Ground(config, packs, splits, output, connected, config.trials)
         with ground.arranged() as arrangement:
             result = _search(config, arrangement, output, tracked)
         stages = [_RAY_STATE, *([_RAY_REPEATS] if config.repeat_top else [])]

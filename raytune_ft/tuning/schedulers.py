@@ -24,7 +24,7 @@ from ray.tune.stopper import Stopper
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.space import Choice, Domain, LogUniform, QUniform, TimesRank, Uniform, dimension, grid_size
+from raytune_ft.tuning.space import Choice, Domain, LogUniform, QUniform, TimesRank, Uniform, dimension
 
 logger = logging.getLogger("raytune_ft")
 
@@ -41,7 +41,7 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
             return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
         case "hyperband":
             made = HyperBandScheduler(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
-            _warn_if_all_run_to_the_end(made, config.num_trials or grid_size(config.space), most)
+            _warn_if_all_run_to_the_end(made, config.trials, most)
             return made
         case "pbt":
             return PopulationBasedTraining(

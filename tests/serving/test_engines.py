@@ -325,9 +325,9 @@ def test_an_adapter_is_asked_and_ended_by_its_own_template(engine: TransformersE
 def test_a_row_ends_by_its_own_stop_tokens(engine: TransformersEngine):
     row = engine._row(ask(engine, "red", max_new_tokens=9), None)
     row.stop_ids = frozenset({5})
-    row.push(7, frozenset({7}))
+    row.push(7)
     assert row.finish_reason is None
-    row.push(5, frozenset({7}))
+    row.push(5)
     assert (row.finish_reason, row.token_ids) == ("stop", [7])
 
 
