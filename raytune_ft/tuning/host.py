@@ -36,7 +36,7 @@ from raytune_ft.training.bank.template import AdapterTemplate
 from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.batches import say_disliked
 from raytune_ft.training.config_alignment import OBJECTIVES
-from raytune_ft.training.objectives import rows_of
+from raytune_ft.training.objectives import refuse_too_long, rows_of
 from raytune_ft.tuning.homes import POINTERS_KEPT
 
 logger = logging.getLogger("raytune_ft")
@@ -150,6 +150,7 @@ class BankHost:
         try:
             rows = {split: rows_of(config)(splits[split], self._cache.name) for split in used}
             say_disliked(rows)
+            refuse_too_long(rows, base.model, config)
             validation = rows.get("validation")
             answers = AnswerCheck.wanted(config, validation, base.model, base.tokenizer, device)
         except UserError as error:
@@ -177,7 +178,8 @@ class BankHost:
         """Why trials cannot share this base; None if they can.
 
         Raises:
-            DataError: if the validation rows give no answers to measure; no trial could do better.
+            DataError: if rows are longer than the base can read, or the validation rows give no answers to measure; no
+                trial could do better.
             ModelError: if no layer of the base has one of the names that trials want to adapt; nor could this.
         """
         if self._refused is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -239,6 +241,19 @@ def test_rows_that_ask_nothing_are_refused_before_any_trial(settings: dict, spli
     wanted = {**settings, "eval_generation_rows": 3}
     host = BankHost(wanted, splits, str(tmp_path / "snapshots"), device="cpu", threads=2)
     with pytest.raises(DataError, match="no validation row has anything to answer"):
+        host.fault()
+
+
+def test_rows_beyond_the_base_s_context_are_refused_before_any_trial(
+    settings: dict, splits: dict, tiny_model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(tiny_model, short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4}))
+    wanted = {**settings, "model_path": str(short)}
+    host = BankHost(wanted, splits, str(tmp_path / "snapshots"), device="cpu", threads=2)
+    with pytest.raises(DataError, match=r"8 of 8 train rows have more tokens than the 4 that .*Set max_length: 4"):
         host.fault()
 
 
