@@ -254,8 +254,11 @@ def _prefix(model: Any, folder: Path) -> Prefix:
 
 
 def _is_base(adapter: ModelReference, served: ModelReference) -> bool:
-    """Whether the served model is the adapter's base, or was made from it (quantized, pruned)."""
+    """Whether the served model is the adapter's base, or was made from it without training (quantized, pruned)."""
     if same_model(adapter.base, served.base):
         return True
+    made_from = served.artifact.manifest.parents if served.artifact is not None else []
+    if any(parent.role == "dataset" for parent in made_from):
+        return False
     digest = resolve_model(adapter.base).digest
-    return served.artifact is not None and any(parent.digest == digest for parent in served.artifact.manifest.parents)
+    return any(parent.digest == digest for parent in made_from)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import DataError, ModelError
+from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.records import Message
 from raytune_ft.models.adapters import add_lora, add_virtual_tokens, save_adapter
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder
 from raytune_ft.models.generation import Completion, generate
-from raytune_ft.models.loading import load_model
+from raytune_ft.models.loading import load_model, model_parent
 from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.tickets import GenerationRequest, Progress
 
@@ -247,6 +249,26 @@ def test_an_adapter_that_does_not_fit_is_refused_by_what_is_wrong(
     with pytest.raises(ModelError, match="this name is taken"):
         engine.add_adapter("a", str(adapters / "b"))
     assert engine.adapters.names == ["a", "b", "prefix", "prompt"]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_adapters_fit_what_was_made_of_their_base_without_training(
+    trained: bool, tiny_model: Path, adapters: Path, tmp_path: Path
+):
+    parents = [model_parent(str(tiny_model))]
+    if trained:
+        parents.append(Parent(role="dataset", where="rows", digest="0" * 16))
+    with begin(tmp_path / "made", ArtifactKind.MODEL, settings={}, parents=parents) as draft:
+        shutil.copytree(tiny_model, draft.folder, dirs_exist_ok=True)
+    made = TransformersEngine.load(str(tmp_path / "made"), device="cpu", max_batch_size=1)
+    try:
+        if not trained:
+            made.add_adapter("a", str(adapters / "a"))
+            return
+        with pytest.raises(ModelError, match=r"belongs to the base .*upon its own base"):
+            made.add_adapter("a", str(adapters / "a"))
+    finally:
+        made.close()
 
 
 def test_an_adapter_whose_weights_are_no_numbers_is_refused(engine: TransformersEngine, adapters: Path, tmp_path: Path):
