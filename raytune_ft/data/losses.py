@@ -12,6 +12,7 @@ from raytune_ft.data.suspects import CONFIRMED
 from raytune_ft.models.chat import Encoded, TokenRow, conversation_of
 from raytune_ft.models.config import TrainOn
 from raytune_ft.models.loading import LoadedModel, load_model
+from raytune_ft.models.probe import check_computation
 from raytune_ft.models.scoring import sequence_scores
 
 MOST_TOKENS = 4096
@@ -60,4 +61,6 @@ def _encoded(rows: pa.Table, loaded: LoadedModel) -> tuple[list[str], list[Encod
 
 @functools.lru_cache(maxsize=1)
 def _model(reference: str) -> LoadedModel:
-    return load_model(reference)
+    loaded = load_model(reference)
+    check_computation(loaded.model)
+    return loaded

@@ -48,6 +48,7 @@ class ModelScorer:
     def __init__(self, targets: Sequence[Target], work: Workload, threads: int) -> None:
         import torch
 
+        from raytune_ft.models.probe import check_computation
         from raytune_ft.models.scoring import check_vocabulary
 
         # An actor that holds one CPU starts with one thread.
@@ -58,6 +59,7 @@ class ModelScorer:
         self._adapters: dict[str, str | None] = {}
         self.loaded, self._chats = self._load(targets)
         check_vocabulary(self.loaded)
+        check_computation(self.loaded.model)
 
     def _load(self, targets: Sequence[Target]) -> tuple[Any, dict[str, Chat]]:
         from raytune_ft.models.combination import load_adapters

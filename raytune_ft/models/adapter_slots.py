@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import adapter_weights
-from raytune_ft.models.attention import attention
+from raytune_ft.models.attention import OWN, attention
 
 _PREFIX = "base_model.model."
 _FACTORS = {".lora_A.weight": 0, ".lora_B.weight": 1}
@@ -159,7 +159,7 @@ def layer_without_rows(model: Any) -> str | None:
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in linear]
     try:
-        with attention(model, "sdpa"):
+        with attention(model, OWN):
             model(input_ids=torch.zeros((2, 2), dtype=torch.long, device=model.device), use_cache=False)
     finally:
         for hook in hooks:

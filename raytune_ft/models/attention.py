@@ -9,18 +9,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.memory import is_out_of_memory
 from raytune_ft.models.virtual import Prefixes
 
 SEGMENTS = "segments"
-_UNKNOWN_TO_SEGMENTS = ("softcap", "s_aux")
 
 
 def segment_attention(
@@ -36,6 +38,8 @@ def segment_attention(
     dropout: float = 0.0,
     prefixes: Prefixes | None = None,
     one_segment: bool = False,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each segment.
@@ -45,15 +49,17 @@ def segment_attention(
         query: [1, heads, tokens, head size]; `key` and `value` may have fewer heads (grouped queries).
         key: as `query`.
         value: as `query`.
-        attention_mask: must be None: segments need none.
+        attention_mask: must be None: segments need none, and a mask that a layer makes itself is not known to them.
         cu_seq_lens_q: [segments + 1] int32, where each segment starts, and the number of tokens.
         max_length_q: tokens of the longest segment; without it, it is asked of the device, which has to be waited for.
         scaling: factor of the scores; 1 / sqrt(head size) if None.
         dropout: of the attention weights; only 0 is taken.
         prefixes: learned keys and values before each segment, which every token of it sees (prefix tuning).
         one_segment: whether all tokens are one segment, so that no starts are needed.
+        softcap: bound of the scores, which a tangent bends towards it (Gemma 2: arXiv:2408.00118).
+        s_aux: [heads] a score that takes part in each softmax, and has no value (attention sinks, as in gpt-oss).
         others: further arguments of the layer. `sliding_window` says how many tokens back a token sees, itself
-            included; of a layer that leaves it out, its settings say so. Others that change the result are refused.
+            included; of a layer that leaves it out, its settings say so.
 
     Returns:
         [1, tokens, heads, head size], and no weights.
@@ -65,18 +71,29 @@ def segment_attention(
         cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
     if cu_seq_lens_q is None:
         raise ModelError("attention 'segments' was called without segments; use 'sdpa' for padded batches")
-    refused = [name for name in _UNKNOWN_TO_SEGMENTS if others.get(name) is not None]
-    if refused or dropout:
-        what = ", ".join(refused) or f"attention dropout {dropout}"
+    if attention_mask is not None or dropout:
+        what = f"attention dropout {dropout}" if dropout else "a mask of its own"
         raise ModelError(f"padding-free batches do not support {type(module).__name__} with {what}")
+    bend = _Bend(softcap, s_aux)
     window = others["sliding_window"] if "sliding_window" in others else _window_of(module)
     if prefixes is not None:
         layer: Any = module.layer_idx
         query, key, value = prefixes.before(layer, query, key, value)
         starts = prefixes.extended.cu_seq_lens
-        out = _attended(query, key, value, starts, None, scaling=scaling, window=window)
+        out = _attended(query, key, value, starts, None, scaling=scaling, window=window, bend=bend)
         return out.index_select(1, prefixes.extended.tokens), None
-    return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=window), None
+    return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=window, bend=bend), None
+
+
+@dataclass(frozen=True)
+class _Bend:
+    """What a layer does to its scores that fused kernels do not know; see `segment_attention`."""
+
+    softcap: float | None
+    sinks: Tensor | None
+
+    def __bool__(self) -> bool:
+        return self.softcap is not None or self.sinks is not None
 
 
 _WINDOW_IN_MASK = ("phimoe", "qwen2_moe", "doge")
@@ -103,7 +120,10 @@ def _attended(
     *,
     scaling: float | None,
     window: int | None,
+    bend: _Bend,
 ) -> Tensor:
+    if bend:
+        return _bent(query, key, value, starts, scaling=scaling, window=window, bend=bend)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query, key, value, starts, longest or _longest(starts), scaling=scaling, window=window)
     return _per_segment(query, key, value, starts, scaling=scaling, window=window)
@@ -122,6 +142,30 @@ def _per_segment(
         )
         for q, k, v in segments
     ]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _bent(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, *, scaling: float | None, window: int | None, bend: _Bend
+) -> Tensor:
+    """As `_per_segment`, with the scores of a segment, [heads, tokens, tokens], in memory."""
+    lengths = (starts[1:] - starts[:-1]).tolist()
+    groups = query.shape[1] // key.shape[1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    outputs = []
+    for q, k, v in zip(*(torch.split(whole, lengths, dim=2) for whole in (query, key, value)), strict=True):
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))  # noqa: PLW2901 - of the same segment
+        scores = (q @ k.transpose(2, 3)).float() * scale
+        if bend.softcap is not None:
+            scores = bend.softcap * torch.tanh(scores / bend.softcap)
+        seen = _band(q, window if window is not None else q.shape[2])
+        scores = scores.masked_fill(~seen, -torch.inf) if seen is not None else scores
+        if bend.sinks is not None:
+            sinks = bend.sinks.float().reshape(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], -1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        outputs.append(weights.to(v.dtype) @ v)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -167,12 +211,25 @@ def _has_flag_of_groups() -> bool:
     return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
+OWN = "own"
+"""In place of a name: what transformers takes by itself, PyTorch's fused attention where the model knows it."""
+
+
 def use_attention(model: Any, name: str) -> None:
-    """Switches a transformers model (or a PEFT model around one) to a registered attention."""
+    """Switches a transformers model (or a PEFT model around one) to a registered attention.
+
+    One that does not follow segments (`takes_segments`) keeps its own.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _switch(causal, OWN if name == SEGMENTS and not takes_segments(causal) else name)
+
+
+def _switch(causal: Any, name: str) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(SEGMENTS, segment_attention)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if name == OWN:
+        name = "sdpa" if causal._supports_sdpa else "eager"
     if causal.config._attn_implementation != name:
         causal.set_attn_implementation(name)
 
@@ -186,4 +243,48 @@ def attention(model: Any, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        use_attention(model, before)
+        _switch(causal, before)
+
+
+_TAKEN: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+def takes_segments(model: Any) -> bool:
+    """Whether the attention of a causal language model (or its decoder) follows segments, as most do.
+
+    A model is asked once, with a few made-up tokens: there are such as compute attention past transformers' registry,
+    or need a mask for more than that. Where weights are spread over workers (ZeRO 3), what the model says counts.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    if decoder not in _TAKEN:
+        if not hasattr(decoder, "config"):
+            return False  # no decoder, but some layer of that name
+        spread = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
+        said = bool(getattr(decoder, "_supports_attention_backend", False))
+        _TAKEN[decoder] = said if spread else _follows_segments(decoder)
+    return _TAKEN[decoder]
+
+
+@torch.no_grad()
+def _follows_segments(decoder: Any, rows: int = 3, length: int = 5) -> bool:
+    device = next(decoder.parameters()).device
+    ids = torch.arange(1, rows * length + 1, device=device).view(rows, length) % decoder.config.vocab_size
+    starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
+    places = torch.arange(length, device=device).repeat(rows)[None]
+    lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": length, "max_length_k": length}
+    before, training = decoder.config._attn_implementation, decoder.training
+    decoder.eval()
+    try:
+        _switch(decoder, OWN)
+        alone = torch.cat([decoder(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in ids]).float()
+        _switch(decoder, SEGMENTS)
+        found = decoder(input_ids=ids.view(1, -1), position_ids=places, use_cache=False, **lengths)
+    except (ModelError, TypeError, ValueError, IndexError, AttributeError, NotImplementedError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        _switch(decoder, before)
+        decoder.train(training)
+    apart = (found.last_hidden_state[0].float() - alone).norm(dim=-1) / alone.norm(dim=-1)
+    return bool(apart.median() < (1e-3 if decoder.dtype == torch.float32 else 1e-1))

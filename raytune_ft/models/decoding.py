@@ -20,7 +20,7 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.loading import LoadedModel
-from raytune_ft.models.neighbours import factors_by_row, long_from, why_alone
+from raytune_ft.models.neighbours import factors_by_row, long_from, why_answered_alone
 from raytune_ft.models.row_cache import RowCache
 from raytune_ft.models.sampling import Sampler, TokenLogprob, logprobs_of
 from raytune_ft.models.text_stream import TextStream
@@ -136,7 +136,7 @@ class Decoder:
         self._own = Prefix.of(virtual) if virtual else None
         if virtual is not None:
             self._model = loaded.model.get_base_model()
-        reason = why_alone(self._model)
+        reason = why_answered_alone(self._model)
         if reason is not None:
             raise ModelError(
                 f"{loaded.reference.given}: {type(self._model).__name__} {reason}; the transformers engine serves "

@@ -19,12 +19,12 @@ import xxhash
 
 from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.models.adapter_slots import AdapterSlots
-from raytune_ft.models.attention import attention
+from raytune_ft.models.attention import OWN, attention
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel
 from raytune_ft.models.memory import TokenBudget, is_out_of_memory, release_memory
-from raytune_ft.models.neighbours import generate_alone, why_alone
+from raytune_ft.models.neighbours import generate_alone, why_answered_alone
 from raytune_ft.models.scoring import context_tokens
 
 logger = logging.getLogger("raytune_ft")
@@ -85,7 +85,7 @@ def generate(
     make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
     alone = _Alone(loaded, loaded.chat.stop_ids if stop_ids is None else stop_ids, adapters)
     waiting = list(range(len(prompts)))
-    with attention(loaded.model, "sdpa"):
+    with attention(loaded.model, OWN):
         while waiting:
             reason = None
             try:
@@ -156,7 +156,7 @@ def _found(
         decoding.model_copy(update={"max_new_tokens": limit, "seed": seed})
         for limit, seed in zip(limits, asked.seeds, strict=True)
     ]
-    if why_alone(loaded.model) is not None:
+    if why_answered_alone(loaded.model) is not None:
         for number, prompt in enumerate(prompts):
             yield {number: alone.answer(prompt, own[number], asked.slots[number])}
         return

@@ -79,9 +79,9 @@ def golden_continuations(
 
 def _answered(loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[GoldenAnswer]:
     from raytune_ft.models.decoding import Decoder
-    from raytune_ft.models.neighbours import why_alone
+    from raytune_ft.models.neighbours import why_answered_alone
 
-    if why_alone(loaded.model) is not None:
+    if why_answered_alone(loaded.model) is not None:
         return [_answered_alone(loaded, list(prompt), max_new_tokens) for prompt in prompts]
     decoder = Decoder(loaded)
     decoding = DecodingConfig(max_new_tokens=max_new_tokens)

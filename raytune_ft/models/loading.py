@@ -214,7 +214,6 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             resolved.base,
             dtype=torch_dtype(precision, device),
-            attn_implementation="sdpa",
             device_map={"": device},
             trust_remote_code=False,
             use_safetensors=True,

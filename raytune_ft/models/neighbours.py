@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from raytune_ft.models.attention import takes_segments
 from raytune_ft.models.loading import LoadedModel
 
 logger = logging.getLogger("raytune_ft")
@@ -49,6 +50,9 @@ def carried_state(model: Any) -> str | None:
     return None
 
 
+_KNOW_PADDING = ("stablelm", "llama4_text")
+"""Models that know no rows laid end to end, but padded ones, and keep nothing but keys and values."""
+
 _ALONE: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
@@ -59,12 +63,39 @@ def why_alone(model: Any) -> str | None:
     """
     decoder = _decoder(model)
     if decoder not in _ALONE:
-        _ALONE[decoder] = carried_state(decoder)
+        _ALONE[decoder] = carried_state(decoder) or _by_the_longest(decoder) or _past_the_registry(decoder)
         if _ALONE[decoder] is not None:
             logger.info(
                 "%s: %s; its rows are computed one at a time, which is slower", type(decoder).__name__, _ALONE[decoder]
             )
     return _ALONE[decoder]
+
+
+def _by_the_longest(decoder: nn.Module) -> str | None:
+    if dynamic_rotaries(decoder):
+        return "chooses rotary factors by the longest of a batch's rows (dynamic)"
+    return None
+
+
+def dynamic_rotaries(decoder: nn.Module) -> list[Any]:
+    """Rotary embeddings that grow with the longest row so far; with `max_seq_len_cached` at 0 they forget it."""
+    return [module for module in decoder.modules() if getattr(module, "rope_type", None) == "dynamic"]
+
+
+def _past_the_registry(decoder: nn.Module) -> str | None:
+    if takes_segments(decoder):
+        return None
+    return "computes attention in a way of its own, which knows no rows laid end to end"
+
+
+def why_answered_alone(model: Any) -> str | None:
+    """Why the prompts of a causal language model are answered one at a time; None if they are not."""
+    reason = why_alone(model)
+    decoder: Any = _decoder(model)
+    if reason is None or carried_state(decoder) is not None:
+        return reason
+    knows_padding = _by_the_longest(decoder) is not None or decoder.config.model_type in _KNOW_PADDING
+    return None if knows_padding else reason
 
 
 def _decoder(model: Any) -> nn.Module:

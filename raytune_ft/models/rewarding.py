@@ -117,7 +117,6 @@ def load_scorer(base: str, tokenizer: Any, options: dict[str, Any]) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(
             base,
             num_labels=1,
-            attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,
             **options,

@@ -6,6 +6,8 @@ backward pass computes each chunk's logits again instead of keeping them.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,25 +18,20 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.core.errors import ModelError
-from raytune_ft.models.attention import SEGMENTS, attention
+from raytune_ft.models.attention import SEGMENTS, attention, takes_segments
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.frozen_head import can_be_summed, summed_loss
 from raytune_ft.models.loading import LoadedModel
-from raytune_ft.models.neighbours import factors_by_row, long_from, why_alone
+from raytune_ft.models.neighbours import dynamic_rotaries, factors_by_row, long_from, why_alone
 from raytune_ft.models.virtual import Extended, VirtualTokens
 
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 512, 8192
-_BEHIND_THE_HEAD = (
-    "final_logit_softcapping",
-    "logits_soft_cap",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "logits_mup_width_multiplier",
-)
-"""Settings by which models change their logits."""
+_TIMES = ("logit_scale", "lm_head_multiplier")
+_DIVIDED = ("logits_scaling", "logits_mup_width_multiplier")
+_CAPPED = ("final_logit_softcapping", "logits_soft_cap")
+"""Settings by which models change their logits behind the head."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +50,21 @@ class Score:
 class CausalParts:
     """The two halves of a causal language model: tokens to hidden states, and hidden states to logits.
 
-    `virtual` are the learned tokens before every row, under prompt and prefix tuning.
+    `virtual` are the learned tokens before every row, under prompt and prefix tuning. `scale` is what the hidden states
+    are multiplied by before the head, where the model multiplies its logits.
     """
 
     decoder: nn.Module
     head: nn.Module
     virtual: VirtualTokens | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, model: Any) -> CausalParts:
         """The halves of a transformers model, or of the one inside a PEFT model.
 
         Raises:
-            ModelError: if the model has no such halves, or changes the logits behind its head.
+            ModelError: if the model has no such halves.
         """
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
@@ -74,12 +73,26 @@ class CausalParts:
         if decoder is None or head is None or decoder is causal:
             raise ModelError(f"{name}: has no separate decoder and output head; only causal language models are taken")
         settings = causal.config.get_text_config()
-        changed = [key for key in _BEHIND_THE_HEAD if getattr(settings, key, None) not in (None, 1, 1.0)]
-        if changed:
-            raise ModelError(
-                f"{name}: changes its logits behind the head ({', '.join(changed)}), which is not supported"
-            )
-        return cls(decoder, head, VirtualTokens.of(model))
+        scale = math.prod(getattr(settings, key, None) or 1.0 for key in _TIMES)
+        scale /= math.prod(getattr(settings, key, None) or 1.0 for key in _DIVIDED)
+        if scale != 1.0 and getattr(head, "bias", None) is not None:
+            raise ModelError(f"{name}: multiplies the logits of a head with a bias, which is not supported")
+        caps = [cap for key in _CAPPED if (cap := getattr(settings, key, None))]
+        return cls(decoder, CappedHead(head, float(caps[0])) if caps else head, VirtualTokens.of(model), scale)
+
+
+class CappedHead(nn.Module):
+    """An output head whose logits a tangent bends towards a bound (Gemma 2: arXiv:2408.00118)."""
+
+    def __init__(self, head: Any, cap: float) -> None:
+        super().__init__()
+        self.head, self.cap = head, cap
+        self.out_features: int = head.weight.shape[0]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., vocabulary] float32 logits of [..., width] states."""
+        logits: Tensor = self.head(states).float()
+        return self.cap * torch.tanh(logits / self.cap)
 
 
 class SummedLoss(nn.Module):
@@ -127,10 +140,15 @@ def target_losses(parts: CausalParts, batch: PackedBatch) -> Tensor:
 
 
 def target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
-    """[targets, width] hidden states that predict the targets; of a batch without targets none, yet with a gradient.
+    """[targets, width] what the head predicts the targets from; of a batch without targets none, yet with a gradient.
 
     An empty batch still depends on the model, so that every rank has a gradient to reduce.
     """
+    states = _target_states(parts, batch)
+    return states if parts.scale == 1.0 else states * parts.scale
+
+
+def _target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
     virtual = parts.virtual
     if virtual is None:
         hidden = hidden_states(
@@ -175,14 +193,21 @@ def hidden_states(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
 def _one_by_one(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
     if inputs.pop("prefixes", None) is not None:
         raise ModelError(
-            f"prefix tuning: {type(decoder).__name__} {why_alone(decoder)}, and layers without keys and values take no "
-            "prefix; take prompt_tuning or lora"
+            f"prefix tuning: {type(decoder).__name__} {why_alone(decoder)}, and such layers take no prefix; take "
+            "prompt_tuning or lora"
         )
     lengths = (starts[1:] - starts[:-1]).tolist()
-    names = list(inputs)
-    rows = zip(*(torch.split(inputs[name], lengths, dim=1) for name in names), strict=True)
     # Without starts: some layers refuse packed rows that they could not keep apart, even a single one.
-    return torch.cat([_computed(decoder, **dict(zip(names, row, strict=True)), one_segment=True) for row in rows])
+    more = {"one_segment": True} if takes_segments(decoder) else {}
+    taken = inspect.signature(decoder.forward).parameters
+    names = [name for name in inputs if name in taken or more]
+    rows = zip(*(torch.split(inputs[name], lengths, dim=1) for name in names), strict=True)
+    found = []
+    for row in rows:
+        for rotary in dynamic_rotaries(decoder):
+            rotary.max_seq_len_cached = 0
+        found.append(_computed(decoder, **dict(zip(names, row, strict=True)), **more))
+    return torch.cat(found)
 
 
 def _computed(decoder: nn.Module, **inputs: Any) -> Tensor:

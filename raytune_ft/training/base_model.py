@@ -63,7 +63,6 @@ def _load_writer(base: str, options: dict[str, Any]) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             base,
             config=_without_attention_dropout(base, AutoConfig.from_pretrained(base, trust_remote_code=False)),
-            attn_implementation="sdpa",
             trust_remote_code=False,
             use_safetensors=True,
             **options,

@@ -23,6 +23,7 @@ from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import LoadedModel, load_model, load_tokenizer, resolve_model
+from raytune_ft.models.probe import check_computation
 from raytune_ft.models.scoring import CausalParts, SummedLoss, target_losses, target_states
 
 
@@ -73,7 +74,7 @@ def load_teacher(reference: str, precision: Precision, device: str, vocabulary: 
     """The teacher, if its tokens are the student's.
 
     Raises:
-        ModelError: if the two vocabularies differ in size.
+        ModelError: if the two vocabularies differ in size, or it is no model that `check_computation` takes.
     """
     teacher = load_model(reference, precision=precision, device=device)
     size = teacher.model.get_output_embeddings().weight.shape[0]
@@ -82,6 +83,7 @@ def load_teacher(reference: str, precision: Precision, device: str, vocabulary: 
             f"{reference}: the teacher's vocabulary has {size} tokens, the student's {vocabulary}; logits can only be "
             "compared token by token. Take a student of the same family, or student_layers"
         )
+    check_computation(teacher.model)
     return teacher
 
 

@@ -18,6 +18,7 @@ from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.neighbours import why_alone
+from raytune_ft.models.probe import check_computation
 from raytune_ft.models.scoring import SummedLoss
 from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
@@ -69,6 +70,8 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
         ModelError: if the model cannot be loaded, or cannot be trained by this method.
     """
     model = load_base(config, device)
+    if not isinstance(config, RewardConfig):
+        check_computation(model)
     alone = why_alone(model)
     if alone is not None and config.zero_stage == 3:
         raise ModelError(

@@ -10,7 +10,7 @@ from typing import Any
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import Message
-from raytune_ft.models.attention import attention
+from raytune_ft.models.attention import OWN, attention
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.golden import Golden, golden_answers, golden_continuations
 from raytune_ft.models.loading import LoadedModel, resolve_model
@@ -36,7 +36,7 @@ def golden_of(
     rows = [validation[number] for number in range(min(_ROWS, len(validation)))] if validation is not None else []
     prompts = [question.prompt for row in rows if (question := Question.of(row)) is not None]
     model.eval()
-    with attention(model, "sdpa"):
+    with attention(model, OWN):
         answers = golden_continuations(loaded, prompts, max_new_tokens=_TOKENS) if prompts else []
         try:
             answers += golden_answers(loaded, [_GREETING], max_new_tokens=_TOKENS).answers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,11 +58,34 @@ def test_a_sliding_window_hides_what_lies_further_back() -> None:
     assert torch.allclose(out[0, 5, 0], weights @ v[0, 0, 4:6], atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_scores_that_are_capped_and_sinks_that_take_a_share_are_as_by_hand(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = 3 * torch.randn(1, 4, 9, 8, generator=generator)
+    k, v = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(2))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out, _ = segment_attention(
+        torch.nn.Identity(), q, k, v, None, cu_seq_lens_q=starts, softcap=2.0, s_aux=sinks, sliding_window=window
+    )
+    for head in range(4):
+        for token in range(9):
+            first = 0 if token < 4 else 4
+            seen = range(max(first, token + 1 - (window or 9)), token + 1)
+            scores = [float(q[0, head, token] @ k[0, head // 2, other]) / 8**0.5 for other in seen]
+            weights = [math.exp(2 * math.tanh(score / 2)) for score in scores]
+            total = sum(weights) + math.exp(float(sinks[head]))
+            wanted = sum(weight / total * v[0, head // 2, other] for weight, other in zip(weights, seen, strict=True))
+            assert torch.allclose(out[0, token, head], wanted, atol=1e-5)
+
+
 def test_what_segments_do_not_know_is_refused() -> None:
     q = torch.zeros(1, 1, 2, 4)
     starts = torch.tensor([0, 2], dtype=torch.int32)
-    with pytest.raises(ModelError, match="softcap"):
-        segment_attention(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, softcap=30.0)
+    with pytest.raises(ModelError, match="a mask of its own"):
+        segment_attention(torch.nn.Identity(), q, q, q, torch.ones(2, 2), cu_seq_lens_q=starts)
+    with pytest.raises(ModelError, match=r"attention dropout 0\.5"):
+        segment_attention(torch.nn.Identity(), q, q, q, None, cu_seq_lens_q=starts, dropout=0.5)
     with pytest.raises(ModelError, match="without segments"):
         segment_attention(torch.nn.Identity(), q, q, q, None)
 

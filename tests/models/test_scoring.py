@@ -45,13 +45,19 @@ def test_chunks_change_neither_losses_nor_gradients(tiny_model: Path, monkeypatc
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
-def test_a_model_that_changes_its_logits_behind_the_head_is_refused(tiny_model: Path) -> None:
+@pytest.mark.parametrize("key", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+def test_a_multiplied_head_with_a_bias_is_refused_and_others_are_taken(key: str, tiny_model: Path) -> None:
     loaded = load_model(str(tiny_model))
-    for key, neutral in (("logit_scale", 1.0), ("logits_soft_cap", None), ("lm_head_multiplier", 1.0)):
-        setattr(loaded.model.config, key, 0.5)
-        with pytest.raises(ModelError, match=key):
-            scoring.CausalParts.of(loaded.model)
-        setattr(loaded.model.config, key, neutral)
+    setattr(loaded.model.config, key, 0.5)
+    parts = scoring.CausalParts.of(loaded.model)
+    assert parts.scale == {"logit_scale": 0.5, "logits_scaling": 2.0}.get(key, 1.0)
+    head = loaded.model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
+    if parts.scale == 1.0:
+        assert scoring.CausalParts.of(loaded.model).head(torch.ones(1, 64)).abs().max() <= 0.5
+        return
+    with pytest.raises(ModelError, match="a head with a bias"):
+        scoring.CausalParts.of(loaded.model)
 
 
 def test_a_row_without_supervised_tokens_scores_nothing(tiny_model: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.probe import check_computation
 from raytune_ft.training.bank.refusal import rows_interact, why_not_packed
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import FineTuningConfig
@@ -41,6 +42,7 @@ def frozen_base(model: Any, tokenizer: Any, name: str) -> FrozenBase:
     """
     reason = why_not_packed(model)
     if reason is None:
+        check_computation(model)
         model.requires_grad_(False)
         use_attention(model, SEGMENTS)
         if rows_interact(model.eval()):

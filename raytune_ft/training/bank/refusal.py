@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.attention import takes_segments
 from raytune_ft.models.neighbours import carried_state
 from raytune_ft.models.scoring import CausalParts
 
@@ -22,7 +23,7 @@ def why_not_packed(model: Any) -> str | None:
         CausalParts.of(model)
     except ModelError as error:
         return str(error)
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model, "_supports_attention_backend", False) or not takes_segments(model):
         return f"{name}: computes its attention past transformers' attention registry, so segments cannot be kept apart"
     for reason in (_experts(model), carried_state(model), _dropout(model), _outliers(model)):
         if reason is not None:
