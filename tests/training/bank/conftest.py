@@ -79,15 +79,20 @@ def preference(tiny_model: Path) -> Settings:
 
 @pytest.fixture
 def make_bank(tiny_model: Path, rows: list[Encoded]) -> MakeBank:
-    """An empty bank on the tiny base."""
+    """An empty bank on the tiny base, or on that in the folder `of`."""
 
     def make(
-        validation: Any = None, *, train: Any = None, answers_of: FineTuningConfig | None = None, **options: Any
+        validation: Any = None,
+        *,
+        train: Any = None,
+        answers_of: FineTuningConfig | None = None,
+        of: Path = tiny_model,
+        **options: Any,
     ) -> AdapterBank:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(tiny_model)
-        base = frozen_base(model, AutoTokenizer.from_pretrained(tiny_model), str(tiny_model))
+        model = AutoModelForCausalLM.from_pretrained(of)
+        base = frozen_base(model, AutoTokenizer.from_pretrained(of), str(of))
         if answers_of is not None:
             options["answers"] = AnswerCheck.wanted(answers_of, validation, base.model, base.tokenizer, "cpu")
         return AdapterBank(base, rows if train is None else train, validation, **options)

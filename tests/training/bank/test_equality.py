@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,39 @@ def test_losses_of_60_steps_equal_plain_peft_on_padded_batches(make_bank: MakeBa
         for name in configs:
             assert difference(packed[name], alone[name]) <= 1e-5, (arithmetic, name)
             assert alone[name][-1] < alone[name][0], name
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (
+            "gemma2",
+            {"head_dim": 16, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0, "sliding_window": 8},
+        ),
+        ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5}),
+    ],
+)
+def test_losses_on_a_base_that_bends_its_scores_and_logits_equal_plain_peft(
+    kind: str, settings: dict, make_bank: MakeBank, trial: Settings, rows, tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(tiny_model)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, vocab_size=len(tokens), num_key_value_heads=2, **shape, **settings)
+    config.initializer_range = 0.1
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokens.save_pretrained(tmp_path)
+    common = {"model_path": str(tmp_path), "max_steps": 15, "warmup_steps": 0}
+    configs = {name: trial(**{**common, **changes}) for name, changes in MIXED.items()}
+    for arithmetic in ("ragged", "stacked"):
+        bank = make_bank(arithmetic=arithmetic, of=tmp_path)
+        for name, config in configs.items():
+            bank.admit(name, config)
+        packed = losses_of(bank)
+        for name, config in configs.items():
+            assert difference(packed[name], reference_losses(config, rows, 15)) <= 1e-5, (arithmetic, name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
