@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ class PackedBatch:
     """[targets] int64, token ids."""
     row_of_target: Tensor
     """[targets] int64, the row that each target belongs to."""
+    places: Tensor | None = field(default=None, kw_only=True)
+    """[rows] int64, on the CPU: their places among the rows of a training step, if they are of one."""
+    stride: ClassVar[int] = 1
+    """How many places a unit takes in a step."""
 
     @property
     def tokens(self) -> int:
@@ -67,12 +71,19 @@ class PackedBatch:
             predictors=self.predictors[mine] - start,
             targets=self.targets[mine],
             row_of_target=self.row_of_target[mine] - first,
+            places=None if self.places is None else self.places[first:last],
         )
+
+    def placed(self, places: Sequence[int]) -> Self:
+        """The same rows; `places` are those of the units in their step."""
+        each = torch.arange(self.rows // max(1, self.units))
+        return replace(self, places=(torch.tensor(places)[:, None] * self.stride + each).flatten())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Self:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return type(self)(**moved)
+        names = [f.name for f in fields(self) if f.name != "places"]
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return type(self)(**moved, places=self.places)
 
     def without_targets(self) -> Self:
         """The same tokens, none of which counts for the loss."""

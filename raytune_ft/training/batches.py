@@ -208,6 +208,7 @@ def packed_steps(
         token_budget: most tokens of a micro-batch; those that have more are divided further (`within_budget`).
     """
     for rows in step_rows(len(data), batch_size, seed, start=start):
+        place = {row: number for number, row in enumerate(rows)}
         shares = rank_share(rows, rank, world_size, micro_batches)
         if token_budget is not None:
             lengths = dict(zip(rows, data.lengths(rows), strict=True))
@@ -216,7 +217,12 @@ def packed_steps(
                 for other in range(world_size)
             ]
             shares = everyone[rank] + [[]] * (max(map(len, everyone)) - len(everyone[rank]))
-        yield [data.packed(share) if share else data.packed(rows[:1]).without_targets() for share in shares]
+        yield [
+            data.packed(share).placed([place[row] for row in share])
+            if share
+            else data.packed(rows[:1]).placed([0]).without_targets()
+            for share in shares
+        ]
 
 
 def say_disliked(splits: Mapping[str, TokenRows]) -> None:

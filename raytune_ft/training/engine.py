@@ -6,6 +6,7 @@ The loss is the mean over the supervised tokens of the global batch, whatever th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
 from raytune_ft.training.config_alignment import RewardConfig
+from raytune_ft.training.dropout import drop_by_row, dropped_by_row, linear_numbers
 from raytune_ft.training.fused_lora import fuse_lora
 from raytune_ft.training.loop import Metrics, with_perplexity
 from raytune_ft.training.micro_batches import before_the_optimizer, computed_without_gradient
@@ -88,7 +90,10 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
         hold_zeros(model, zeros_of(model))
     if config.uses_adapter:
         model.requires_grad_(False)
+        numbers = linear_numbers(model)
         model = _with_new_adapter(model, config)
+        if alone is None and _drops(config):
+            drop_by_row(model, numbers)
         if config.adapter_path is not None:
             go_on_from(model, config.adapter_path)
         if config.zero_stage < 3:
@@ -128,6 +133,15 @@ def _with_new_adapter(model: Any, config: FineTuningConfig) -> Any:
     )
 
 
+def _drops(config: FineTuningConfig) -> bool:
+    prompts = (FineTuningMethod.PREFIX_TUNING, FineTuningMethod.PROMPT_TUNING)
+    return config.uses_adapter and config.method not in prompts and config.lora_dropout > 0
+
+
+def _dropped(config: FineTuningConfig, batch: PackedBatch, step: int, device: str) -> AbstractContextManager[None]:
+    return dropped_by_row(batch, config.seed, step, device) if _drops(config) else nullcontext()
+
+
 def optimizer_for(trainee: Trainee, config: FineTuningConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters, without weight decay on norms and biases (one-dimensional parameters)."""
     parameters = list(trainee.trainable().values())
@@ -144,7 +158,7 @@ def optimizer_for(trainee: Trainee, config: FineTuningConfig) -> torch.optim.Ada
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Makes dropout a function of (seed, step, rank), so that a resumed run draws what the unbroken one would."""
+    """Makes what is drawn from torch's stream a function of (seed, step, rank): a resumed run draws it again."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
@@ -172,8 +186,9 @@ class LocalLearner:
         self.optimizer.zero_grad(set_to_none=True)
         with before_the_optimizer():
             for micro in batch:
-                means = self.trainee.loss(micro.to(self._device)).reshape(-1) / max(1, count)
-                means[0].backward()
+                with _dropped(self._config, micro, step, self._device):
+                    means = self.trainee.loss(micro.to(self._device)).reshape(-1) / max(1, count)
+                    means[0].backward()
                 sums.append(means.detach())
         norm = nn.utils.clip_grad_norm_(list(self.trainee.trainable().values()), self._config.max_grad_norm)
         self.optimizer.step()
@@ -227,8 +242,9 @@ class ZeroLearner:
         for micro in batch:
             is_last = micro is batch[-1]
             self.engine.set_gradient_accumulation_boundary(is_last)  # steps may differ in their number
-            found = self.engine(micro.to(self._device)).reshape(-1)
-            self.engine.backward(found[0] * scale.to(found.dtype), scale_wrt_gas=False)
+            with _dropped(self._config, micro, step, self._device):
+                found = self.engine(micro.to(self._device)).reshape(-1)
+                self.engine.backward(found[0] * scale.to(found.dtype), scale_wrt_gas=False)
             sums.append(found.detach())
             if is_last:
                 norm = self._unsharded_norm()

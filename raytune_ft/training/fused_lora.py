@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from raytune_ft.training.dropout import RowDropout
 from raytune_ft.training.low_rank import Product, narrow_product
 
 
@@ -54,7 +55,10 @@ def _forward(layer: Any, usual: Any, x: Tensor, *args: Any, **kwargs: Any) -> Te
     flat = x.reshape(-1, x.shape[-1])
     kept = None
     if layer.training and isinstance(dropout, nn.Dropout) and dropout.p:
-        kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout.p)
+        if isinstance(dropout, RowDropout):
+            kept = dropout.mask(flat)
+        else:
+            kept = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout.p)
         scale /= 1 - dropout.p
     if type(base) is nn.Linear:
         out = _Linear.apply(flat, a, b, base.weight, base.bias, scale, kept)  # type: ignore[no-untyped-call]

@@ -1,7 +1,4 @@
-"""Smaller micro-batches after a step that ran out of memory: the same rows, the same global batch, the same losses.
-
-With dropout the masks are other ones, since a micro-batch draws its own.
-"""
+"""Smaller micro-batches after a step that ran out of memory: the same rows, the same global batch, the same losses."""
 
 from __future__ import annotations
 

@@ -30,6 +30,8 @@ class PairBatch(PackedBatch):
     reference: Tensor
     """[rows] float32, log-probability of each row's targets under the reference model, in nats."""
 
+    stride: ClassVar[int] = 2
+
     @property
     def items(self) -> int:
         """What the loss is a mean over: the pairs, if they count at all."""

@@ -40,6 +40,8 @@ class RatedBatch(PackedBatch):
     others: PackedBatch
     """As many rows: each prompt with the answer of another row."""
 
+    stride: ClassVar[int] = 2
+
     @property
     def items(self) -> int:
         """What the loss is a mean over: the rows, if they count at all."""

@@ -55,7 +55,8 @@ def test_rows_packed_at_once_are_those_packed_one_by_one(splits: dict[str, list[
     numbers = [7, 0, 16, 7]
     whole, single = data.packed(numbers), pack([data[number] for number in numbers])
     assert whole.rows == 4
-    for part in fields(whole):
+    assert whole.places is single.places is None
+    for part in (part for part in fields(whole) if part.name != "places"):
         one, other = getattr(whole, part.name), getattr(single, part.name)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -89,6 +90,7 @@ def test_within_a_token_budget_all_ranks_have_as_many_micro_batches_and_each_row
     assert len({len(micros) for micros in steps}) == 1
     assert all(micro.tokens <= longest + 30 for micros in steps for micro in micros)
     found = [micro for micros in steps for micro in micros if len(micro.targets)]
+    assert sorted(place for micro in found for place in micro.places.tolist()) == list(range(13))
     rows = next(step_rows(len(data), 13, 0))
     assert sum(micro.rows for micro in found) == 13
     assert sorted(int(token) for micro in found for token in micro.targets) == sorted(

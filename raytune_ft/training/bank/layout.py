@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, pack
-from raytune_ft.training.bank.dropout import row_key, token_keys
+from raytune_ft.training.dropout import row_key, token_keys
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from raytune_ft.training.bank.dropout import kept
 from raytune_ft.training.bank.layout import Layout
 from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target, factor_views
+from raytune_ft.training.dropout import kept
 from raytune_ft.training.low_rank import Product
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
-from raytune_ft.training.bank.dropout import kept, thresholds
 from raytune_ft.training.bank.layout import Layout
 from raytune_ft.training.bank.optimizer import adamw_, clip_rows_
 from raytune_ft.training.bank.products import SegmentProducts, products_for
 from raytune_ft.training.bank.slot import SlotSettings, SlotState, State, Target
 from raytune_ft.training.bank.stacked_slot import Blocks, FactorPlan, Factors, StackedSlot, aligned
+from raytune_ft.training.dropout import kept, thresholds
 
 
 class StackedSlots:

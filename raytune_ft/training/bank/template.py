@@ -13,6 +13,7 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import add_lora, save_adapter
 from raytune_ft.training.bank.slot import State, Target
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.dropout import linear_numbers
 
 
 class AdapterTemplate:
@@ -21,7 +22,7 @@ class AdapterTemplate:
     def __init__(self, base: Any, base_name: str) -> None:
         self._base_name = base_name
         self._hollow = _hollow(base)
-        self._index = {name: number for number, name in enumerate(_linear_names(self._hollow))}
+        self._index = linear_numbers(self._hollow)
 
     def initial(self, config: FineTuningConfig) -> tuple[list[Target], State]:
         """The layers that a trial adapts, and the factors that `get_peft_model` gives them after seeding with its seed.
@@ -88,10 +89,6 @@ class AdapterTemplate:
 
 def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in adapted.get_base_model().named_modules() if hasattr(module, "lora_A")]
-
-
-def _linear_names(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _hollow(model: Any) -> Any:

@@ -159,7 +159,10 @@ class Trial:
         return {"history": history, "earlier": self.earlier, "patience": self.patience.remembered(), **status}
 
     def recall(self, snapshot: Checkpoint) -> None:
-        """Stands where a snapshot says, its own or a donor's; with settings of more steps, a finished trial goes on."""
+        """Stands where a snapshot says, its own or a donor's.
+
+        With settings of more steps, a finished trial goes on; one whose last step is not beyond the snapshot is over.
+        """
         kept = snapshot.progress
         self.step = snapshot.step
         self.history = [dict(row) for row in kept["history"]]
@@ -173,4 +176,6 @@ class Trial:
         self.status, self.reason = Status(kept["status"]), kept["reason"]
         if self.status is Status.FINISHED and self.step < self.timetable.total and not self.patience.spent:
             self.status, self.reason = Status.RUNNING, ""
+        elif self.status is Status.RUNNING and self.step >= self.timetable.total:
+            self.finish(f"goes on from step {self.step}, and its last is {self.timetable.total}")
         self._order = self._upcoming = self._ahead = None
