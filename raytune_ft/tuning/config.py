@@ -10,7 +10,9 @@ from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.goal import OF_REWARDS, Goal
-from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, extremes, grid_size, with_guide
+from raytune_ft.tuning.combinations import refuse_invalid_pairs, refuse_without_effect
+from raytune_ft.tuning.given import plain_space
+from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, extremes, grid_size
 
 _OF_PREFERENCES = frozenset({"loss", "eval_loss", "eval_reward_margin", "eval_chosen_reward"})
 _DEFINED = {
@@ -46,8 +48,8 @@ class SweepConfig(Config):
     """What all trials have in common. Its `output_dir` may be left out: trials write below the sweep's."""
     space: Space
     """Training settings to search: a list is a grid; ``{uniform: [low, high]}``, ``loguniform``, ``quniform``
-    (with a step) and ``{choice: [...]}`` are sampled; ``guide`` takes the guide's values; `lora_alpha` may be
-    ``{times_rank: [1, 2]}``."""
+    (with a step) and ``{choice: [...]}`` are sampled; ``guide`` takes the guide's values, for a key, or (``space:
+    guide``) for all that it names; `lora_alpha` may be ``{times_rank: [1, 2]}``."""
     searcher: Literal["grid", "random", "optuna"] = "grid"
     """``grid`` tries all combinations of lists; ``random`` samples every setting `num_trials` times; ``optuna`` samples
     where earlier trials did well (tree-structured Parzen estimator)."""
@@ -63,19 +65,23 @@ class SweepConfig(Config):
     reduction_factor: float = Field(2, gt=1)
     """ASHA and hyperband: one in so many trials goes on at each rung."""
     max_tokens: int | None = Field(None, ge=1)
-    """Budget: no trial goes on once all together have trained on so many tokens. Repeats are made beyond it."""
+    """Budget: no trial goes on once all together have trained on so many tokens; of these, what takes each trial to its
+    first evaluation is kept for it. Repeats are made beyond the budget."""
     max_hours: float | None = Field(None, gt=0)
-    """Budget: no trial goes on after so many hours. Repeats are made beyond it."""
+    """Budget: no trial goes on after so many hours; those that were not evaluated by then are counted. Repeats are made
+    beyond the budget."""
     seed: int = 0
     """Decides what is sampled."""
     repeat_top: int = Field(0, ge=0)
     """So many of the best settings are trained again with fresh seeds, so that the winner wins by more than noise. All
-    repeats are trained to their last step, whatever the search's budget: means of cut ones could not be compared."""
+    repeats are trained to their last step, whatever the search's budget, and of the search's own trials those count
+    beside them that finished: means of cut ones could not be compared."""
     repeat_seeds: int = Field(2, ge=1)
     """Fresh seeds of each repeated setting."""
     metric: str = "eval_loss"
-    """What trials are compared by: ``eval_loss``; ``loss``, that of training, where there is no validation split; or
-    what their answers are measured by, such as ``eval_exact_match``, with `training.eval_generation_rows`."""
+    """What trials are compared by: ``eval_loss``; ``loss``, that of training, where there is no validation split (the
+    mean of the last quarter of a trial's values); or what their answers are measured by, such as ``eval_exact_match``,
+    with `training.eval_generation_rows`."""
     mode: Literal["min", "max"] | None = None
     """Which values of `metric` are better, the lower or the higher; it follows from the metric, and may be left out."""
     packed: Literal["auto", "never"] = "auto"
@@ -91,7 +97,7 @@ class SweepConfig(Config):
     @classmethod
     def _trials_follow_the_sweep(cls, settings: Any) -> Any:
         if isinstance(settings, dict) and "space" in settings:
-            settings = {**settings, "space": with_guide(settings["space"])}
+            settings = {**settings, "space": plain_space(settings["space"])}
         if isinstance(settings, dict) and isinstance(settings.get("training"), FineTuningConfig):
             verb = next((verb for verb, kind in OBJECTIVES.items() if type(settings["training"]) is kind), "train")
             given = settings["training"].model_dump(exclude_unset=True)
@@ -104,7 +110,8 @@ class SweepConfig(Config):
                 measured.add(f"eval_{training.get('eval_generation_metric', 'exact_match')}")
             if settings.get("metric") in measured:
                 training.setdefault("metric_for_best_model", settings["metric"])
-            sizes = (settings.get("space") or {}).get("student_layers")
+            space = settings.get("space")
+            sizes = space.get("student_layers") if isinstance(space, dict) else None
             if isinstance(sizes, list) and sizes and "model_path" not in training:
                 training.setdefault("student_layers", sizes[0])
             return {**settings, "training": training}
@@ -113,6 +120,8 @@ class SweepConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         check_space(self.space, self.training)
+        refuse_without_effect(self.space, self.training)
+        refuse_invalid_pairs(self.space, self.training)
         sampled = [key for key, choice in self.space.items() if not isinstance(choice, list | TimesRank)]
         if self.searcher == "grid" and sampled:
             raise ValueError(f"space: {', '.join(sampled)} is sampled, which a grid cannot do; set searcher: random")
@@ -201,8 +210,11 @@ class SweepConfig(Config):
                 f"metric: no trial reports {self.metric}, only {', '.join(known)}; answers are measured with "
                 "training.eval_generation_rows and training.eval_generation_metric"
             )
-        if self.metric != "loss" and self.training.eval_strategy == "no":
-            raise ValueError(f"metric: {self.metric} needs evaluations; set training.eval_strategy to steps or epoch")
+        strategies = extremes(self.space.get("eval_strategy", [self.training.eval_strategy]))
+        if self.metric != "loss" and "no" in strategies:
+            raise ValueError(
+                f"metric: {self.metric} needs evaluations of every trial; set eval_strategy to steps or epoch"
+            )
         if self.metric not in {"loss", self.training.metric_for_best_model}:
             raise ValueError(
                 f"training.metric_for_best_model: trials keep their best by {self.training.metric_for_best_model}, but "

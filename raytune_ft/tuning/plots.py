@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +14,22 @@ _SHADES = "viridis_r"
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _NAMED = 12
 """Trials that a legend may name."""
+_WIDE = 3
+"""Settings whose names fit side by side."""
+_LONGEST_VALUE, _LONGEST_LINE = 14, 70
+"""Characters of a value beside its line, and of a line of a legend."""
 _DASHES = ("-", "--", ":")
 
 
 def survival(result: SweepResult) -> str:
     """The curve of every trial; the best one stands out, and a cross ends the ones that were stopped."""
     best, others = result.best, [colour for colour in COLOURS if colour != COLOURS[2]]
+    drawn = [*result.trials, *([best] if best in result.repeats else [])]
+    names = [_in_lines(t.label([*result.varied, "seed"]) + (" (best)" if t is best else "")) for t in drawn]
+    lines = sum(name.count("\n") + 1 for name in names) if len(drawn) <= _NAMED else 0
 
     def paint(axes: Any) -> None:
-        for number, trial in enumerate(result.trials):
+        for number, trial in enumerate(drawn):
             points = [(row["global_step"], row[result.metric]) for row in trial.curve if result.metric in row]
             if not points:
                 continue
@@ -36,28 +44,30 @@ def survival(result: SweepResult) -> str:
                 color=colour,
                 linewidth=3 if chosen else 1.5,
                 markersize=5,
-                label=trial.label() + (" (best)" if chosen else ""),
+                label=names[number],
             )
             if trial.ending != "finished":
                 axes.plot(*points[-1], "x", color=colour, markersize=11, markeredgewidth=2.5)
         if result.goal.is_loss:
             log_scale(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(result.goal.title)
-        if len(result.trials) <= _NAMED:
-            axes.legend(frameon=False, fontsize=9)
+        if lines:
+            axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.5 / 3))
 
-    return svg(paint, grid="y")
+    return svg(paint, height=3.6 + 0.17 * lines, grid="y")
 
 
 def parallel(result: SweepResult) -> str:
     """Parallel coordinates: a line a trial through its settings to its metric, darker where that is better."""
-    names = list(result.trials[0].settings)
+    names = result.varied
     scored = [(trial, value) for trial in result.trials if (value := trial.best(result.metric)) is not None]
     columns = [[_shown(trial.settings[name]) for trial, _ in scored] for name in names]
     places = [_places(values) for values in columns]
     metric = [result.goal.cost(value) for _, value in scored]
-    order, winner = _ranks(metric), result.best
+    order, winner = _ranks(metric), {**result.best.settings, "seed": None}
+    crowded = len(names) > _WIDE
 
     def paint(axes: Any) -> None:
         import matplotlib as mpl
@@ -65,7 +75,7 @@ def parallel(result: SweepResult) -> str:
         shades = mpl.colormaps[_SHADES]
         for number in range(len(scored)):
             heights = [column[number] for column in places] + [1 - order[number]]
-            best = scored[number][0] is winner
+            best = {**scored[number][0].settings, "seed": None} == winner
             axes.plot(
                 range(len(names) + 1),
                 heights,
@@ -76,9 +86,17 @@ def parallel(result: SweepResult) -> str:
         for x, values in enumerate(columns):
             for value, height in {value: places[x][n] for n, value in enumerate(values)}.items():
                 axes.annotate(
-                    value, (x, height), (4, 0), textcoords="offset points", size=8, va="center", bbox=_PAPER, zorder=4
+                    _short(value),
+                    (x, height),
+                    (4, 0),
+                    textcoords="offset points",
+                    size=6 if crowded else 8,
+                    va="center",
+                    bbox=_PAPER,
+                    zorder=4,
                 )
-        axes.set_xticks(range(len(names) + 1), [*names, f"rank by {result.metric}"])
+        turned = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+        axes.set_xticks(range(len(names) + 1), [*names, f"rank by {result.metric}"], **turned)
         axes.set_yticks([])
         axes.margins(x=0.12)
 
@@ -133,6 +151,14 @@ def shares(importance: dict[str, float]) -> str:
         axes.set_xlabel("share of the variance between trials")
 
     return svg(paint, height=1.1 + 0.4 * len(names))
+
+
+def _in_lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, _LONGEST_LINE, subsequent_indent="  ")) or text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
 def _places(values: Sequence[str]) -> list[float]:

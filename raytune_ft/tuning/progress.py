@@ -8,12 +8,15 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from pyarrow.fs import FileType
 from ray.tune.callback import Callback
+from ray.tune.logger import TBXLoggerCallback
 
 from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.checkpoint import StoredCheckpoint
 from raytune_ft.tuning.result import Trial
+from raytune_ft.tuning.space import settings_at
 from raytune_ft.tuning.tracking import Tracked, TrackedTrials
 from raytune_ft.tuning.view import SweepView
 
@@ -42,6 +45,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         self._folder, self._view, self._curves = folder, SweepView(metric), Curves()
         self._trackers = TrackedTrials(tracked)
         self._began, self._seconds_before = time.monotonic(), 0.0
+        self._restored = False
 
     def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal or a tracker cannot be kept
         return Progress, (self._folder, self._view.metric, self._trackers.tracked)
@@ -53,10 +57,22 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
     def set_state(self, state: dict[str, Any]) -> None:
         """Ray Tune's hook: what it kept."""
         self._curves, self._seconds_before = state["curves"], state.get("seconds", 0.0)
+        self._restored = True
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Ray Tune's hook: of restored trials, checkpoints are forgotten that were deleted after the state was written.
+
+        Ray would delete them again, and take it for an error that they are gone. The newest, which a trial goes on
+        from, is left as it is: that one has to be there.
+        """
+        if self._restored:
+            self._restored = False
+            for trial in trials:
+                _forget_deleted(trial.run_metadata.checkpoint_manager)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
-        self._view.hear(trial.trial_id, _label(trial), state="running")
+        self._view.hear(trial.trial_id, self._label(trial), state="running")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -64,21 +80,25 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         """Ray Tune's hook."""
         step, value = result["global_step"], result.get(self._view.metric, math.nan)
         last = int(result.get("last_step", 0))
-        self._view.hear(trial.trial_id, _label(trial), state="running", step=step, last_step=last, value=value)
+        self._view.hear(trial.trial_id, self._label(trial), state="running", step=step, last_step=last, value=value)
         curve = self._curves.setdefault(trial.trial_id, [])
         curve.append(_kept(result))
-        self._trackers.log(trial.trial_id, _label(trial), trial.config, curve)
+        self._trackers.log(trial.trial_id, self._label(trial), trial.config, curve)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
         state = self._state_of(trial)
-        self._view.hear(trial.trial_id, _label(trial), state=state)
+        self._view.hear(trial.trial_id, self._label(trial), state=state)
         self._trackers.end(trial.trial_id, state)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
-        self._view.hear(trial.trial_id, _label(trial), state="failed")
+        self._view.hear(trial.trial_id, self._label(trial), state="failed")
         self._trackers.end(trial.trial_id, "failed")
+
+    def _label(self, trial: Any) -> str:
+        settings = settings_at(dict(trial.config), dict(self._trackers.tracked.settings))
+        return Trial(trial.trial_id, settings, "finished", []).label()
 
     @staticmethod
     def _state_of(trial: Any) -> str:
@@ -93,12 +113,38 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         self._view.close()
         for trial in trials:
             if trial.trial_id in self._curves and not self._trackers.knows(trial.trial_id):
-                self._trackers.log(trial.trial_id, _label(trial), trial.config, self._curves[trial.trial_id])
+                self._trackers.log(trial.trial_id, self._label(trial), trial.config, self._curves[trial.trial_id])
                 self._trackers.end(trial.trial_id, "failed" if trial.status == "ERROR" else self._state_of(trial))
         self._trackers.close()
         (self._folder / _TRACKER_FAILURES).write(json.dumps(self._trackers.failures).encode())
         (self._folder / _SECONDS).write(json.dumps(self._seconds_before).encode())
         (self._folder / _CURVES).write(json.dumps(self._curves).encode())
+
+
+class NoEventFiles(TBXLoggerCallback):  # type: ignore[misc]  # Ray's classes count as Any
+    """Stands where Ray Tune would put its own writer of event files: ours are written by `Tracked`."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+
+    def log_trial_start(self, trial: Any) -> None:
+        """Writes nothing."""
+
+    def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
+        """Writes nothing."""
+
+    def log_trial_end(self, trial: Any, failed: bool = False) -> None:
+        """Writes nothing."""
+
+
+def _forget_deleted(manager: Any) -> None:
+    """Takes the checkpoints but the newest out of Ray's list of a trial's whose folder is gone."""
+    newest = manager.latest_checkpoint_result
+    manager._checkpoint_results = [
+        kept
+        for kept in manager._checkpoint_results
+        if kept is newest or kept.checkpoint.filesystem.get_file_info(kept.checkpoint.path).type != FileType.NotFound
+    ]
 
 
 def curves_in(folder: Location) -> Curves:
@@ -156,7 +202,3 @@ def _kept(result: dict[str, Any]) -> dict[str, float]:
     """What curves keep of what was told."""
     kept = {name: told for name, told in result.items() if name in _COLUMNS or name.startswith(_EVALUATED)}
     return {name: float(told) for name, told in kept.items() if told is not None and math.isfinite(told)}
-
-
-def _label(trial: Any) -> str:
-    return Trial(trial.trial_id, dict(trial.config), "finished", []).label()

@@ -18,7 +18,9 @@ def render(result: SweepResult, seconds: float) -> str:
         seconds: how long the search took.
     """
     ranked = result.ranked
-    worst_last = [*ranked, *(trial for trial in result.trials if trial not in ranked)]
+    best = result.best
+    others = [*ranked, *(trial for trial in result.trials if trial not in ranked)]
+    worst_last = [best, *(trial for trial in others if trial is not best)]
     pictures = [(plots.survival(result), "Every trial's curve; a cross where the scheduler stopped it.")]
     pictures.append(
         (plots.parallel(result), "Settings of each trial, and its place among all; the best one stands out.")
@@ -88,6 +90,8 @@ def cost_in_words(result: SweepResult, seconds: float) -> str:
     spent = sum(trial.tokens for trial in result.trials)
     words = f"{len(result.trials)} trials, {sum(t.steps for t in result.trials):,} steps, {spent:,.0f} tokens"
     words += f" in {seconds:,.0f} s"
+    if result.not_begun:
+        words += f"; {result.not_begun} more were not evaluated, as the budget was spent before"
     ends = {trial.last_step for trial in result.trials if trial.last_step is not None}
     whole = sum(trial.tokens * (trial.last_step or 0) / trial.steps for trial in result.trials if trial.steps)
     if whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -29,8 +30,15 @@ class Trial:
     used `after`, in that order. `Trial.settings` are the last ones."""
 
     def best(self, metric: str) -> float | None:
-        """The best value of `metric` on the curve; None without one."""
-        return Goal.of(metric).best(row[metric] for row in self.curve if metric in row)
+        """The best value of `metric` on the curve; None without one.
+
+        The training loss is that of a batch, and the luckiest of these says nothing: of it, the mean over the last
+        quarter of the values.
+        """
+        values = [row[metric] for row in self.curve if metric in row]
+        if metric == "loss" and values:
+            return statistics.fmean(values[-math.ceil(len(values) / 4) :])
+        return Goal.of(metric).best(values)
 
     @property
     def steps(self) -> int:
@@ -47,9 +55,9 @@ class Trial:
         """Tokens that it was trained on."""
         return next((row["tokens"] for row in reversed(self.curve) if "tokens" in row), 0.0)
 
-    def label(self) -> str:
-        """The settings in a few words."""
-        return _in_words(self.settings)
+    def label(self, names: Collection[str] = ()) -> str:
+        """The settings in a few words; with `names`, these only."""
+        return _in_words({name: value for name, value in self.settings.items() if not names or name in names})
 
     def schedule_in_words(self) -> str:
         """The settings that made its model, and when each began."""
@@ -77,6 +85,14 @@ class SweepResult:
     metric: str
     trials: tuple[Trial, ...]
     repeats: tuple[Trial, ...] = ()
+    not_begun: int = 0
+    """Trials that the budget left no room for: none of them was measured, and `trials` are the others."""
+
+    @property
+    def varied(self) -> list[str]:
+        """The settings that tell the trials apart; all, if none does."""
+        names = list(self.trials[0].settings)
+        return [name for name in names if len({str(t.settings.get(name)) for t in self.trials}) > 1] or names
 
     @property
     def goal(self) -> Goal:
@@ -107,6 +123,8 @@ class SweepResult:
     def best(self) -> Trial:
         """The trial with the best metric; where some were repeated, that of the setting with the best mean.
 
+        If the search had stopped that one early, it is the best of its repeats, whose model is whole.
+
         Raises:
             RunError: if no trial reported it, with every trial's reason.
         """
@@ -114,21 +132,32 @@ class SweepResult:
         if not ranked:
             reasons = "; ".join(f"{trial.label()}: {trial.error or 'reported nothing'}" for trial in self.trials)
             raise RunError(f"no trial reported {self.metric}: {reasons}")
-        if not self.repeats:
+        if not self.repeated:
             return ranked[0]
         winner = self.repeated[0].settings
-        return next(trial for trial in ranked if trial.settings == winner)
+        own = next(trial for trial in ranked if trial.settings == winner)
+        return own if own.ending == "finished" else min(self._again(own), key=self._place)
 
     @property
     def repeated(self) -> list[Repeated]:
-        """The repeated settings, best mean first; the search's own trial counts as one seed, as does each other."""
+        """The repeated settings, best mean first; the search's own trial counts as one seed, as does each other.
+
+        Only of finished trials: a mean of cut and whole ones would be of neither.
+        """
         found = []
         for trial in self.distinct:
-            again = [t for t in self.repeats if {**t.settings, "seed": None} == {**trial.settings, "seed": None}]
-            by_seed = {t.settings.get("seed"): t.best(self.metric) for t in (trial, *again)}
+            again = self._again(trial)
+            whole = (trial, *again) if trial.ending == "finished" else again
+            by_seed = {t.settings.get("seed"): t.best(self.metric) for t in whole}
             if again:
                 found.append(_over_seeds(trial.settings, [value for value in by_seed.values() if value is not None]))
         return sorted(found, key=lambda one: self.goal.cost(one.mean))
+
+    def _again(self, trial: Trial) -> tuple[Trial, ...]:
+        """The finished repeats of a trial's settings."""
+        wanted = {**trial.settings, "seed": None}
+        found = (again for again in self.repeats if {**again.settings, "seed": None} == wanted)
+        return tuple(t for t in found if t.ending == "finished" and t.best(self.metric) is not None)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready mapping; `from_json` reads it."""
@@ -136,6 +165,7 @@ class SweepResult:
         return {
             "schema_version": 1,
             "metric": self.metric,
+            "not_begun": self.not_begun,
             "best": {"name": best.name, "settings": best.settings, self.metric: best.best(self.metric)},
             "trials": [{**asdict(trial), "snapshot": None} for trial in self.trials],
             "repeats": [{**asdict(trial), "snapshot": None} for trial in self.repeats],
@@ -145,7 +175,7 @@ class SweepResult:
     def from_json(cls, content: dict[str, Any]) -> SweepResult:
         """The result that `to_json` wrote."""
         trials, repeats = (tuple(Trial(**trial) for trial in content[key]) for key in ("trials", "repeats"))
-        return cls(content["metric"], trials, repeats)
+        return cls(content["metric"], trials, repeats, content.get("not_begun", 0))
 
 
 def _in_words(settings: dict[str, Any]) -> str:

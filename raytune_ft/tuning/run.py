@@ -17,17 +17,24 @@ from ray.tune.schedulers import FIFOScheduler
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import last_line
+from raytune_ft.core.errors import RunError, last_line
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.training.run import data_parent, model_parents, reachable, refuse_other_student, splits_of
 from raytune_ft.training.trackers import Trackers, refuse_missing
 from raytune_ft.tuning import homes
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
-from raytune_ft.tuning.budget import refuse_small_budget
+from raytune_ft.tuning.budget import refuse_other_rows, refuse_small_budget, tokens_to_first_evaluation
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
-from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
+from raytune_ft.tuning.progress import (
+    NoEventFiles,
+    Progress,
+    curves_in,
+    of_its_state,
+    seconds_before_in,
+    tracker_failures_in,
+)
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
@@ -88,11 +95,17 @@ def tune(config: SweepConfig) -> Artifact:
             most: splits_of(config.training.with_overrides(max_length=most), output / "tokens" / str(most))
             for most in packs.lengths()
         }
-        refuse_small_budget(config, config.trials, next(iter(splits.values()))["train"])
+        refuse_other_rows(config, splits)
+        train_files = next(iter(splits.values()))["train"]
+        refuse_small_budget(config, config.trials, train_files)
+        budget = None
+        if config.max_tokens:
+            first = tokens_to_first_evaluation(config, train_files)
+            budget = TokenBudget(config.max_tokens, first, config.trials)
         started = time.perf_counter()
         ground = Ground(config, packs, splits, output, connected, config.trials)
         with ground.arranged() as arrangement:
-            result = _search(config, arrangement, output, tracked)
+            result = _search(config, arrangement, output, tracked, budget)
         stages = [_RAY_STATE, *([_RAY_REPEATS] if config.repeat_top else [])]
         seconds = time.perf_counter() - started + sum(seconds_before_in(output / stage) for stage in stages)
         _keep(draft, result, config, round(seconds, 1))
@@ -138,6 +151,7 @@ def _keep(draft: Draft, result: SweepResult, config: SweepConfig, seconds: float
     best, everyone = result.best, (*result.trials, *result.repeats)
     draft.numbers |= {
         "trials": len(result.trials),
+        "not_begun": result.not_begun,
         **{key: sum(trial.ending == ending for trial in result.trials) for key, ending in _ENDINGS.items()},
         "steps": sum(trial.steps for trial in everyone),
         "tokens": sum(trial.tokens for trial in everyone),
@@ -171,7 +185,9 @@ class _Stage:
     stop: Any = None
 
 
-def _search(config: SweepConfig, arrangement: Arrangement, output: Location, tracked: Tracked) -> SweepResult:
+def _search(
+    config: SweepConfig, arrangement: Arrangement, output: Location, tracked: Tracked, budget: TokenBudget | None
+) -> SweepResult:
     """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
 
     def trials(stage: _Stage) -> tuple[Trial, ...]:
@@ -180,18 +196,46 @@ def _search(config: SweepConfig, arrangement: Arrangement, output: Location, tra
 
     if not Tuner.can_restore((output / _RAY_STATE).uri):
         (output / _RAY_STATE / _TOGETHER).write(json.dumps(arrangement.together).encode())
-    result = SweepResult(config.metric, trials(_first_stage(config, output, arrangement.together)))
+    stage = _first_stage(config, output, arrangement.together, budget)
+    result = _of_those_measured(SweepResult(config.metric, trials(stage)), config)
     if config.repeat_top:
         stage = _second_stage(config, result, arrangement.together)
         if config.max_tokens or config.max_hours:
             logger.info("tune: the repeats are made beyond the search's budget")
         result = replace(result, repeats=trials(stage))
+    if result.best in result.repeats:
+        logger.info("tune: the search stopped the best trial early, so its finished repeat is left as the best model")
     if not arrangement.leave_best(result.best):
         logger.warning("tune: the best trial was stopped before it saved a model; train with its settings to get one")
     return result
 
 
-def _first_stage(config: SweepConfig, output: Location, together: int) -> _Stage:
+def _of_those_measured(result: SweepResult, config: SweepConfig) -> SweepResult:
+    """Without the trials that the budget was spent before, which are told, and counted.
+
+    Raises:
+        RunError: if it was spent before any was measured.
+    """
+    measured = tuple(trial for trial in result.trials if trial.curve or trial.ending != "stopped early")
+    missing = config.trials - len(measured)
+    if not (missing and (config.max_tokens or config.max_hours)):
+        return result
+    budget = " and ".join(f"{key}: {value:,}" for key in ("max_tokens", "max_hours") if (value := getattr(config, key)))
+    if not measured:
+        raise RunError(
+            f"{budget}: was spent before any of {config.trials} trials was evaluated; raise it, or evaluate earlier "
+            "(training.eval_strategy, training.eval_steps)"
+        )
+    logger.warning(
+        "tune: %s was spent before %d of %d trials were evaluated: these are not compared; raise it to try all",
+        budget,
+        missing,
+        config.trials,
+    )
+    return replace(result, trials=measured, not_begun=missing)
+
+
+def _first_stage(config: SweepConfig, output: Location, together: int, budget: TokenBudget | None) -> _Stage:
     grid = config.searcher == "grid"
     searched = TuneConfig(
         scheduler=scheduler(config, output / _RAY_STATE / "rungs.json"),
@@ -200,7 +244,7 @@ def _first_stage(config: SweepConfig, output: Location, together: int) -> _Stage
         time_budget_s=config.max_hours and config.max_hours * 3600,
     )
     space = {dimension(key, choice): domain(choice, grid=grid) for key, choice in config.space.items()}
-    return _Stage(_RAY_STATE, space, searched, TokenBudget(config.max_tokens) if config.max_tokens else None)
+    return _Stage(_RAY_STATE, space, searched, budget)
 
 
 def _second_stage(config: SweepConfig, result: SweepResult, together: int) -> _Stage:
@@ -229,7 +273,7 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
             checkpoint_config=pointers if arrangement.proxies else CheckpointConfig(),
             failure_config=FailureConfig(max_failures=config.training.max_failures),
             stop=stage.stop,
-            callbacks=[told],
+            callbacks=[told, NoEventFiles()],
             verbose=0,
         ),
     )
@@ -240,10 +284,11 @@ def _trials(
 ) -> tuple[Trial, ...]:
     grid = _tuner(config, arrangement, output, stage, told).fit()
     curves, trials = curves_in(output / stage.name), []
-    for result in grid:
-        last = result.metrics or {}
-        name, shared = last.get("trial_id", ""), config.training.model_dump(mode="json")
-        settings, curve = settings_at(result.config, shared), curves.get(name, [])
+    shared = config.training.model_dump(mode="json")
+    # A result knows the settings of its trial only if that reported any, and so Ray's own trials are asked.
+    for result, of_ray in zip(grid, grid._experiment_analysis.trials, strict=True):
+        last, name = result.metrics or {}, of_ray.trial_id
+        settings, curve = settings_at(of_ray.config, shared), curves.get(name, [])
         trial = Trial(name, settings, "finished", curve, snapshot=last.get("snapshot"))
         if config.scheduler == "pbt":
             trial = of_its_state(trial)

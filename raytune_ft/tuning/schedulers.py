@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from ray import tune as ray_tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
     HyperBandScheduler,
     MedianStoppingRule,
     PopulationBasedTraining,
+    TrialScheduler,
 )
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.stopper import Stopper
@@ -40,7 +43,7 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
         case "median":
             return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
         case "hyperband":
-            made = HyperBandScheduler(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
+            made = ResumedHyperBand(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
             _warn_if_all_run_to_the_end(made, config.trials, most)
             return made
         case "pbt":
@@ -109,23 +112,45 @@ def _within(space: Mapping[str, Domain], point: dict[str, Any]) -> dict[str, Any
 
 
 class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
-    """Stops all trials once they have trained on `most` tokens together."""
+    """Stops all trials once they have trained on `most` tokens together.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._spent = most, dict[str, float]()
+    About `first` of these are kept for each of the `trials` that was not evaluated yet: every one is, once.
+    """
+
+    def __init__(self, most: int, first: int = 0, trials: int = 0) -> None:
+        self._most, self._first, self._trials = most, first, trials
+        self._spent = dict[str, float]()
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Ray Tune's hook: whether the trial that reported `result` stops."""
         self._spent[trial_id] = float(result.get("tokens", 0.0))
-        return self.stop_all()
+        waiting = self._trials - len(self._spent)
+        next_ones = self._first * (waiting + 1) if waiting > 0 else 0  # its own next evaluation, and their first ones
+        return sum(self._spent.values()) + next_ones >= self._most
 
     def stop_all(self) -> bool:
-        """Ray Tune's hook: whether the budget is spent."""
-        return sum(self._spent.values()) >= self._most
+        """Ray Tune's hook: whether the budget is spent, and every trial was evaluated."""
+        return len(self._spent) >= self._trials and sum(self._spent.values()) >= self._most
+
+
+class ResumedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's classes count as Any
+    """HyperBand that can be resumed; Ray's own waits for ever for restored trials that ended, or paused, before."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune's hook: as HyperBand does, for a trial that has not ended; one that is paused goes on."""
+        if trial.is_finished():
+            return
+        super().on_trial_add(tune_controller, trial)
+        if trial.status == Trial.PAUSED:
+            bracket, _ = self._trial_info[trial]
+            bracket.trials_to_unpause.add(trial)
 
 
 class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes count as Any
-    """ASHA whose rungs outlive the driver; Ray's own forgets on restore which results its cutoffs were made of."""
+    """ASHA whose rungs outlive the driver; Ray's own forgets on restore which results its cutoffs were made of.
+
+    A value that is no finite number, as of a trial that diverged, is kept out of them: no cutoff could be made of it.
+    """
 
     def __init__(self, memory: Location, **settings: Any) -> None:
         super().__init__(**settings)
@@ -134,10 +159,20 @@ class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes coun
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ray Tune's hook: decides as ASHA does, and writes the rungs before the decision takes effect."""
         self._recall()
+        if not self._counts(result):
+            return str(TrialScheduler.CONTINUE)
         decision: str = super().on_trial_result(tune_controller, trial, result)
         rungs = [[[milestone, recorded] for milestone, recorded in bracket._rungs] for bracket in self._brackets]
         self._memory.write(json.dumps(rungs).encode())
         return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Ray Tune's hook: as ASHA does, for a result that counts."""
+        if self._counts(result):
+            super().on_trial_complete(tune_controller, trial, result)
+
+    def _counts(self, result: dict[str, Any]) -> bool:
+        return math.isfinite(result.get(self._metric, math.nan))
 
     def _recall(self) -> None:
         if self._recalled or not self._memory.exists():

@@ -47,16 +47,20 @@ class SweepView:
         row.state = state
         if step:
             row.step, row.last_step, row.value = step, last_step, value
-            if math.isfinite(value) and not self._goal.cost(row.best) <= self._goal.cost(value):
+            better = not self._goal.cost(row.best) <= self._goal.cost(value)
+            if math.isfinite(value) and (better or self.metric == "loss"):  # of batches, the newest tells most
                 row.best = value
         if self._shown():
             return
         if state == "failed":
             logger.warning("trial %s: failed", label)
         elif step and state == "running":
-            logger.info("trial %s: step %d, %s %.4f", label, step, self.metric, value)
+            logger.info("trial %s: step %d, %s", label, step, self._told("", value))
         elif state not in {"running", "waiting"}:
-            logger.info("trial %s: %s at step %d, best %s %.4f", label, state, row.step, self.metric, row.best)
+            logger.info("trial %s: %s at step %d, %s", label, state, row.step, self._told("best ", row.best))
+
+    def _told(self, which: str, value: float) -> str:
+        return f"{which}{self.metric} {value:.4f}" if math.isfinite(value) else f"without {self.metric}"
 
     def table(self) -> Table:
         """The trials, the best first; those beyond the first 24 are counted."""

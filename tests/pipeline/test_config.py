@@ -47,7 +47,12 @@ def test_preferences_are_learned_from_where_training_ended_and_the_rest_takes_th
     assert config.align.output_dir == config.evaluate.model_path == config.ladder.model_paths[0] == "/runs/a/aligned"
     assert config.prune is not None and config.prune.model_path == "/runs/a/aligned"
     whole = PipelineConfig(
-        **{**SETTINGS, "align": {"dataset_path": "p", "method": "full"}, "train": {"method": "full"}}
+        **{
+            **SETTINGS,
+            "tune": {"space": {"learning_rate": [1e-5, 1e-4]}, "training": {"max_steps": 4}},
+            "align": {"dataset_path": "p", "method": "full"},
+            "train": {"method": "full"},
+        }
     )
     assert whole.align is not None
     assert (whole.align.model_path, whole.align.adapter_path) == ("/runs/a/tuned", None)

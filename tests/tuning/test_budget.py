@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.tuning.budget import refuse_small_budget, rows_and_tokens
+from raytune_ft.tuning.budget import refuse_other_rows, refuse_small_budget, rows_and_tokens
 from raytune_ft.tuning.config import SweepConfig
 
 
@@ -44,3 +44,32 @@ def test_the_budget_has_to_cover_every_first_evaluation(files: list[str]) -> Non
     # an epoch is 5 steps of 4 rows: 600 a trial
     with pytest.raises(ConfigError, match="about 600 tokens each"):
         refuse_small_budget(sweep(1199, eval_strategy="epoch"), 2, files)
+
+
+def rows_in(folder: Path, count: int) -> list[str]:
+    rows = [{"input_ids": [1, 2], "supervised": [True, True]} for _ in range(count)]
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), folder / "0.parquet")
+    return [str(folder / "0.parquet")]
+
+
+def test_trials_that_would_be_measured_on_other_rows_are_refused(tmp_path: Path) -> None:
+    three, nine = rows_in(tmp_path / "3", 3), rows_in(tmp_path / "9", 9)
+    splits = {64: {"train": nine, "validation": nine}, 52: {"train": three, "validation": three}}
+    with pytest.raises(ConfigError, match=r"other validation rows each \(3 rows fit 52 tokens, 9 rows fit 64 tokens\)"):
+        refuse_other_rows(sweep(None), splits)
+    refuse_other_rows(sweep(None), {length: {**split, "validation": nine} for length, split in splits.items()})
+    by_training = sweep(None).model_copy(update={"metric": "loss"})
+    with pytest.raises(ConfigError, match="compared by loss on other train rows each"):
+        refuse_other_rows(by_training, splits)
+
+
+def test_a_metric_of_validation_rows_wants_some(tmp_path: Path) -> None:
+    splits = {64: {"train": rows_in(tmp_path / "t", 2)}}
+    with pytest.raises(ConfigError, match=r"metric: eval_loss is measured on validation rows, and d has none"):
+        refuse_other_rows(sweep(None), splits)
+    by_training = sweep(None).model_copy(update={"metric": "loss"})
+    refuse_other_rows(by_training, splits)
+    patient = sweep(None, early_stopping_patience=2).model_copy(update={"metric": "loss"})
+    with pytest.raises(ConfigError, match="early_stopping_patience: d has no validation split"):
+        refuse_other_rows(patient, splits)

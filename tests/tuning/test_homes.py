@@ -82,7 +82,7 @@ def test_as_many_trials_run_at_a_time_as_keep_the_banks_busy(nodes, changes, tri
         ({"packed": "never"}, ["all trials"], "packed: never"),
         ({"space": {"precision": ["fp32", "bf16"]}}, [], ""),
         ({"space": {"use_dora": [False, True]}}, ["use_dora True"], "a packed sweep adds low-rank products"),
-        ({"training": {"method": "full"}}, ["all trials"], "method full trains the base"),
+        ({"training": {"method": "full"}, "space": {"seed": [0, 1]}}, ["all trials"], "method full trains the base"),
         ({"training": {"num_workers": 2}}, ["all trials"], "num_workers is 2"),
         ({}, [], ""),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from ray import tune
+from ray.train._internal.checkpoint_manager import _CheckpointManager
+from ray.train._internal.session import _TrainingResult
 
 from raytune_ft.core.errors import RunError
 from raytune_ft.core.storage import Location
@@ -18,6 +21,7 @@ from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import Tracking
 from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
 from raytune_ft.tuning.result import Trial
+from raytune_ft.tuning.space import REPEAT
 from raytune_ft.tuning.tracking import Tracked
 
 from ..training.test_trackers import scalars  # noqa: TID252 - tests are no installed package
@@ -84,6 +88,34 @@ def test_a_trial_that_was_paused_keeps_all_of_its_curve(ray_cluster, tmp_path) -
     assert {trial: {row["global_step"] for row in curve} for trial, curve in curves.items()} == ears.told
     for curve in curves.values():
         assert all(("eval_loss" in row) == (row["global_step"] != 2) for row in curve)
+
+
+def test_a_restored_trial_forgets_the_checkpoints_that_were_deleted(tmp_path: Path) -> None:
+    """The state may be older than the folders: Ray would delete the first one again, and fail to."""
+    manager = _CheckpointManager(tune.CheckpointConfig(num_to_keep=2))
+
+    def saved(number: int) -> _TrainingResult:
+        (tmp_path / str(number)).mkdir()
+        return _TrainingResult(tune.Checkpoint.from_directory(str(tmp_path / str(number))), {})
+
+    for number in (0, 1):
+        manager.register_checkpoint(saved(number))
+    (tmp_path / "0").rmdir()
+    progress = Progress(Location.at(tmp_path), "eval_loss", Tracked((), Location.at(tmp_path), {}))
+    progress.set_state({"curves": {}})
+    progress.on_step_begin(0, [SimpleNamespace(run_metadata=SimpleNamespace(checkpoint_manager=manager))])
+    for number in (2, 3):
+        manager.register_checkpoint(saved(number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_a_repeat_is_called_by_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = Location.at(tmp_path)
+    progress = Progress(folder, "eval_loss", Tracked((), folder, {"lora_r": 8}))
+    trial = SimpleNamespace(trial_id="t", config={REPEAT: {"lora_alpha.times_rank": 2, "seed": 1}})
+    with caplog.at_level(logging.INFO, logger="raytune_ft"):
+        progress.on_trial_result(0, [], trial, {"global_step": 2, "last_step": 4, "eval_loss": 0.5})
+    assert caplog.messages == ["trial seed=1, lora_alpha=16: step 2, eval_loss 0.5000"]
 
 
 def test_a_step_that_was_reported_again_counts_once(tmp_path) -> None:

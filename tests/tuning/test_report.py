@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from raytune_ft.tuning import plots
 from raytune_ft.tuning.report import cost_in_words, importance, most_telling, render
 from raytune_ft.tuning.result import SweepResult, Trial
 
@@ -107,3 +108,15 @@ def test_the_page_stands_alone_and_keeps_hostile_text_as_text() -> None:
     assert "loss &lt;script&gt;" in page
     assert page.count("data:image/svg+xml") == 4  # curves, parallel coordinates, heat map, importance
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_figures_name_what_tells_trials_apart_and_a_repeat_that_is_the_best() -> None:
+    cut = replace(trial(4, 0.1, 1.0, steps=2, ending="stopped early"), settings={"lora_r": 4, "learning_rate": 0.1})
+    other = trial(8, 0.1, 2.0)
+    again = replace(trial(4, 0.1, 0.5), name="again", settings={**cut.settings, "seed": 1})
+    result = SweepResult("eval_loss", (cut, other), (again,))
+    assert result.best is again
+    drawn = plots.survival(result)
+    assert "lora_r=4, seed=1 (best)" in drawn and "learning_rate" not in drawn
+    assert "learning_rate" not in plots.parallel(result)
+    assert render(result, 1.0).index("seed=1") < render(result, 1.0).index("lora_r=8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -87,3 +88,37 @@ def test_settings_that_were_tried_twice_are_one_and_every_seed_counts_once() -> 
     assert [trial.name for trial in result.distinct] == ["a", "c"]
     [again] = result.repeated
     assert (again.seeds, again.mean) == (3, pytest.approx(6.5 / 3))
+
+
+def test_the_training_loss_is_a_mean_of_the_last_values_not_the_luckiest_batch() -> None:
+    def of_batches(name: str, *losses: float) -> Trial:
+        rows = [{"global_step": float(n), "loss": loss} for n, loss in enumerate(losses, start=1)]
+        return Trial(name, {"lora_r": int(name)}, "finished", rows)
+
+    lucky = of_batches("1", 0.1, 3.0, 3.0, 3.0, 3.0, 2.0, 2.5, 1.5)
+    assert lucky.best("loss") == 2.0  # the last two of eight
+    assert SweepResult("loss", (lucky, of_batches("2", 1.75))).best.name == "2"
+
+
+def test_means_of_repeats_are_those_of_whole_trials_and_the_best_is_one() -> None:
+    def seeded(rank: int, seed: int | None, loss: float, ending: str = "finished") -> Trial:
+        settings = {"lora_r": rank} if seed is None else {"lora_r": rank, "seed": seed}
+        return Trial(f"{rank}-{seed}", settings, ending, [{"global_step": 1.0, "eval_loss": loss}])  # type: ignore[arg-type]
+
+    # Rank 8 was stopped early at 3.0; its repeats, to the last step, come to 0.5 and 0.75. One of rank 4 diverged.
+    trials = (seeded(4, None, 1.0), seeded(8, None, 3.0, "stopped early"))
+    repeats = (seeded(8, 1, 0.75), seeded(8, 2, 0.5), seeded(4, 1, 0.25, "infeasible"), seeded(4, 2, 2.0))
+    result = SweepResult("eval_loss", trials, repeats)
+    assert [(one.settings["lora_r"], one.seeds, one.mean) for one in result.repeated] == [(8, 2, 0.625), (4, 2, 1.5)]
+    assert result.best.settings == {"lora_r": 8, "seed": 2}
+    diverged = SweepResult("eval_loss", trials, tuple(replace(again, ending="infeasible") for again in repeats))
+    assert diverged.repeated == [] and diverged.best.name == "4-None"
+
+
+def test_the_settings_that_tell_trials_apart_are_those_that_differ() -> None:
+    def of(**settings: object) -> Trial:
+        return Trial("t", settings, "finished", [])
+
+    differing = SweepResult("eval_loss", (of(lora_r=4, seed=0), of(lora_r=8, seed=0)))
+    assert differing.varied == ["lora_r"] and differing.trials[0].label(differing.varied) == "lora_r=4"
+    assert SweepResult("eval_loss", (of(lora_r=4, seed=0),)).varied == ["lora_r", "seed"]

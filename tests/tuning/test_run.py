@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.core.draft import begin
+from raytune_ft.core.errors import RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
+from raytune_ft.tuning.report import cost_in_words
 from raytune_ft.tuning.result import SweepResult, Trial
-from raytune_ft.tuning.run import HyperparameterSweep, _as_it_began, _keep, _second_stage
+from raytune_ft.tuning.run import HyperparameterSweep, _as_it_began, _keep, _of_those_measured, _second_stage
 from raytune_ft.tuning.space import REPEAT
 
 
@@ -44,6 +46,21 @@ def test_steps_and_tokens_are_those_of_repeats_too(tmp_path: Path) -> None:
     assert draft.numbers["best_schedule"] == parts
 
 
+def test_trials_that_the_budget_was_spent_before_are_told_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    training = {"model_path": "m", "dataset_path": "d"}
+    config = SweepConfig(output_dir="o", training=training, space={"lora_r": [2, 4, 8, 16]}, max_hours=0.5)
+    measured = Trial("a", {"lora_r": 2}, "stopped early", [{"global_step": 4.0, "eval_loss": 1.0}])
+    failed, waiting = Trial("b", {"lora_r": 4}, "failed", []), Trial("c", {"lora_r": 8}, "stopped early", [])
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        found = _of_those_measured(SweepResult("eval_loss", (measured, failed, waiting)), config)
+    assert (found.trials, found.not_begun) == ((measured, failed), 2)
+    assert "max_hours: 0.5 was spent before 2 of 4 trials were evaluated" in caplog.text
+    assert "2 more were not evaluated" in cost_in_words(found, 1.0)
+    assert SweepResult.from_json(found.to_json()) == found
+    with pytest.raises(RunError, match=r"max_hours: 0.5: was spent before any of 4 trials was evaluated; raise it"):
+        _of_those_measured(SweepResult("eval_loss", (waiting,)), config)
+
+
 def test_a_search_that_goes_on_has_as_many_trials_at_a_time_as_it_began_with(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -57,6 +74,17 @@ def test_a_search_that_goes_on_has_as_many_trials_at_a_time_as_it_began_with(
         assert _as_it_began(config, output).max_concurrent_trials == 6
     assert "goes on with 6 trials at a time, as it began; max_concurrent_trials: 1 is for a new search" in caplog.text
     assert _as_it_began(config.model_copy(update={"max_concurrent_trials": None}), output).max_concurrent_trials == 6
+
+
+@pytest.mark.ray
+def test_a_budget_that_is_spent_before_any_evaluation_is_told_in_words(
+    ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
+) -> None:
+    training = {"model_path": str(tiny_model), "dataset_path": str(orders), "max_steps": 4, "report_to": []}
+    more = {"max_hours": 1e-6, "scheduler": "none"}
+    config = SweepConfig(output_dir=str(tmp_path / "sweep"), training=training, space={"lora_r": [2, 4]}, **more)
+    with pytest.raises(RunError, match="max_hours: 1e-06: was spent before any of 2 trials was evaluated"):
+        HyperparameterSweep(config).run()
 
 
 @pytest.mark.ray

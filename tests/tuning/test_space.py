@@ -53,8 +53,8 @@ def test_a_range_whose_ends_are_turned_round_is_refused() -> None:
         ("lora_r", {"quniform": [4, 32, 0.5]}, r"space.lora_r: must be a whole number \(got 4.5\); the range has such"),
         ("lora_r", {"uniform": [4, 32]}, "space.lora_r: must be a whole number .*take quniform with another step"),
         ("weight_decay", {"loguniform": [0, 0.1]}, "space.weight_decay: loguniform wants a low end above 0"),
-        ("learning_rate", {"uniform": [1e-4, float("inf")]}, r"uniform wants finite numbers \(got 0.0001, inf\)"),
-        ("learning_rate", {"quniform": [1e-4, 1e-2, float("nan")]}, "quniform wants finite numbers"),
+        ("learning_rate", {"uniform": [1e-4, float("inf")]}, r"uniform.*finite number.*inf\)"),
+        ("learning_rate", {"quniform": [1e-4, 1e-2, float("nan")]}, "quniform.*finite number"),
     ],
 )
 def test_a_range_that_nothing_can_be_drawn_from_is_refused(key: str, choice: dict, message: str) -> None:

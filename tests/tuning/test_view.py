@@ -30,6 +30,17 @@ def test_a_log_has_a_line_for_each_evaluation_and_ending(caplog: pytest.LogCaptu
     ]
 
 
+def test_a_trial_without_any_value_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    view = SweepView("eval_loss")
+    with caplog.at_level(logging.INFO, logger="raytune_ft"):
+        view.hear("a", "lora_r=4", state="running", step=1, last_step=8, value=float("inf"))
+        view.hear("a", "lora_r=4", state="infeasible")
+    assert caplog.messages == [
+        "trial lora_r=4: step 1, without eval_loss",
+        "trial lora_r=4: infeasible at step 1, without eval_loss",
+    ]
+
+
 def test_a_terminal_has_one_table_with_the_best_trial_first() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     handler = RichHandler(console=console)

@@ -1,0 +1,71 @@
+"""What settings of a space do to each other: some leave others without effect, and some do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations, product
+from typing import Any
+
+from raytune_ft.core.errors import ConfigError
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.packs import name_of
+from raytune_ft.tuning.space import Domain, TimesRank, extremes
+
+_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+_OF_FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+
+
+def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfig) -> None:
+    """Checks that every key of the space decides something: else trials would differ in name only.
+
+    Raises:
+        ValueError: if one does not, with the setting that overrides it.
+    """
+
+    def values(key: str) -> list[Any]:
+        return extremes(space[key]) if key in space else [getattr(training, key)]
+
+    methods = {str(method) for method in values("method")}
+    base_bits = {bits or (4 if method == "qlora" else None) for method in methods for bits in values("bits")}
+    said = f"method: {', '.join(sorted(methods))}"
+    idle = dict[str, str]()
+    if None not in values("max_steps"):
+        idle["num_train_epochs"] = "max_steps overrides it; leave one of them out"
+    if None not in values("warmup_steps"):
+        idle["warmup_ratio"] = "warmup_steps overrides it; leave one of them out"
+    if "steps" not in values("eval_strategy"):
+        idle["eval_steps"] = "it belongs to eval_strategy: steps; set that"
+    if not methods & {"lora", "qlora"}:
+        idle |= dict.fromkeys(_OF_LORA, f"it belongs to method lora or qlora ({said})")
+    if not methods & {"prefix_tuning", "prompt_tuning"}:
+        idle["num_virtual_tokens"] = f"it belongs to method prefix_tuning or prompt_tuning ({said})"
+    if 4 not in base_bits:
+        idle |= dict.fromkeys(_OF_FOUR_BITS, "it belongs to a base of 4 bits; set method: qlora, or bits: 4")
+    for key in space:
+        if key in idle:
+            raise ValueError(f"space.{key}: would change nothing: {idle[key]}")
+
+
+def refuse_invalid_pairs(space: Mapping[str, Domain], training: FineTuningConfig) -> None:
+    """Checks that the values of any two keys go together, so that no trial fails where it begins.
+
+    Raises:
+        ValueError: if two do not.
+    """
+    searched = {key: _telling(choice) for key, choice in space.items() if not isinstance(choice, TimesRank)}
+    for keys in combinations(searched, 2):
+        for values in product(*(searched[key] for key in keys)):
+            chosen = dict(zip(keys, values, strict=True))
+            try:
+                training.with_overrides(**chosen)
+            except ConfigError as error:
+                why = str(error).removeprefix(f"{type(training).__name__}: ")
+                raise ValueError(f"space: {name_of(keys, chosen)} do not go together: {why}") from None
+
+
+def _telling(choice: Domain) -> list[Any]:
+    """The values that tell whether all are valid beside others: of numbers, the lowest and the highest."""
+    values = extremes(choice)
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    others = [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]
+    return [*others, *({min(numbers), max(numbers)} if numbers else ())]
