@@ -23,10 +23,11 @@ from raytune_ft.compression.config import QuantizationConfig, QuantizationMethod
 from raytune_ft.compression.environment import quantizer_python
 from raytune_ft.compression.prune import prunable, warn_of_experts
 from raytune_ft.compression.source import full_precision
-from raytune_ft.core.errors import ModelError, RunError
+from raytune_ft.core.errors import ModelError, RunError, first_line
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.memory import is_out_of_memory
 from raytune_ft.models.scoring import context_tokens
 
 logger = logging.getLogger("raytune_ft")
@@ -123,8 +124,6 @@ def warn_of_few(tokens: int, model: Any) -> None:
 
 
 def _by_bitsandbytes(reference: str, folder: Path, config: QuantizationConfig, device: str) -> Quantized:
-    from transformers import AutoModelForCausalLM
-
     with full_precision(reference) as source:
         model = source.load(device=device)
         tokenizer = load_tokenizer(source.path)
@@ -136,24 +135,85 @@ def _by_bitsandbytes(reference: str, folder: Path, config: QuantizationConfig, d
         del model
         model = source.load(device=device, quantization_config=settings)
     layers = _quantized_layers(model)
-    if not layers:
-        raise ModelError(f"{reference}: has no linear layer besides its head; there is nothing to quantize")
+    _say_what_stays(reference, model, layers)
     kept = {id(p): p.numel() for p in model.parameters()}
     for layer in layers:
         kept.pop(id(layer.weight), None)
-    # Saved before its first forward pass: some CPUs repack 4-bit weights then, into a layout for this machine only.
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    del model
-    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".quantized-", dir=folder) as scratch:
+        # Saved before its first forward pass: some CPUs repack 4-bit weights then, into a layout for this machine only.
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        del model
+        got = _answers(reference, scratch, ids, device)
+        for path in Path(scratch).iterdir():
+            path.replace(folder / path.name)
     return Quantized(
         bytes_before=bytes_before,
         bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         layers_quantized=len(layers),
         weights_quantized=sum(layer.in_features * layer.out_features for layer in layers),
         weights_kept=sum(kept.values()),
-        agreement=compare(expected, next_token_logits(loaded, ids)),
+        agreement=compare(expected, got),
     )
+
+
+def _answers(reference: str, folder: str, ids: list[int], device: str) -> torch.Tensor:
+    """What the saved model says of `ids`.
+
+    Raises:
+        ModelError: naming the layer that bitsandbytes cannot compute, or that the model cannot be loaded back.
+    """
+    from transformers import AutoModelForCausalLM
+
+    other = "take method: compressed_tensors, which has kernels of its own, or quantize on another device"
+    entered: list[str] = []
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+        _note_layers(loaded, entered)
+        return next_token_logits(loaded, ids)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        what = f"cannot compute the quantized layer {entered[-1]}" if entered else "cannot load what it quantized"
+        raise ModelError(
+            f"{reference}: bitsandbytes {what} on this device ({first_line(error)}); nothing was written; {other}"
+        ) from None
+
+
+def _note_layers(model: Any, entered: list[str]) -> None:
+    """Keeps the names of the quantized layers that are being computed in `entered`."""
+    layers = {id(layer) for layer in _quantized_layers(model)}
+    for name, module in model.named_modules():
+        if id(module) in layers:
+            module.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
+            module.register_forward_hook(lambda *_: entered.clear())
+
+
+def _say_what_stays(reference: str, model: Any, layers: list[Any]) -> None:
+    """Warns of linear layers besides the head that bitsandbytes left as they were.
+
+    Raises:
+        ModelError: if it converted none.
+    """
+    done = {id(layer) for layer in layers}
+    stay = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and id(m) not in done]
+    stay = [module for module in stay if module is not model.get_output_embeddings()]
+    kinds = ", ".join(sorted({type(module).__name__ for module in stay}))
+    if layers and stay:
+        logger.warning(
+            "quantize: bitsandbytes converts no layers of the class %s: %d of %d linear layers keep their precision",
+            kinds,
+            len(stay),
+            len(stay) + len(layers),
+        )
+    elif stay:
+        raise ModelError(
+            f"{reference}: bitsandbytes converts none of its {len(stay)} linear layers besides the head: they are of "
+            f"the class {kinds}, which it does not know; there is nothing to quantize"
+        )
+    elif not layers:
+        raise ModelError(f"{reference}: has no linear layer besides its head; there is nothing to quantize")
 
 
 def _bitsandbytes(config: QuantizationConfig, *, head: list[str], dtype: torch.dtype) -> Any:

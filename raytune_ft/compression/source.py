@@ -9,13 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.adapters import merge_adapter
-from raytune_ft.models.loading import refuse_scorer, resolve_model
-
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+from raytune_ft.models.loading import UNREADABLE, model_problem, refuse_scorer, resolve_model
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,8 @@ class Source:
             return AutoModelForCausalLM.from_pretrained(
                 self.path, dtype=self.dtype, device_map={"": device}, use_safetensors=True, **settings
             )
-        except _UNREADABLE as error:
-            raise ModelError(f"{self.path}: the model cannot be loaded: {first_line(error)}") from None
+        except UNREADABLE as error:
+            raise ModelError(model_problem(self.path, error)) from None
 
 
 def refuse_quantized(reference: str) -> Any:
@@ -55,7 +51,7 @@ def refuse_quantized(reference: str) -> Any:
     base = resolved.base
     try:
         config = AutoConfig.from_pretrained(base)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ModelError(f"{base}: is not a model that transformers knows: {first_line(error)}") from None
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:

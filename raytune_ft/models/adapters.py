@@ -11,13 +11,13 @@ import torch
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
+from raytune_ft.models.loading import load_model, load_tokenizer, refuse_lost, resolve_model
+from raytune_ft.models.lora_targets import left_out, without_router_weights
 from raytune_ft.models.sparsity import carry_mark, is_pruned, zero_again, zeros_of
 
 logger = logging.getLogger("raytune_ft")
 
 PROMPT_METHODS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"}
-ALL_LINEAR = "all-linear"
 
 
 def add_lora(
@@ -35,6 +35,8 @@ def add_lora(
 ) -> Any:
     """A PEFT model with a new LoRA adapter upon `model`; only the adapter is trainable (and a scorer's head with it).
 
+    Some layers that the names fit are left out (`lora_targets.left_out`).
+
     Args:
         model: a transformers causal language model; it is changed in place.
         rank: rank of the two factors.
@@ -48,9 +50,10 @@ def add_lora(
         task: PEFT's name of what the model does.
 
     Raises:
-        ModelError: if no layer has one of the names: of each of them, since PEFT ignores those that fit nothing.
+        ModelError: if no layer has one of the names: of each of them, since PEFT ignores those that fit nothing. Or if
+            the adapter, once saved, could not be loaded whole.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     if not isinstance(target_modules, str):
         modules = [name for name, _ in model.named_modules()]
@@ -63,17 +66,26 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        exclude_modules=left_out(model, target_modules) or None,
         use_rslora=use_rslora,
         use_dora=use_dora,
         task_type=task,
         base_model_name_or_path=base,
     )
+    without_router_weights(config, model)
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise _no_such_layer(model, target_modules, f" ({first_line(error)})") from None
     adapted.peft_config["default"].base_model_name_or_path = base
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    refuse_lost(
+        set_peft_model_state_dict(adapted, state),
+        config,
+        f"lora_target_modules: {target_modules}: such an adapter of {type(model).__name__} could be saved, but not "
+        "loaded again; leave these layers out",
+    )
     return adapted
 
 
@@ -136,7 +148,7 @@ def go_on_from(model: Any, reference: str) -> None:
         reference: the saved adapter.
 
     Raises:
-        ModelError: naming each setting that differs, or the base.
+        ModelError: naming each setting that differs, or the base, or what of the adapter was not taken.
     """
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -165,7 +177,8 @@ def go_on_from(model: Any, reference: str) -> None:
             f"adapter_path: {reference} does not fit: {len(misfits)} tensors are not those of the settings "
             f"({misfits[0]} is one); set lora_target_modules to its own: {getattr(there, 'target_modules', None)}"
         )
-    set_peft_model_state_dict(model, state)
+    result = set_peft_model_state_dict(model, state)
+    refuse_lost(result, here, f"adapter_path: {reference}: parts of it were not loaded")
 
 
 _SHAPE = {
@@ -248,7 +261,7 @@ def merge_adapter(reference: str, folder: Path) -> None:
     model = loaded.model
     if resolved.adapter is not None:
         zeros = _zeros_under(model) if is_pruned(resolved.base) else {}
-        probe = torch.arange(1, 9).unsqueeze(0) % model.config.vocab_size
+        probe = torch.arange(1, 9).unsqueeze(0) % model.config.get_text_config().vocab_size
         with torch.no_grad():
             before = model(probe).logits
             model = model.merge_and_unload()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.manifest import ArtifactKind, Parent
@@ -22,6 +24,8 @@ logger = logging.getLogger("raytune_ft")
 
 COMPACT = "weights.compact.safetensors"
 """File that holds the weights of a pruned model's compact folder (`models.sparsity`)."""
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises where a model's files are missing, damaged, or of a kind that it does not know."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -203,7 +207,6 @@ def load_model(
         ModelError: if it cannot be loaded.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
@@ -218,7 +221,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise ModelError(model_problem(resolved.base, error)) from None
     if resolved.adapter is not None and with_adapter:
         model = put_adapter(model, resolved.adapter, device)
@@ -250,16 +253,48 @@ def put_adapter(model: Any, folder: Path, device: str) -> Any:
     """A PEFT model: the adapter in `folder` upon `model`.
 
     Raises:
-        ModelError: if it is none in safetensors, or does not fit.
+        ModelError: if it is none in safetensors, does not fit, or holds something that the model has no place for.
     """
-    from peft import PeftModel
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
 
     if not (folder / "adapter_model.safetensors").exists():
         raise ModelError(f"{folder}: has no adapter_model.safetensors (pickled adapters are not loaded)")
     try:
-        return PeftModel.from_pretrained(model, str(folder), torch_device=device)
-    except (ValueError, KeyError, RuntimeError) as error:
+        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=device)
+        # Once more, for what it says: the first time PEFT only warns of what it left out.
+        result = set_peft_model_state_dict(adapted, load_file(folder / "adapter_model.safetensors", device=device))
+    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: this adapter does not fit its base model: {error}") from None
+    problem = f"{folder}: parts of this adapter were not loaded upon {type(model).__name__}"
+    refuse_lost(result, adapted.peft_config["default"], problem)
+    return adapted
+
+
+def refuse_lost(result: Any, config: Any, problem: str) -> None:
+    """Checks that an adapter's tensors and its places in a model are the same.
+
+    Args:
+        result: what PEFT says of an adapter that it loaded.
+        config: the adapter's PEFT configuration.
+        problem: what it means if something is left.
+
+    Raises:
+        ModelError: `problem`, with what was not loaded.
+    """
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    if config.is_prompt_learning:  # learned tokens are loaded apart, whole or not at all
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    missing = [name for name in result.missing_keys if prefix in name or ".modules_to_save." in name]
+    lost = sorted({_layer(name, prefix) for name in missing or result.unexpected_keys})
+    if lost:
+        raise ModelError(f"{problem} ({len(lost)}: {', '.join(lost[:4])}{', ...' if len(lost) > 4 else ''})")
+
+
+def _layer(name: str, prefix: str) -> str:
+    return name.partition(f".{prefix}")[0].removeprefix("base_model.model.")
 
 
 def _adapter_base(folder: Path) -> str:
@@ -287,6 +322,19 @@ def _text_digest(text: str) -> str:
 
 def model_problem(source: str, error: Exception) -> str:
     """What keeps a model from loading, in words."""
+    folder = Path(source)
+    if (folder / "config.json").exists():
+        if any(folder.glob("pytorch_model*.bin*")) and not any(folder.glob("*.safetensors")):
+            return (
+                f"{source}: holds its weights pickled (pytorch_model.bin), and pickled weights are not loaded, since "
+                "they can run code; where you trust them, load the model once with transformers and save it with "
+                "save_pretrained, which writes model.safetensors"
+            )
+        if _json(folder / "config.json").get("is_encoder_decoder"):
+            return (
+                f"{source}: is an encoder and a decoder, no causal language model; give one that continues its text "
+                "(its config.json names an architecture like LlamaForCausalLM)"
+            )
     return _unreachable(source, "model", error)
 
 

@@ -19,6 +19,7 @@ from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import (
+    UNREADABLE,
     LoadedModel,
     load_tokenizer,
     model_problem,
@@ -110,7 +111,6 @@ def load_scorer(base: str, tokenizer: Any, options: dict[str, Any]) -> Any:
     Raises:
         ModelError: if it cannot be loaded.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     try:
@@ -121,7 +121,7 @@ def load_scorer(base: str, tokenizer: Any, options: dict[str, Any]) -> Any:
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise ModelError(model_problem(base, error)) from None
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

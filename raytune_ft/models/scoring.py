@@ -292,10 +292,30 @@ def check_vocabulary(loaded: LoadedModel) -> None:
     Raises:
         ModelError: with both numbers.
     """
-    table = loaded.model.get_input_embeddings()
-    held, wanted = table.weight.shape[0], max(loaded.tokenizer.get_vocab().values()) + 1
-    if wanted > held:
+    where = f"{loaded.reference.given}: its tokenizer ({loaded.reference.tokenizer_source})"
+    check_embeddings(loaded.model, loaded.tokenizer, where)
+
+
+def check_embeddings(model: Any, tokenizer: Any, tokenizer_name: str) -> None:
+    """As `check_vocabulary`, of a model and a tokenizer by themselves.
+
+    Special tokens that stand for pictures or sounds, which text and template do not hold, may lie beyond.
+
+    Raises:
+        ModelError: with both numbers.
+    """
+    weight = model.get_input_embeddings().weight
+    held = getattr(weight, "ds_shape", weight.shape)[0]
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= held}
+    if not all(_is_never_written(tokenizer, token, number) for token, number in beyond.items()):
         raise ModelError(
-            f"{loaded.reference.given}: its tokenizer ({loaded.reference.tokenizer_source}) knows {wanted} tokens, but "
+            f"{tokenizer_name} knows {max(beyond.values()) + 1} tokens, but "
             f"the model has embeddings for {held}: they do not belong together. Use the model's own tokenizer."
         )
+
+
+def _is_never_written(tokenizer: Any, token: str, number: int) -> bool:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).get(number)
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    special = added is not None and added.special
+    return special and number not in used and token not in str(tokenizer.chat_template or "")

@@ -7,9 +7,17 @@ from typing import Any
 
 import torch
 
-from raytune_ft.core.errors import ModelError, first_line
+from raytune_ft.core.errors import ModelError
 from raytune_ft.models.kernels import use_liger
-from raytune_ft.models.loading import load_tokenizer, quiet_transformers, refuse_scorer, resolve_model, torch_dtype
+from raytune_ft.models.loading import (
+    UNREADABLE,
+    load_tokenizer,
+    model_problem,
+    quiet_transformers,
+    refuse_scorer,
+    resolve_model,
+    torch_dtype,
+)
 from raytune_ft.models.rewarding import load_scorer
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import RewardConfig
@@ -67,8 +75,8 @@ def _load_writer(base: str, options: dict[str, Any]) -> Any:
             use_safetensors=True,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{base}: cannot be loaded for training: {first_line(error)}") from None
+    except UNREADABLE as error:
+        raise ModelError(model_problem(base, error)) from None
 
 
 _ATTENTION_DROPOUT = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")

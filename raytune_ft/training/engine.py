@@ -20,7 +20,7 @@ from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.neighbours import why_alone
 from raytune_ft.models.probe import check_computation
-from raytune_ft.models.scoring import SummedLoss
+from raytune_ft.models.scoring import SummedLoss, check_embeddings
 from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
@@ -81,6 +81,7 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
             "of every worker; set zero_stage: 2"
         )
     tokenizer = load_tokenizer(config.model_path)
+    check_embeddings(model, tokenizer, f"{config.model_path}: its tokenizer")
     if not config.uses_adapter and is_pruned(resolve_model(config.model_path).base):
         if config.zero_stage == 3:
             raise ModelError(
@@ -100,6 +101,11 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
             fuse_lora(model)
     if config.gradient_checkpointing:
         causal = model.get_base_model() if config.uses_adapter else model
+        if not causal.supports_gradient_checkpointing:
+            raise ModelError(
+                f"{config.model_path}: {type(causal).__name__} cannot compute its activations again; set "
+                "gradient_checkpointing: false"
+            )
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     use_attention(model, SEGMENTS)
     return Trainee(make_objective(model.train(), config, device), tokenizer)

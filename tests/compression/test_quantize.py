@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from raytune_ft.compression.config import PruningConfig, QuantizationConfig
 from raytune_ft.compression.prune import write_pruned
-from raytune_ft.compression.quantize import warn_of_few, write_quantized
+from raytune_ft.compression.quantize import _say_what_stays, warn_of_few, write_quantized
 from raytune_ft.compression.source import refuse_quantized
 from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.models.config import Precision
@@ -174,3 +175,42 @@ def test_a_reward_model_is_refused_before_anything_is_written(tiny_model: Path, 
     with pytest.raises(ModelError, match="is a reward model"):
         write_pruned(str(source), tmp_path / "out", PruningConfig())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("bits", "layer"), [(4, "self_attn.q_a_proj"), (8, "self_attn.kv_b_proj")])
+def test_a_layer_that_bitsandbytes_cannot_compute_is_named_and_nothing_is_left(
+    tiny_model: Path, tmp_path: Path, bits: int, layer: str
+):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    source, target = Path(shutil.copytree(tiny_model, tmp_path / "source")), tmp_path / "target"
+    config = DeepseekV3Config(
+        **{"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "n_group": 1},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1},
+    )
+    DeepseekV3ForCausalLM(config).save_pretrained(source)
+    target.mkdir()
+    with pytest.raises(ModelError, match=rf"cannot compute the quantized layer model.layers.0.{layer}.*nothing was"):
+        write_quantized(str(source), target, QuantizationConfig(bits=bits))
+    assert not list(target.iterdir())
+
+
+def test_layers_of_a_class_that_bitsandbytes_does_not_convert_are_told(tiny_model: Path, tmp_path: Path, caplog):
+    from transformers import FalconConfig, FalconForCausalLM
+
+    source = Path(shutil.copytree(tiny_model, tmp_path / "falcon"))
+    config = FalconConfig(vocab_size=400, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    FalconForCausalLM(config).save_pretrained(source)
+    with pytest.raises(ModelError, match=r"converts none of its 4 linear layers.*FalconLinear"):
+        write_quantized(str(source), tmp_path, QuantizationConfig())
+
+    class Other(torch.nn.Linear):
+        pass
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.layers[0].self_attn.q_proj.__class__ = Other
+    converted = [m for m in model.model.modules() if type(m) is torch.nn.Linear]
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        _say_what_stays("x", model, converted)
+    assert "the class Other: 1 of 14 linear layers keep their precision" in caplog.text

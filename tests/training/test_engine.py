@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.core.storage import Location
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.training.bank.base import load_frozen_base
 from raytune_ft.training.batches import TokenRows, step_rows
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.engine import make_trainee, optimizer_for
@@ -137,3 +140,51 @@ def test_gpt2_as_it_is_published_trains_without_its_attention_dropout(
         losses = history(config, splits)
     assert "attn_pdrop is 0.1 in its configuration, and 0 here" in caplog.text
     assert losses == pytest.approx(reference(config, splits, tmp_path / "rows"), abs=1e-5)
+
+
+def test_checkpointing_is_refused_where_a_model_has_none(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot .*set gradient_checkpointing: false"):
+        make_trainee(settings(gradient_checkpointing=True), "cpu")
+
+
+@pytest.fixture
+def copied(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be damaged."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("make", [make_trainee, load_frozen_base])
+def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
+    settings: Settings, copied: Path, make: Callable[[FineTuningConfig, str], object]
+) -> None:
+    tokenizer = load_tokenizer(str(copied))
+    tokenizer.add_tokens(["<picture>"], special_tokens=True)
+    tokenizer.save_pretrained(copied)
+    make(settings(model_path=str(copied)), "cpu")  # no text has it
+    tokenizer.add_tokens(["order"])
+    tokenizer.save_pretrained(copied)
+    with pytest.raises(ModelError, match=r"knows \d+ tokens, but the model has embeddings for \d+"):
+        make(settings(model_path=str(copied)), "cpu")
+
+
+def test_weights_that_cannot_be_read_are_a_model_error(settings: Settings, copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="its model cannot be loaded"):
+        make_trainee(settings(model_path=str(copied)), "cpu")
+    weights.unlink()
+    torch.save({}, copied / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pickled weights are not loaded.*save_pretrained"):
+        make_trainee(settings(model_path=str(copied)), "cpu")
+
+
+def test_an_encoder_with_a_decoder_is_no_causal_model(settings: Settings, copied: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=400).save_pretrained(copied)
+    with pytest.raises(ModelError, match="is an encoder and a decoder, no causal language model"):
+        make_trainee(settings(model_path=str(copied)), "cpu")

@@ -11,6 +11,7 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.loading import load_tokenizer, resolve_model
 from raytune_ft.models.probe import check_computation
+from raytune_ft.models.scoring import check_embeddings
 from raytune_ft.training.bank.refusal import rows_interact, why_not_packed
 from raytune_ft.training.base_model import load_base
 from raytune_ft.training.config import FineTuningConfig
@@ -59,4 +60,6 @@ def load_frozen_base(config: FineTuningConfig, device: str) -> FrozenBase:
         ModelError: if it cannot be loaded, or trials cannot share it.
     """
     model = load_base(config, device, int8_threshold=0.0)
-    return frozen_base(model, load_tokenizer(config.model_path), resolve_model(config.model_path).base)
+    tokenizer = load_tokenizer(config.model_path)
+    check_embeddings(model, tokenizer, f"{config.model_path}: its tokenizer")
+    return frozen_base(model, tokenizer, resolve_model(config.model_path).base)

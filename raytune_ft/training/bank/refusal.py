@@ -33,14 +33,14 @@ def why_not_packed(model: Any) -> str | None:
 
 def _experts(model: Any) -> str | None:
     for key in _EXPERT_COUNTS:
-        count = getattr(model.config, key, None)
+        count = getattr(model.config.get_text_config(), key, None)
         if isinstance(count, int) and count > 1:
             return f"is a mixture of {count} experts, whose auxiliary loss and routing join the rows of a batch"
     return None
 
 
 def _dropout(model: Any) -> str | None:
-    for key, value in model.config.to_dict().items():
+    for key, value in model.config.get_text_config().to_dict().items():
         named = key.endswith(("dropout", "pdrop", "dropout_prob", "layerdrop")) and not key.startswith(_HEADS_ONLY)
         if named and isinstance(value, float) and value > 0:
             return f"has dropout of its own ({key} = {value}), drawn from one stream for all rows; set it to 0"
@@ -72,7 +72,9 @@ def rows_interact(model: Any, *, rows: int = 3, length: int = 5) -> bool:
     """
     decoder = CausalParts.of(model).decoder
     device = next(model.parameters()).device
-    ids = torch.arange(1, rows * length + 1, device=device).view(rows, length) % model.config.vocab_size
+    ids = (
+        torch.arange(1, rows * length + 1, device=device).view(rows, length) % model.config.get_text_config().vocab_size
+    )
     positions = torch.arange(length, device=device)
 
     def states(some: torch.Tensor) -> torch.Tensor:

@@ -290,3 +290,17 @@ def test_a_bank_without_a_check_of_answers_refuses_trials_that_want_one(
 ) -> None:
     with pytest.raises(ConfigError, match="this bank measures no answers"):
         make_bank(validation_rows).admit("t", trial(eval_strategy="steps", eval_steps=2, eval_generation_rows=2))
+
+
+def test_a_trial_that_goes_on_from_beyond_its_last_step_is_over(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows)
+    bank.admit("donor", trial(max_steps=8, eval_strategy="steps", eval_steps=2))
+    for _ in range(6):
+        bank.step()
+    bank.admit("shorter", trial(max_steps=4, eval_strategy="steps", eval_steps=2), on_cpu(bank.snapshot("donor")))
+    assert (bank.trial("shorter").status, bank.trial("shorter").step) == (Status.FINISHED, 6)
+    assert bank.running() == ["donor"]
+    told = bank.trial("shorter").progress()
+    assert "eval_loss" in told.metrics and told.reason == "goes on from step 6, and its last is 4"

@@ -10,6 +10,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -66,6 +68,21 @@ def test_int8_is_taken_without_a_search_for_outliers(tiny_model: Path, threshold
     reason = why_not_packed(model)
     assert (reason is None) == taken
     assert taken or "llm_int8_threshold" in str(reason)
+
+
+def test_the_settings_of_a_model_with_pictures_are_those_of_its_text() -> None:
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SMALL, **HEADS, "head_dim": 16}
+
+    def model(**changes: Any) -> Any:
+        config = Gemma3Config(
+            text_config={**text, **changes}, vision_config={**sight, "image_size": 28, "patch_size": 14}
+        )
+        return Gemma3ForConditionalGeneration(config)
+
+    frozen_base(model(), None, "base")
+    assert "attention_dropout = 0.1" in (why_not_packed(model(attention_dropout=0.1)) or "")
+    assert "4 experts" in (why_not_packed(model(num_experts=4)) or "")
 
 
 def test_a_layer_that_mixes_rows_is_found_by_trying() -> None:
