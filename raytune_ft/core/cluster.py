@@ -7,6 +7,7 @@ with its dashboard on, since Ray Train's placement-group cleaner asks the dashbo
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import signal
@@ -241,14 +242,15 @@ def _start(num_cpus: int | None) -> None:
     port = _free_port()
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
-        ray.init(
-            num_cpus=num_cpus or usable_cpus(),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            dashboard_port=port,
-            logging_level=logging.ERROR,
-            log_to_driver=True,
-        )
+        with _daemons_in_own_sessions():
+            ray.init(
+                num_cpus=num_cpus or usable_cpus(),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=port,
+                logging_level=logging.ERROR,
+                log_to_driver=True,
+            )
     except Exception as error:
         # Ray raises bare exceptions here, such as "The current node timed out during startup".
         raise ClusterError(
@@ -259,6 +261,37 @@ def _start(num_cpus: int | None) -> None:
         del os.environ["RAY_API_SERVER_ADDRESS"]
     os.environ.setdefault(_WATCHER, _NO_WATCHER)
     atexit.register(disconnect)
+
+
+@contextmanager
+def _daemons_in_own_sessions() -> Iterator[None]:
+    """Within the block, Ray's daemons start outside this process's group: a signal to the group leaves them running.
+
+    `timeout` and schedulers end a command so, and its last checkpoint needs them. They end with this process all the
+    same, also where it is killed, by the kernel's signal upon a parent's death.
+    """
+    from ray._private import services
+    from ray._private.utils import detect_fate_sharing_support
+
+    plain = getattr(services, "ConsolePopen", None)
+    if plain is None or sys.platform == "win32" or not detect_fate_sharing_support():
+        yield  # Ray's reaper, where the kernel does not help, finds its processes by the group
+        return
+    services.ConsolePopen = functools.partial(plain, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain
+
+
+def answers(address: str, timeout_s: float = 5.0) -> bool:
+    """Whether something listens at ``host:port``, such as a cluster's address."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def _free_port() -> int:

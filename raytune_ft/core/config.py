@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -59,10 +59,15 @@ _Loader.add_implicit_resolver(_TAG + "float", re.compile(r"^[-+]?\d+(?:\.\d*)?[e
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, unknown keys refused, documented under each field."""
+    """Base of all settings: immutable, unknown keys and infinite numbers refused, documented under each field."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"output_dir", "output_path"})
@@ -206,7 +211,14 @@ def parse_config(cls: type[C], settings: Mapping[str, Any], *, origin: str) -> C
 def explain(error: ValidationError, cls: type[BaseModel], *, origin: str = "") -> str:
     """One line a fault of a validation error: where, what was wanted, what came, and the nearest right key."""
     prefix = f"{origin}: " if origin else f"{cls.__name__}: "
-    return "\n".join(prefix + _fault(item, cls) for item in error.errors(include_url=False))
+    faults = [item for item in error.errors(include_url=False) if not _is_told_by_its_items(item)]
+    return "\n".join(prefix + _fault(item, cls) for item in faults)
+
+
+def _is_told_by_its_items(item: Any) -> bool:
+    """Whether a list counts as too short only because pydantic does not count its faulty items."""
+    given = item["input"]
+    return item["type"] == "too_short" and isinstance(given, Sized) and len(given) >= item["ctx"]["min_length"]
 
 
 def _fault(item: Any, cls: type[BaseModel]) -> str:
@@ -241,6 +253,7 @@ def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:
         "int_from_float": "must be a whole number",
         "float_parsing": "must be a number",
         "float_type": "must be a number",
+        "finite_number": "must be a finite number",
         "bool_parsing": "must be true or false",
         "bool_type": "must be true or false",
         "string_type": "must be text",

@@ -207,6 +207,8 @@ class FineTuningConfig(Config):
             )
         if self.use_dora and self.use_rslora:
             raise ValueError("use_dora and use_rslora: choose one (DoRA learns the size that rsLoRA only scales)")
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules: must name at least one linear layer, or be all-linear (got [])")
         if self.prompt_tuning_init_text is not None and self.method is not FineTuningMethod.PROMPT_TUNING:
             raise ValueError(f"prompt_tuning_init_text belongs to method prompt_tuning (got {self.method})")
         if self.adapter_path is not None and not self.uses_adapter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from raytune_ft.core.errors import ArtifactError, ConfigError
@@ -22,18 +23,46 @@ _STAGE = "zero_optimization.stage"
 _OFFLOAD = ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device")
 _FORMATS = ("bf16", "fp16")
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+_FORMAT_IS_OURS = "precision decides the number formats"
 _NOT_TAKEN = {
-    "amp": "precision decides the number formats",
+    "amp": _FORMAT_IS_OURS,
+    "torch_autocast": _FORMAT_IS_OURS,
+    "data_types": _FORMAT_IS_OURS,
+    "bfloat16": "it is an old name; write bf16",
     "pipeline": "workers hold equal models, not stages of one",
     "tensor_parallel": "workers share batches, not layers",
+    "sequence_parallel_size": "workers share batches, not rows",
+    "expert_parallel": "workers share batches, not layers",
     "elasticity": "num_workers says how many there are",
+    "autotuning": "raytune-ft tune searches settings",
     "compression_training": "raytune-ft prune and quantize make models smaller",
+    "weight_quantization": "bits and method say how the base is quantized",
     "data_efficiency": "the order of the data is a function of seed and step",
     "curriculum_learning": "the order of the data is a function of seed and step",
+    "progressive_layer_drop": "every step computes all layers",
+    "zero_optimization.cpu_offload": "it is an old name; write offload_optimizer",
+    "zero_optimization.cpu_offload_params": "it is an old name; write offload_param",
+    "zero_optimization.cpu_offload_param": "it is an old name; write offload_param",
     "zero_optimization.zenflow": "its optimizer state cannot be checkpointed here",
     "zero_optimization.mics_shard_size": "checkpoints want shards over all workers",
     "zero_optimization.zero_hpz_partition_size": "checkpoints want shards over all workers",
 }
+_COMPARED = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization", *_FORMATS, "optimizer", "scheduler", "gradient_allreduce_op"),
+)
+_HANDED_ON = (
+    *("activation_checkpointing", "aio", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile"),
+    *("csv_monitor", "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc"),
+    *("dump_state", "eigenvalue", "flops_profiler", "gradient_predivide_factor", "hybrid_engine", "log_level"),
+    *("managed_gradient_accumulation", "memory_breakdown", "nebula", "prescale_gradients"),
+    *("seq_parallel_communication_data_type", "sparse_attention", "sparse_gradients", "steps_per_print"),
+    *("tensorboard", "timers", "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown"),
+    *("wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+)
+_BLOCKS = ("zero_optimization", *_FORMATS, "optimizer", "scheduler")
+_OF_OPTIMIZER = ("adam_w_mode", "torch_adam", "fused", "foreach", "fp32_optimizer_states")
+_OF_SCHEDULER = ("last_batch_iteration", "warmup_num_steps", "total_num_steps")
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
@@ -54,11 +83,12 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
 def contradictions(config: FineTuningConfig, given: Mapping[str, Any]) -> list[str]:
     """Every value of a user's DeepSpeed settings that says other than the training settings, with both values."""
     found = [f"{key} is not taken: {reason}" for key, reason in _NOT_TAKEN.items() if not _is_off(_at(given, key))]
+    found += _unknown(given, (*_NOT_TAKEN, *_COMPARED, *_HANDED_ON))
+    for key in _BLOCKS:
+        if given.get(key) not in (None, AUTO) and not isinstance(given[key], Mapping):
+            found.append(f"{key} is {json.dumps(given[key])} there, and a block of settings is wanted")
     for key, mine, source in _expected(config):
-        theirs = _at(given, key)
-        if theirs in (None, AUTO) or _same(theirs, mine):
-            continue
-        found.append(f"{key} is {json.dumps(theirs)} there, and {source} makes it {json.dumps(mine)}")
+        found += _difference(key, _at(given, key), mine, source)
     return [*found, *_optimizer(config, given), *_scheduler(config, given)]
 
 
@@ -73,7 +103,10 @@ def refuse_contradictions(config: FineTuningConfig, given: Mapping[str, Any]) ->
 
 def _refuse(found: Sequence[str]) -> None:
     if found:
-        raise ConfigError(f'deepspeed_config: {"; ".join(found)}. Make them equal, or write "auto" in the JSON')
+        raise ConfigError(
+            f'deepspeed_config: {"; ".join(found)}. Make them equal, or write "auto" in the JSON; leave out what is '
+            "not taken"
+        )
 
 
 def refuse_other_run(config: FineTuningConfig, precision: str, *, total: int, warmup: int) -> None:
@@ -89,12 +122,10 @@ def refuse_other_run(config: FineTuningConfig, precision: str, *, total: int, wa
         ConfigError: naming each contradiction with both values.
     """
     given = config.deepspeed_config if isinstance(config.deepspeed_config, dict) else {}
-    found = []
+    found: list[str] = []
     for name in _FORMATS:
-        theirs, mine = _at(given, f"{name}.enabled"), precision == name
-        if theirs not in (None, AUTO) and not _same(theirs, mine):
-            source = f"precision ({config.precision}, here {precision})"
-            found.append(f"{name}.enabled is {json.dumps(theirs)} there, and {source} makes it {json.dumps(mine)}")
+        source = f"precision ({config.precision}, here {precision})"
+        found += _difference(f"{name}.enabled", _at(given, f"{name}.enabled"), precision == name, source)
     steps = {
         "warmup_num_steps": (warmup, "the warmup (warmup_steps, warmup_ratio)"),
         "total_num_steps": (total, "the number of steps (max_steps, num_train_epochs)"),
@@ -112,7 +143,7 @@ def deepspeed_settings(config: FineTuningConfig, precision: str) -> dict[str, An
     """
     given = config.deepspeed_config if isinstance(config.deepspeed_config, dict) else {}
     settings = _without_auto(deepcopy(given))
-    for block in ("optimizer", "scheduler", "train_batch_size"):
+    for block in ("optimizer", "scheduler", "train_batch_size", *_NOT_TAKEN):
         settings.pop(block, None)
     own: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
@@ -146,6 +177,7 @@ def _expected(config: FineTuningConfig) -> Iterator[tuple[str, Any, str]]:
     yield "train_micro_batch_size_per_gpu", rows, "per_device_train_batch_size"
     yield "gradient_accumulation_steps", parts, "gradient_accumulation_steps"
     yield "gradient_clipping", config.max_grad_norm, "max_grad_norm"
+    yield "gradient_allreduce_op", "mean", "the loss, a mean over all workers,"
     yield _STAGE, config.zero_stage, "zero_stage"
     for key in _OFFLOAD:
         yield key, _moved(config, key), f"offload ({config.offload})"
@@ -163,7 +195,7 @@ def _optimizer(config: FineTuningConfig, given: Mapping[str, Any]) -> Iterator[s
     block = given.get("optimizer")
     if not isinstance(block, Mapping):
         return
-    kind, parameters = str(block.get("type", "AdamW")), _params(block)
+    kind, parameters = _kind(block) or "AdamW", _params(block)
     decoupled = kind.lower() == "adamw" or (kind.lower() == "adam" and parameters.get("adam_w_mode", True))
     if not decoupled:
         yield f"optimizer.type is {json.dumps(kind)} there, and the optimizer here is AdamW"
@@ -172,7 +204,10 @@ def _optimizer(config: FineTuningConfig, given: Mapping[str, Any]) -> Iterator[s
         "betas": ([config.adam_beta1, config.adam_beta2], "adam_beta1, adam_beta2"),
         "eps": (config.adam_epsilon, "adam_epsilon"),
         "weight_decay": (config.weight_decay, "weight_decay"),
+        "amsgrad": (False, "the optimizer here, AdamW,"),
+        "bias_correction": (True, "the optimizer here, AdamW,"),
     }
+    yield from _unknown(parameters, (*mine, *_OF_OPTIMIZER), "optimizer.params.")
     yield from _others(parameters, mine, "optimizer.params")
 
 
@@ -180,8 +215,8 @@ def _scheduler(config: FineTuningConfig, given: Mapping[str, Any]) -> Iterator[s
     block = given.get("scheduler")
     if not isinstance(block, Mapping):
         return
-    kind, parameters = str(block.get("type")), _params(block)
-    if _SCHEDULES.get(kind) != config.lr_scheduler_type:
+    kind, parameters = _kind(block), _params(block)
+    if kind is not None and _SCHEDULES.get(kind) != config.lr_scheduler_type:
         same = next(name for name, schedule in _SCHEDULES.items() if schedule == config.lr_scheduler_type)
         yield (
             f"scheduler.type is {json.dumps(kind)} there, and lr_scheduler_type ({config.lr_scheduler_type}) makes it "
@@ -190,19 +225,51 @@ def _scheduler(config: FineTuningConfig, given: Mapping[str, Any]) -> Iterator[s
     mine: dict[str, tuple[Any, str]] = {
         "warmup_max_lr": (config.learning_rate, "learning_rate"),
         "warmup_min_lr": (0, "the schedule, which starts from 0,"),
+        "warmup_min_ratio": (0, "the schedule, which starts from 0,"),
+        "warmup_type": ("linear", "the schedule, which rises along a line,"),
+        "cos_min_ratio": (0, "the schedule, which falls to 0,"),
     }
     if config.warmup_steps is not None:
         mine["warmup_num_steps"] = (config.warmup_steps, "warmup_steps")
     if config.max_steps is not None:
         mine["total_num_steps"] = (config.max_steps, "max_steps")
+    yield from _unknown(parameters, (*mine, *_OF_SCHEDULER), "scheduler.params.")
     yield from _others(parameters, mine, "scheduler.params")
 
 
 def _others(parameters: Mapping[str, Any], mine: Mapping[str, tuple[Any, str]], where: str) -> Iterator[str]:
     for name, (value, source) in mine.items():
-        theirs = parameters.get(name)
-        if theirs not in (None, AUTO) and not _same(theirs, value):
-            yield f"{where}.{name} is {json.dumps(theirs)} there, and {source} makes it {json.dumps(value)}"
+        yield from _difference(f"{where}.{name}", parameters.get(name), value, source)
+
+
+def _difference(key: str, theirs: Any, mine: Any, source: str) -> Iterator[str]:
+    """What is wrong with a value of theirs; nothing, if it is left to us, or ours."""
+    if theirs in (None, AUTO):
+        return
+    if _is_number(mine) and not _is_number(theirs):
+        wanted = f"{json.dumps(mine)}, by {source.rstrip(',')}"
+        yield f"{key} is {json.dumps(theirs)} there, and a number is wanted ({wanted})"
+    elif theirs != mine:
+        yield f"{key} is {json.dumps(theirs)} there, and {source} makes it {json.dumps(mine)}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unknown(given: Mapping[str, Any], known: Sequence[str], where: str = "") -> Iterator[str]:
+    """Names that mean nothing here, each with the nearest that does."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            yield f"{where}{name} is not taken: there is no such setting here{meant}"
+
+
+def _kind(block: Mapping[str, Any]) -> str | None:
+    """What a block says that it is; None, where it leaves that to us."""
+    found = block.get("type")
+    return None if found in (None, AUTO) else str(found)
 
 
 def _params(block: Any) -> Mapping[str, Any]:
@@ -216,10 +283,6 @@ def _is_off(value: Any) -> bool:
     if isinstance(value, Mapping):
         return not value or value.get("enabled") is False
     return value in (None, 0, AUTO)
-
-
-def _same(theirs: Any, mine: Any) -> bool:
-    return bool(theirs == mine)
 
 
 def _at(settings: Mapping[str, Any], dotted: str) -> Any:

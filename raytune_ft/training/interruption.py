@@ -42,15 +42,34 @@ def agreed(wanted: Callable[[], bool], device: str, world_size: int) -> bool:
 
 
 class StopBoard:
-    """Where a driver says that its run shall stop: an actor, whose process should load nothing heavy."""
+    """What a driver and its run's workers tell each other about the end: an actor, whose process should load nothing
+    heavy."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._asking = 0
+        self._refusing: set[int] = set()
 
-    async def request(self) -> None:
-        """Asks the run to stop."""
+    async def request(self) -> bool:
+        """Asks the run to stop; returns whether a worker is there that heeds it."""
         self._event.set()
+        return self._asking > 0
 
     async def requested(self) -> bool:
         """True, as soon as the run shall stop."""
-        return await self._event.wait()
+        self._asking += 1
+        try:
+            return await self._event.wait()
+        finally:
+            self._asking -= 1
+
+    async def all_refuse(self, rank: int, world_size: int, timeout_s: float = 10.0) -> bool:
+        """Whether every rank says within `timeout_s` that the run cannot be carried out; all of them learn the same."""
+        self._refusing.add(rank)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while len(self._refusing) < world_size:
+            if asyncio.get_running_loop().time() > deadline:
+                self._refusing.discard(rank)
+                return False
+            await asyncio.sleep(0.05)
+        return True

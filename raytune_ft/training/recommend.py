@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningMethod
@@ -56,13 +56,15 @@ def recommend_method(
         world_size: workers that share the optimizer's state and the gradients.
 
     Raises:
-        ConfigError: if even a 4-bit base does not fit, a number is out of range, or neither or both of model and
-            parameters are given.
+        ConfigError: if even a 4-bit base does not fit, a number is out of range, the goal is none of
+            those known, or neither or both of model and parameters are given.
         ModelError: if `model` leads to no model.
     """
     positive = {"memory_gib": memory_gib, "max_length": max_length, "world_size": world_size}
     for name, value in (positive if rows is None else {**positive, "rows": rows}).items():
         _refuse_below_zero(name, value)
+    if goal not in get_args(Goal):
+        raise ConfigError(f"goal: must be one of {', '.join(get_args(Goal))} (got {goal!r})")
     shape = _shape(parameters, model)
     batches = {m: _fitting_batch(shape, m, memory_gib, max_length, world_size) for m in _FITTED}
     if batches[FineTuningMethod.QLORA] is None:

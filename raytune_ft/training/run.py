@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_claim
 from raytune_ft.core.draft import Draft, begin
-from raytune_ft.core.errors import ArtifactError, InfeasibleError, RaytuneError, RunError, StoppedError, last_line
+from raytune_ft.core.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    InfeasibleError,
+    MissingDependencyError,
+    ModelError,
+    RaytuneError,
+    RunError,
+    StoppedError,
+    UserError,
+    last_line,
+)
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
@@ -29,6 +42,7 @@ from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
 from raytune_ft.training.cursor import other_batch
+from raytune_ft.training.deepspeed_parser import refuse_unparsable
 from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide
@@ -39,12 +53,21 @@ from raytune_ft.training.pairs import refuse_unpaired, refuse_unrated
 from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.schedule import refuse_without_validation
 from raytune_ft.training.trackers import refuse_missing
+from raytune_ft.training.without_effect import without_effect
 
 logger = logging.getLogger("raytune_ft")
 
 RAY_STATE = "ray"
 _STUDENT = "student"
 _ENDED = "ended.json"
+_MISTAKES: tuple[type[UserError], ...] = (ConfigError, DataError, ModelError, MissingDependencyError)
+"""What another attempt would only meet again; an `ArtifactError` may be storage that answers next time."""
+_SAVES = "asked to stop: a checkpoint is saved after this step (ask again to stop at once)"
+_NOT_YET = "asked to stop: no step runs yet; the run stops as soon as one is made (ask again to stop at once)"
+_NO_CLUSTER = (
+    "asked to stop, and Ray was ended with this run: no checkpoint is saved now; the same command goes on from the "
+    "newest one"
+)
 
 
 class FineTuner:
@@ -91,6 +114,7 @@ def train(config: FineTuningConfig) -> Artifact:
     refuse_missing(config.report_to)
     if isinstance(config.deepspeed_config, str):
         config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
+    refuse_unparsable(config)
     if config.resume_from_checkpoint != "auto":
         checkpoint.named(config.resume_from_checkpoint)
     output = Location.at(config.output_dir)
@@ -109,6 +133,8 @@ def train(config: FineTuningConfig) -> Artifact:
         return draft.finished
     for departure in departures_from_guide(config):
         logger.warning("train: %s", departure)
+    for name, why in without_effect(config).items():
+        logger.warning("train: %s is set and changes nothing: it %s", name, why)
     with draft:
         use_gpu = config.on_gpu(connected.gpus)
         if config.cpus_per_worker is None and not use_gpu:
@@ -251,6 +277,7 @@ def run_workers(
 
     Raises:
         StoppedError: if SIGTERM came, here or to a worker; a checkpoint is saved then.
+        UserError: for what only the workers find of what the user can mend; no attempt is repeated for it.
         InfeasibleError: if a loss was no number, or memory does not hold a single row.
         RunError: if training failed otherwise.
     """
@@ -269,6 +296,9 @@ def run_workers(
         ended = json.loads((output / _ENDED).read())
         if ended["kind"] == "stopped":
             raise StoppedError(f"{ended['message']}; the same command goes on from there")
+        for kind in _MISTAKES:
+            if ended["kind"] == kind.__name__:
+                raise kind(ended["message"])
         infeasible = InfeasibleError(ended["message"])
         infeasible.step = ended["step"]
         raise infeasible
@@ -330,6 +360,16 @@ def _worker(settings: dict[str, Any]) -> None:
         if seat.rank == 0:
             kind, step = ("stopped", 0) if isinstance(error, StoppedError) else ("infeasible", error.step)
             (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error), "step": step}).encode())
+    except _MISTAKES as error:
+        if not ray.get(settings["board"].all_refuse.remote(seat.rank, seat.world_size)):
+            raise  # the others wait for this rank, and end with it
+        if seat.rank == 0:
+            ended = {"kind": _mistake(error).__name__, "message": str(error)}
+            (output / _ENDED).write(json.dumps(ended).encode())
+
+
+def _mistake(error: Exception) -> type[UserError]:
+    return next(kind for kind in _MISTAKES if isinstance(error, kind))
 
 
 @dataclass
@@ -367,24 +407,34 @@ def _asked(board: Any) -> Callable[[], bool]:
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[Any]:
-    """A board that SIGTERM to this process writes on; a second SIGTERM ends the process at once."""
+    """A board that SIGTERM to this process writes on; a second SIGTERM ends the process at once.
+
+    Where the cluster was ended by the same signal (to a service's whole control group), the process ends, too.
+    """
     board: Any = ray.remote(num_cpus=0)(StopBoard).remote()
     if threading.current_thread() is not threading.main_thread():
         yield board
         return
-    came, before = threading.Event(), signal.getsignal(signal.SIGTERM)
+    came, over, before = threading.Event(), threading.Event(), signal.getsignal(signal.SIGTERM)
 
     def note(signum: int, frame: FrameType | None) -> None:
         came.set()
         signal.signal(signal.SIGTERM, before)
 
+    address = ray.get_runtime_context().gcs_address
+
     def pass_on() -> None:
         came.wait()
-        if not over:
-            logger.warning("asked to stop: a checkpoint is saved after this step (ask again to stop at once)")
-            ray.get(board.request.remote())
+        if over.is_set():
+            return
+        request, said = board.request.remote(), False
+        while not over.wait(0.5):
+            if not cluster.answers(address):
+                _end_at_once()
+            if not said and ray.wait([request], timeout=0)[0]:
+                logger.warning(_SAVES if ray.get(request) else _NOT_YET)
+                said = True
 
-    over: list[bool] = []
     watcher = threading.Thread(target=pass_on, daemon=True)
     signal.signal(signal.SIGTERM, note)
     watcher.start()
@@ -392,10 +442,17 @@ def _stop_on_sigterm() -> Iterator[Any]:
         yield board
     finally:
         signal.signal(signal.SIGTERM, before)
-        over.append(True)
+        over.set()
         came.set()
         watcher.join()
         ray.kill(board)
+
+
+def _end_at_once() -> None:
+    """Ends this process: without a cluster Ray waits for a minute wherever it is called, then aborts."""
+    logger.error(_NO_CLUSTER)
+    logging.shutdown()
+    os._exit(StoppedError.exit_code)
 
 
 def _keep_numbers(draft: Draft, output: Location) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.training.deepspeed_parser import refuse_unparsable
 from raytune_ft.training.deepspeed_settings import (
     contradictions,
     deepspeed_settings,
@@ -68,6 +69,21 @@ def test_auto_values_are_filled_in_and_other_settings_kept(settings) -> None:
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}, "is 9 there, and max_steps .* 6"),
         ({"pipeline": {"stages": 2}}, "pipeline is not taken: workers hold equal models"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "mics_shard_size is not taken"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is not taken: .*write offload_optimizer"),
+        ({"zero_optimization": True}, "zero_optimization is true there, and a block of settings is wanted"),
+        ({"zero_optimisation": {"stage": 3}}, r"no such setting here \(did you mean zero_optimization\?\)"),
+        ({"bf16": True}, "bf16 is true there, and a block of settings is wanted"),
+        ({"bfloat16": {"enabled": True}}, "bfloat16 is not taken: .*write bf16"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast is not taken: precision decides"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, "data_types is not taken: precision decides"),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op is "sum" there'),
+        ({"optimizer": {"params": {"amsgrad": True}}}, "amsgrad is true there, and the optimizer here, AdamW, .*false"),
+        ({"optimizer": {"params": {"bias_correction": False}}}, "bias_correction is false there"),
+        ({"optimizer": {"params": {"momentum": 0.9}}}, "optimizer.params.momentum is not taken"),
+        ({"optimizer": {"params": {"lr": "1e-2"}}}, r'lr is "1e-2" there, and a number is wanted \(0.01, by learning_'),
+        ({"scheduler": {"params": {"warmup_type": "log"}}}, 'warmup_type is "log" there, .* makes it "linear"'),
+        ({"scheduler": {"params": {"cos_min_ratio": 0.3}}}, "cos_min_ratio is 0.3 there, .* makes it 0"),
+        ({"scheduler": {"params": {"warmup_min_ratio": 0.5}}}, "warmup_min_ratio is 0.5 there, .* makes it 0"),
     ],
 )
 def test_each_contradiction_names_both_values(given: dict, words: str, settings) -> None:
@@ -136,11 +152,27 @@ def test_what_only_the_run_decides_is_compared_then(given: dict, words: str, set
         {"optimizer": {"type": "AdamW", "params": None}},
         {"optimizer": {"type": "AdamW", "params": "auto"}},
         {"scheduler": {"type": "WarmupDecayLR", "params": None}},
+        {"optimizer": {"type": "auto"}, "scheduler": {"type": "auto"}},
+        {"optimizer": "auto", "scheduler": "auto", "bf16": "auto", "zero_optimization": "auto"},
     ],
 )
 def test_blocks_that_say_nothing_contradict_nothing(given: dict, settings) -> None:
     config = settings(deepspeed_config=given)
     refuse_other_run(config, "fp32", total=20, warmup=2)
     assert deepspeed_settings(config, "fp32")["fp16"] == {"enabled": False}
+    refuse_unparsable(config)
     with pytest.raises(ConfigError, match="amp is not taken"):
         settings(deepspeed_config={"amp": {"enabled": True}})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"zero_optimization": {"stage3_max_live_parameter": 1}}, "DeepSpeed refuses it .*stage3_max_live_parameter"),
+        ({"sparse_attention": {"mode": "fixed"}}, "DeepSpeed refuses it .*[Ss]parse"),
+    ],
+)
+def test_what_deepspeeds_own_parser_refuses_is_the_users_mistake(given: dict, words: str, settings) -> None:
+    refuse_unparsable(settings(deepspeed_config=AUTO))
+    with pytest.raises(ConfigError, match=words):
+        refuse_unparsable(settings(deepspeed_config=given))

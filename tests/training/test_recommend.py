@@ -72,8 +72,9 @@ def test_the_verb_reads_a_models_shape_and_prints_the_table(tiny_model: Path) ->
         ({"model": "1B", "memory_gib": float("nan")}, r"memory_gib: .*above 0 \(got nan\)"),
         ({"model": "1B", "max_length": 0}, "max_length: must be"),
         ({"model": "1B", "rows": -3}, "rows: must be"),
+        ({"model": "1B", "goal": "best"}, r"goal: must be one of balanced, .* \(got 'best'\)"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(changes: dict[str, object], words: str) -> None:
+def test_what_makes_no_sense_is_refused(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         recommend_method(**{"memory_gib": 8, **changes})

@@ -99,9 +99,14 @@ def test_a_plan_that_the_cluster_cannot_place_is_refused_before_anything_starts(
     assert not (tmp_path / "out/manifest.json").exists()
 
 
-def test_a_model_error_on_a_worker_reaches_the_user_as_it_is(ray_cluster, settings, orders: Path) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_model_error_on_workers_reaches_the_user_as_it_is_and_at_once(
+    num_workers: int, ray_cluster, settings, orders: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"lora_target_modules": ["query"], "num_workers": num_workers, "max_failures": 2}
     with pytest.raises(ModelError, match=r"lora_target_modules.*q_proj"):
-        FineTuner(settings(dataset_path=str(orders), lora_target_modules=["query"], max_failures=0)).train()
+        FineTuner(settings(dataset_path=str(orders), **changes)).train()
+    assert "Traceback" not in capfd.readouterr().err  # nor is any attempt repeated
     with pytest.raises(ArtifactError, match="unfinished"):
         open_or_resume(settings)
 

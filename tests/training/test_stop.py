@@ -1,11 +1,12 @@
 """Runs that are ended from outside: the same command goes on.
 
-SIGTERM to the driver or to a worker saves a checkpoint, and the exit code is 143; SIGKILL to all processes leaves the
-newest checkpoint that there was.
+SIGTERM to the driver, its process group, or a worker saves a checkpoint, and the exit code is 143; SIGKILL to all
+processes leaves the newest checkpoint that there was.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from raytune_ft.training.folder import read_history
 
 from ..processes import kill_tree  # noqa: TID252 - tests are no installed package
 
-pytestmark = [pytest.mark.ray, pytest.mark.soak]  # three whole starts of Ray
+pytestmark = [pytest.mark.ray, pytest.mark.soak]  # whole starts of Ray
 
 SETTINGS = {
     "num_workers": 1,
@@ -34,12 +35,14 @@ SETTINGS = {
 }
 
 
-def start(config: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(config: Path, *overrides: str, start_new_session: bool = False) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("RAY_ADDRESS", None)
     program = "from raytune_ft.cli import main; main()"
     command = [sys.executable, "-c", program, "train", str(config), *overrides]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=start_new_session
+    )
 
 
 def said(process: subprocess.Popen[str], words: str) -> str:
@@ -80,6 +83,35 @@ def test_sigterm_to_worker_and_driver_saves_and_the_same_command_goes_on(
         steps.append(int(folder.name.removeprefix("step-")))
         assert f"after step {steps[-1]} of 400" in rest
     assert 0 < steps[0] < steps[1] < 400
+
+
+def test_sigterm_to_the_whole_group_saves_as_one_to_the_driver_does(settings, orders: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(settings(**SETTINGS, dataset_path=str(orders)).model_dump_json(), encoding="utf-8")
+    process = start(config, start_new_session=True)
+    said(process, "grad norm")
+    os.killpg(process.pid, signal.SIGTERM)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, rest
+    assert "a checkpoint is saved after this step" in rest
+    assert "the same command goes on from there" in rest
+    assert list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+def test_where_ray_is_ended_with_the_run_the_driver_says_so_and_ends(settings, orders: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(settings(**SETTINGS, dataset_path=str(orders)).model_dump_json(), encoding="utf-8")
+    driver = start(config)
+    said(driver, "grad norm")
+    everyone = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    for process in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    rest = driver.communicate(timeout=120)[1]
+    assert driver.returncode == 143, rest
+    assert "the same command goes on from" in rest
+    _, alive = psutil.wait_procs(everyone[1:], timeout=60)
+    assert not alive
 
 
 def losses(folder: Path) -> dict[int, float]:
