@@ -145,7 +145,7 @@ class Decoder:
         self._long_from = long_from(self._model)
         self._cache_argument = _cache_argument(self._model)
         self._slots = slots
-        self._stop_ids = frozenset(loaded.chat.stop_ids if stop_ids is None else stop_ids)
+        self._stop_ids = frozenset(loaded.stop_ids if stop_ids is None else stop_ids)
         self._prefill_tokens = prefill_tokens
         self._cache: RowCache | None = None
         self._reading: dict[int, _Reading] = {}

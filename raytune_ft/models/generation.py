@@ -71,7 +71,8 @@ def generate(
             memory had room for.
         seeds: of each prompt's own random stream; by default the settings' seed with the prompt's place.
         on_answers: told the answers, by the places of their prompts, as they come.
-        stop_ids: tokens that end an answer; by default the chat's. an empty one lets every answer reach its limit.
+        stop_ids: tokens that end an answer; by default the chat's and the model's own. With none, every answer reaches
+            its limit.
         adapters: upon the model, from which each prompt has its own.
         slots: of each prompt's adapter; 0 is the bare model, and the default.
 
@@ -83,7 +84,7 @@ def generate(
     budget = token_budget if isinstance(token_budget, TokenBudget) else TokenBudget(token_budget)
     asked = _Asked(prompts, seeds, slots or [0] * len(prompts))
     make_decoder = partial(Decoder, loaded, adapters, stop_ids=stop_ids)
-    alone = _Alone(loaded, loaded.chat.stop_ids if stop_ids is None else stop_ids, adapters)
+    alone = _Alone(loaded, loaded.stop_ids if stop_ids is None else stop_ids, adapters)
     waiting = list(range(len(prompts)))
     with attention(loaded.model, OWN):
         while waiting:

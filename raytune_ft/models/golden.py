@@ -104,7 +104,7 @@ def _answered_alone(loaded: LoadedModel, prompt: list[int], max_new_tokens: int)
     """By transformers' own loop, for models that keep more than keys and values."""
     from raytune_ft.models.neighbours import generate_alone
 
-    stops = loaded.chat.stop_ids
+    stops = loaded.stop_ids
     found = generate_alone(loaded, prompt, stops, max_new_tokens, output_logits=True, return_dict_in_generate=True)
     said = found.sequences[0, len(prompt) :].tolist()
     kept = said[:-1] if said[-1] in stops else said

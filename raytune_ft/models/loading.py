@@ -57,6 +57,18 @@ class LoadedModel:
     reference: ModelReference
     device: str
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of the chat, and those that the model itself names."""
+        return tuple(sorted({*self.chat.stop_ids, *own_stop_ids(self.model)}))
+
+
+def own_stop_ids(model: Any) -> tuple[int, ...]:
+    """Tokens that end an answer by a model's generation settings, which may name several (end of turn, of a call)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = getattr(getattr(causal, "generation_config", None), "eos_token_id", None)
+    return tuple(found) if isinstance(found, list | tuple) else (() if found is None else (int(found),))
+
 
 def shared_model(reference: str, storage: Location) -> str:
     """What every node of the cluster can load: the starter is put under `storage`, anything else stays as it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ class TextStream:
         self._lazy = whole and not stops
         self._ids: list[int] = []
         self._settled = 0  # tokens whose text is decided
+        self._bounds: deque[int] = deque()  # where tokens with text begin, the newest last; none cuts a character
         self._decoded = ""  # the text of those, stop texts included
         self.text = ""
         self.stopped = False
@@ -30,12 +32,18 @@ class TextStream:
         self._ids.append(token)
         if self._lazy:
             return ""
-        start = max(0, self._settled - _CONTEXT)
+        start = self._bounds[0] if self._bounds else 0
         before, after = self._decode(self._ids[start : self._settled]), self._decode(self._ids[start:])
         if after.endswith("\ufffd"):
             return ""
-        self._decoded += after[len(before) :]
+        # Bytes that make no character can turn those before them into such, too, which have been shown by then.
+        new = after[len(before) :] if after.startswith(before) else self._decode(self._ids[self._settled :])
+        if new:
+            self._bounds.append(self._settled)
+        self._decoded += new
         self._settled = len(self._ids)
+        while len(self._bounds) > 1 and self._bounds[1] <= self._settled - _CONTEXT:
+            self._bounds.popleft()
         return self._show(self._decoded, hold=True)
 
     def finish(self) -> str:

@@ -286,15 +286,16 @@ class TransformersEngine:
     def _row(self, request: GenerationRequest, adapter: Adapter | None) -> Row:
         asked = {"slot": adapter.slot, "prefix": adapter.prefix} if adapter else {}
         chat = adapter.chat if adapter else self.loaded.chat
+        loaded = replace(self.loaded, tokenizer=chat.tokenizer, chat=chat)
         return self._decoder.new_row(
-            replace(self.loaded, tokenizer=chat.tokenizer, chat=chat),
+            loaded,
             request.prompt_ids,
             request.decoding,
             top_logprobs=request.top_logprobs,
             echo=request.echo,
             whole=not request.streamed,
             sampler=CheckedSampler(request.decoding, self.loaded.device),
-            stop_ids=frozenset(chat.stop_ids),
+            stop_ids=frozenset(loaded.stop_ids),
             **asked,
         )
 

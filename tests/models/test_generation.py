@@ -172,3 +172,22 @@ def test_without_stop_tokens_every_answer_reaches_its_limit(tiny_model: Path) ->
     loaded = load_model(str(tiny_model))
     answers = generate(loaded, prompts(loaded), DecodingConfig(max_new_tokens=40), stop_ids=())
     assert [len(answer.token_ids) for answer in answers] == [40] * 3
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_answer_ends_at_each_token_that_the_model_names_as_its_end(
+    alone: bool, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(str(tiny_model))
+    if alone:
+        monkeypatch.setattr("raytune_ft.models.generation.why_answered_alone", lambda model: "for the test")
+    prompt, greedy = [5, 9, 14, 20], DecodingConfig(max_new_tokens=12)
+    (free,) = generate(loaded, [prompt], greedy)
+    assert len(free.token_ids) > 4
+    end = free.token_ids[4]
+    loaded.model.generation_config.eos_token_id = [loaded.tokenizer.eos_token_id, end]
+    (ended,) = generate(loaded, [prompt], greedy)
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(end)]
+    assert (ended.finish_reason, ended.stop_token) == ("stop", end)
+    plain = loaded.model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert plain[0, len(prompt) :].tolist() == [*ended.token_ids, end]

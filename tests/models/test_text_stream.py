@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,3 +55,71 @@ def test_the_text_ends_in_front_of_the_first_stop_text(tokenizer: Any, whole: bo
 def test_special_tokens_are_not_shown(tokenizer: Any):
     ids = tokenizer("red<|im_end|> blue")["input_ids"]
     assert "".join(pushed(TextStream(tokenizer), ids)) == "red blue"
+
+
+def byte_fallback() -> Any:
+    """A tokenizer as those of SentencePiece are: a sign for spaces, and bytes for what has no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeoksy", "ok", "▁yes"]
+    merges = [("o", "k"), ("▁", "y"), ("e", "s")]
+    bare = Tokenizer(
+        models.BPE(
+            {word: n for n, word in enumerate([*words, "▁y", "es"])}, merges, byte_fallback=True, unk_token="<unk>"
+        )
+    )
+    bare.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bare.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+SPOKEN = [
+    "ok 😀😎🎉🎊 yes",
+    "🇩🇪🇫🇷 ok",
+    "👨‍👩‍👧‍👦",
+    "你好 ok 世界",
+    "e\u0301a\u0308 yes",
+    "привет",
+    "  ok  yes ",
+    "😀" * 9,
+]
+
+
+@pytest.mark.parametrize("text", SPOKEN)
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_characters_of_many_tokens_come_whole_with_and_without_stops(tokenizer: Any, kind: str, text: str):
+    tokenizer = tokenizer if kind == "bytes" else byte_fallback()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    for stops in ([], ["ZZ"]):
+        shown = pushed(TextStream(tokenizer, stops), ids)
+        assert "".join(shown) == whole
+        assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_a_stop_text_of_many_bytes_is_seen() -> None:
+    tokenizer = byte_fallback()
+    stream = TextStream(tokenizer, ["🎉"])
+    pushed(stream, tokenizer("ok 😀😎🎉🎊 yes")["input_ids"])
+    assert stream.stopped
+    assert stream.text == "ok 😀😎"
+
+
+def test_special_tokens_in_between_take_no_space_away() -> None:
+    tokenizer = byte_fallback()
+    word, end = tokenizer.convert_tokens_to_ids(["▁yes", "</s>"])
+    assert "".join(pushed(TextStream(tokenizer), [word, *[end] * 9, word])) == "yes yes"
+    assert "".join(pushed(TextStream(tokenizer), [*[end] * 9, word, word])) == "yes yes"
+
+
+def test_bytes_that_make_no_character_are_shown_as_such_and_lose_nothing_after_them() -> None:
+    tokenizer = byte_fallback()
+    generator = random.Random(0)
+    for _ in range(50):
+        ids = [generator.choice([3 + 0xF0, 3 + 0x9F, 3 + 0x98, 3 + 0x80, 259, 260, 269]) for _ in range(30)]
+        shown = "".join(pushed(TextStream(tokenizer), [*ids, 269]))
+        plain = tokenizer.decode([*ids, 269], skip_special_tokens=True)
+        assert [letter for letter in shown if letter.isascii()] == [letter for letter in plain if letter.isascii()]
