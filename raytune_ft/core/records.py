@@ -15,9 +15,20 @@ from typing import Any
 import pyarrow as pa
 
 ROLES = ("system", "user", "assistant", "tool")
+_SELDOM = ("tool_call_id", "name", "weight")
+_BESIDE_CONTENT = ("tool_calls", *_SELDOM)
 
-MESSAGE_TYPE = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.string())])
-"""`tool_calls` is JSON text (the OpenAI list), null where a message has none."""
+MESSAGE_TYPE = pa.struct(
+    [
+        ("role", pa.string()),
+        ("content", pa.string()),
+        ("tool_calls", pa.string()),
+        ("tool_call_id", pa.string()),
+        ("name", pa.string()),
+        ("weight", pa.int8()),
+    ]
+)
+"""As `Message`; what a message has none of is null. Datasets written before have its first three fields alone."""
 
 RECORD_SCHEMA = pa.schema(
     [
@@ -42,11 +53,18 @@ REJECTED_SCHEMA = RECORD_SCHEMA.append(pa.field("reason", pa.string())).append(p
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `tool_calls` is JSON text."""
+    """One turn of a conversation; `tool_calls` is JSON text (the OpenAI list).
+
+    `tool_call_id` and `name` say of a tool's turn which call it answers, and which tool it comes from. A `weight` of 0
+    says of an assistant's turn that it does not count for the loss.
+    """
 
     role: str
     content: str
     tool_calls: str | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    weight: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,10 +86,10 @@ class Record:
     def id(self) -> str:
         """16 hex digits of the sha256 of the content (source, position and metadata do not count)."""
         content = [
-            [vars(m) for m in self.messages],
+            [_identity(m) for m in self.messages],
             self.text,
-            [vars(m) for m in self.chosen],
-            [vars(m) for m in self.rejected],
+            [_identity(m) for m in self.chosen],
+            [_identity(m) for m in self.rejected],
             self.label,
             self.reference,
             self.tools,
@@ -134,4 +152,9 @@ def table_to_records(table: pa.Table) -> list[Record]:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    return tuple(Message(m["role"], m["content"], m.get("tool_calls")) for m in value or ())
+    return tuple(Message(m["role"], m["content"], *(m.get(name) for name in _BESIDE_CONTENT)) for m in value or ())
+
+
+def _identity(message: Message) -> dict[str, Any]:
+    """What of a message counts for its record's id; a field that says nothing does not."""
+    return {name: value for name, value in vars(message).items() if value is not None or name not in _SELDOM}

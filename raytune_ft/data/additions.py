@@ -11,9 +11,7 @@ from dataclasses import replace
 
 from raytune_ft.core.records import Message, Record
 from raytune_ft.data.config import DataCollectionConfig, Reasoning
-
-REASONING_FIELDS = ("reasoning", "reasoning_content", "rationale", "thinking")
-"""Metadata (columns that the row's format does not use) in which reasoning is looked for, in this order."""
+from raytune_ft.data.conversations import REASONING_FIELDS
 
 NO_REASONING = "no reasoning"
 OTHER_ANSWER = "reasoning ends in another answer"

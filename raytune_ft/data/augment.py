@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raytune_ft.core.records import RECORD_SCHEMA, Message, Record
+from raytune_ft.core.records import RECORD_SCHEMA, Record
 from raytune_ft.data.blocks import Blocks
 from raytune_ft.data.config_augmentation import Augmentation, AugmentationConfig
 from raytune_ft.data.rows import TOKEN_FIELDS, mark, prompt_hash, short_hash
@@ -220,7 +220,7 @@ def _worded(variant: _Variant, text: str) -> Record:
     record, at = variant.record, len(variant.record.prompt) - 1
     messages = (
         *record.messages[:at],
-        Message("user", text, record.messages[at].tool_calls),
+        replace(record.messages[at], content=text),
         *record.messages[at + 1 :],
     )
     tags = {"augmented": str(variant.kind), "augmented_from": record.id}

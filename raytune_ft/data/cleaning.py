@@ -78,7 +78,7 @@ def mend(record: Record, menders: Mapping[str, Callable[[str], str]]) -> tuple[R
         return value
 
     def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        mended = tuple(Message(m.role, text(m.content), m.tool_calls) for m in messages)
+        mended = tuple(replace(m, content=text(m.content)) for m in messages)
         return mended[1:] if mended and mended[0].role == "system" and not mended[0].content else mended
 
     mended = replace(
@@ -103,7 +103,10 @@ def redact_record(record: Record, kinds: Sequence[PersonalData], found: Counter[
         return value and redact_text(value, kinds, found)
 
     def turns(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        return tuple(Message(m.role, text(m.content) or "", text(m.tool_calls)) for m in messages)
+        return tuple(
+            replace(m, content=text(m.content) or "", tool_calls=text(m.tool_calls), name=text(m.name))
+            for m in messages
+        )
 
     return replace(
         record,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_ft.core.records import ROLES, Message
@@ -17,6 +18,10 @@ _ROLE_NAMES = {
 }  # fmt: skip
 _CALLS = frozenset({"function_call", "tool_call"})
 _TURN_FIELDS = frozenset({"role", "from", "content", "value", "tool_calls", "function_call"})
+_CALL_FIELDS = ("tool_calls", "function_call")
+_NO_TOOLS = re.compile(r"\s*(?:\[\s*\]|null)?\s*")
+REASONING_FIELDS = ("reasoning", "reasoning_content", "rationale", "thinking")
+"""Columns, and fields of a turn, in which reasoning is looked for, in this order."""
 
 
 class FormatFault(ValueError):  # noqa: N818 - a finding about one row, turned into a reason or an error by policy
@@ -44,6 +49,18 @@ class Columns:
         """Keeps what a turn of column `name` has beyond role, content and tool calls."""
         self.spare.setdefault(f"{name} (other fields)", {})[str(turn)] = dict(fields)
 
+    def lift(self, name: str, turn: int, fields: Sequence[str]) -> None:
+        """Makes of `fields` that were set aside of a turn metadata of the row, where it has no such column."""
+        column = f"{name} (other fields)"
+        kept = self.spare.get(column, {}).get(str(turn), {})
+        for field in fields:
+            if field in kept and self._values.get(field) is None:
+                self.spare[field] = kept.pop(field)
+        if not kept:
+            self.spare.get(column, {}).pop(str(turn), None)
+        if not self.spare.get(column, True):
+            del self.spare[column]
+
 
 def conversation(take: Columns, name: str, value: Any = None) -> tuple[Message, ...]:
     """The turns in a column: a list of them, JSON text of one (a CSV cell), or a struct of lists.
@@ -58,7 +75,10 @@ def conversation(take: Columns, name: str, value: Any = None) -> tuple[Message, 
             value = [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
         raise FormatFault(f"wrong type in {name!r}: expected a list of turns, found {value!r:.40}")
-    return tuple(_turn(take, name, number, turn) for number, turn in enumerate(value))
+    turns = tuple(_turn(take, name, number, turn) for number, turn in enumerate(value))
+    if turns and turns[-1].role == "assistant" and name not in {"chosen", "rejected"}:
+        take.lift(name, len(turns) - 1, REASONING_FIELDS)
+    return turns
 
 
 def asked(take: Columns, name: str) -> tuple[Message, ...]:
@@ -121,6 +141,35 @@ def as_json(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+def tools_of(value: Any) -> str | None:
+    """Tools as JSON text; None where there are none, an empty list included."""
+    tools = as_json(value)
+    return None if tools is None or _NO_TOOLS.fullmatch(tools) else tools
+
+
+def without_filled_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of Parquet, Arrow or a hub without the fields that its tools and tool calls never had.
+
+    There all structs of a column have the fields of each of them, and those that a struct lacks are null.
+    """
+    return {name: _filled(value) if name == "tools" else _calls_filled(value) for name, value in values.items()}
+
+
+def _calls_filled(turns: Any) -> Any:
+    """Turns (or one of them) with `_filled` applied to their calls; other values as they are."""
+    if isinstance(turns, list):
+        return [_calls_filled(turn) for turn in turns]
+    if not isinstance(turns, Mapping) or not any(turns.get(name) for name in _CALL_FIELDS):
+        return turns
+    return {name: _filled(value) if name in _CALL_FIELDS else value for name, value in turns.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _filled(part) for name, part in value.items() if part is not None}
+    return [_filled(part) for part in value] if isinstance(value, list) else value
+
+
 def _turn(take: Columns, name: str, number: int, turn: Any) -> Message:
     if not isinstance(turn, Mapping):
         raise FormatFault(f"wrong type in {name!r}: expected a turn with role and content, found {turn!r:.40}")
@@ -130,15 +179,31 @@ def _turn(take: Columns, name: str, number: int, turn: Any) -> Message:
     role = _ROLE_NAMES.get(role, role)
     if role not in ROLES:
         raise FormatFault(f"unknown role in {name!r}: {said!r:.40} (known: {', '.join(ROLES)})")
-    spare = {key: value for key, value in turn.items() if key not in _TURN_FIELDS and value is not None}
+    used = _TURN_FIELDS | ({"tool_call_id", "name"} if role == "tool" else set()) | {"weight"}
+    spare = {key: value for key, value in turn.items() if key not in used and value is not None}
     if spare:
         take.set_aside(name, number, spare)
     written = turn.get("content")
     content = _content(turn.get("value") if written is None else written, f"{name}.{said}")
+    weight = _weight(turn.get("weight"), name) if role == "assistant" else None
+    if role == "tool":
+        answered, tool = (_named(turn.get(field), f"{name}.{field}") for field in ("tool_call_id", "name"))
+        return Message(role, content, tool_call_id=answered, name=tool)
     if is_call:
-        return Message(role, "", _calls(content, name))
+        return Message(role, "", _calls(content, name), weight=weight)
     given = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
-    return Message(role, content, _calls(given, name) if given else None)
+    return Message(role, content, _calls(given, name) if given else None, weight=weight)
+
+
+def _weight(value: Any, name: str) -> int | None:
+    """0 where a turn says that it is not to be trained on; a weight of 1 says nothing."""
+    if value is None or value in (0, 1):
+        return 0 if value == 0 else None
+    raise FormatFault(f"wrong value in '{name}.weight': expected 0 (not trained on) or 1, found {value!r:.40}")
+
+
+def _named(value: Any, name: str) -> str | None:
+    return text_of(value, name) or None
 
 
 def _content(value: Any, name: str) -> str:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import Parent
-from raytune_ft.core.records import Message, Record
+from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.suspects import confirmed
 
@@ -103,7 +103,7 @@ def correct(record: Record, corrections: Mapping[str, Correction]) -> tuple[Reco
     reference = _reference(record.reference, answer, correction.corrected)
     if record.messages and record.messages[-1].role == "assistant":
         last = record.messages[-1]
-        turn = Message(last.role, correction.corrected, last.tool_calls)
+        turn = replace(last, content=correction.corrected)
         record = replace(record, messages=(*record.messages[:-1], turn))
     else:
         reference = correction.corrected

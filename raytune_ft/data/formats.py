@@ -12,12 +12,12 @@ from raytune_ft.data.config import RecordFormat
 from raytune_ft.data.conversations import (
     Columns,
     FormatFault,
-    as_json,
     asked,
     continuation,
     conversation,
     decoded,
     text_of,
+    tools_of,
     with_system,
 )  # fmt: skip
 from raytune_ft.data.feedback import JUDGEMENTS, NothingToLearnError, feedback_fields, is_feedback
@@ -117,7 +117,9 @@ def format_of_row(values: Mapping[str, Any], stated: RecordFormat | None) -> tup
     """
     if stated is not None or values.keys() >= _RECORD_COLUMNS:
         return format_of(values.keys(), stated)
-    filled = {name for name, value in values.items() if value is not None and value not in ("", [])}
+    filled = {
+        name for name, value in values.items() if value is not None and value not in ("", []) and not _is_nan(value)
+    }
     if len(filled) == len(values):
         return detect(values)
     told = _detected(filled | _halves(filled, values))
@@ -125,6 +127,11 @@ def format_of_row(values: Mapping[str, Any], stated: RecordFormat | None) -> tup
     if told is None or (told[0] is RecordFormat.PROMPT and whole is not None and whole[0] in _BASES):
         told = whole or told or _detected(filled)
     return told or detect(values)
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a value is how tables of numbers write that there is none."""
+    return isinstance(value, float) and value != value  # noqa: PLR0124 - only NaN is not itself
 
 
 def _detected(columns: Collection[str]) -> tuple[RecordFormat, str] | None:
@@ -198,6 +205,7 @@ def to_record(values: Mapping[str, Any], kind: RecordFormat, *, source: str, pos
         FormatFault: if a column is missing or holds something else than the format wants.
         NothingToLearnError: if a feedback row has no judgement.
     """
+    values = {name: None if _is_nan(value) else value for name, value in values.items()}
     take = Columns(values)
     fields = _CONVERTERS[kind](take)
     known: dict[str, Any] = {"source": source, "position": position}
@@ -205,7 +213,7 @@ def to_record(values: Mapping[str, Any], kind: RecordFormat, *, source: str, pos
         take.taken |= _DERIVED
     else:
         known["reference"] = _reference(take)
-        known["tools"] = as_json(take("tools"))
+        known["tools"] = tools_of(take("tools"))
     extra = {key: value for key, value in values.items() if key not in take.taken and value is not None} | take.spare
     metadata = json.loads(json.dumps(fields.pop("metadata", {}) | extra, default=str))
     return Record(**{**known, **fields}, metadata=metadata)
@@ -308,6 +316,7 @@ def _kto_fields(take: Columns) -> dict[str, Any]:
 def _record_fields(take: Columns) -> dict[str, Any]:
     sides = {name: conversation(take, name, take(name) or ()) for name in ("messages", "chosen", "rejected")}
     texts = {name: text_of(take(name), name) or None for name in ("text", "reference", "tools")}
+    texts["tools"] = tools_of(texts["tools"])
     label, metadata = take("label"), decoded(take("metadata") or "{}")
     label = decoded(None if label == "" else label)
     if not isinstance(label, bool | None):

@@ -168,6 +168,7 @@ def _csv(location: Location) -> Iterator[SourceRow]:
             if fault:
                 raise DataError(f"{location}:1: {fault} of the header; convert it to UTF-8: iconv -f LATIN1 -t UTF-8")
             _refuse_repeated(location, header)
+            _refuse_other_separator(location, header)
             last = reader.line_num
             for row in _csv_rows(reader, header):
                 yield row
@@ -243,11 +244,11 @@ def _arrow(location: Location) -> Iterator[SourceRow]:
 
 
 def _batch_rows(batch: Any, place: int) -> Iterator[SourceRow]:
-    """The rows of a batch, the first at `place`; text that is no UTF-8 is a fault of its row."""
+    """The rows of a batch, the first at `place`; a value that Python cannot hold is a fault of its row."""
     try:
         for at, values in enumerate(batch.to_pylist()):
             yield SourceRow(place + at, values)
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):  # no UTF-8, or a time out of range
         for at in range(batch.num_rows):
             yield _one_row(batch.slice(at, 1), place + at)
 
@@ -261,6 +262,9 @@ def _one_row(row: Any, place: int) -> SourceRow:
         except UnicodeDecodeError as error:
             faults.append(f"not UTF-8: byte 0x{error.object[error.start]:02x} in column {name!r}")
             values[name] = error.object.decode("utf-8", "replace")
+        except (ValueError, OverflowError) as error:
+            faults.append(f"out of range: a {column.type} in column {name!r}: {error}")
+            values[name] = None
     if not faults:
         return SourceRow(place, values)
     return SourceRow(place, None, None, faults[0], json.dumps(values, ensure_ascii=False, default=str))
@@ -304,6 +308,12 @@ def _refuse_repeated(location: Location, names: Iterable[str]) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(f"{location}: has more than one column named {', '.join(map(repr, repeated))}")
+
+
+def _refuse_other_separator(location: Location, header: list[str]) -> None:
+    for sign, name in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
+        if len(header) == 1 and sign in header[0]:
+            raise DataError(f"{location}:1: its columns are separated by {name}; write it anew with commas")
 
 
 def _reason(error: BaseException) -> str:

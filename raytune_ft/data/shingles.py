@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-_UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])"
+from raytune_ft.core.words import UNSPACED_SCRIPTS
+
+_UNSPACED = f"([{UNSPACED_SCRIPTS}])"
 _TURNS = ("messages", "chosen", "rejected")
 _ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
 

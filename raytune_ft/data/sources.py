@@ -12,8 +12,9 @@ from urllib.parse import unquote
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
-from raytune_ft.core.manifest import Parent
+from raytune_ft.core.manifest import CLAIM, MANIFEST, Parent
 from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.data.export import MARKER
 from raytune_ft.data.hub import SCHEME, HubSource, content_of, parts_of
 
 logger = logging.getLogger("raytune_ft")
@@ -24,7 +25,10 @@ KINDS = {
 }  # fmt: skip
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 _WHOLE = frozenset({"parquet", "arrow"})
+COLUMNAR = _WHOLE | {"hub"}
+"""Kinds in which all structs of a column have the same fields."""
 _HASHED_FILES = 64
+_MOST_MARKER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,9 @@ def kind_of(location: Location) -> str:
         return "hub"
     kind = _kind(location.name)
     if kind is None:
-        raise DataError(f"{location}: of no known kind; expected a file named {', '.join(KINDS)} (also with .gz, .zst)")
+        raise DataError(
+            f"{location}: of no known kind; expected a file named {', '.join(KINDS)} (also with .gz, .zst, .bz2)"
+        )
     if kind in _WHOLE and compression_of(location.name):
         raise DataError(f"{location}: {kind} is compressed inside already; unpack this file and give it as .{kind}")
     return kind
@@ -135,11 +141,33 @@ def _files_of(source: str) -> list[Location]:
 
 
 def _in_folder(folder: Location) -> list[Location]:
-    names = _without_saved(folder, folder.files())
+    names = _without_marker(folder, _without_saved(folder, _without_outputs(folder, folder.files())))
     if has_manifest(folder):  # a dataset of ours: its splits, not what it rejected, says about itself or exported
         splits = open_artifact(folder, verify="size").manifest.files
         names = {n: names[n] for n in splits if n.endswith(".parquet") and not n.startswith("rejected/")}
     return _usable(folder, names, f"{folder}: holds no file to read ({', '.join(KINDS)})")
+
+
+def _without_outputs(folder: Location, names: dict[str, int]) -> dict[str, int]:
+    """Of the files below a folder those that are not in an output of ours, finished or not."""
+    parts = [name.rpartition("/") for name in names]
+    outputs = sorted({base for base, _, file in parts if base and file in {MANIFEST, CLAIM}})
+    if not outputs:
+        return names
+    logger.warning("%s: passed over what runs wrote below it: %s; name a folder to read it", folder, ", ".join(outputs))
+    return {name: size for name, size in names.items() if not name.startswith(tuple(base + "/" for base in outputs))}
+
+
+def _without_marker(folder: Location, names: dict[str, int]) -> dict[str, int]:
+    """Of the files below a folder those that hold rows, where it is an export of ours."""
+    if not 0 < names.get(MARKER, 0) < _MOST_MARKER_BYTES:
+        return names
+    try:
+        marker = json.loads((folder / MARKER).read())
+    except ValueError:
+        return names
+    is_ours = isinstance(marker, dict) and set(marker) == {"format", "splits"}
+    return {name: size for name, size in names.items() if name != MARKER} if is_ours else names
 
 
 def _without_saved(folder: Location, names: dict[str, int]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.data.additions import moved_spans, with_reasoning, with_system_prompt
 from raytune_ft.data.cleaning import clean
 from raytune_ft.data.config import DataCollectionConfig, OverLength
+from raytune_ft.data.conversations import without_filled_nulls
 from raytune_ft.data.corrections import Correction, correct
 from raytune_ft.data.dedup import mark_conflicts, mark_duplicates
 from raytune_ft.data.formats import FormatFault, NothingToLearnError, format_of_row, renamed, to_record
@@ -24,7 +25,7 @@ from raytune_ft.data.readers import SourceRow, read_rows
 from raytune_ft.data.redaction import redact_text
 from raytune_ft.data.rows import ROW_SCHEMA, changed_by, prompt_hash, remarked, renamed_to, short_hash
 from raytune_ft.data.shards import write_file, write_files
-from raytune_ft.data.sources import SourceFile
+from raytune_ft.data.sources import COLUMNAR, SourceFile
 from raytune_ft.data.split import mark_leaks
 from raytune_ft.data.strata import with_strata
 from raytune_ft.data.tokenize import TokenPolicy, add_tokens, chat_for, split_rows
@@ -70,6 +71,8 @@ def _collected(
         if row.values is None:
             raise FormatFault(row.fault)
         values = renamed(row.values, config.columns)
+        if file.kind in COLUMNAR:
+            values = without_filled_nulls(values)
         kind, why = format_of_row(values, config.input_format)
         record = to_record(values, kind, source=file.label, position=row.position)
     except FormatFault as fault:
@@ -137,7 +140,7 @@ def retokenize_files(files: pa.Table, source: str, target: str, model: str, poli
     counts = []
     for path in files.column("path").to_pylist():
         with Location(source).filesystem.open_input_file((Location(source) / path).path) as stream:
-            records = pq.read_table(stream).select(RECORD_SCHEMA.names)
+            records = pq.read_table(stream).select(RECORD_SCHEMA.names).cast(RECORD_SCHEMA)
         empty = pa.nulls(records.num_rows, pa.string())
         for name in ("reason", "raw", "notes"):
             records = records.append_column(name, empty)

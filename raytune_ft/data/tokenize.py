@@ -245,6 +245,10 @@ def _fit(tokens: Tokens, chat: Chat, record: Record, policy: TokenPolicy) -> Non
             row = getattr(tokens, side)
             if row is not None:
                 setattr(tokens, side, truncated(row, policy.max_length, policy.over_length, bos=bos, cut=cut))
+        if tokens.row and tokens.rejected and _same_answers(tokens.row, tokens.rejected):
+            tokens.row = tokens.rejected = None
+            tokens.reason = f"nothing to compare: {policy.over_length} took what chosen and rejected differ in"
+            return
         tokens.remark = str(policy.over_length)
         return
     tokens.row = tokens.rejected = None
@@ -252,6 +256,11 @@ def _fit(tokens: Tokens, chat: Chat, record: Record, policy: TokenPolicy) -> Non
         return
     why = ", and it cannot be split" if policy.over_length is OverLength.SPLIT else ""
     tokens.reason = f"too long: {too_long}{why}"
+
+
+def _same_answers(row: TokenRow, rejected: TokenRow) -> bool:
+    ours, theirs = row.ids[row.supervised], rejected.ids[rejected.supervised]
+    return len(ours) > 0 and np.array_equal(ours, theirs)
 
 
 def _too_long(tokens: Tokens, record: Record, policy: TokenPolicy) -> str:
@@ -293,14 +302,15 @@ def _pieces(row: pa.Table, chat: Chat, policy: TokenPolicy) -> pa.Table:
         if tokens.row is None and tokens.reason is None:
             tokens.reason = f"too long: a part of more than {policy.max_length} tokens that cannot be split"
     # The columns of the row that are no part of its record (its file, its place) are repeated; the record is replaced.
-    repeated = row.drop_columns([field.name for field in TOKEN_FIELDS] + ["chat"]).take([0] * len(pieces))
+    replaced = [*RECORD_SCHEMA.names, *(field.name for field in TOKEN_FIELDS), "chat"]
+    repeated = row.drop_columns(replaced).take([0] * len(pieces))
     written = pa.Table.from_pylist([piece.to_row() for piece in pieces], schema=RECORD_SCHEMA)
     first: dict[str, Any] = {"made": [row.column("made")[0].as_py()] + ["split"] * (len(pieces) - 1)}
     for name in ("format", "notes"):
         if name in row.column_names:
             first[name] = [row.column(name)[0].as_py()] + [None] * (len(pieces) - 1)
     for field in RECORD_SCHEMA:
-        repeated = repeated.set_column(repeated.column_names.index(field.name), field, written.column(field.name))
+        repeated = repeated.append_column(field, written.column(field.name))
     for name, values in first.items():
         repeated = repeated.set_column(repeated.column_names.index(name), name, pa.array(values, pa.string()))
     return _with_columns(repeated, found, chat).select(row.column_names)

@@ -53,7 +53,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """The rendered text and the assistant turns in it that count for the loss."""
+    """The rendered text and the assistant turns in it that count for the loss (those of weight 0 do not)."""
 
     text: str
     spans: tuple[Span, ...]
@@ -93,6 +93,8 @@ class LayoutMaker:
         turns = skeleton.turns if train_on is TrainOn.ALL_ASSISTANT_TURNS else skeleton.turns[-1:]
         spans = []
         for places in turns:
+            if messages[places.turn].weight == 0:
+                continue
             content_end = starts[places.slot + 1]
             start = starts[places.start.piece] + places.start.offset
             end = starts[places.end.piece] + places.end.offset
@@ -109,7 +111,8 @@ class LayoutMaker:
         if conversation.tools:
             return None
         key = tuple((message.role, bool(message.content)) for message in conversation.messages)
-        if not key or any(m.tool_calls or m.content.isspace() for m in conversation.messages):
+        of_tools = any(m.tool_calls or m.tool_call_id or m.name for m in conversation.messages)
+        if not key or of_tools or any(m.content.isspace() for m in conversation.messages):
             return None
         if key not in self._skeletons:
             if len(self._skeletons) >= _MOST_SKELETONS:
@@ -126,6 +129,8 @@ class LayoutMaker:
             turns = turns[-1:]
         spans = []
         for turn in turns:
+            if messages[turn].weight == 0:
+                continue
             before = self._written(messages[:turn], tools, True)
             until = text if turn + 1 == len(messages) else self._written(messages[: turn + 1], tools, False)
             if not text.startswith(before) or not text.startswith(until):
@@ -205,6 +210,10 @@ def _turn(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [_call(call) for call in json.loads(message.tool_calls)]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        turn["name"] = message.name
     return turn
 
 

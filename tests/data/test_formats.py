@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from raytune_ft.core.records import Message, Record
 from raytune_ft.data.config import RecordFormat
+from raytune_ft.data.conversations import without_filled_nulls
 from raytune_ft.data.formats import FormatFault, detect, format_of, format_of_row, renamed, to_record
 
 ASKED = (Message("user", "Q"),)
@@ -85,7 +87,7 @@ def test_function_calls_become_tool_calls_in_openai_form() -> None:
     record = read({"conversations": turns, "tools": "[]"})
     assert [m.role for m in record.messages] == ["user", "assistant", "tool", "assistant"]
     assert json.loads(record.messages[1].tool_calls or "") == [{"type": "function", "function": call}]
-    assert record.tools == "[]"
+    assert record.tools is None
 
 
 def test_columns_that_no_format_uses_are_kept_as_metadata() -> None:
@@ -210,7 +212,8 @@ def test_openai_tool_calls_keep_their_arguments_and_ids() -> None:
     assert json.loads(record.messages[1].tool_calls or "") == [call]
     assert record.messages[1].content == ""
     assert json.loads(record.tools or "")[0]["function"]["name"] == "find"
-    assert record.metadata == {"messages (other fields)": {"2": {"tool_call_id": "c1"}}}
+    assert record.messages[2] == Message("tool", "[]", tool_call_id="c1")
+    assert record.metadata == {}
 
 
 def test_older_and_shorter_ways_to_write_a_call_become_the_same() -> None:
@@ -287,3 +290,44 @@ def test_half_a_pair_and_an_answer_without_judgement_stay_what_they_are() -> Non
 def test_a_turn_says_what_stands_in_value_where_content_is_null() -> None:
     turns = [{**HUMAN, "role": None, "content": None}, {**GPT, "role": None, "content": None}]
     assert read({"conversations": turns}).messages == ANSWERED
+
+
+def test_a_weight_of_0_stays_with_its_turn_and_others_are_refused() -> None:
+    record = read({"messages": [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "weight": 1}]})
+    assert [turn.weight for turn in record.messages] == [None, 0, None, None]
+    assert Record.from_row(record.to_row()) == record
+    with pytest.raises(FormatFault, match=r"wrong value in 'messages\.weight': expected 0 \(not trained on\) or 1"):
+        read({"messages": [USER, {**ASSISTANT, "weight": 0.5}]})
+
+
+def test_a_message_without_the_newer_fields_gives_the_same_id_as_before() -> None:
+    record = Record(messages=(Message("user", "a"), Message("assistant", "b")))
+    turns = [{"role": role, "content": text, "tool_calls": None} for role, text in (("user", "a"), ("assistant", "b"))]
+    content = json.dumps([turns, None, [], [], None, None, None])
+    assert record.id == hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("tools", [[], "[]", " [ ] ", "", "null", None])
+def test_an_empty_list_of_tools_is_none(tools: object) -> None:
+    assert read({"messages": [USER, ASSISTANT], "tools": tools}).tools is None
+
+
+def test_fields_that_a_table_filled_with_null_are_no_part_of_calls_and_tools() -> None:
+    filled = {"name": "find", "arguments": {"q": "x", "city": None, "tags": ["a", None]}}
+    tool = {"name": "find", "parameters": {"properties": {"q": {"type": "string", "enum": None}, "city": None}}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": filled}]}]
+    row = without_filled_nulls({"messages": turns, "tools": [tool], "note": {"a": None}})
+    arguments = row["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"q": "x", "tags": ["a", None]}
+    assert row["tools"] == [{"name": "find", "parameters": {"properties": {"q": {"type": "string"}}}}]
+    assert row["note"] == {"a": None}
+
+
+def test_a_nan_is_no_value() -> None:
+    assert read({"prompt": "q", "completion": "a", "group": float("nan"), "tools": float("nan")}).metadata == {}
+
+
+def test_reasoning_in_the_last_turn_becomes_the_rows() -> None:
+    last = {**ASSISTANT, "reasoning_content": "since"}
+    assert read({"messages": [USER, last]}).metadata == {"reasoning_content": "since"}
+    assert "reasoning_content" not in read({"messages": [USER, last, USER, ASSISTANT]}).metadata

@@ -198,3 +198,17 @@ def test_arrow_text_that_is_no_utf8_is_a_fault_of_its_row(tmp_path: Path) -> Non
         assert [row.values for row in rows] == [{"text": "a"}, None, {"text": "b"}]
         assert (rows[1].position, rows[1].fault) == (1, "not UTF-8: byte 0xff in column 'text'")
         assert rows[1].raw == '{"text": "\ufffd\ufffd"}'
+
+
+def test_a_date_that_python_cannot_hold_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "day": pa.array([0, 2**30], pa.int32()).cast(pa.date32())}), path)
+    good, bad = read_rows(find_files([str(path)])[0])
+    assert good.fault is None
+    assert bad.fault is not None
+    assert bad.fault.startswith("out of range: a date32[day] in column 'day'")
+
+
+def test_a_csv_with_another_separator_says_which(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="separated by ';'; write it anew with commas"):
+        rows_of(tmp_path / "a.csv", b"prompt;completion\na;b\n")

@@ -125,3 +125,23 @@ def test_json_keeps_its_form_and_loses_personal_data_in_keys_and_repeated_ones_t
 def test_keys_of_a_value_that_become_the_same_are_all_kept() -> None:
     value = {"a@b.com": 1, "[EMAIL]": 2, "c@d.com": 3}
     assert redact_value(value, ALL, Counter()) == {"[EMAIL]": 1, "[EMAIL] (2)": 2, "[EMAIL] (3)": 3}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "+33 1 23 45 67 89",
+        "+31 6 12345678",
+        "+61 2 9374 4000",
+        "+353 1 234 5678",
+        "+54 9 11 1234 5678",
+        "(415) 555 2671",
+    ],
+)
+def test_numbers_with_a_short_area_code_are_phone_numbers(number: str) -> None:
+    assert redact(f"Call {number}.", [PersonalData.PHONE])[0] == "Call [PHONE]."
+
+
+@pytest.mark.parametrize("text", ["order 33 1 23 45 67 89", "2024-01-05 10:30", "415 555 2671 pieces", "+1 2 3 4 5"])
+def test_orders_and_dates_are_no_phone_numbers(text: str) -> None:
+    assert redact(text, [PersonalData.PHONE])[0] == text

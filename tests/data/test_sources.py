@@ -10,6 +10,9 @@ import pytest
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.storage import Location
+from raytune_ft.data.config import DatasetFormat
+from raytune_ft.data.export import export_splits
 from raytune_ft.data.readers import read_rows
 from raytune_ft.data.sources import find_files, source_parents
 
@@ -132,3 +135,28 @@ def test_of_a_dataset_of_ours_the_files_of_its_splits_are_read_and_no_export_of_
     (tmp_path / "set/train/00000.parquet").unlink()
     with pytest.raises(DataError, match=r"train/00000.parquet is missing"):
         find_files([str(tmp_path / "set")])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "started.json"])
+def test_what_runs_wrote_below_a_folder_is_passed_over(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = source_parents([str(folder)], "source")
+    (folder / "out" / "train").mkdir(parents=True)
+    (folder / "out" / name).write_text("{}")
+    (folder / "out" / "train" / "0.jsonl").write_text("{}\n")
+    assert [f.label for f in find_files([str(folder)])] == [
+        f"{folder.name}/a.jsonl",
+        f"{folder.name}/b.csv",
+        "sub/a.jsonl",
+    ]
+    assert source_parents([str(folder)], "source") == before
+    assert "passed over what runs wrote below it: out" in caplog.text
+
+
+@pytest.mark.parametrize("output_format", [DatasetFormat.JSONL, DatasetFormat.HUGGINGFACE])
+def test_an_export_is_read_back_as_a_folder(tmp_path: Path, output_format: DatasetFormat) -> None:
+    split = datasets.Dataset.from_dict({"text": ["a", "b"]})
+    export_splits({"train": split}, Location.at(str(tmp_path / "out")), output_format)
+    files = find_files([str(tmp_path / "out")])
+    assert [row.values for file in files for row in read_rows(file)] == [{"text": "a"}, {"text": "b"}]

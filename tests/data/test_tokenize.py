@@ -238,3 +238,27 @@ def test_the_tokenizers_digest_changes_with_a_vocabulary_that_is_a_file_of_its_o
             (tmp_path / name).write_text(content)
             found.append(tokenizer_parent(str(tmp_path)).digest)
     assert len(set(found)) == len(found) == 13
+
+
+def test_a_turn_of_weight_0_is_not_supervised(chat: Chat) -> None:
+    turns = (PAIRS[0], Message("assistant", "yes", weight=0), *PAIRS[2:])
+    found = add_tokens(table_of(Record(messages=turns), Record(messages=turns[:2])), chat, TokenPolicy(100))
+    assert supervised(chat, found) == "red red red<|im_end|>no<|im_end|>"
+    assert found.column("reason").to_pylist() == [None, "no supervised token"]
+
+
+def test_a_long_text_is_not_repeated_for_each_of_its_pieces(chat: Chat) -> None:
+    policy = TokenPolicy(16, over_length=OverLength.SPLIT)
+    tokenized = add_tokens(table_of(Record(text="yes or no " * 4000)), chat, policy)
+    before = pa.default_memory_pool().max_memory()
+    pieces = split_rows(tokenized, chat, policy)
+    assert pieces.num_rows > 1000
+    assert pa.default_memory_pool().max_memory() - before < 20_000_000
+
+
+def test_a_pair_that_is_cut_to_the_same_answers_is_rejected(chat: Chat) -> None:
+    sides = [(Message("assistant", f"{word} red red red red red red"),) for word in ("a", "b")]
+    pair = Record(messages=(ASKED,), chosen=sides[0], rejected=sides[1])
+    found = add_tokens(table_of(pair), chat, TokenPolicy(5, over_length=OverLength.TRUNCATE_LEFT))
+    (reason,) = found.column("reason").to_pylist()
+    assert reason == "nothing to compare: truncate_left took what chosen and rejected differ in"

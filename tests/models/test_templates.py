@@ -54,3 +54,8 @@ def test_rendering_is_that_of_transformers(build: SimpleNamespace, name: str) ->
             special_tokens=tokenizer.special_tokens_map,
         )
         assert ours == tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompting)
+
+
+def test_the_call_that_a_tool_answers_reaches_the_template(build: SimpleNamespace) -> None:
+    chat = Chat(build.chatml("{% for m in messages %}{{ m.tool_call_id }}|{{ m.name }}|{{ m.content }};{% endfor %}"))
+    assert chat.render([Message("user", "a"), Message("tool", "b", tool_call_id="c1", name="f")]).endswith("c1|f|b;")
