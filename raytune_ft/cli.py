@@ -186,11 +186,22 @@ def compare(
 ) -> None:
     """Compare models on the same rows: those that a file names, or those of reports that were made before."""
     if words[0].endswith((".yaml", ".yml")) and not gate:
-        raise typer.Exit(run_verb("compare", words))
+        given = {"output_dir": output_dir, "metric": metric, "max_drop": max_drop, "confidence": confidence}
+        raise typer.Exit(_guarded(lambda: _refuse_report_options(given)) or run_verb("compare", words))
     passed: list[bool] = []
     terms = {"metric": metric, "max_drop": max_drop, "confidence": confidence}
     code = _guarded(lambda: passed.extend(_compare(words, output_dir, gate, terms)))
     raise typer.Exit(code or int(not all(passed)))
+
+
+def _refuse_report_options(given: dict[str, Any]) -> None:
+    usual = {"output_dir": None, "metric": None, "max_drop": 0.0, "confidence": 0.95}
+    named = ", ".join(f"--{name.replace('_', '-')}" for name, value in given.items() if value != usual[name])
+    if named:
+        raise ConfigError(
+            f"{named}: for reports, not for a config file; give its settings as KEY=VALUE, "
+            "as in output_dir=runs/compared"
+        )
 
 
 def _compare(reports: list[str], output_dir: str | None, gate: bool, terms: dict[str, Any]) -> list[bool]:

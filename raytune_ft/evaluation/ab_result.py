@@ -84,12 +84,13 @@ def analysed(exposures: Exposures, ratings: Ratings, config: ABAnalysisConfig) -
     p_value = mismatch_p(counts.tolist(), list(exposures.shares.values()))
     broken = _broken(exposures, counts.tolist(), p_value)
     decisions = []
-    for variant in exposures.variants[1:]:
+    for place, variant in enumerate(exposures.variants[1:], 1):
         own = [found for found in contrasts if found.variant == variant]
         if broken:
             decisions.append(Decision(variant, "cannot conclude", f"{variant}: cannot conclude: {broken}"))
         else:
-            decisions.append(decided(own, config, len(exposures.subject_variant)))
+            given = int(ratings.rated[np.isin(exposures.variant, (0, place))].sum())
+            decisions.append(decided(own, config, len(exposures.subject_variant), ratings=given))
     return ABResult(
         test=exposures.test,
         control=exposures.variants[0],
@@ -112,7 +113,7 @@ def mismatch_p(counts: Sequence[int], shares: Sequence[float]) -> float:
     return float(chisquare(counts, expected).pvalue) if min(expected) >= 5 else 1.0
 
 
-def decided(contrasts: Sequence[Contrast], config: ABAnalysisConfig, subjects: int) -> Decision:
+def decided(contrasts: Sequence[Contrast], config: ABAnalysisConfig, subjects: int, *, ratings: int = 0) -> Decision:
     """What the contrasts of one variant amount to.
 
     A guardrail that is shown to be broken decides, whatever people say; to promote a variant, its ratings have to be
@@ -122,6 +123,7 @@ def decided(contrasts: Sequence[Contrast], config: ABAnalysisConfig, subjects: i
         contrasts: of one variant with the control.
         config: what is worth a change.
         subjects: that the whole test has had so far.
+        ratings: that the answers of the variant and the control have, neutral ones among them.
     """
     goal = next(found for found in contrasts if found.measure.role == "goal")
     guardrails = [found for found in contrasts if found.measure.role == "guardrail"]
@@ -138,10 +140,12 @@ def decided(contrasts: Sequence[Contrast], config: ABAnalysisConfig, subjects: i
     if goal.verdict == "better" and not open_ones:
         words = "its answers are rated better, and all guardrails hold"
         return Decision(variant, "promote", f"{variant}: promote it in the place of {control}: {words}.")
-    return _going_on(goal, open_ones, config, subjects)
+    return _going_on(goal, open_ones, config, subjects, ratings)
 
 
-def _going_on(goal: Contrast, guardrails: Sequence[Contrast], config: ABAnalysisConfig, subjects: int) -> Decision:
+def _going_on(
+    goal: Contrast, guardrails: Sequence[Contrast], config: ABAnalysisConfig, subjects: int, ratings: int
+) -> Decision:
     waiting = [found for found in (goal, *guardrails) if found.verdict == "cannot tell"]
     what = ", ".join(found.measure.title.lower() for found in waiting)
     words = f"{goal.variant}: go on: not settled yet: {what}"
@@ -150,7 +154,7 @@ def _going_on(goal: Contrast, guardrails: Sequence[Contrast], config: ABAnalysis
         least = min(min(found.sample.subjects, found.control_sample.subjects) for found in few)
         words += f" (some have {least} subjects of a variant, {config.min_subjects} are needed)"
     if goal.verdict == "cannot tell" and goal.sample.subjects + goal.control_sample.subjects == 0:
-        return Decision(goal.variant, "go on", f"{words}. Nobody has rated an answer: ratings decide.")
+        return Decision(goal.variant, "go on", f"{words}. {_nothing_rated(ratings)}")
     shares = [found.share_to_tell for found in waiting]
     if any(share is None for share in shares):
         return Decision(goal.variant, "go on", f"{words}. How many more subjects it takes cannot be said yet.")
@@ -165,6 +169,14 @@ def _going_on(goal: Contrast, guardrails: Sequence[Contrast], config: ABAnalysis
         f"{words}. If things are what they seem, about {rough:,.0f} more subjects settle it.",
         more,
     )
+
+
+def _nothing_rated(ratings: int) -> str:
+    """Why ratings say nothing of good or bad."""
+    if not ratings:
+        return "Nobody has rated an answer: ratings decide."
+    number = "The one rating is" if ratings == 1 else f"All {ratings:,} ratings are"
+    return f"{number} neutral (3 of 5), neither good nor bad: ratings of good or bad decide."
 
 
 def _broken_guardrail(found: Contrast) -> str:

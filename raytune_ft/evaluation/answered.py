@@ -44,22 +44,25 @@ def answers_of(records: Sequence[Record], kept: KeptRows, label: str, left_out: 
 
 
 def refuse_missing(missing: Sequence[Unanswered], rows: int, most: int) -> None:
-    """Stops where more rows than `most` lack an answer.
+    """Stops where more rows than `most` lack an answer, or all do.
 
     Raises:
         DataError: if rows do not fit a model.
         RunError: if an endpoint failed.
     """
     positions = {row.position for row in missing}
-    if len(positions) <= most:
+    if not positions or (len(positions) <= most and len(positions) < rows):
         return
+    if len(positions) < rows:
+        further = f"max_unanswered: {len(positions)} goes on without them."
+    else:
+        further = "without any answer there is nothing to measure."
     first = min(missing, key=lambda row: row.position)
     labels = ", ".join(dict.fromkeys(row.label for row in missing))
     kind = DataError if getattr(errors, first.fault, None) is DataError else RunError
     raise kind(
         f"{len(positions)} of {rows} rows have no answer of {labels}; the first is row {first.position + 1}: "
-        f"{first.reason}. The others are kept: the same command asks for the missing ones only; max_unanswered: "
-        f"{len(positions)} goes on without them."
+        f"{first.reason}. The others are kept: the same command asks for the missing ones only; {further}"
     )
 
 

@@ -6,8 +6,11 @@ import json
 import re
 import string
 from collections.abc import Hashable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
+
+from raytune_ft.core.words import spaced
 
 
 def parse_json(text: str) -> dict[str, Any] | list[Any] | None:
@@ -39,9 +42,12 @@ def fields(text: str) -> dict[str, Hashable]:
 
 
 def words(text: str) -> list[str]:
-    """Words as SQuAD takes them: lower case, without ASCII punctuation and English articles, split at blanks."""
+    """Words as SQuAD takes them: lower case, without ASCII punctuation and English articles, split at blanks.
+
+    Characters of scripts that write no spaces between words are words of their own.
+    """
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+    return re.sub(r"\b(a|an|the)\b", " ", spaced(kept)).split()
 
 
 _DEEPEST = 100
@@ -84,7 +90,7 @@ def extracted(text: str, how: str) -> str | None:
         return next(iter(reversed(re.findall(_NUMBER, text))), None)
     if how == "boxed":
         return _boxed(text)
-    found = re.search(r"####\s*(" + _NUMBER + ")" if how == "gsm8k" else how, text)
+    found = re.search(r"####[\s*_]*(" + _NUMBER + ")" if how == "gsm8k" else how, text)
     return found.group(1) if found and found.group(1) is not None else None
 
 
@@ -98,7 +104,7 @@ def listed(text: str) -> list[Hashable]:
     """The items of a list, canonical and without repetition: of a JSON array, else of lines, or of what commas part."""
     parsed = parse_json(text)
     if isinstance(parsed, list):
-        return list(dict.fromkeys(canonical(item) for item in parsed))
+        return list(dict.fromkeys(i.strip().lower() if isinstance(i, str) else canonical(i) for i in parsed))
     parts = text.strip().splitlines() if "\n" in text.strip() else re.split(r"[,;]", text)
     items = (re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", part).strip().lower() for part in parts)
     return list(dict.fromkeys(item for item in items if item))
@@ -111,17 +117,33 @@ def repeated_share(text: str, words_in_a_row: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-_NUMBER = r"(?:(?<!\d)-)?\$?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?"
-"""A minus behind a digit is a dash or an operator, and a point behind a letter, digit or point ends something else."""
+_MINUS = r"(?<!\d)[-\u2212]"
+_CURRENCY = r"[$€£¥][ \t]?"
+_NUMBER = (
+    rf"(?:{_CURRENCY}{_MINUS}|(?:{_MINUS})?{_CURRENCY}|{_MINUS})?"
+    r"(?:\d+(?:,\d+)*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d+)?(?:[/:]\d+(?:\.\d+)?)*"
+)
+"""With what belongs to it: a fraction, a time or a list without blanks is taken whole.
+
+A minus behind a digit is a dash or an operator, and a point behind a letter, digit or point ends something else."""
 
 
-def _number(text: str) -> Decimal | None:
-    bare = text.strip().replace(",", "").replace("$", "").rstrip(".")
+_GROUPED = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3})(?:\.\d*)?(?:[eE][-+]?\d+)?")
+"""Digits in groups of three, or as India groups them."""
+
+
+def _number(text: str) -> Decimal | Fraction | None:
+    bare = re.sub(r"[$€£¥\s]", "", text).replace("\u2212", "-").rstrip(".,")
+    if "," in bare and not _GROUPED.fullmatch(bare):
+        return None  # a list, not the digits of one number
+    above, slash, below = bare.replace(",", "").partition("/")
     try:
-        found = Decimal(bare)
-    except InvalidOperation:
+        found = Decimal(above)
+        if not found.is_finite():
+            return None
+        return Fraction(int(above), int(below)) if slash else found
+    except (ArithmeticError, ValueError):
         return None
-    return found if found.is_finite() else None
 
 
 def _boxed(text: str) -> str | None:

@@ -13,13 +13,13 @@ from raytune_ft.evaluation.statistics import (
     Columns,
     Floats,
     Statistic,
-    bootstrap,
     fewest_differing_rows,
     holm,
-    percentiles,
+    paired_interval,
     permutation_p_value,
     row_count,
     rows_needed,
+    unseen_share,
     visible_difference,
 )
 
@@ -36,6 +36,7 @@ class Difference:
     difference: float
     low: float
     high: float
+    """Both ends are NaN where there is no interval: on an open scale where every row shows the same difference."""
     confidence: float
     standard_error: float
     wins: int
@@ -68,8 +69,11 @@ def difference(
     lower_is_better: bool = False,
     confidence: float = 0.95,
     seed: int = 0,
+    best: float | None = None,
 ) -> Difference:
     """Compares a model with another by a paired bootstrap (interval) and a paired permutation test (verdict).
+
+    Where every row shows the same difference, the interval allows for rows that stayed unseen (`paired_interval`).
 
     Args:
         statistic: from sums of columns to the value.
@@ -79,20 +83,20 @@ def difference(
         lower_is_better: as for perplexity.
         confidence: of the interval; the verdict needs p <= 1 - confidence.
         seed: of the resampling.
+        best: the upper end of a scale that starts at 0; None for an open one.
     """
     own, their = scores
     with np.errstate(invalid="ignore"):
         gain = _rounded(*((their, own) if lower_is_better else (own, their)))
     wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
     with np.errstate(invalid="ignore"):  # values beyond numbers, as an overflowed perplexity, cannot be told apart
-        samples = bootstrap(statistic, columns, seed=seed) - bootstrap(statistic, others, seed=seed)
-        found = percentiles(samples, confidence)
+        found = paired_interval(statistic, columns, others, confidence=confidence, seed=seed, best=best)
         alone = Difference(
             difference=float(statistic(_sums(columns)) - statistic(_sums(others))),
             low=found.low,
             high=found.high,
             confidence=confidence,
-            standard_error=float(np.std(samples)),
+            standard_error=found.standard_error,
             wins=wins,
             ties=row_count(columns) - wins - losses,
             losses=losses,
@@ -110,7 +114,8 @@ def difference(
 def judged(family: Sequence[Difference]) -> list[Difference]:
     """The differences with their verdicts, corrected (Holm) for being one family of tests.
 
-    Better or worse is said only if the corrected p-value allows it and the interval leaves out 0.
+    Better or worse is said only if the corrected p-value allows it and the interval leaves out 0. Where there is no
+    interval since every row shows the same difference, the test alone decides.
     """
     adjusted = holm([found.p_value for found in family])
     return [_judged(found, p, len(family)) for found, p in zip(family, adjusted, strict=True)]
@@ -119,10 +124,11 @@ def judged(family: Sequence[Difference]) -> list[Difference]:
 def sentence(found: Difference, *, model: str, other: str, metric: str) -> str:
     """The verdict in words, with the numbers that carry it, and what it would take where they do not."""
     corrected = f" after Holm's correction for {found.tests} comparisons" if found.tests > 1 else ""
+    span = interval_text(found)
+    interval = f"no {found.confidence:.0%} interval" if span == "none" else f"{found.confidence:.0%} interval {span}"
     numbers = (
-        f"difference {signed(found.difference)}, {found.confidence:.0%} interval {signed(found.low)} to "
-        f"{signed(found.high)}, p {_probability(found.p_adjusted)}{corrected}; {found.wins} rows won, "
-        f"{found.ties} tied, {found.losses} lost"
+        f"difference {signed(found.difference)}, {interval}, p {_probability(found.p_adjusted)}{corrected}; "
+        f"{found.wins} rows won, {found.ties} tied, {found.losses} lost"
     )
     if found.verdict == "cannot tell":
         words = f"{metric}: cannot tell {model} from {other} with {found.rows} rows ({numbers})."
@@ -143,6 +149,13 @@ def outlook(found: Difference) -> str:
     return " ".join(said)
 
 
+def interval_text(found: Difference) -> str:
+    """The interval with signs; ``none`` where there is none."""
+    if math.isnan(found.low) or math.isnan(found.high):
+        return "none"
+    return f"{signed(found.low)} to {signed(found.high)}"
+
+
 def signed(value: float) -> str:
     """A difference with its sign, to three decimals or, above 100, three digits."""
     return f"{value:+.3f}" if abs(value) < 100 else f"{value:+.3g}"
@@ -153,7 +166,8 @@ def _judged(found: Difference, p_adjusted: float, tests: int) -> Difference:
     strictest = alpha / tests
     verdict: Verdict = "cannot tell"
     needed = None
-    if p_adjusted <= alpha + 1e-12 and (found.low > 0 or found.high < 0):
+    excluded = found.low > 0 or found.high < 0 or (math.isnan(found.low) and found.standard_error == 0)
+    if p_adjusted <= alpha + 1e-12 and excluded:
         verdict = "better" if (found.difference > 0) is not found.lower_is_better else "worse"
     else:
         needed = _rows_to_tell(found, strictest)
@@ -164,13 +178,23 @@ def _judged(found: Difference, p_adjusted: float, tests: int) -> Difference:
 
 
 def _rows_to_tell(found: Difference, alpha: float) -> int | None:
-    """By the spread, and by how rarely rows differ at all; always more than there are."""
+    """By the spread, by how rarely rows differ at all, and by those unseen; always more than there are."""
     needed = rows_needed(found.difference, found.standard_error, found.rows, alpha=alpha)
     if found.difference == 0:
         return None
     differing = max(1, found.wins + found.losses)
     enough_differ = fewest_differing_rows(alpha) * found.rows / differing
-    return max(needed or 0, round(enough_differ), found.rows + 1)
+    return max(needed or 0, round(enough_differ), _rows_without_unseen(found), found.rows + 1)
+
+
+def _rows_without_unseen(found: Difference) -> int:
+    """With how many rows that all differ alike the unseen ones could no longer turn the difference round."""
+    edge = found.low if found.difference > 0 else found.high
+    if found.standard_error != 0 or math.isnan(edge):
+        return 0
+    unseen = unseen_share(found.rows, found.confidence)
+    turning = unseen * found.difference / (found.difference - edge)  # the share that would move the edge to 0
+    return math.ceil(math.log((1 - found.confidence) / 2) / math.log1p(-turning) - 1e-9)
 
 
 def _sums(columns: Columns) -> Columns:

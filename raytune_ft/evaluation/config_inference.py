@@ -64,7 +64,8 @@ class BatchGenerationConfig(Config):
     or the URL of an endpoint (``http://host:8000/v1#name``)."""
     dataset_path: str = Field(min_length=1)
     """The prompts: a JSONL or Parquet file, a folder of these, or a dataset that `prepare` made. A row has ``prompt``
-    (text, or a list of messages) or ``messages``, whose last assistant turn is then not shown to the model."""
+    (text, or a list of messages) or ``messages``, whose last assistant turn is then not shown to the model. Its answer
+    has the row's ``id``, where there is one, and its other columns in ``metadata``."""
     split: str | None = None
     """Which split of a prepared dataset (``test`` by default) or of a folder; else a folder is taken whole."""
     output_dir: str = Field("answers", min_length=1)

@@ -17,7 +17,7 @@ from raytune_ft.evaluation.measurement import columns_of
 from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.results import EvaluationResult, ModelScores, leading_metric
 from raytune_ft.evaluation.row_metric import Columns, RowMetric
-from raytune_ft.evaluation.statistics import bootstrap, permutation_p_value
+from raytune_ft.evaluation.statistics import paired_interval, permutation_p_value
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ def gate(
 ) -> GateDecision:
     """Whether `model` is better than `other` (`max_drop` 0), or worse by less than `max_drop`, at this confidence.
 
-    One-sided: the lower bootstrap bound of the gain must lie above -`max_drop`. Without a drop allowed, a one-sided
-    permutation test has to reject, too. With one, there must be enough rows that a model with a share `max_drop` of
-    ruined rows would not have gone unseen: (1 - max_drop)^rows <= 1 - confidence, for metrics with a best value.
+    One-sided: the lower bootstrap bound of the gain must lie above -`max_drop`; where every row shows the same gain, it
+    allows for rows that stayed unseen (`paired_interval`). Without a drop allowed, a one-sided permutation test has to
+    reject, too. With one, there must be enough rows that a model with a share `max_drop` of ruined rows would not have
+    gone unseen: (1 - max_drop)^rows <= 1 - confidence. Where a gain is sure, or the scale is open, it takes as many
+    rows as let a sign test reject (five, at 95%).
 
     Args:
         model: the candidate.
@@ -81,11 +83,10 @@ def gate(
     own, their = columns_of(model, measure), columns_of(other, measure)
     value, other_value = (_checked(scores, measure, side) for scores, side in ((model, own), (other, their)))
     sign = -1.0 if metric.facts.lower_is_better else 1.0
-    with np.errstate(invalid="ignore"):  # infinity minus infinity is no number, and does not pass
-        samples = sign * (bootstrap(measure.headline, own, seed=seed) - bootstrap(measure.headline, their, seed=seed))
-        least = float(np.quantile(samples, 1 - confidence))
+    gain = sign * (value - other_value)
+    least = _least_gain(gain, measure, own, their, confidence=confidence, seed=seed)
     rows = len(model.answers)
-    reason = _short_of(least, rows, metric, max_drop=max_drop, confidence=confidence)
+    reason = _short_of(gain, least, rows, metric, max_drop=max_drop, confidence=confidence)
     if not reason and max_drop == 0:
         reason = _by_chance(measure, own, their, confidence=confidence, seed=seed)
     decision = GateDecision(
@@ -95,7 +96,7 @@ def gate(
         other=other.label,
         value=value,
         other_value=other_value,
-        gain=sign * (value - other_value),
+        gain=gain,
         least_gain=least,
         max_drop=max_drop,
         confidence=confidence,
@@ -112,14 +113,31 @@ def _refuse_out_of_range(max_drop: float, confidence: float) -> None:
         raise ConfigError(f"confidence: must be at least 0.5 and below 1 (got {confidence:g})")
 
 
-def _short_of(least: float, rows: int, metric: EvaluationMetric, *, max_drop: float, confidence: float) -> str:
+def _least_gain(
+    gain: float, measure: RowMetric, own: Columns, their: Columns, *, confidence: float, seed: int
+) -> float:
+    """The lower bound of the gain; the gain itself where all rows of an open scale agree on it."""
+    facts = measure.name_in_settings.facts
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is no number, and does not pass
+        found = paired_interval(measure.headline, own, their, confidence=2 * confidence - 1, seed=seed, best=facts.best)
+    if math.isnan(found.low) and found.standard_error == 0:
+        return gain
+    return -found.high if facts.lower_is_better else found.low
+
+
+def _short_of(
+    gain: float, least: float, rows: int, metric: EvaluationMetric, *, max_drop: float, confidence: float
+) -> str:
     """Why a gain of at least `least` on so many rows does not pass; empty if it does."""
     if not math.isfinite(least):
         return "which is no number to go by: a value is beyond numbers, as an overflowed perplexity is"
+    needed = rows_to_see(max_drop, metric.facts.best, confidence)
+    if least > 0:
+        needed = min(needed, _rows_of_sign_test(confidence))
+    if rows < needed and (gain == 0 or least > -max_drop):
+        return f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
     if least <= -max_drop:
         return f"that is not above {signed(-max_drop) if max_drop else '0'}"
-    if least <= 0 and rows < (needed := rows_to_see(max_drop, metric.facts.best, confidence)):
-        return f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
     return ""
 
 
@@ -164,10 +182,20 @@ def gate_results(
 
 
 def rows_to_see(max_drop: float, best: float | None, confidence: float) -> int:
-    """With how many rows a share `max_drop` / `best` of ruined ones shows up at least once, at this confidence."""
-    if max_drop == 0 or best is None or max_drop >= best:
+    """With how many rows a share `max_drop` / `best` of ruined ones shows up at least once, at this confidence.
+
+    On an open scale, where one row may ruin any mean: with how many a sign test can reject.
+    """
+    if max_drop == 0 or (best is not None and max_drop >= best):
         return 1
+    if best is None:
+        return _rows_of_sign_test(confidence)
     return math.ceil(math.log(1 - confidence) / math.log(1 - max_drop / best) - 1e-9)
+
+
+def _rows_of_sign_test(confidence: float) -> int:
+    """With how many rows, all in one direction, a one-sided sign test can reject: 1 / 2^n <= 1 - confidence."""
+    return math.ceil(-math.log2(1 - confidence) - 1e-9)
 
 
 def _checked(model: ModelScores, measure: RowMetric, columns: Columns) -> float:

@@ -19,7 +19,9 @@ from raytune_ft.evaluation.workload import Target, Workload, parent_of, targets_
 logger = logging.getLogger("raytune_ft")
 
 ANSWERS = "answers"
-"""The folder of the answers: JSON lines, one file a shard, each row the conversation with the answer at its end."""
+"""The folder of the answers: JSON lines, one file a shard, each row the conversation with the answer at its end.
+
+``id`` is the prompt's own, where it came with one, else that of its content; ``metadata`` has its other columns."""
 
 
 def generate(config: BatchGenerationConfig) -> Artifact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -112,7 +112,7 @@ def ask_files(
     # Else a block would gather many shards, and one actor would have to work them all off.
     dataset.context.target_max_block_size = _BLOCK_BYTES
     dataset = dataset.map_batches(
-        read_shards,
+        _read_shards,
         fn_kwargs={"target": target.label},
         batch_size=1,
         batch_format="pyarrow",
@@ -128,6 +128,12 @@ def ask_files(
         copies=copies_of(connected, [target], num_actors),
         what=what,
     )
+
+
+def _read_shards(files: pa.Table, target: str) -> Iterator[pa.Table]:
+    """As `read_shards`, in a process of Ray's, whose lines the driver says."""
+    cluster.report_to_driver()
+    yield from read_shards(files, target)
 
 
 def on_worker(function: Callable[..., T], *arguments: Any) -> T:

@@ -8,7 +8,6 @@ sequences, without sketches.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.records import RECORD_SCHEMA, Record
 from raytune_ft.core.storage import Location
+from raytune_ft.core.words import words_of
 from raytune_ft.evaluation.record_files import json_rows, record_of
 
 WORDS = 5
@@ -34,7 +34,6 @@ LEAK_SCHEMA = pa.schema(
 KINDS = ("the same row", "the same prompt", "a near-duplicate")
 UNREADABLE = "unreadable"
 """The kind of a line that says of a file why it could not be looked into (further)."""
-_WORD = re.compile(r"\w+")
 _EXAMPLES = 3
 
 
@@ -140,7 +139,7 @@ def refuse_leaks(leaks: Sequence[dict[str, Any]], records: Sequence[Record], lab
 def sequence_hashes(record: Record) -> NDArray[np.uint64]:
     """Hashes of the distinct five-word sequences of what a record asks and answers; system turns do not count."""
     turns = [turn.content for turn in (*record.messages, *record.chosen) if turn.role != "system"]
-    words = _WORD.findall("\n".join([*turns, record.text or "", record.reference or ""]).lower())
+    words = words_of("\n".join([*turns, record.text or "", record.reference or ""]))
     last = max(1, len(words) - WORDS + 1) if words else 0
     sequences = {" ".join(words[place : place + WORDS]) for place in range(last)}
     return np.array([xxhash.xxh64_intdigest(text.encode()) for text in sequences], np.uint64)

@@ -74,6 +74,7 @@ def gained(
         lower_is_better=name.facts.lower_is_better,
         confidence=confidence,
         seed=seed,
+        best=name.facts.best,
     )
 
 

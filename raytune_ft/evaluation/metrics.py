@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.words import unspaced_share
 from raytune_ft.evaluation.answers import canonical, extracted, fields, parse_json, same_answer, words
 from raytune_ft.evaluation.choice_metrics import Calibration, ChoiceAccuracy
 from raytune_ft.evaluation.label_metrics import LabelF1, SetF1
@@ -130,7 +131,8 @@ class TokenF1(RowMetric):
     """Mean over rows of precision, recall and F1 of the words shared by answer and reference, and the F1 over all
     words (micro).
 
-    Words as SQuAD takes them: lower case, without ASCII punctuation and English articles, split at blanks.
+    Words as SQuAD takes them: lower case, without ASCII punctuation and English articles, split at blanks; characters
+    of scripts that write no spaces are words of their own.
     """
 
     name_in_settings = EvaluationMetric.F1
@@ -252,8 +254,11 @@ class Rouge(MeanMetric):
         return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=DefaultTokenizer(use_stemmer=False))
 
     def misfit(self, reference: str) -> str | None:
-        """rouge-score's tokenizer drops everything but a-z and 0-9."""
-        return None if re.search(r"[a-z0-9]", reference.lower()) else "its tokenizer keeps only words of a-z and 0-9"
+        """rouge-score's tokenizer drops everything but a-z and 0-9, so most of a reference has to be of these."""
+        kept = len(re.findall(r"[a-z0-9]", reference.lower()))
+        if kept and 2 * kept >= sum(character.isalnum() for character in reference):
+            return None
+        return "its tokenizer keeps only words of a-z and 0-9 (chrf fits any script)"
 
     def score(self, prediction: str, reference: str) -> dict[str, float]:
         """The three F-measures."""
@@ -265,6 +270,12 @@ class Bleu(RowMetric):
 
     name_in_settings = EvaluationMetric.BLEU
     citation = "Post 2018, A Call for Clarity in Reporting BLEU Scores"
+
+    def misfit(self, reference: str) -> str | None:
+        """13a tells words by blanks and punctuation, so most of a reference has to be of scripts that write blanks."""
+        if unspaced_share(reference) <= 0.5:
+            return None
+        return "its tokens (13a) need blanks between words (chrf fits any script)"
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Matched and possible n-grams, lengths, and the BLEU of the row alone (of the n-gram orders that it has)."""

@@ -13,7 +13,7 @@ from raytune_ft.core.errors import DataError, RaytuneError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
-from raytune_ft.evaluation.record_files import json_rows, parquet_rows, record_of
+from raytune_ft.evaluation.record_files import json_rows, parquet_rows, record_of, with_columns
 from raytune_ft.evaluation.rows import files_digest, split_files
 from raytune_ft.evaluation.shards import fault_table, shard_table
 
@@ -48,6 +48,8 @@ def prompt_files(dataset_path: str, split: str | None) -> tuple[list[Location], 
 
 def read_shards(files: pa.Table, target: str) -> Iterator[pa.Table]:
     """The rows of files (columns ``number`` and ``uri``) as tables of `SHARD_SCHEMA`, one a shard.
+
+    Columns that a record has no place for are in its metadata: see `record_files.with_columns`.
 
     A row that is no prompt ends its file with a `shards.fault_table`, which names file and row: an exception would
     be drowned by Ray Data's words.
@@ -84,6 +86,6 @@ def prompt_record(row: Any, where: str, position: int) -> Record:
 
 
 def _records(file: Location) -> Iterator[Record]:
-    parsed = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
+    parsed = parquet_rows(file, whole=True) if file.name.endswith(".parquet") else json_rows(file)
     for position, (row, where) in enumerate(parsed):
-        yield prompt_record(row, where, position)
+        yield with_columns(prompt_record(row, where, position), row, where)

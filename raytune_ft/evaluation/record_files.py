@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import ROLES, Message, Record
 from raytune_ft.core.storage import Location, storage_errors
 
+logger = logging.getLogger("raytune_ft")
+
 COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices", "label")
 """Columns of a file that a record is made of."""
 HALVES = re.compile("[\ud800-\udfff]")
 """Half a character: one of the two code units that UTF-16 needs for some."""
 _BATCH_ROWS = 256
+_SHOWN = frozenset({"id", "messages", "metadata", "choices"})
+"""Columns that a record has as they are, its metadata included."""
+_OURS = frozenset({"id", "messages", "text", "chosen", "rejected", "source", "position", "metadata"})
+"""Columns of the datasets that `prepare` makes; what else these have beside `COLUMNS` was worked out from them."""
+_OWN_ID = "id (own)"
+"""Where the metadata of a record keep the id that its row came with: `Record.id` tells its content."""
 
 
 def records_in(file: Location) -> Iterator[Record]:
@@ -52,8 +63,12 @@ def json_rows(file: Location) -> Iterator[tuple[Any, str]]:
             yield row, where
 
 
-def parquet_rows(file: Location) -> Iterator[tuple[Any, str]]:
+def parquet_rows(file: Location, *, whole: bool = False) -> Iterator[tuple[Any, str]]:
     """The rows of a Parquet file, each with its place in words.
+
+    Args:
+        file: the file.
+        whole: whether they come with all columns but those of bytes, and not just with what a record is made of.
 
     Raises:
         DataError: if it is none, or cannot be read.
@@ -61,7 +76,7 @@ def parquet_rows(file: Location) -> Iterator[tuple[Any, str]]:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)
-            columns = [name for name in (*COLUMNS, "prompt") if name in parquet.schema_arrow.names]
+            columns = _columns(parquet.schema_arrow, file, whole=whole)
             number = 0
             for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
                 for row in batch.to_pylist():
@@ -69,6 +84,59 @@ def parquet_rows(file: Location) -> Iterator[tuple[Any, str]]:
                     yield row, f"{file}, row {number}"
     except storage_errors() as error:
         raise DataError(f"{file}: cannot be read as Parquet ({error})") from None
+
+
+def _columns(schema: pa.Schema, file: Location, *, whole: bool) -> list[str]:
+    """The columns that are read; says which ones of bytes, which JSON has not, are left out."""
+    known = [name for name in (*COLUMNS, "prompt", "id") if name in schema.names]
+    if not whole or set(schema.names) >= _OURS:
+        return known
+    left_out = [column.name for column in schema if _has_bytes(column.type) and column.name not in known]
+    if left_out:
+        logger.warning("%s: columns of bytes are left out: %s", file, ", ".join(left_out))
+    return [name for name in schema.names if name not in left_out]
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    if kind.num_fields:
+        return any(_has_bytes(kind.field(number).type) for number in range(kind.num_fields))
+    return any(told(kind) for told in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
+
+
+def with_columns(record: Record, row: Mapping[str, Any], where: str) -> Record:
+    """The record, with the row's id and all columns that it does not have otherwise in its metadata.
+
+    A column whose name stands in the row's own ``metadata`` for another value is called ``NAME (column)``.
+
+    Args:
+        record: made from the row.
+        row: of a file.
+        where: its place in words.
+
+    Raises:
+        DataError: if a column holds half a character.
+    """
+    taken = _SHOWN if row.get("messages") else _SHOWN | {"prompt"}
+    names = [name for name in (COLUMNS if row.keys() >= _OURS else row) if name not in taken]
+    metadata = dict(record.metadata)
+    for name, value in _plain({name: row[name] for name in names if _is_given(row.get(name))}).items():
+        metadata[name if metadata.get(name, value) == value else f"{name} (column)"] = value
+    if _is_given(row.get("id")) and row["id"] not in ("", record.id):
+        metadata |= _plain({_OWN_ID: row["id"]})
+    _refuse_halves([json.dumps(metadata, ensure_ascii=False)], where)
+    return replace(record, metadata=metadata)
+
+
+def under_own_id(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An answered row under the id that the row of its record came with (see `with_columns`), where it had one."""
+    metadata = dict(row.get("metadata") or {})
+    if _OWN_ID not in metadata:
+        return row
+    return {**row, "id": metadata.pop(_OWN_ID), "metadata": metadata}
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and value != value)  # noqa: PLR0124 - NaN is not itself
 
 
 def record_of(row: Any, where: str) -> Record:
@@ -127,7 +195,12 @@ def _metadata(value: Any, where: str) -> dict[str, Any]:
         found = value
     if found is not None and not isinstance(found, dict):
         raise DataError(f"{where}: `metadata` must be a mapping of fields (got {value!r:.60})")
-    plain: dict[str, Any] = json.loads(json.dumps(found or {}, default=str))  # Parquet has dates, which JSON has not
+    return _plain(found or {})
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as JSON has them: Parquet has dates, which JSON has not."""
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
 
 

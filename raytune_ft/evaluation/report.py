@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.figures import COLOURS, Plot
 from raytune_ft.core.storage import Location
@@ -17,7 +18,7 @@ from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.check_tables import check_tables
 from raytune_ft.evaluation.examples import examples, most_changed
 from raytune_ft.evaluation.markdown import render_markdown
-from raytune_ft.evaluation.results import RESULTS, EvaluationResult, leading_metric, to_json
+from raytune_ft.evaluation.results import RESULTS, EvaluationResult, leading_metric, read_result, to_json
 from raytune_ft.evaluation.tables import comparison_table, number_text, slice_table, title, value_table, verdicts
 
 __all__ = [
@@ -31,15 +32,18 @@ __all__ = [
 ]
 
 
-def generate_evaluation_report(results: EvaluationResult, path: str | os.PathLike[str]) -> str:
+def generate_evaluation_report(
+    results: EvaluationResult | Artifact | str | os.PathLike[str], path: str | os.PathLike[str]
+) -> str:
     """Writes a report of `results` to `path` and returns the path; its suffix says what kind.
 
     Args:
-        results: of `ModelEvaluator.evaluate` or `compare_models`.
+        results: of `ModelEvaluator.evaluate` or `compare_models`, or the folder (or URI) of a finished report.
         path: ends with ``.html`` (one self-contained page), ``.md`` or ``.json``.
 
     Raises:
-        ConfigError: if the suffix is none of these.
+        ConfigError: if the suffix is none of these, or `results` something else.
+        ArtifactError: if the folder holds no finished report.
     """
     target = Location.at(path)
     suffix = Path(target.name).suffix.lower()
@@ -48,8 +52,18 @@ def generate_evaluation_report(results: EvaluationResult, path: str | os.PathLik
         raise ConfigError(
             f"{target}: a report's name must end with {', '.join(writers)} (got {suffix or 'no suffix'!r})"
         )
-    target.write(writers[suffix](results).encode())
+    found = results if isinstance(results, EvaluationResult) else _read(results)
+    target.write(writers[suffix](found).encode())
     return target.uri
+
+
+def _read(report: Any) -> EvaluationResult:
+    if isinstance(report, Artifact | str | os.PathLike):
+        return read_result(report)
+    raise ConfigError(
+        "results: expected what ModelEvaluator.evaluate or compare_models gives, or the folder of a finished report "
+        f"(got {report!r:.80})"
+    )
 
 
 def write_report(folder: Path, result: EvaluationResult) -> None:

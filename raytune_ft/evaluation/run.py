@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact
@@ -100,14 +100,14 @@ def compare_models(
     """Measures several models on the same rows and compares each pair; the report lies in `output_dir`.
 
     Raises:
-        ConfigError: if a metric is unknown or a model named twice.
+        ConfigError: if a metric is unknown, a model named twice, or one given where a list is wanted.
         DataError: if rows, references or metrics do not fit each other.
         ModelError: if a model cannot be loaded.
     """
     config = ComparisonConfig(
-        model_paths=tuple(map(str, model_paths)),
+        model_paths=_listed(model_paths),
         dataset_path=str(dataset_path),
-        metrics=tuple(metrics),
+        metrics=_listed(metrics),
         output_dir=str(output_dir),
         split=split,
         decoding=decoding or DecodingConfig(),
@@ -119,6 +119,11 @@ def compare_models(
     result = read_result(compare(config))
     assert isinstance(result, ComparisonResult)
     return result
+
+
+def _listed(given: Any) -> Any:
+    """Several texts as a tuple; a text alone, which is no list of its letters, as it is: the settings refuse it."""
+    return tuple(map(str, given)) if isinstance(given, Iterable) and not isinstance(given, str) else given
 
 
 def evaluate(config: EvaluationConfig) -> Artifact:

@@ -134,7 +134,7 @@ class _Part:
                 prompt = _prompt_ids(loaded, record) if work.answers and record.messages else []
                 scored += _rows_to_score(loaded.chat, record, work)
             except DataError as error:
-                self.failed.append({**row, "error": str(error), "fault": type(error).__name__})
+                self.failed.append({**row, **_asked(record, work), "error": str(error), "fault": type(error).__name__})
             else:
                 self.ready.append((record, row, prompt))
         if scored:
@@ -281,11 +281,16 @@ def _blank(record: Record) -> Row:
     return {"position": record.position, "id": record.id}
 
 
+def _asked(record: Record, work: Workload) -> Row:
+    """What a row keeps of its record."""
+    if not work.keeps_prompt:
+        return {}
+    turns = [{key: value for key, value in vars(turn).items() if value is not None} for turn in record.prompt]
+    return {"messages": turns, "metadata": dict(record.metadata)}
+
+
 def _answered(record: Record, row: Row, reply: Reply, work: Workload) -> Row:
-    kept: Row = {}
-    if work.keeps_prompt:
-        turns = [{key: value for key, value in vars(turn).items() if value is not None} for turn in record.prompt]
-        kept = {"messages": turns, "metadata": dict(record.metadata)}
+    kept = _asked(record, work)
     if reply.error is not None:
         return {**row, **kept, "error": reply.error, "fault": RaytuneError.__name__, "attempts": reply.attempts}
     if work.keeps_prompt:

@@ -20,6 +20,7 @@ from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.records import RECORD_SCHEMA, Record, records_to_table, table_to_records
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
+from raytune_ft.evaluation.record_files import under_own_id
 from raytune_ft.evaluation.scorer import Scorer, load_scorer
 from raytune_ft.evaluation.workload import Target, Workload
 
@@ -61,7 +62,7 @@ def close_shard(shards: pa.Table, kept: KeptRows, target: str, where: Location) 
     """Writes the rows of each shard (column ``shard``), in order, to ``<shard>.jsonl`` at `where`; gives it back."""
     for shard in shards.column("shard").to_pylist():
         rows = {**kept.failed(target, shard), **kept.answered(target, shard)}
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for _, row in sorted(rows.items())]
+        lines = [json.dumps(under_own_id(row), ensure_ascii=False) + "\n" for _, row in sorted(rows.items())]
         (where / f"{shard}.jsonl").write("".join(lines).encode())
     return shards
 

@@ -40,6 +40,13 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class PairedInterval(Interval):
+    """Of a difference: both ends are NaN where there is none, `standard_error` is 0 where no sample differs."""
+
+    standard_error: float
+
+
 def interval(
     statistic: Statistic, columns: Columns, *, confidence: float = 0.95, seed: int = 0, best: float | None = None
 ) -> Interval:
@@ -59,8 +66,48 @@ def interval(
     found = percentiles(bootstrap(statistic, columns, seed=seed), confidence)
     if best is None or found.high - found.low > 1e-12:
         return found
-    unseen = 1 - ((1 - confidence) / 2) ** (1 / row_count(columns))
+    unseen = unseen_share(row_count(columns), confidence)
     return Interval(found.low - unseen * found.low, found.high + unseen * (best - found.high))
+
+
+def paired_interval(
+    statistic: Statistic,
+    columns: Columns,
+    others: Columns,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    best: float | None = None,
+) -> PairedInterval:
+    """How far the difference of two models would move, had other rows of the same kind been drawn.
+
+    Where all samples agree (one row, or the same difference on every row), a bootstrap knows nothing of rows unlike
+    those it has. The interval then allows for a share of such rows that would have stayed unseen, with differences
+    from -`best` to `best`, as `interval` does. Of rows that are all right against wrong, it leaves out 0 from the
+    number of rows on at which a two-sided sign test rejects: six, at 95%. On an open scale there is no interval.
+
+    Args:
+        statistic: from sums of columns to the value.
+        columns: of the model, one number a row under each name.
+        others: the same of the other model, rows in the same order.
+        confidence: of the interval.
+        seed: of the resampling.
+        best: the upper end of a scale that starts at 0; None for an open one.
+    """
+    own, their = (bootstrap(statistic, side, seed=seed) for side in (columns, others))
+    samples = own - their
+    found = percentiles(samples, confidence)
+    if not np.ptp(samples) <= 1e-12 * max(np.abs(own).max(), np.abs(their).max()):  # rounding aside; NaN is no spread
+        return PairedInterval(found.low, found.high, float(np.std(samples)))
+    if best is None:
+        return PairedInterval(math.nan, math.nan, 0.0)
+    unseen = unseen_share(row_count(columns), confidence)
+    return PairedInterval(found.low - unseen * (best + found.low), found.high + unseen * (best - found.high), 0.0)
+
+
+def unseen_share(rows: int, confidence: float) -> float:
+    """The largest share of rows of some kind of which so many rows may hold none, by a two-sided interval."""
+    return float(1 - ((1 - confidence) / 2) ** (1 / rows))
 
 
 def bootstrap(statistic: Statistic, columns: Columns, *, seed: int = 0) -> Floats:

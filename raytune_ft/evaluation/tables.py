@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytune_ft.evaluation.compare import signed
+from raytune_ft.evaluation.compare import interval_text, signed
 from raytune_ft.evaluation.results import Comparison, ComparisonResult, EvaluationResult, Slice, leading_metric
 
 MOST_VERDICTS = 6
@@ -65,7 +65,7 @@ def comparison_table(result: EvaluationResult) -> TextTable:
         name = found.metric.facts.title + (f": {found.model} against {found.other}" if several else "")
         p_values = [probability(found.p_value), probability(found.p_adjusted)]
         counts = [str(count) for count in (found.wins, found.ties, found.losses)]
-        rows.append([name, signed(found.difference), _span(found), *p_values, *counts, found.verdict])
+        rows.append([name, signed(found.difference), interval_text(found), *p_values, *counts, found.verdict])
     note = "Differences are of the same rows (paired): bootstrap intervals, permutation tests. " + correction(result)
     return TextTable("Differences", heads, rows, note.strip())
 
@@ -100,11 +100,7 @@ def _slice_verdict(part: Slice, metric: str, labels: Sequence[str]) -> list[str]
     if len(labels) < 2:
         return []
     found = next(found for found in part.comparisons if (found.metric, found.model) == (metric, labels[-1]))
-    return [f"{signed(found.difference)} [{_span(found)}]", probability(found.p_adjusted), found.verdict]
-
-
-def _span(found: Comparison) -> str:
-    return f"{signed(found.low)} to {signed(found.high)}"
+    return [f"{signed(found.difference)} [{interval_text(found)}]", probability(found.p_adjusted), found.verdict]
 
 
 def correction(result: EvaluationResult) -> str:

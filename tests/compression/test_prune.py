@@ -147,6 +147,6 @@ def test_experts_that_stay_as_they_are_are_told(
         if what == "prune":
             write_pruned(str(mixture), tmp_path / "out", PruningConfig(method=PruningMethod.STRUCTURED))
         else:
-            write_quantized(str(mixture), tmp_path / "out", QuantizationConfig())
+            write_quantized(str(mixture), tmp_path / "out", QuantizationConfig(bits=8))
     assert f"{what}: " in caplog.text
     assert "its experts (" in caplog.text

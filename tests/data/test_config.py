@@ -44,7 +44,7 @@ def test_where_and_in_which_format_it_is_exported_does_not_change_the_identity()
     ("settings", "message"),
     [
         ({"source_weights": {"a.jsonl": -1}}, r"source_weights\.a\.jsonl: must be 0 or more \(got -1\)"),
-        ({"source_weights": {"a.jsonl": float("nan")}}, r"source_weights\.a\.jsonl: must be 0 or more"),
+        ({"source_weights": {"a.jsonl": float("nan")}}, r"source_weights\.a\.jsonl: must be a finite number"),
         ({"length_bounds": {"words": [5, 2]}}, r"length_bounds\.words: the least \(5\) is more than the most \(2\)"),
         ({"length_bounds": {"syllables": [1, 2]}}, "length_bounds"),
         ({"redact": ["mail"]}, "redact"),

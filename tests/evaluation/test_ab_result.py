@@ -16,7 +16,7 @@ from raytune_ft.evaluation.contrasts import contrasts_of, measures_of, values_by
 from raytune_ft.evaluation.exposures import Exposures, LogFiles, read_exposures
 from raytune_ft.evaluation.ratings import Ratings, read_ratings
 
-from .ab_logs import exposure, write_lines, write_test
+from .ab_logs import exposure, feedback, write_lines, write_test
 
 SAME = {"base": 0.6, "new": 0.6}
 BETTER = {"base": 0.5, "new": 0.8}
@@ -99,6 +99,23 @@ def test_without_feedback_the_guardrails_alone_are_looked_at(tmp_path: Path) -> 
     assert "Nobody has rated an answer: ratings decide." in calm.decisions[0].words
     slow = analyse(tmp_path / "slow", feedback=False, latency={"new": 1.4})
     assert slow.decisions[0].action == "keep"
+
+
+def test_ratings_that_are_all_neutral_are_counted_and_not_called_none(tmp_path: Path) -> None:
+    def words(*ratings: int) -> str:
+        lines = [exposure(n, ("base", "new")[n % 2], f"s{n}") for n in range(4)]
+        where = write_lines(tmp_path / f"log{ratings}/a.jsonl", lines)
+        said = write_lines(tmp_path / f"said{ratings}/a.jsonl", [feedback(n, given) for n, given in enumerate(ratings)])
+        exposures = read_exposures(str(where))
+        found = analysed(exposures, read_ratings(str(said), exposures), ABAnalysisConfig(exposures_path=str(where)))
+        return found.decisions[0].words
+
+    assert words(3, 3, 3).endswith(
+        "All 3 ratings are neutral (3 of 5), neither good nor bad: ratings of good or bad decide."
+    )
+    assert "The one rating is neutral (3 of 5)" in words(3)
+    assert "Nobody has rated an answer: ratings decide." in words()
+    assert "neutral" not in words(3, 5)
 
 
 def test_the_split_is_tested_by_chi_square() -> None:

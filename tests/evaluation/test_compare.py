@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def columns(*right: float) -> Columns:
     return {"right": np.array(right, float), "rows": np.ones(len(right))}
 
 
-def compared(own: list[float], their: list[float], **settings: bool) -> Difference:
+def compared(own: list[float], their: list[float], **settings: Any) -> Difference:
     scores = (np.array(own, float), np.array(their, float))
     return difference(mean, columns(*own), columns(*their), scores=scores, **settings)
 
@@ -113,6 +115,51 @@ def test_values_beyond_numbers_cannot_be_told_apart_and_break_nothing() -> None:
     found = difference(overflowing, columns(*own), columns(*their), scores=(own, their), lower_is_better=True)
     assert (found.verdict, found.visible_difference) == ("cannot tell", None)
     assert sentence(found, model="a", other="b", metric="Perplexity").startswith("Perplexity: cannot tell a from b")
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 30])
+def test_rows_that_are_all_won_allow_for_rows_that_stayed_unseen(rows: int) -> None:
+    # Of a share u of lost rows none would be among n, at 2.5%: (1 - u)^n = 0.025. It moves +1 to 1 - 2u.
+    found = compared([1.0] * rows, [0.0] * rows, best=1.0)
+    assert found.low == pytest.approx(2 * 0.025 ** (1 / rows) - 1)
+    assert (found.difference, found.high, found.standard_error, found.visible_difference) == (1.0, 1.0, 0.0, None)
+    assert found.verdict == ("better" if rows >= 6 else "cannot tell")  # as the sign test: 2 / 2^6 = 0.031
+    assert found.rows_to_tell == (None if rows >= 6 else 6)
+
+
+def test_equal_rows_leave_an_interval_around_zero() -> None:
+    found = compared([1.0] * 30, [1.0] * 30, best=1.0)
+    unseen = 1 - 0.025 ** (1 / 30)  # 0.116
+    assert (found.low, found.high) == (pytest.approx(-unseen), pytest.approx(unseen))
+    assert "95% interval -0.116 to +0.116" in sentence(found, model="a", other="b", metric="F1")
+
+
+def test_a_small_gain_of_every_row_takes_as_many_rows_as_show_that_no_lost_ones_stayed_unseen() -> None:
+    # +0.25 on each row is undone by a share of 0.25 / 1.25 = 0.2 lost ones: 0.8^16 = 0.028, 0.8^17 = 0.0225.
+    sixteen, seventeen = (compared([0.75] * rows, [0.5] * rows, best=1.0) for rows in (16, 17))
+    assert sixteen.p_value < 0.001
+    assert (sixteen.verdict, sixteen.rows_to_tell) == ("cannot tell", 17)
+    assert seventeen.verdict == "better"
+    assert compared([0.5] * 16, [0.75] * 16, best=1.0).rows_to_tell == 17
+
+
+def test_rounding_alone_is_no_spread() -> None:
+    found = compared([0.1, 0.7, 0.3] * 9, [0.1, 0.7, 0.3][::-1] * 9, best=1.0)
+    assert found.standard_error > 0
+    alike = compared([0.1 + 0.2] * 9, [0.1] * 9, best=1.0)
+    assert alike.standard_error == 0.0
+    assert alike.low < 0 < alike.high
+
+
+def test_on_an_open_scale_rows_that_all_differ_alike_have_no_interval_and_the_test_decides() -> None:
+    one, six = compared([3.0], [1.0]), compared([3.0] * 6, [1.0] * 6)
+    assert math.isnan(one.low) and math.isnan(six.high)
+    assert (one.verdict, six.verdict) == ("cannot tell", "better")
+    assert sentence(six, model="a", other="b", metric="Reward") == (
+        "Reward: a is better than b on 6 rows (difference +2.000, no 95% interval, p = 0.031; 6 rows won, 0 tied, "
+        "0 lost)."
+    )
+    assert outlook(one) == "If the difference is what it seems, about 6 rows would tell."
 
 
 def test_tiny_scores_win_and_lose_like_large_ones() -> None:

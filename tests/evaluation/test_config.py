@@ -33,6 +33,20 @@ def test_a_metric_like_no_other_lists_the_known(tmp_path: Path) -> None:
         load_config(EvaluationConfig, path)
 
 
+def test_a_list_of_faulty_items_is_not_called_too_short() -> None:
+    with pytest.raises(ConfigError) as found:
+        evaluation(metrics=["rougeL"])
+    assert str(found.value) == (
+        "EvaluationConfig: metrics.0: there is no such metric; did you mean rouge? (got 'rougeL')"
+    )
+    with pytest.raises(ConfigError) as found:
+        ComparisonConfig(model_paths=[""], dataset_path="d", metrics=["bleu"])
+    assert [line.split(": ", 1)[1] for line in str(found.value).splitlines()] == [
+        "model_paths.0: must not be empty (got '')",
+        "model_paths: must have at least 2 item(s) (got [''])",
+    ]
+
+
 def test_no_metric_is_refused() -> None:
     with pytest.raises(ConfigError, match="metrics: must have at least 1"):
         evaluation(metrics=[])

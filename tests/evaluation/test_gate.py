@@ -60,6 +60,25 @@ def test_few_rows_without_a_difference_show_nothing_about_a_small_drop(make_resu
     assert many.beats(many, max_drop=0.05)
 
 
+def test_one_row_opens_no_gate_and_as_many_as_a_sign_test_takes_do(make_result: Any) -> None:
+    for rows in (1, 4, 5):
+        won, lost = make_result(said(rows, rows=rows)), make_result(said(0, rows=rows))
+        for drop in (0.0, 0.05):
+            found = won.beats(lost, max_drop=drop)
+            assert bool(found) is (rows == 5), found.words  # 1 / 2^5 = 0.031
+            assert found.least_gain == pytest.approx(2 * 0.05 ** (1 / rows) - 1)  # 1 - 2u, (1 - u)^rows = 0.05
+    words = make_result(said(1, rows=1)).beats(make_result(said(0, rows=1)), max_drop=0.05).words
+    assert words.endswith("on 1 rows; with 95% confidence the gain is at least -0.900, that is not above -0.050).")
+
+
+def test_on_an_open_scale_equal_rows_open_a_gate_with_a_drop_if_there_are_five(make_result: Any) -> None:
+    for rows in (1, 4, 5):
+        same = make_result({"model": ["a"] * rows}, metrics=["perplexity"])
+        found = same.beats(same, "perplexity", max_drop=0.1)
+        assert (bool(found), found.least_gain) == (rows == 5, 0.0), found.words
+        assert not same.beats(same, "perplexity")
+
+
 def test_where_lower_is_better_the_gain_is_how_much_lower(make_result: Any) -> None:
     short = make_result({"model": ["a"] * 20}, metrics=["perplexity"])
     long = make_result({"model": ["a" * (3 + n % 2) for n in range(20)]}, metrics=["perplexity"])
@@ -73,7 +92,9 @@ def test_where_lower_is_better_the_gain_is_how_much_lower(make_result: Any) -> N
 def test_rows_are_matched_by_id_in_any_order(make_result: Any) -> None:
     forth = make_result({"model": ["answer 0", "?", "?"]}, ids=["row0", "row1", "row2"])
     back = make_result({"model": ["?", "?", "answer 0"]}, ids=["row2", "row1", "row0"])
-    assert forth.beats(back, max_drop=0.7, confidence=0.5).least_gain == 0.0
+    found = forth.beats(back, max_drop=0.7, confidence=0.5)
+    assert found  # the rows show no difference at all; 0.5^(1/3) of all, at least, are like them
+    assert found.least_gain == pytest.approx(0.5 ** (1 / 3) - 1)
 
 
 def test_other_rows_other_metrics_and_senseless_terms_are_refused(make_result: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ import pytest
 
 from raytune_ft.core.config import load_config
 from raytune_ft.core.errors import ConfigError, DataError, RunError
-from raytune_ft.core.records import Message
-from raytune_ft.evaluation.config_inference import BatchGenerationConfig
+from raytune_ft.core.records import Message, Record, records_to_table
+from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.config_inference import BatchGenerationConfig, EndpointConfig
 from raytune_ft.evaluation.generate import generate
+from raytune_ft.evaluation.kept import KeptRows
 from raytune_ft.evaluation.prompts import prompt_files, prompt_record, read_shards
-from raytune_ft.evaluation.shards import fault_in
+from raytune_ft.evaluation.shards import ShardActor, close_shard, fault_in
+from raytune_ft.evaluation.workload import Target, Workload
 from raytune_ft.models.config import DecodingConfig
 
 
@@ -51,6 +56,86 @@ def test_files_become_shards_whose_rows_keep_their_places(prompts: Path) -> None
     assert found[1]["position"].to_pylist() == list(range(256, 300))
 
 
+def closed(file: Path, tmp_path: Path, model: str) -> list[dict[str, Any]]:
+    """What `generate` leaves of a file of prompts, the cluster aside: read, worked off by the actor, and closed."""
+    kept, where = KeptRows(Location.at(tmp_path / "pieces")), Location.at(tmp_path / "answers")
+    work = Workload(answers=True, keeps_prompt=True)
+    work = replace(work, decoding=DecodingConfig(max_new_tokens=2), endpoint=EndpointConfig(max_retries=0))
+    for table in read_shards(pa.table({"number": [0], "uri": [str(file)]}), "m"):
+        actor = ShardActor([Target("m", model)], work, kept.where.uri, threads=1, concurrency=1)
+        done = actor(table)
+        assert fault_in(done.to_pylist()[0]) is None
+        close_shard(done.select(["shard"]), kept, "m", where)
+    return [json.loads(line) for name in where.files() for line in (where / name).read().decode().splitlines()]
+
+
+def test_an_answer_has_the_id_and_the_columns_of_its_prompt(tmp_path: Path, tiny_model: Path) -> None:
+    given: list[dict[str, Any]] = [
+        {"id": "u-1", "prompt": "hello", "topic": "x"},
+        {"id": 0, "prompt": "hello", "answer": None, "reference": "hi", "metadata": {"id": "m", "k": 1}},
+        {"prompt": "hello", "k": 2, "j": 3, "metadata": {"k": 1, "j": 3}},
+        {"id": "long", "prompt": "word " * 4000, "n": float("nan")},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    rows = closed(tmp_path / "p.jsonl", tmp_path, str(tiny_model))
+    ours = prompt_record({"prompt": "hello"}, "here", 0).id
+    assert [row["id"] for row in rows] == ["u-1", 0, ours, "long"]
+    assert [row["metadata"] for row in rows] == [
+        {"topic": "x"},
+        {"id": "m", "k": 1, "reference": "hi"},
+        {"k": 1, "k (column)": 2, "j": 3},
+        {},
+    ]
+    assert [len(row["messages"]) for row in rows] == [2, 2, 2, 1]
+    assert "tokens" in rows[3]["error"]
+
+
+def test_rows_that_share_an_id_or_have_one_of_their_own_are_found_again(tmp_path: Path, server: Any) -> None:
+    server.behaviour = lambda text, times: (
+        (500, "no") if text == "b" and times == 1 else (200, server.completion(text.upper()))
+    )
+    given = [{"id": "same", "prompt": text} for text in "abc"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    first = closed(tmp_path / "p.jsonl", tmp_path, server.url)
+    assert [(row["id"], row.get("answer")) for row in first] == [("same", "A"), ("same", None), ("same", "C")]
+    second = closed(tmp_path / "p.jsonl", tmp_path, server.url)
+    assert [(row["id"], row.get("answer")) for row in second] == [("same", "A"), ("same", "B"), ("same", "C")]
+    assert sum(server.asked.values()) == 4
+
+
+def test_parquet_is_read_whole_but_for_bytes_and_datasets_of_ours_without_what_is_worked_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {
+        "id": ["p-1"],
+        "prompt": ["one"],
+        "day": [datetime.date(2026, 1, 2)],
+        "image": [{"bytes": b"\xff" * 1000, "path": "a.png"}],
+        "scores": [[1, 2]],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "theirs.parquet")
+    [found] = read_shards(pa.table({"number": [0], "uri": [str(tmp_path / "theirs.parquet")]}), "m")
+    assert json.loads(found["metadata"][0].as_py()) == {"day": "2026-01-02", "scores": [1, 2], "id (own)": "p-1"}
+    assert "theirs.parquet: columns of bytes are left out: image" in caplog.text
+
+    record = Record(
+        messages=(Message("user", "q"),),
+        chosen=(Message("assistant", "a"),),
+        rejected=(Message("assistant", "b"),),
+        reference="r",
+        source="s",
+        position=7,
+        metadata={"id": "u-1"},
+    )
+    table = records_to_table([record])
+    pq.write_table(table.append_column("input_ids", pa.array([[1, 2]])), tmp_path / "ours.parquet")
+    (tmp_path / "ours.jsonl").write_text(json.dumps({**table.to_pylist()[0], "input_ids": [1, 2]}) + "\n")
+    for name in ("ours.parquet", "ours.jsonl"):
+        [found] = read_shards(pa.table({"number": [0], "uri": [str(tmp_path / name)]}), "m")
+        metadata = json.loads(found["metadata"][0].as_py())
+        assert metadata == {"id": "u-1", "reference": "r", "id (own)": record.id}
+
+
 def test_every_file_counts_for_what_the_prompts_are(tmp_path: Path) -> None:
     for number in range(65):
         (tmp_path / f"{number:02d}.jsonl").write_text('{"prompt": "a"}\n')
@@ -63,7 +148,9 @@ def test_every_file_counts_for_what_the_prompts_are(tmp_path: Path) -> None:
     assert {len(digest) for digest in digests} == {16}
 
 
-@pytest.mark.parametrize("bad", ['{"prompt": 5}', '{"prompt": "half \\ud83d"}', "no JSON"])
+@pytest.mark.parametrize(
+    "bad", ['{"prompt": 5}', '{"prompt": "half \\ud83d"}', '{"prompt": "q", "topic": "\\ud83d"}', "no JSON"]
+)
 def test_a_row_that_is_no_prompt_ends_its_file_with_the_reason(tmp_path: Path, bad: str) -> None:
     (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "q{n}"}}\n' for n in range(300)) + bad + "\n")
     table = pa.table({"number": [0], "uri": [str(tmp_path / "p.jsonl")]})

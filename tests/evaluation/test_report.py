@@ -158,6 +158,23 @@ def test_the_suffix_decides_the_kind_of_report(tmp_path: Path) -> None:
         generate_evaluation_report(found, tmp_path / "report.pdf")
 
 
+def test_a_report_is_also_written_from_the_folder_of_a_finished_one(tmp_path: Path) -> None:
+    found = result()
+    draft = begin(tmp_path / "report", ArtifactKind.REPORT, settings=found.settings)
+    with draft:
+        write_report(draft.folder, found)
+        for model in found.models:
+            write_answers(draft.folder / model.file, model.answers)
+    written = (tmp_path / "report" / "report.md").read_text()
+    for number, given in enumerate((tmp_path / "report", str(tmp_path / "report"), draft.artifact)):
+        path = generate_evaluation_report(given, tmp_path / f"{number}.md")
+        assert Path(path).read_text() == written
+    with pytest.raises(ArtifactError, match="nowhere"):
+        generate_evaluation_report(tmp_path / "nowhere", tmp_path / "no.md")
+    with pytest.raises(ConfigError, match=r"results: expected what .* or the folder of a finished report \(got None\)"):
+        generate_evaluation_report(None, tmp_path / "no.md")
+
+
 def test_a_result_is_read_back_from_its_files_as_it_was(tmp_path: Path) -> None:
     found = result()
     draft = begin(tmp_path / "report", ArtifactKind.REPORT, settings=found.settings)

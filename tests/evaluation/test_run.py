@@ -17,7 +17,7 @@ from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ConfigError, DataError, ModelError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import run
-from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig
+from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
 from raytune_ft.evaluation.results import read_result
 from raytune_ft.evaluation.run import ModelEvaluator, compare_models, generate_evaluation_report
 from raytune_ft.models.config import DecodingConfig
@@ -254,3 +254,14 @@ def test_a_folder_that_holds_something_else_is_left_alone(tiny_model: Path, test
 def test_a_model_is_not_compared_with_itself() -> None:
     with pytest.raises(ConfigError, match="names m twice"):
         compare_models(["m", "m"], "d", ["perplexity"])
+
+
+def test_one_model_or_metric_in_the_place_of_a_list_is_no_list_of_its_letters() -> None:
+    with pytest.raises(ConfigError) as models:
+        compare_models("http://h/v1#m", "d", ["perplexity"])
+    assert str(models.value) == "ComparisonConfig: model_paths: must be a list (got 'http://h/v1#m')"
+    with pytest.raises(ConfigError) as metrics:
+        compare_models(["a", "b"], "d", "exact_match")
+    assert str(metrics.value) == "ComparisonConfig: metrics: must be a list (got 'exact_match')"
+    with pytest.raises(ConfigError, match=r"^ComparisonConfig: model_paths: must be a list \(got PosixPath\('m'\)\)$"):
+        compare_models(Path("m"), "d", (EvaluationMetric.PERPLEXITY,))

@@ -1,0 +1,29 @@
+"""Metrics whose tokenizer cannot read a script refuse it; others compare what is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from raytune_ft.core.errors import DataError
+from raytune_ft.evaluation.answered import Unanswered, refuse_missing
+from raytune_ft.evaluation.metrics import Bleu, Rouge, TokenF1
+
+
+@pytest.mark.parametrize("metric", [Rouge(), Bleu()])
+def test_a_tokenizer_that_cannot_read_the_reference_is_refused(metric: Rouge | Bleu) -> None:
+    with pytest.raises(DataError, match="chrf"):
+        metric.check(["今天天气很好 3"])
+    metric.check(["un café près d'ici", "plain words, 3"])
+
+
+def test_token_f1_compares_the_characters_of_unspaced_scripts() -> None:
+    found = TokenF1().columns(predictions=["今天很好"], references=["今天不好"])
+    assert found["f1"].tolist() == [0.75]
+
+
+def test_without_any_answer_there_is_nothing_to_measure() -> None:
+    missing = [Unanswered(label="m", position=n, reason="no", fault="RunError") for n in range(2)]
+    with pytest.raises(Exception, match="nothing to measure"):
+        refuse_missing(missing, 2, 5)
+    refuse_missing(missing, 3, 5)
+    refuse_missing([], 0, 0)
