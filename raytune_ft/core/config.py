@@ -20,9 +20,11 @@ from raytune_ft.core.errors import ConfigError
 
 C = TypeVar("C", bound="Config")
 
-_CREDENTIALS = re.compile(r"(?<=://)(?!anonymous@)[^/@\s]+@")
+# A secret may hold slashes and signs of its own: it ends at the last @ before the query. A port is no secret.
+_CREDENTIALS = re.compile(r"(?<=://)(?!anonymous@)(?:[^/\s:@?#]+:(?!\d+/)[^\s?#]*@|[^/@\s]+@)")
 _QUERY_SECRETS = re.compile(
-    r"([?&][\w.-]*(?:token|secret|signature|password|credential|key|sig)[\w.-]*=)[^&\s]+", re.IGNORECASE
+    r"([?&#][\w.-]*(?:token|secret|signature|password|passwd|pwd|credential|key|sig|auth|jwt)[\w.-]*=)[^&\s]+",
+    re.IGNORECASE,
 )
 
 

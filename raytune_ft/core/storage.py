@@ -116,7 +116,7 @@ class Location:
                 return fs.PyFileSystem(_Http(fsspec.filesystem("http"))), self.uri
             return fs.FileSystem.from_uri(self._with_options())  # type: ignore[no-any-return]
         except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(f"{self}: this storage cannot be opened ({error})") from None
+            raise ArtifactError(f"{self}: this storage cannot be opened ({masked(str(error))})") from None
 
     def _with_options(self) -> str:
         """On S3 a small object is then one request, not a multipart upload of three; Google's retries have an end."""

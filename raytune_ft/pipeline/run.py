@@ -14,6 +14,7 @@ from typing import Any
 from raytune_ft.compression.run import prune, quantize
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact, has_manifest
+from raytune_ft.core.config import masked
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.core.manifest import ArtifactKind
@@ -176,7 +177,7 @@ def plan(config: PipelineConfig, names: list[str]) -> list[str]:
     for number, name in enumerate(names, start=1):
         state = " (finished before)" if has_manifest(config.storage / FOLDERS[name]) else ""
         lines.append(f"  {number}. {name}: {words[name]} -> {FOLDERS[name]}/{state}")
-    return lines
+    return [str(masked(line)) for line in lines]
 
 
 def _evaluated(config: PipelineConfig) -> str:
@@ -216,10 +217,11 @@ def ask_endpoint(config: ServingConfig, made: dict[str, Artifact], where: Locati
 
 
 def _ask(url: str, config: ServingConfig, record: Record, key: str) -> dict[str, Any]:
-    from openai import OpenAI, OpenAIError
+    from openai import DefaultHttpxClient, OpenAI, OpenAIError
 
     messages: Any = [{"role": message.role, "content": message.content} for message in record.prompt]
-    client = OpenAI(base_url=url, api_key=key, max_retries=0)
+    direct = DefaultHttpxClient(trust_env=False)  # this machine's own address needs no proxy
+    client = OpenAI(base_url=url, api_key=key, max_retries=0, http_client=direct)
     most = min(_LONGEST_ANSWER, config.max_new_tokens)
     started = time.perf_counter()
     try:

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from raytune_ft.models.sampling import TokenLogprob
+from raytune_ft.models.text_stream import TextStream
 from raytune_ft.serving.tickets import Progress
 
 Finish = Literal["stop", "length"]
@@ -33,6 +34,8 @@ class Place:
     before: list[int] = field(default_factory=list)
     answered: list[int] = field(default_factory=list)
     """Of the answer alone: its text begins anew, where a tokenizer may leave out a space."""
+    shown: TextStream | None = None
+    """The answer's text as the client gets it, so that places in it are its own; None before its first token."""
     offset: int = 0
 
 
@@ -167,26 +170,24 @@ class Answer:
                 values.append(value)
             place.offset += width
 
-        written: list[int] = []  # of the prompt, what stands in its text
+        written = TextStream(_Spelled(self.tokenizer))  # of the prompt, what stands in its text
         if first is not None:  # nothing comes before it, so it has no probability
             text = self._text(first)
             # What the tokenizer begins texts with is not in the prompt as it was written.
-            special = not self._width(first, (), skip_special_tokens=True)
-            written = [] if special and not choice.prompt.startswith(text) else [first]
-            tell(text, len(text) if written else 0, None, None)
+            special = not self.tokenizer.decode([first], skip_special_tokens=True)
+            unwritten = special and not choice.prompt.startswith(text)
+            tell(text, 0 if unwritten else len(written.push(first)), None, None)
             place.before.append(first)
         for entry in prompt:
             text = self._text(entry.token, place.before)
-            tell(text, self._width(entry.token, written), entry.logprob, self._by_text(entry, place.before))
+            tell(text, len(written.push(entry.token)), entry.logprob, self._by_text(entry, place.before))
             place.before.append(entry.token)
-            written.append(entry.token)
+        place.shown = place.shown or TextStream(self.tokenizer)
         for entry in generated:
-            # Special tokens have no place in the answer's text.
-            width = self._width(entry.token, place.answered, skip_special_tokens=True)
+            width = len(place.shown.push(entry.token))
             tell(self._text(entry.token, place.before), width, entry.logprob, self._by_text(entry, place.before))
             place.before.append(entry.token)
-            place.answered.append(entry.token)
-        place.before, place.answered = place.before[-_CONTEXT:], place.answered[-_CONTEXT:]
+        place.before = place.before[-_CONTEXT:]
         return told
 
     def _by_text(self, entry: TokenLogprob, before: Sequence[int]) -> dict[str, float]:
@@ -228,11 +229,15 @@ class Answer:
         decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
         return type(decoder).__name__ == "ByteLevel"
 
-    def _width(self, token: int, before: Sequence[int], **options: bool) -> int:
-        """By how many characters a token makes a text longer; the last part of one makes it no longer."""
-        context = list(before[-_CONTEXT:])
-        head, whole = self.tokenizer.decode(context, **options), self.tokenizer.decode([*context, token], **options)
-        return len(whole) - len(head)
+
+@dataclass(frozen=True)
+class _Spelled:
+    """A tokenizer that spells special tokens out, as the text of a prompt does."""
+
+    tokenizer: Tokenizer
+
+    def decode(self, token_ids: Any, **_options: Any) -> Any:
+        return self.tokenizer.decode(token_ids)
 
 
 def event(body: Mapping[str, Any]) -> str:

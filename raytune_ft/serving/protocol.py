@@ -39,11 +39,20 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn of the conversation in a request; ``developer`` is read as ``system``."""
+    """One turn of the conversation in a request; ``developer`` is read as ``system``.
+
+    An assistant's may have no content, as one that only calls tools has: its calls are refused by their own name.
+    """
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_said(cls, turn: Any) -> Any:
+        unsaid = isinstance(turn, dict) and turn.get("role") == "assistant" and turn.get("content") is None
+        return {**turn, "content": ""} if unsaid else turn
 
     @field_validator("content")
     @classmethod

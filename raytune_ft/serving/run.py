@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from raytune_ft.core.cluster import Cluster, connect
-from raytune_ft.core.errors import RaytuneError, ServingError
+from raytune_ft.core.errors import RaytuneError, ServingError, first_line
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
 from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
@@ -99,8 +99,13 @@ class ModelServer:
         import ray
         from ray import serve
 
-        if ray.is_initialized():
-            serve.shutdown()
+        if not ray.is_initialized():
+            return
+        try:
+            serve.delete(_APPLICATION)  # waits for its replicas; a shutdown ends the proxy, and with it the connections
+        except Exception as error:  # noqa: BLE001 - whatever keeps Ray Serve from answering, it is to end
+            logger.warning("requests in flight could not be waited for: %s", first_line(error))
+        serve.shutdown()
 
     def serve_forever(self) -> None:
         """Starts the endpoint, if it is not up, and returns when Ctrl-C or SIGTERM came or `stop` was called."""

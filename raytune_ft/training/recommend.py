@@ -66,26 +66,35 @@ def recommend_method(
     if goal not in get_args(Goal):
         raise ConfigError(f"goal: must be one of {', '.join(get_args(Goal))} (got {goal!r})")
     shape = _shape(parameters, model)
-    batches = {m: _fitting_batch(shape, m, memory_gib, max_length, world_size) for m in _FITTED}
-    if batches[FineTuningMethod.QLORA] is None:
-        least = _peak(shape, FineTuningMethod.QLORA, 1, max_length, world_size).gib
-        raise ConfigError(
-            f"{shape.parameters / 1e9:.1f}B weights need {least:.1f} GiB even quantized to 4 bits and with one row at "
-            f"a time, {memory_gib:g} GiB are there: take a smaller model, a smaller max_length, or a larger device"
-        )
+    tokens = _Tokens(max_length, world_size)
+    batches = {m: _fitting_batch(shape, m, memory_gib, tokens) for m in _FITTED}
     wanted, reasons = _wanted(memory_gib, goal)
+    if batches[FineTuningMethod.QLORA] is None:
+        tokens = _Tokens(max_length, world_size, checkpointing=True)
+        batches = {m: _fitting_batch(shape, m, memory_gib, tokens) for m in _FITTED}
+        reasons.append("gradient_checkpointing computes activations twice, since they do not fit")
+    if batches[FineTuningMethod.QLORA] is None:
+        least = _peak(shape, FineTuningMethod.QLORA, 1, tokens).gib
+        raise ConfigError(
+            f"{shape.parameters / 1e9:.1f}B weights need {least:.1f} GiB even quantized to 4 bits, with gradient "
+            f"checkpointing and one row at a time, {memory_gib:g} GiB are there: take a smaller model, a smaller "
+            "max_length, or a larger device"
+        )
     fitting = [m for m in _FITTED if batches[m] is not None]
     method = wanted if wanted in fitting else fitting[0] if wanted is FineTuningMethod.FULL else fitting[-1]
     if method is not wanted:
-        least = _peak(shape, wanted, 1, max_length, world_size).gib
+        least = _peak(shape, wanted, 1, tokens).gib
         reasons.append(f"{wanted} would need {least:.1f} GiB of {memory_gib:g} even with one row at a time")
     batch = batches[method] or 1
     if batch < _BATCH:
         reasons.append(f"{batch} row(s) at a time fit; gradient_accumulation_steps keeps {_BATCH} rows a step")
     if rows is not None:
         reasons += _on_rows(shape.parameters, rows)
-    peak = _peak(shape, method, batch, max_length, world_size)
-    return Recommendation(method, _settings(method, goal, batch, rows), peak, tuple(reasons))
+    peak = _peak(shape, method, batch, tokens)
+    settings = _settings(method, goal, batch, rows)
+    if tokens.checkpointing:
+        settings["gradient_checkpointing"] = True
+    return Recommendation(method, settings, peak, tuple(reasons))
 
 
 def _shape(parameters: float | None, model: str | None) -> ModelShape:
@@ -111,16 +120,28 @@ def _refuse_below_zero(name: str, value: float) -> None:
         raise ConfigError(f"{name}: must be a number above 0 (got {value:g})")
 
 
-def _fitting_batch(
-    shape: ModelShape, method: FineTuningMethod, memory_gib: float, max_length: int, world_size: int
-) -> int | None:
+@dataclass(frozen=True)
+class _Tokens:
+    """What of a run decides its activations, besides the batch."""
+
+    max_length: int
+    world_size: int
+    checkpointing: bool = False
+
+
+def _fitting_batch(shape: ModelShape, method: FineTuningMethod, memory_gib: float, tokens: _Tokens) -> int | None:
     """The guide's batch of 4, or 2, or 1: the largest that fits; None if none does."""
-    fitting = (n for n in (_BATCH, 2, 1) if _peak(shape, method, n, max_length, world_size).gib <= memory_gib)
-    return next(fitting, None)
+    return next((n for n in (_BATCH, 2, 1) if _peak(shape, method, n, tokens).gib <= memory_gib), None)
 
 
-def _peak(shape: ModelShape, method: FineTuningMethod, batch: int, max_length: int, world_size: int) -> MemoryPeak:
-    load = Load(method, batch * max_length, world_size=world_size, accumulates=batch < _BATCH)
+def _peak(shape: ModelShape, method: FineTuningMethod, batch: int, tokens: _Tokens) -> MemoryPeak:
+    load = Load(
+        method,
+        batch * tokens.max_length,
+        world_size=tokens.world_size,
+        accumulates=batch < _BATCH,
+        gradient_checkpointing=tokens.checkpointing,
+    )
     return predict_peak(shape, load)
 
 

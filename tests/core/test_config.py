@@ -205,6 +205,9 @@ def test_resolved_settings_show_no_secret():
 def test_masking_reaches_into_lists_and_mappings():
     assert masked({"a": ["https://u:p@host/x", 3], "b": SecretStr("s")}) == {"a": ["https://***@host/x", 3], "b": "***"}
     assert masked({"s3://u:p@bucket": 0.5}) == {"s3://***@bucket": 0.5}
+    assert masked("s3://AKIAX:sec/re+t@bucket/x.jsonl") == "s3://***@bucket/x.jsonl"
+    assert masked("https://bob:p@ss@127.0.0.1:9/x?auth=a#access_token=b") == "https://***@127.0.0.1:9/x?auth=***"
+    assert masked("http://host:8000/models/a@main") == "http://host:8000/models/a@main"
     assert masked("gs://anonymous@bucket/a") == "gs://anonymous@bucket/a"
     assert masked("https://h/a.jsonl?v=1&X-Amz-Signature=abc&region=r") == (
         "https://h/a.jsonl?v=1&X-Amz-Signature=***&region=r"

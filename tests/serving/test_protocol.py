@@ -111,6 +111,24 @@ def test_an_option_of_a_message_is_refused_with_its_place():
     assert caught.value.param == "messages.1.tool_calls"
 
 
+@pytest.mark.parametrize("turn", [{"content": None}, {}, {"content": None, "tool_calls": None, "refusal": None}])
+def test_an_assistants_turn_may_have_no_content(turn: dict[str, Any]):
+    asked = request(messages=[{"role": "user", "content": "a"}, {"role": "assistant", **turn}])
+    asked.refuse_unsupported()
+    assert asked.messages[1].to_message() == Message("assistant", "")
+
+
+def test_a_turn_that_only_calls_tools_is_refused_for_its_calls():
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}
+    with pytest.raises(ApiError, match=r"messages\.1\.tool_calls: this option is not supported"):
+        request(messages=[{"role": "user", "content": "a"}, turn]).refuse_unsupported()
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_other_turns_need_a_content(role: str):
+    assert refused(messages=[{"role": role, "content": None}]).param == "messages.0.content"
+
+
 def test_options_that_change_nothing_are_accepted():
     completion(best_of=1, suffix=None, user="ana").refuse_unsupported()
     request(n=1, logprobs=False, presence_penalty=0, user="ana", tools=None, tool_choice="none").refuse_unsupported()
@@ -289,6 +307,31 @@ def test_places_in_a_stream_go_on_from_event_to_event():
         whole.take(part)
     offsets = [place for told in found for place in told["choices"][0]["logprobs"]["text_offset"]]
     assert offsets == answer.body([whole])["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+
+
+class Bytes(Letters):
+    """Token n is the byte n; as SentencePiece's, bytes that are no text as a whole are unknown one by one."""
+
+    def decode(self, token_ids: list[int], **_options: Any) -> str:
+        try:
+            return bytes(token_ids).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(token_ids)
+
+
+def test_places_behind_characters_of_several_tokens_are_those_in_the_text():
+    """Each smiley has four tokens, all of which stand where it begins; "x" stands behind four of them."""
+    text = "ok😀😀😀😀x"
+    told: list[dict[str, Any]] = []
+    for prompt, answered in [("", text), (text, "x")]:
+        entries = [logprob(byte, -1.0) for byte in answered.encode()]
+        asked = [logprob(byte, -1.0) for byte in prompt.encode()[1:]]
+        choice = Choice(0, prompt=prompt, first_token=prompt.encode()[0] if prompt else None)
+        choice.take(Progress(answered, len(entries), entries, asked, finish_reason="length"))
+        told += Answer("m", Bytes(), False, 1, with_logprobs=True).body([choice])["choices"]
+    places = [0, 1, *[2] * 4, *[3] * 4, *[4] * 4, *[5] * 4, 6]
+    assert told[0]["logprobs"]["text_offset"] == places
+    assert told[1]["logprobs"]["text_offset"] == [*places, 7]
 
 
 def test_an_error_can_always_be_encoded():

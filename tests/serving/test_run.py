@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -366,7 +367,7 @@ def test_endpoints_follow_one_another_and_a_broken_model_is_a_model_error(
 
 
 @pytest.mark.ray
-def test_sigterm_takes_the_endpoint_down_and_ends_the_program_as_done(
+def test_sigterm_answers_what_is_asked_takes_the_endpoint_down_and_ends_the_program_as_done(
     ray_cluster: object, server: ModelServer, tiny_model: Path
 ):
     import ray
@@ -382,13 +383,22 @@ def test_sigterm_takes_the_endpoint_down_and_ends_the_program_as_done(
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
-    said = []
+    said, answered = [], list[str | None]()
     for line in process.stderr:
         said.append(line)
         if "Ctrl-C stops it" in line:
+            url = re.search(r"http://\S+/v1", "".join(said))
+            assert url is not None
+            client = openai.OpenAI(base_url=url[0], api_key="none", max_retries=0)
+            asked = client.completions.create(
+                model=client.models.list().data[0].id, prompt="red", max_tokens=400, stream=True
+            )
+            answered.append(next(asked).choices[0].finish_reason)
             process.send_signal(signal.SIGTERM)
+            answered += [chunk.choices[0].finish_reason for chunk in asked if chunk.choices]
     assert process.wait(60) == 0, "".join(said)
     assert "Stopping" in "".join(said)
+    assert answered[-1] in {"stop", "length"}, "the request in flight was cut"
     assert not serve.status().proxies, "Serve would outlive the program on a cluster that it joined"
 
 
