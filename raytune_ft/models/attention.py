@@ -253,16 +253,22 @@ def takes_segments(model: Any) -> bool:
     """Whether the attention of a causal language model (or its decoder) follows segments, as most do.
 
     A model is asked once, with a few made-up tokens: there are such as compute attention past transformers' registry,
-    or need a mask for more than that. Where weights are spread over workers (ZeRO 3), what the model says counts.
+    or need a mask for more than that. Where weights are spread over workers (ZeRO 3), or quantized, which makes noise,
+    what the model's class says counts.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if decoder not in _TAKEN:
         if not hasattr(decoder, "config"):
             return False  # no decoder, but some layer of that name
-        spread = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
+        spread = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters()) or is_quantized(decoder)
         said = bool(getattr(decoder, "_supports_attention_backend", False))
         _TAKEN[decoder] = said if spread else _follows_segments(decoder)
     return _TAKEN[decoder]
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a model's layers compute with fewer bits: int8 ones look at all rows of a batch for outliers."""
+    return getattr(model.config, "quantization_config", None) is not None
 
 
 @torch.no_grad()

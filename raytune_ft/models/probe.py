@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.core.errors import ModelError, first_line
-from raytune_ft.models.attention import OWN, SEGMENTS, attention
+from raytune_ft.models.attention import OWN, SEGMENTS, attention, is_quantized
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.models.memory import is_out_of_memory
@@ -25,13 +25,14 @@ def check_computation(model: Any) -> None:
 
     Tells models that place tokens, or change their logits, in a way of their own, and encoders, whose tokens see what
     comes after them. Most tokens have to agree, as experts may be chosen by a hair. A model whose weights are spread
-    over workers (ZeRO 3) is not looked at.
+    over workers (ZeRO 3) is not looked at, nor is a quantized one, whose noise is larger.
 
     Raises:
         ModelError: if they differ, or cannot be computed.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal in _FOUND or any(hasattr(parameter, "ds_id") for parameter in causal.parameters()):
+    spread = any(hasattr(parameter, "ds_id") for parameter in causal.parameters())
+    if causal in _FOUND or spread or is_quantized(causal):
         return
     name, training = type(causal).__name__, causal.training
     causal.eval()

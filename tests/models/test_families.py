@@ -171,3 +171,17 @@ def test_a_model_whose_logits_are_not_those_of_its_head_is_refused(tmp_path: Pat
     llama = transformers.LlamaConfig(vocab_size=64, **SHAPE, initializer_range=0.2)
     with pytest.raises(ModelError, match=r"Shifted: padding-free rows come to other log-probabilities.*changes its"):
         check_computation(Shifted(llama))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model_is_packed_whatever_its_noise(bits: int, tiny_model: Path, tmp_path: Path) -> None:
+    settings = transformers.BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings, device_map={"": "cpu"})
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    with torch.no_grad():  # noise that a model in fp32 would be refused for
+        for layer in loaded.model.model.layers:
+            layer.register_forward_hook(lambda _, __, out: out + 0.1 * torch.rand_like(out))
+    check_computation(loaded.model)
+    assert why_alone(loaded.model) is None
