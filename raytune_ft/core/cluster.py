@@ -284,12 +284,11 @@ def _daemons_in_own_sessions() -> Iterator[None]:
         services.ConsolePopen = plain
 
 
-def answers(address: str, timeout_s: float = 5.0) -> bool:
-    """Whether something listens at ``host:port``, such as a cluster's address."""
-    host, _, port = address.rpartition(":")
+def answers(address: str) -> bool:
+    """Whether something listens at ``host:port``, the address of a cluster that this process has joined."""
     try:
-        socket.create_connection((host, int(port)), timeout=timeout_s).close()
-    except OSError:
+        _knock(address)
+    except ClusterError:
         return False
     return True
 

@@ -96,7 +96,7 @@ class _Bend:
         return self.softcap is not None or self.sinks is not None
 
 
-_WINDOW_IN_MASK = ("phimoe", "qwen2_moe", "doge")
+_WINDOW_IN_MASK = ("phimoe", "qwen2_moe")
 
 
 def _window_of(module: Any) -> int | None:
@@ -138,7 +138,13 @@ def _per_segment(
     segments = zip(*(torch.split(whole, lengths, dim=2) for whole in (query, key, value)), strict=True)
     outputs = [
         F.scaled_dot_product_attention(
-            q, k, v, attn_mask=_band(q, window), is_causal=window is None, scale=scaling, enable_gqa=grouped
+            q,
+            k,
+            v,
+            attn_mask=None if window is None else _band(q, window),
+            is_causal=window is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
         for q, k, v in segments
     ]
@@ -158,8 +164,8 @@ def _bent(
         scores = (q @ k.transpose(2, 3)).float() * scale
         if bend.softcap is not None:
             scores = bend.softcap * torch.tanh(scores / bend.softcap)
-        seen = _band(q, window if window is not None else q.shape[2])
-        scores = scores.masked_fill(~seen, -torch.inf) if seen is not None else scores
+        seen = _band(q, q.shape[2] if window is None else window)
+        scores = scores.masked_fill(~seen, -torch.inf)
         if bend.sinks is not None:
             sinks = bend.sinks.float().reshape(1, -1, 1, 1).expand(len(scores), -1, scores.shape[2], -1)
             weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
@@ -169,10 +175,8 @@ def _bent(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _band(query: Tensor, window: int | None) -> Tensor | None:
-    """[tokens, tokens], true where a token sees another: itself and up to `window` - 1 before it; None without one."""
-    if window is None:
-        return None
+def _band(query: Tensor, window: int) -> Tensor:
+    """[tokens, tokens], true where a token sees another: itself and up to `window` - 1 before it."""
     places = torch.arange(query.shape[2], device=query.device)
     ago = places[:, None] - places
     return (ago >= 0) & (ago < window)
@@ -253,22 +257,30 @@ def takes_segments(model: Any) -> bool:
     """Whether the attention of a causal language model (or its decoder) follows segments, as most do.
 
     A model is asked once, with a few made-up tokens: there are such as compute attention past transformers' registry,
-    or need a mask for more than that. Where weights are spread over workers (ZeRO 3), or quantized, which makes noise,
-    what the model's class says counts.
+    or need a mask for more than that. Where no answer would count (`can_be_asked`), what the model's class says does.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     if decoder not in _TAKEN:
         if not hasattr(decoder, "config"):
             return False  # no decoder, but some layer of that name
-        spread = any(hasattr(parameter, "ds_id") for parameter in decoder.parameters()) or is_quantized(decoder)
         said = bool(getattr(decoder, "_supports_attention_backend", False))
-        _TAKEN[decoder] = said if spread else _follows_segments(decoder)
+        _TAKEN[decoder] = _follows_segments(decoder) if can_be_asked(decoder) else said
     return _TAKEN[decoder]
 
 
-def is_quantized(model: Any) -> bool:
-    """Whether a model's layers compute with fewer bits: int8 ones look at all rows of a batch for outliers."""
-    return getattr(model.config, "quantization_config", None) is not None
+def can_be_asked(model: Any) -> bool:
+    """Whether a few tokens tell how a model computes.
+
+    Not where its weights are spread over workers (ZeRO 3), nor where they are quantized, which makes noise of its own:
+    int8 layers look at all rows of a batch for outliers.
+    """
+    spread = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return not spread and getattr(model.config, "quantization_config", None) is None
+
+
+def tolerance(model: Any) -> float:
+    """By how much what two ways of computing the same come to may differ, relative to its size."""
+    return 1e-3 if model.dtype == torch.float32 else 1e-1
 
 
 @torch.no_grad()
@@ -293,4 +305,4 @@ def _follows_segments(decoder: Any, rows: int = 3, length: int = 5) -> bool:
         _switch(decoder, before)
         decoder.train(training)
     apart = (found.last_hidden_state[0].float() - alone).norm(dim=-1) / alone.norm(dim=-1)
-    return bool(apart.median() < (1e-3 if decoder.dtype == torch.float32 else 1e-1))
+    return bool(apart.median() < tolerance(decoder))

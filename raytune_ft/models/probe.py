@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.core.errors import ModelError, first_line
-from raytune_ft.models.attention import OWN, SEGMENTS, attention, is_quantized
+from raytune_ft.models.attention import OWN, SEGMENTS, attention, can_be_asked, tolerance
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.models.memory import is_out_of_memory
@@ -24,15 +24,14 @@ def check_computation(model: Any) -> None:
     """Compares a causal language model's own log-probabilities of a few rows with those of rows laid end to end.
 
     Tells models that place tokens, or change their logits, in a way of their own, and encoders, whose tokens see what
-    comes after them. Most tokens have to agree, as experts may be chosen by a hair. A model whose weights are spread
-    over workers (ZeRO 3) is not looked at, nor is a quantized one, whose noise is larger.
+    comes after them. Most tokens have to agree, as experts may be chosen by a hair. Models that cannot be
+    asked (`can_be_asked`) are taken as they are.
 
     Raises:
         ModelError: if they differ, or cannot be computed.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    spread = any(hasattr(parameter, "ds_id") for parameter in causal.parameters())
-    if causal in _FOUND or spread or is_quantized(causal):
+    if causal in _FOUND or not can_be_asked(causal):
         return
     name, training = type(causal).__name__, causal.training
     causal.eval()
@@ -49,7 +48,7 @@ def check_computation(model: Any) -> None:
             f"{name}: its tokens see those that come after them, so it is no causal language model (an encoder, say); "
             "take one that writes text"
         )
-    if not apart < _tolerance(causal):
+    if not apart < tolerance(causal):
         raise ModelError(
             f"{name}: padding-free rows come to other log-probabilities than the model's own (a median difference of "
             f"{apart:.2g}): it places tokens, or changes its logits, in a way of its own; take another model"
@@ -82,11 +81,7 @@ def _looks_ahead(causal: Any) -> bool:
     ids[1, -1] = (ids[1, -1] + vocabulary // 2) % vocabulary
     with attention(causal, OWN):
         one, other = (_even_out(causal(input_ids=row[None], use_cache=False).logits[0, :-1]) for row in ids)
-    return float(((one - other).norm(dim=-1) / one.norm(dim=-1).clamp_min(1e-12)).median()) > _tolerance(causal)
-
-
-def _tolerance(causal: Any) -> float:
-    return 1e-3 if causal.dtype == torch.float32 else 1e-1
+    return float(((one - other).norm(dim=-1) / one.norm(dim=-1).clamp_min(1e-12)).median()) > tolerance(causal)
 
 
 def _even_out(logits: Tensor) -> Tensor:

@@ -202,9 +202,9 @@ def _one_by_one(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
     taken = inspect.signature(decoder.forward).parameters
     names = [name for name in inputs if name in taken or more]
     rows = zip(*(torch.split(inputs[name], lengths, dim=1) for name in names), strict=True)
-    found = []
+    found, rotaries = [], dynamic_rotaries(decoder)
     for row in rows:
-        for rotary in dynamic_rotaries(decoder):
+        for rotary in rotaries:
             rotary.max_seq_len_cached = 0
         found.append(_computed(decoder, **dict(zip(names, row, strict=True)), **more))
     return torch.cat(found)

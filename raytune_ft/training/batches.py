@@ -220,7 +220,7 @@ def packed_steps(
         yield [
             data.packed(share).placed([place[row] for row in share])
             if share
-            else data.packed(rows[:1]).placed([0]).without_targets()
+            else data.packed(rows[:1]).without_targets()
             for share in shares
         ]
 

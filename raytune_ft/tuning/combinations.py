@@ -8,11 +8,9 @@ from typing import Any
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.tuning.packs import name_of
+from raytune_ft.training.without_effect import OF_FOUR_BITS, OF_LORA
+from raytune_ft.tuning.packs import with_values
 from raytune_ft.tuning.space import Domain, TimesRank, extremes
-
-_OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
-_OF_FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
 def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfig) -> None:
@@ -36,11 +34,11 @@ def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfi
     if "steps" not in values("eval_strategy"):
         idle["eval_steps"] = "it belongs to eval_strategy: steps; set that"
     if not methods & {"lora", "qlora"}:
-        idle |= dict.fromkeys(_OF_LORA, f"it belongs to method lora or qlora ({said})")
+        idle |= dict.fromkeys(OF_LORA, f"it belongs to method lora or qlora ({said})")
     if not methods & {"prefix_tuning", "prompt_tuning"}:
         idle["num_virtual_tokens"] = f"it belongs to method prefix_tuning or prompt_tuning ({said})"
     if 4 not in base_bits:
-        idle |= dict.fromkeys(_OF_FOUR_BITS, "it belongs to a base of 4 bits; set method: qlora, or bits: 4")
+        idle |= dict.fromkeys(OF_FOUR_BITS, "it belongs to a base of 4 bits; set method: qlora, or bits: 4")
     for key in space:
         if key in idle:
             raise ValueError(f"space.{key}: would change nothing: {idle[key]}")
@@ -55,12 +53,10 @@ def refuse_invalid_pairs(space: Mapping[str, Domain], training: FineTuningConfig
     searched = {key: _telling(choice) for key, choice in space.items() if not isinstance(choice, TimesRank)}
     for keys in combinations(searched, 2):
         for values in product(*(searched[key] for key in keys)):
-            chosen = dict(zip(keys, values, strict=True))
             try:
-                training.with_overrides(**chosen)
+                with_values(training, dict(zip(keys, values, strict=True)))
             except ConfigError as error:
-                why = str(error).removeprefix(f"{type(training).__name__}: ")
-                raise ValueError(f"space: {name_of(keys, chosen)} do not go together: {why}") from None
+                raise ValueError(str(error)) from None
 
 
 def _telling(choice: Domain) -> list[Any]:

@@ -42,12 +42,7 @@ class Packs:
         found = {}
         for values in product(*(extremes(space[key]) for key in keys)):
             chosen = dict(zip(keys, values, strict=True))
-            name = name_of(keys, chosen)
-            try:
-                found[name] = training.with_overrides(**chosen)
-            except ConfigError as error:
-                said = str(error).removeprefix(f"{type(training).__name__}: ")
-                raise ConfigError(f"space: {name} do not go together: {said}") from None
+            found[name_of(keys, chosen)] = with_values(training, chosen)
         return cls(keys, found, tuple(extremes(space.get("lora_target_modules", [training.lora_target_modules]))))
 
     def apart(self) -> dict[str, str]:
@@ -69,6 +64,19 @@ class Packs:
     def lengths(self) -> list[int]:
         """The row lengths for which data is needed."""
         return sorted({training.max_length for training in self.settings.values()})
+
+
+def with_values(training: FineTuningConfig, chosen: Mapping[str, Any]) -> FineTuningConfig:
+    """The settings with some values of a space.
+
+    Raises:
+        ConfigError: naming the values, if they do not go together.
+    """
+    try:
+        return training.with_overrides(**chosen)
+    except ConfigError as error:
+        said = str(error).removeprefix(f"{type(training).__name__}: ")
+        raise ConfigError(f"space: {name_of(tuple(chosen), chosen)} do not go together: {said}") from None
 
 
 def name_of(keys: tuple[str, ...], settings: Mapping[str, Any]) -> str:

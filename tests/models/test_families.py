@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, attention
-from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
@@ -22,6 +21,8 @@ from raytune_ft.models.loading import LoadedModel, load_model
 from raytune_ft.models.neighbours import dynamic_rotaries, why_alone
 from raytune_ft.models.probe import check_computation
 from raytune_ft.models.scoring import SummedLoss, sequence_scores
+
+from .test_neighbours import encoded, some_rows
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE = {**SIZE, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -78,15 +79,6 @@ def made(family: Family, tokenizer: Path, folder: Path) -> LoadedModel:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return load_model(str(folder))
-
-
-def some_rows(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 60, (length,), generator=generator).tolist() for length in lengths]
-
-
-def encoded(rows: Sequence[Sequence[int]]) -> list[Encoded]:
-    return [Encoded(list(row), [True] * len(row)) for row in rows]
 
 
 def plain_loss(model: Any, row: Sequence[int]) -> torch.Tensor:
