@@ -182,7 +182,8 @@ def test_a_result_is_read_back_from_its_files_as_it_was(tmp_path: Path) -> None:
         draft.write_json("results.json", to_json(found))
         for model in found.models:
             write_answers(draft.folder / model.file, model.answers)
-    assert replace(read_result(tmp_path / "report"), where="") == found
+    again = replace(read_result(tmp_path / "report"), where="")
+    assert repr(again) == repr(found)  # a value that is no number equals itself only so
 
 
 def test_a_report_of_another_schema_is_refused_with_what_to_do(tmp_path: Path) -> None:

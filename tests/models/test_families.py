@@ -33,11 +33,12 @@ GREEDY = DecodingConfig(max_new_tokens=6)
 
 @dataclass(frozen=True)
 class Family:
-    """A family by its type and settings; `alone` says whether its rows are computed one at a time."""
+    """A family by its type and settings; `alone` says whether its rows are computed one at a time (None: in some
+    versions of transformers)."""
 
     kind: str
     settings: dict[str, Any]
-    alone: bool = False
+    alone: bool | None = False
 
     def __str__(self) -> str:
         return self.kind
@@ -53,7 +54,7 @@ FAMILIES = [
     SCALED,
     TIMES,
     Family("stablelm", SHAPE, alone=True),
-    Family("falcon", {**SIZE, "max_position_embeddings": 128}),
+    Family("falcon", {**SIZE, "max_position_embeddings": 128}, alone=None),
     Family("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, alone=True),
     Family("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}, alone=True),
     Family("doge", {**SHAPE, "keep_window_size": 4}, alone=True),
@@ -98,7 +99,7 @@ def test_rows_score_together_as_transformers_scores_each_alone(
     loaded, rows = made(family, tiny_model, tmp_path), some_rows(20, 5, 33, 12)
     check_computation(loaded.model)
     scores = [score.nll for score in sequence_scores(loaded, encoded(rows), token_budget=128)]
-    assert (why_alone(loaded.model) is not None) == family.alone
+    assert family.alone in {None, why_alone(loaded.model) is not None}
     if family is DYNAMIC:  # beyond its context, scoring takes windows
         rows, scores = rows[1:2] + rows[3:], scores[1:2] + scores[3:]
     with torch.no_grad():
