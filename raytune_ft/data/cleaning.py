@@ -60,6 +60,7 @@ def _reason(record: Record, config: DataCollectionConfig) -> str | None:
         (unbalanced_tool_calls(record) if config.drop_unbalanced_tool_calls else None)
         or wrong_roles(record, may_ask=config.unanswered == "keep")
         or (empty(record) if config.drop_empty else None)
+        or same_answers(record)
         or (out_of_bounds(record, config.length_bounds) if config.length_bounds else None)
         or (refuses(record) if config.drop_refusals else None)
     )
@@ -170,16 +171,20 @@ def _first_fault(messages: Sequence[Message]) -> str | None:
 
 def empty(record: Record) -> str | None:
     """Which part of a record says nothing; None if all say something."""
-    if record.chosen or record.rejected:
-        if not all(_speaks(message) for message in record.chosen + record.rejected):
-            return "empty answer"
-        if record.chosen == record.rejected:
-            return "same answers: chosen and rejected do not differ"
+    if not all(_speaks(message) for message in record.chosen + record.rejected):
+        return "empty answer"
     if not record.messages:
         return None if record.text else "empty text"
     for message in record.messages:
         if not _speaks(message):
             return "empty answer" if message.role == "assistant" else "empty prompt"
+    return None
+
+
+def same_answers(record: Record) -> str | None:
+    """Why a preference prefers nothing; None if it does, or is none."""
+    if record.chosen and record.chosen == record.rejected:
+        return "same answers: chosen and rejected do not differ"
     return None
 
 

@@ -60,6 +60,8 @@ class Feedback(BaseModel):
             raise ValueError("rating: must be up, down, or from 1 to 5")
         if (self.preferred is None) != (self.rejected is None):
             raise ValueError("preferred, rejected: one is nothing without the other")
+        if self.preferred is not None and self.preferred == self.rejected:
+            raise ValueError("preferred, rejected: are the same answer; give two that differ")
         if self.rating is None and not self.correction and self.preferred is None:
             raise ValueError("a judgement is needed: rating, correction, or preferred and rejected")
         if self.response is None and self.preferred is None:

@@ -95,6 +95,7 @@ def test_the_request_log_holds_conversations_that_prepare_reads(endpoint):
         ({"response": "A", "rating": 6}, "from 1 to 5"),
         ({"response": "A", "rating": True}, "not true or false; send up for true and down for false"),
         ({"preferred": "A"}, "one is nothing without the other"),
+        ({"preferred": "A", "rejected": "A"}, "are the same answer"),
         ({"response": "A", "rating": "up", "path": "/etc/passwd"}, "path"),
     ],
 )
