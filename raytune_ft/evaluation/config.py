@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -27,6 +27,10 @@ def _known_metric(value: Any) -> Any:
 
 EXTRACTIONS = ("gsm8k", "last_number", "boxed")
 """Named ways to find the answer in a text."""
+
+
+BleuTokenizer = Literal["13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab"]
+"""sacrebleu's, but for those that fetch a model from the network."""
 
 
 class ForgettingConfig(Config):
@@ -99,6 +103,10 @@ class MeasureConfig(Config):
     extraction: str | None = None
     """Where exact match and accuracy find the answer in a text: ``gsm8k`` (the number behind ``####``),
     ``last_number``, ``boxed``, or a regular expression whose (only) group is the answer; by default the whole text."""
+    bleu_tokenizer: BleuTokenizer = "13a"
+    """What BLEU counts as words, as sacrebleu names it: ``13a`` and ``intl`` part at blanks and punctuation, ``zh``
+    makes each Chinese character one, ``char`` any character, ``none`` takes what blanks part. ``ja-mecab`` and
+    ``ko-mecab`` need ``sacrebleu[ja]`` and ``sacrebleu[ko]``. Values of different tokenizers do not compare."""
     json_schema: str | dict[str, Any] | None = None
     """The schema of the metric json_schema, or the path of the file that holds it."""
     custom_functions: dict[str, str] = Field(default_factory=dict)

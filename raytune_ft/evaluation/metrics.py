@@ -16,10 +16,11 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.words import unspaced_share
 from raytune_ft.evaluation.answers import canonical, extracted, fields, parse_json, same_answer, words
 from raytune_ft.evaluation.choice_metrics import Calibration, ChoiceAccuracy
+from raytune_ft.evaluation.config import BleuTokenizer
 from raytune_ft.evaluation.label_metrics import LabelF1, SetF1
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.row_metric import Columns, MeanMetric, RowMetric, Values, counted, ratio
@@ -266,23 +267,48 @@ class Rouge(MeanMetric):
 
 
 class Bleu(RowMetric):
-    """Corpus BLEU from 0 to 100, as sacrebleu gives it with its defaults (13a tokens, exponential smoothing)."""
+    """Corpus BLEU from 0 to 100, as sacrebleu gives it (by default with 13a tokens, exponential smoothing)."""
 
     name_in_settings = EvaluationMetric.BLEU
     citation = "Post 2018, A Call for Clarity in Reporting BLEU Scores"
 
+    def __init__(self, tokenizer: BleuTokenizer = "13a") -> None:
+        """BLEU of a tokenizer's words.
+
+        Raises:
+            ConfigError: if the tokenizer's package is not installed.
+        """
+        super().__init__()
+        from sacrebleu.metrics import BLEU
+
+        self._tokenizer = tokenizer
+        try:
+            self._sentence = BLEU(tokenize=tokenizer, effective_order=True)
+        except (RuntimeError, ImportError):
+            extra = tokenizer.partition("-")[0]
+            raise ConfigError(
+                f"bleu_tokenizer: {tokenizer} needs a package that is not installed: pip install 'sacrebleu[{extra}]', "
+                "or take char, which needs none"
+            ) from None
+
     def misfit(self, reference: str) -> str | None:
-        """13a tells words by blanks and punctuation, so most of a reference has to be of scripts that write blanks."""
-        if unspaced_share(reference) <= 0.5:
-            return None
-        return "its tokens (13a) need blanks between words (chrf fits any script)"
+        """Scripts without blanks need a tokenizer that tells their words, or characters, apart."""
+        fitting = "chrf and bleu_tokenizer: char fit any script"
+        unspaced = unspaced_share(reference)
+        if self._tokenizer in {"13a", "intl"} and unspaced > 0.5:
+            return f"its tokens ({self._tokenizer}) need blanks between words ({fitting}, zh fits Chinese)"
+        if self._tokenizer == "none" and unspaced > 0.5 and len(reference.split()) < 2:
+            return f"its tokens (none) are what blanks part ({fitting})"
+        if self._tokenizer == "zh" and unspaced > 0.5:
+            together = "".join(word for word in self._sentence.tokenizer(reference).split() if len(word) > 1)
+            if unspaced_share(together) * _letters(together) > 0.5 * _letters(reference):
+                return f"its tokens (zh) tell only Chinese characters apart ({fitting})"
+        return None
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Matched and possible n-grams, lengths, and the BLEU of the row alone (of the n-gram orders that it has)."""
-        from sacrebleu.metrics import BLEU
-
-        sentence = BLEU(effective_order=True)
-        scored = (sentence.sentence_score(a, [r]) for a, r in zip(rows["predictions"], rows["references"], strict=True))
+        score = self._sentence.sentence_score
+        scored = (score(a, [r]) for a, r in zip(rows["predictions"], rows["references"], strict=True))
         names = [f"{kind}.{n}" for kind in ("correct", "total") for n in range(4)]
         return counted(
             [*names, "answer_length", "reference_length", "alone"],
@@ -307,6 +333,10 @@ class Bleu(RowMetric):
         return alone
 
 
+def _letters(text: str) -> int:
+    return sum(character.isalnum() for character in text)
+
+
 METRICS: dict[EvaluationMetric, type[RowMetric]] = {
     metric.name_in_settings: metric
     for metric in (
@@ -320,10 +350,12 @@ def make_metric(name: EvaluationMetric, settings: Mapping[str, Any]) -> RowMetri
     """The metric as an evaluation's settings (of `MeasureConfig`, resolved) want it.
 
     Raises:
-        ConfigError: if a schema or function that they name cannot be had.
+        ConfigError: if a schema, function or tokenizer that they name cannot be had.
     """
     if name in {EvaluationMetric.EXACT_MATCH, EvaluationMetric.ACCURACY}:
         return METRICS[name](settings.get("extraction"))  # type: ignore[call-arg]
+    if name is EvaluationMetric.BLEU:
+        return Bleu(settings.get("bleu_tokenizer", "13a"))
     if name is EvaluationMetric.JSON_SCHEMA:
         return JsonSchema(settings["json_schema"])
     if name is EvaluationMetric.CUSTOM:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.evaluation.compare import interval_text, signed
+from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.results import Comparison, ComparisonResult, EvaluationResult, Slice, leading_metric
 
 MOST_VERDICTS = 6
@@ -52,6 +53,8 @@ def value_table(result: EvaluationResult) -> list[dict[str, Any]]:
         shown = name.replace("_", " ").replace("field accuracy.", "field accuracy: ")
         if metric is not None:
             shown = metric.facts.title + (" (lower is better)" if metric.facts.lower_is_better else "")
+            tokens = result.settings.get("bleu_tokenizer", "13a")
+            shown += f" ({tokens} tokens)" if metric is EvaluationMetric.BLEU and tokens != "13a" else ""
         lines.append({"title": shown, "headline": metric is not None, "cells": cells})
     return lines
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import pytest
@@ -161,6 +163,28 @@ def test_bleu_equals_sacrebleu() -> None:
     found = METRICS[EvaluationMetric.BLEU]().compute(predictions=ANSWERS, references=REFERENCES)
     assert found == {"bleu": expected}
     assert 10 < expected < 90
+
+
+@pytest.mark.parametrize("tokenizer", ["intl", "zh", "char", "none"])
+def test_bleu_of_another_tokenizer_equals_sacrebleu(tokenizer: Any) -> None:
+    from sacrebleu.metrics import BLEU
+
+    answers = ["今天天气非常好，我们去公园。", "他 花了 $3.50 买 一本 书"]
+    references = ["今天天气很好，我们去公园。", "他 花了 $3.50 买 两本 书"]
+    metric = make_metric(EvaluationMetric.BLEU, {"bleu_tokenizer": tokenizer})
+    columns = metric.columns(predictions=answers, references=references)
+    assert metric.summary(columns) == {"bleu": BLEU(tokenize=tokenizer).corpus_score(answers, [references]).score}
+    alone = BLEU(tokenize=tokenizer, effective_order=True)
+    assert metric.row_scores(columns).tolist() == [
+        alone.sentence_score(answer, [reference]).score for answer, reference in zip(answers, references, strict=True)
+    ]
+
+
+def test_a_tokenizer_whose_package_is_not_there_is_refused_with_its_name() -> None:
+    if importlib.util.find_spec("mecab_ko") is not None:
+        pytest.skip("sacrebleu[ko] is installed here")
+    with pytest.raises(ConfigError, match=r"bleu_tokenizer: ko-mecab needs .* 'sacrebleu\[ko\]'"):
+        make_metric(EvaluationMetric.BLEU, {"bleu_tokenizer": "ko-mecab"})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,13 @@ def parsed(page: str) -> Tags:
     tags = Tags()
     tags.feed(page)
     return tags
+
+
+def test_values_of_bleu_say_by_which_tokens_they_were_counted(make_result: Any) -> None:
+    found = make_result({"m": ["answer 0"]}, metrics=["bleu"])
+    assert value_table(found)[0]["title"] == "BLEU"
+    char = replace(found, settings={**found.settings, "bleu_tokenizer": "char"})
+    assert value_table(char)[0]["title"] == "BLEU (char tokens)"
 
 
 def test_hostile_output_stays_text_on_the_page() -> None:
