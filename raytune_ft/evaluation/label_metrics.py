@@ -80,26 +80,37 @@ class SetF1(RowMetric):
     rows.
 
     Items are those of a JSON array, else lines, or what commas part; their case, order and repetition do not count.
+    Where neither lists any (``[]``), the answer is right, with 1; where one does, it is wrong, with 0 (as SQuAD 2.0 has
+    it).
     """
 
     name_in_settings = EvaluationMetric.SET_F1
 
-    def misfit(self, reference: str) -> str | None:
-        """A reference needs items."""
-        return None if listed(reference) else "it compares the items of lists"
+    def check(self, references: Iterable[str]) -> None:
+        """Refuses references of which none lists anything."""
+        if not any(listed(reference) for reference in references):
+            raise DataError(
+                f"{self.name_in_settings}: does not fit this data: it compares the items of lists, and every reference "
+                "is an empty one. Leave this metric out, or evaluate on other data."
+            )
 
     def columns(self, **rows: Sequence[Any]) -> Columns:
         """Items shared, given and wanted, and the row's own F1."""
         both = ((set(listed(a)), set(listed(r))) for a, r in zip(rows["predictions"], rows["references"], strict=True))
         table = counted(["shared", "given", "wanted"], ((len(g & w), len(g), len(w)) for g, w in both))
-        own = ratio(2 * table["shared"], table["given"] + table["wanted"])
+        own = _share(2 * table["shared"], table["given"] + table["wanted"], table)
         return {**table, "own": own, "rows": np.ones(len(own))}
 
     def values(self, sums: Columns) -> Values:
         """`set_f1`, `set_precision`, `set_recall` over all items, and `set_f1_rows`, the mean of rows."""
         return {
-            "set_f1": ratio(2 * sums["shared"], sums["given"] + sums["wanted"]),
-            "set_precision": ratio(sums["shared"], sums["given"]),
-            "set_recall": ratio(sums["shared"], sums["wanted"]),
+            "set_f1": _share(2 * sums["shared"], sums["given"] + sums["wanted"], sums),
+            "set_precision": _share(sums["shared"], sums["given"], sums),
+            "set_recall": _share(sums["shared"], sums["wanted"], sums),
             "set_f1_rows": ratio(sums["own"], sums["rows"]),
         }
+
+
+def _share(above: Any, below: Any, items: Columns) -> NDArray[np.float64]:
+    """`above / below`, but 1 where nothing is wanted and nothing given."""
+    return np.where((items["given"] == 0) & (items["wanted"] == 0), 1.0, ratio(above, below))

@@ -264,6 +264,27 @@ def test_set_f1_equals_sklearn_whatever_the_order_and_the_way_of_listing() -> No
     assert found["set_f1_rows"] == pytest.approx(f1_score(truth, said, average="samples"), rel=1e-15)
 
 
+def test_an_empty_list_is_answered_by_an_empty_list_alone() -> None:
+    # Items given, wanted, shared: 0, 0, 0; 1, 0, 0; 0, 2, 0; 2, 2, 1. Over all: 3, 4, 1, so F1 is 2 * 1 / 7.
+    predictions, references = ["[]", '["a"]', "", "a, b"], ["[]", "[]", "a, b", "b, c"]
+    found = compute("set_f1", predictions, references)
+    assert found == {
+        "set_f1": pytest.approx(2 / 7),
+        "set_precision": pytest.approx(1 / 3),
+        "set_recall": 0.25,
+        "set_f1_rows": pytest.approx((1 + 0 + 0 + 0.5) / 4),
+    }
+    metric = make_metric(EvaluationMetric.SET_F1, {})
+    columns = metric.columns(predictions=predictions, references=references)
+    assert metric.row_scores(columns).tolist() == [1, 0, 0, 0.5]
+    assert metric.summary({name: column[:1] for name, column in columns.items()}) == dict.fromkeys(found, 1)
+
+
+def test_set_f1_is_refused_where_every_reference_is_empty() -> None:
+    with pytest.raises(DataError, match="every reference is an empty one"):
+        compute("set_f1", ["[]", "a"], ["[]", "[]"])
+
+
 def choices(*nll: float, texts: str = "abc") -> list[dict[str, object]]:
     return [{"text": text, "nll": value, "bytes": 1} for text, value in zip(texts, nll, strict=False)]
 
