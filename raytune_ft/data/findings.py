@@ -12,7 +12,7 @@ from raytune_ft.data.labels import MOST_VALUES
 
 @dataclass(frozen=True)
 class Quantity:
-    """A line of the guide's table: up to how many parameters, the range of the minimum and the ideal range of rows."""
+    """A line of the guide's table: below how many parameters, the range of the minimum and the ideal range of rows."""
 
     size: str
     below: float
@@ -22,7 +22,7 @@ class Quantity:
 
 QUANTITIES = (
     Quantity("small (<1B parameters)", 1e9, (500, 1_000), (1_000, 5_000)),
-    Quantity("medium (1B-10B parameters)", 1e10, (1_000, 2_000), (2_000, 10_000)),
+    Quantity("medium (1B-10B parameters)", 1e10 + 1, (1_000, 2_000), (2_000, 10_000)),
     Quantity("large (>10B parameters)", float("inf"), (2_000, 5_000), (5_000, 20_000)),
 )
 

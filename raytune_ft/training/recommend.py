@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.data.findings import quantity_of
 from raytune_ft.training.config import FineTuningMethod
 from raytune_ft.training.memory import Load, MemoryPeak, ModelShape, predict_peak
 
 Goal = Literal["balanced", "slight_domain_adaptation", "multiple_related_tasks", "complete_task_change"]
 
-_ROWS = ((1e9, 500, 1_000), (10e9, 1_000, 2_000), (float("inf"), 2_000, 5_000))
 _BATCH = 4
 _FITTED = (FineTuningMethod.FULL, FineTuningMethod.LORA, FineTuningMethod.QLORA)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([MB]?)", re.IGNORECASE)
@@ -179,7 +179,7 @@ def _settings(method: FineTuningMethod, goal: Goal, batch: int, rows: int | None
 
 
 def _on_rows(parameters: float, rows: int) -> list[str]:
-    least, enough = next((low, high) for limit, low, high in _ROWS if parameters <= limit)
+    least, enough = quantity_of(int(parameters)).minimum
     if rows < least:
         return [f"{rows} rows are few: the guide wants at least {least} to {enough} for a model of this size"]
     return [f"{rows} rows are enough for a model of this size (the guide: at least {least} to {enough})"]

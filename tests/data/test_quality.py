@@ -81,10 +81,11 @@ def test_advice_on_quantity_is_the_guides_table() -> None:
         (999, 1e9),
         (2_000, 9e9),
         (1_999, 1e10),
+        (1_999, 1e10 + 1),
         (20_000, 1e11),
     ]
     verdicts = [advice(rows, int(parameters))[0] for rows, parameters in cases]
-    assert verdicts == ["too few", "few", "ideal", "many", "too few", "ideal", "too few", "ideal"]
+    assert verdicts == ["too few", "few", "ideal", "many", "too few", "ideal", "few", "too few", "ideal"]
     assert advice(10, 10)[1].startswith(
         "10 training rows: below the minimum of 500 to 1,000; the guide's ideal for a small"
     )

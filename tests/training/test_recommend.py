@@ -15,7 +15,14 @@ from raytune_ft.training.recommend import recommend_method
 
 
 @pytest.mark.parametrize(
-    ("memory_gib", "method"), [(8, FineTuningMethod.QLORA), (16, FineTuningMethod.LORA), (40, FineTuningMethod.FULL)]
+    ("memory_gib", "method"),
+    [
+        (8, FineTuningMethod.QLORA),
+        (11.99, FineTuningMethod.QLORA),
+        (12, FineTuningMethod.LORA),
+        (24, FineTuningMethod.LORA),
+        (24.01, FineTuningMethod.FULL),
+    ],
 )
 def test_memory_decides_as_in_the_guides_table(memory_gib: float, method: FineTuningMethod) -> None:
     assert recommend_method(parameters=1e9, memory_gib=memory_gib).method is method
@@ -36,6 +43,23 @@ def test_rows_are_held_against_the_guides_quantity_table() -> None:
     few = recommend_method(parameters=135e6, memory_gib=8, rows=200)
     assert "few" in few.reasons[-1]
     assert "enough" in recommend_method(parameters=135e6, memory_gib=8, rows=900).reasons[-1]
+
+
+@pytest.mark.parametrize(
+    ("model", "least"),
+    [
+        ("999999999", "500 to 1000"),
+        ("1B", "1000 to 2000"),
+        ("10B", "1000 to 2000"),
+        ("10000000001", "2000 to 5000"),
+    ],
+)
+def test_a_size_on_a_border_counts_as_in_the_guides_table(model: str, least: str) -> None:
+    low = int(least.partition(" ")[0])
+    for rows, verdict in ((low - 1, "are few"), (low, "are enough")):
+        reason = recommend_method(model=model, memory_gib=80, rows=rows).reasons[-1]
+        assert verdict in reason
+        assert f"at least {least}" in reason
 
 
 def test_where_memory_is_short_the_batch_shrinks_and_accumulation_keeps_the_step() -> None:
