@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ COMPACT = "weights.compact.safetensors"
 """File that holds the weights of a pruned model's compact folder (`models.sparsity`)."""
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises where a model's files are missing, damaged, or of a kind that it does not know."""
+_TOLD_GB = 2.0
+"""From which size on the check of an artifact's files is announced, since it takes seconds."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -180,8 +183,40 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_content(reference: str, *, with_base: bool = True) -> None:
+    """Checks every file of a model, and of the base below an adapter, by its hash, where they are artifacts of ours.
+
+    Weights that a disk or a copy has changed would load without a word. It takes about a second a gigabyte, so each
+    verb does it once for what it takes, and not each process that loads a model.
+
+    Raises:
+        ArtifactError: with the files that differ.
+    """
+    resolved = resolve_model(reference)
+    if resolved.artifact is not None:
+        folder = resolved.artifact.local()
+        stamps = [(folder / name).stat() for name in resolved.artifact.manifest.files]
+        _check_hashes(str(folder), tuple((stamp.st_size, stamp.st_mtime_ns) for stamp in stamps))
+    if resolved.adapter is not None and with_base:
+        check_content(_adapter_base(resolved.adapter))
+
+
+@cache
+def _check_hashes(folder: str, stamps: tuple[tuple[int, int], ...]) -> None:
+    """Reads the files of an artifact once in a process, as long as their sizes and times stay."""
+    gigabytes = sum(size for size, _ in stamps) / 1e9
+    if gigabytes > _TOLD_GB:
+        logger.info("%s: checking %.1f GB against its manifest", folder, gigabytes)
+    open_artifact(folder, ArtifactKind.MODEL, verify="hash")
+
+
 def model_parent(reference: str, role: str = "model") -> Parent:
-    """The entry of a model in the manifest of what is made from it."""
+    """The entry of a model in the manifest of what is made from it, its content checked.
+
+    Raises:
+        ArtifactError: as `check_content`.
+    """
+    check_content(reference)
     resolved = resolve_model(reference)
     if resolved.artifact is not None:
         return resolved.artifact.as_parent(role)

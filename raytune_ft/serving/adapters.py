@@ -14,7 +14,7 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.adapters import PROMPT_METHODS, adapter_kind, adapter_weights, same_model
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.decoding import Prefix
-from raytune_ft.models.loading import LoadedModel, ModelReference, load_tokenizer, resolve_model
+from raytune_ft.models.loading import LoadedModel, ModelReference, check_content, load_tokenizer, resolve_model
 from raytune_ft.models.virtual import VirtualTokens
 
 _PROBED = 16
@@ -87,6 +87,7 @@ class AdapterSet:
 
         Raises:
             ModelError: saying what does not fit, and what would.
+            ArtifactError: if its files are not those that its manifest names.
         """
         if self._loaded.reference.adapter is not None:
             raise ModelError(
@@ -102,6 +103,7 @@ class AdapterSet:
                 f"{self._loaded.reference.given}; serve it upon its own base"
             )
         assert resolved.adapter is not None
+        check_content(reference, with_base=False)
         _check_finite(resolved.adapter)
         return Found(resolved, self._chat_of(resolved))
 

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
-from raytune_ft.models.loading import ModelReference, resolve_model
+from raytune_ft.models.loading import ModelReference, check_content, resolve_model
 from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
@@ -44,7 +44,9 @@ def check_config(config: ServingConfig) -> None:
         ServingError: if the engine that is asked for does not know the format or a setting.
         MissingDependencyError: if that engine is not installed.
         ModelError: if the model or an adapter is none.
+        ArtifactError: if its files are not those that its manifest names.
     """
+    check_content(config.model_path)
     resolved = resolve_model(config.model_path)
     for name, where in config.adapters.items():
         if resolve_model(where).adapter is None:

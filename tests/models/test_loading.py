@@ -15,7 +15,8 @@ from raytune_ft.core.storage import Location
 from raytune_ft.models import starter
 from raytune_ft.models.adapters import add_lora, merge_adapter, save_adapter
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_model, resolve_model, shared_model
+from raytune_ft.models.derived import merge
+from raytune_ft.models.loading import check_content, load_model, model_parent, resolve_model, shared_model
 
 
 def make_adapter(base: Path, folder: Path) -> Path:
@@ -87,6 +88,30 @@ def test_a_merged_model_answers_as_the_adapter_upon_its_base(tiny_model: Path, t
         merged = load_model(str(tmp_path / "merged")).model(ids).logits
     assert torch.allclose(adapted, merged, atol=1e-5)
     assert load_model(str(tmp_path / "merged")).tokenizer.chat_template is not None
+
+
+def test_weights_that_changed_on_the_disk_are_refused_before_anything_is_made_of_them(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    base = merge(str(make_adapter(tiny_model, tmp_path / "first")), str(tmp_path / "base")).local()
+    upon = make_adapter(base, tmp_path / "upon")
+    assert model_parent(str(upon)).digest == resolve_model(str(upon)).digest
+    flip_a_bit(base / "model.safetensors")
+    load_model(str(base))  # nothing else would tell
+    for reference in (base, upon):
+        with pytest.raises(ArtifactError, match=r"base: does not match .* model.safetensors was changed"):
+            model_parent(str(reference))
+    with pytest.raises(ArtifactError, match=r"model.safetensors was changed"):
+        merge(str(upon), str(tmp_path / "merged"))
+    check_content(str(upon), with_base=False)
+
+
+def flip_a_bit(weights: Path) -> None:
+    with weights.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
 
 
 def test_target_modules_that_fit_nothing_name_the_ones_there_are(tiny_model: Path) -> None:

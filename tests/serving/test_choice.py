@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
+from raytune_ft.core.draft import begin
+from raytune_ft.core.errors import ArtifactError, MissingDependencyError, ModelError, ServingError
+from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.serving import choice
 from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
 from raytune_ft.serving.config import Engine, ServingConfig
@@ -85,6 +87,19 @@ def test_a_format_that_transformers_cannot_load_here_is_refused_with_the_engine_
         check_config(ServingConfig(model_path=folder))
     with_packages(monkeypatch, "compressed_tensors")
     check_config(ServingConfig(model_path=folder))
+
+
+def test_weights_that_changed_on_the_disk_are_not_served(tiny_model: Path, tmp_path: Path):
+    draft = begin(tmp_path / "model", ArtifactKind.MODEL, settings={})
+    with draft:
+        shutil.copytree(tiny_model, draft.folder, dirs_exist_ok=True)
+    config = ServingConfig(model_path=str(draft.folder))
+    check_config(config)
+    weights = draft.folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"model.safetensors was changed"):
+        check_config(config)
 
 
 def test_an_adapter_that_is_none_is_refused(tiny_model: Path):
