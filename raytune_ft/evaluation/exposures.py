@@ -156,6 +156,7 @@ class _Collected:
         """
         settings = (line["control"], line["shares"])
         if self._settings is None:
+            _refuse_no_shares(settings[1])
             self._settings = settings
             self._places = {name: place for place, name in enumerate(_ordered(*settings))}
         elif settings != self._settings:
@@ -174,7 +175,7 @@ class _Collected:
             self._rows[line["id"]] = len(self._columns["variant"])
         self._unsticky += not line["sticky"]
         values = (
-            variant, subject, datetime.fromisoformat(line["time"]).timestamp(), line["status"], line["latency_s"],
+            variant, subject, datetime.fromisoformat(line["time"]).timestamp(), int(line["status"]), line["latency_s"],
             _or_nan(line.get("first_token_s")), _or_nan(line.get("completion_tokens")),
         )  # fmt: skip
         for column, value in zip(self._columns.values(), map(float, values), strict=True):
@@ -196,6 +197,11 @@ class _Collected:
             crossed=len(self._crossed),
             files=files,
         )
+
+
+def _refuse_no_shares(shares: dict[str, float]) -> None:
+    if min(shares.values()) < 0 or not 0 < sum(shares.values()) < math.inf:
+        raise ValueError(f"shares must be positive numbers, not {shares}")
 
 
 def _ordered(control: str, shares: dict[str, float]) -> dict[str, float]:

@@ -52,7 +52,8 @@ def read_ratings(path: str | None, exposures: Exposures) -> Ratings:
     files = LogFiles(str(Location.at(path)))
     attributed = others = 0
     for line, where in log_lines(path, files, setting="feedback_path"):
-        row = exposures.rows.get(line.get("id") or "")
+        name = line.get("id")
+        row = exposures.rows.get(name) if isinstance(name, str) else None
         if row is None or (line.get("rating") is None and not line.get("correction")):
             others += 1
             continue
@@ -67,7 +68,10 @@ def _judged(line: dict[str, Any], where: str) -> tuple[float, float]:
     """When, and what, a line says."""
     try:
         at = datetime.fromisoformat(line["time"]).timestamp()
-        return at, 0.0 if line.get("correction") else _GOOD[line["rating"]]
+        rating = line.get("rating")
+        if isinstance(rating, bool):  # as `prepare` takes it; Python would take true for the number 1, the worst rating
+            rating = "up" if rating else "down"
+        return at, 0.0 if line.get("correction") else _GOOD[rating]
     except (KeyError, TypeError, ValueError):
         raise DataError(
             f"{where}: is no feedback of an endpoint: expected `time`, and `rating` as up, down or 1 to 5"

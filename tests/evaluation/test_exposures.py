@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,24 @@ def test_something_else_than_a_log_is_refused_by_its_place(tmp_path: Path, text:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"time": "yesterday"}, {"variant": "other"}, {"status": "ok"}, {"subject": None, "latency_s": None}]
+    "changes",
+    [
+        {"time": "yesterday"},
+        {"variant": "other"},
+        {"status": "ok"},
+        {"status": math.nan},
+        {"subject": None, "latency_s": None},
+    ],
 )
 def test_a_line_with_a_wrong_value_is_refused_by_its_place(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = write_lines(tmp_path / "ab/e.jsonl", [exposure(1, "new", "x"), {**exposure(2, "new", "y"), **changes}])
     with pytest.raises(DataError, match=r"e.jsonl:2: is no line of an A/B test's log"):
+        read_exposures(str(folder))
+
+
+def test_shares_that_give_nobody_anything_are_refused(tmp_path: Path) -> None:
+    folder = write_lines(tmp_path / "ab/e.jsonl", [exposure(1, "new", "x", shares={"base": 0, "new": 0})])
+    with pytest.raises(DataError, match=r"e.jsonl:1: is no line of an A/B test's log .*shares must be positive"):
         read_exposures(str(folder))
 
 

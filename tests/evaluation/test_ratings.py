@@ -35,6 +35,13 @@ def test_ratings_and_corrections_say_good_or_bad_and_three_of_five_neither(
     assert (found.attributed, found.others) == (8, 0)
 
 
+def test_ratings_of_true_and_false_are_up_and_down_as_prepare_takes_them(exposures: Exposures, tmp_path: Path) -> None:
+    lines = [feedback(0, True), feedback(1, False), feedback(2, True, id=["chatcmpl-2"])]
+    found = read_ratings(str(write_lines(tmp_path / "fb/f.jsonl", lines)), exposures)
+    assert found.good[:2].tolist() == [1, 0]
+    assert (found.attributed, found.others) == (2, 1)
+
+
 def test_the_last_word_on_an_answer_counts(exposures: Exposures, tmp_path: Path) -> None:
     lines = [feedback(0, "down", after=90), feedback(0, "up", after=30), feedback(1, "up"), feedback(1, 3, after=70)]
     found = read_ratings(str(write_lines(tmp_path / "fb/f.jsonl", lines)), exposures)
