@@ -215,7 +215,8 @@ def _turn(message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = json.loads(message.tool_calls)
-    return turn
+    named = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return {**turn, **{field: value for field, value in named.items() if value is not None}}
 
 
 def _whole(reply: Reply) -> Reply:

@@ -184,7 +184,22 @@ def _message(turn: Any, where: str) -> Message:
     content = "" if turn.get("content") is None and calls else turn.get("content")
     if turn.get("role") not in ROLES or not isinstance(content, str):
         raise DataError(f"{wanted} (got {turn!r})")
-    return Message(turn["role"], content, calls)
+    said = Message(turn["role"], content, calls)
+    if said.role == "tool":
+        answered, tool = (_name(turn.get(name), f"{where}: `{name}`") for name in ("tool_call_id", "name"))
+        return replace(said, tool_call_id=answered, name=tool)
+    if said.role == "assistant" and turn.get("weight") is not None:
+        if turn["weight"] not in (0, 1):
+            raise DataError(f"{where}: `weight` must be 0 (does not count) or 1 (got {turn['weight']!r:.60})")
+        return replace(said, weight=None if turn["weight"] else 0)
+    return said
+
+
+def _name(value: Any, what: str) -> str | None:
+    """Which call a tool's turn answers, or which tool it comes from; None where it does not say."""
+    if not isinstance(value, str | None):
+        raise DataError(f"{what} must be text (got {value!r:.60})")
+    return value or None
 
 
 def _metadata(value: Any, where: str) -> dict[str, Any]:

@@ -240,10 +240,11 @@ def supervised_bytes(record: Record) -> int:
     """Bytes (UTF-8) of the text whose tokens `encode_record` supervises; tokens that end a turn have none."""
     if not record.messages:
         return len((record.text or "").encode())
-    answers = [turn.content for turn in with_reference(record).messages if turn.role == "assistant"]
+    turns = [turn for turn in with_reference(record).messages if turn.role == "assistant"]
+    answers = [turn.content for turn in turns if turn.weight != 0]
     spans = record.metadata.get("supervised_spans")
-    if spans is not None and answers:
-        answers = [answers[-1][start:end] for start, end in spans]
+    if spans is not None and turns:
+        answers = [turns[-1].content[start:end] for start, end in spans]
     return sum(len(answer.encode()) for answer in answers)
 
 

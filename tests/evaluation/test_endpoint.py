@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_tool_calls_without_a_text_are_told_at_once(server: Any) -> None:
     assert call.error is not None
     assert call.error.startswith("answered with tool calls and without a text")
     assert (call.attempts, deep.attempts) == (1, 2)
+
+
+def test_turns_of_tools_name_the_call_that_they_answer(server: Any) -> None:
+    calls = [{"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    turns = (
+        Message("user", "q"),
+        Message("assistant", "", json.dumps(calls), weight=0),
+        Message("tool", "42", tool_call_id="call00001", name="f"),
+    )
+    client = EndpointClient(server.url, EndpointConfig(), DecodingConfig(), concurrency=1)
+    client.ask([Request(turns)], lambda place, reply: None)
+    assert server.bodies[0]["messages"] == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "42", "tool_call_id": "call00001", "name": "f"},
+    ]
 
 
 def test_likelihoods_are_those_of_an_echoed_prompt(server: Any) -> None:

@@ -140,6 +140,40 @@ def test_the_turns_of_a_prompt_keep_what_tools_were_called() -> None:
     assert prompt_turns(Record(messages=(turns[0], turns[3]))) == ()
 
 
+CALL = '[{"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}]'
+CALLED = Record(
+    messages=(
+        Message("user", "q"),
+        Message("assistant", "", CALL, weight=0),
+        Message("tool", "42", tool_call_id="call00001", name="f"),
+        Message("assistant", "It is 42."),
+    )
+)
+
+
+def test_turns_are_read_with_the_calls_that_they_answer_and_their_weight(tmp_path: Path) -> None:
+    written = read_rows(str(dataset(tmp_path / "d", test=[CALLED])), "test").records
+    assert [record.id for record in written] == [CALLED.id]
+    assert written[0].messages == CALLED.messages
+    lines = jsonl(tmp_path / "t.jsonl", {"messages": [vars(turn) for turn in CALLED.messages]})
+    assert read_rows(str(lines), "test").records[0].messages == CALLED.messages
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"role": "tool", "content": "42", "tool_call_id": 7}, r"`tool_call_id` must be text \(got 7\)"),
+        ({"role": "assistant", "content": "a", "weight": 0.5}, r"`weight` must be 0 \(does not count\) or 1"),
+    ],
+)
+def test_turns_that_say_of_themselves_what_none_can_are_refused(
+    tmp_path: Path, turn: dict[str, object], said: str
+) -> None:
+    file = jsonl(tmp_path / "t.jsonl", {"messages": [{"role": "user", "content": "q"}, turn]})
+    with pytest.raises(DataError, match=rf"t.jsonl:1: {said}"):
+        read_rows(str(file), "test")
+
+
 def test_choices_are_read_beside_the_row_and_missing_ones_are_told(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "red or blue"}, {"role": "assistant", "content": "red"}]
     path = tmp_path / "rows.jsonl"
