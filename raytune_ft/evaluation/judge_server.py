@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.loopback import asked_by_own_name
 from raytune_ft.core.manifest import now
 from raytune_ft.evaluation.judging import Choice, Vote
 from raytune_ft.evaluation.pairs import Pair, Pairs
@@ -144,9 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_local(self) -> bool:
         """Refuses what another site's page asks for in the judge's browser (a foreign name for this address, too)."""
-        ours = own_hosts(self.server.server_port)
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in ours and (origin is None or origin.removeprefix("http://") in ours):
+        host, origin = self.headers.get("Host"), self.headers.get("Origin")
+        if asked_by_own_name(host, origin, port=self.server.server_port):
             return True
         self.close_connection = True
         self._answer(HTTPStatus.FORBIDDEN, {"error": f"open {self.server.url}"})
@@ -164,12 +164,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Frame-Options", "DENY")
         self.end_headers()
         self.wfile.write(body)
-
-
-def own_hosts(port: int) -> set[str]:
-    """What a browser calls this server; at HTTP's own port it leaves the port out."""
-    names = {HOST, "localhost"}
-    return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 
 def judge_name(text: str) -> str:

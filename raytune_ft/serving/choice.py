@@ -98,7 +98,8 @@ def why_not_vllm(config: ServingConfig, resolved: ModelReference) -> str | None:
 def not_under_vllm() -> str:
     """Which of our defaults do not hold where vLLM serves."""
     return (
-        f"vLLM's own limits hold, not {', '.join(_OUR_LIMITS)}; there is no playground and no check of golden answers"
+        f"vLLM's own limits hold, not {', '.join(_OUR_LIMITS)}; there is no playground, no check of golden answers and "
+        "none of Host and Origin"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from enum import StrEnum
 from typing import Self
@@ -10,6 +9,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from raytune_ft.core.config import Config
+from raytune_ft.core.loopback import is_local
 from raytune_ft.models.config import Precision
 from raytune_ft.serving.config_ab import BASE, ABTestConfig
 
@@ -58,7 +58,8 @@ class ServingConfig(Config):
     """How often each of `api_keys` may ask for answers in any minute; more gets 429 with Retry-After. Every replica
     lets through its even share, rounded down, so that one that is asked more than the others may refuse early."""
     allow_anyone: bool = False
-    """Listens on an address that other machines reach without asking who they are."""
+    """Listens on an address that other machines reach without asking who they are; on this machine's own address,
+    answers under any name, as behind a proxy that keeps the client's ``Host``."""
     num_replicas: int = Field(1, ge=1)
     """Copies of the model, each in a process of its own; requests are spread over them."""
     max_replicas: int | None = Field(None, ge=1)
@@ -188,11 +189,3 @@ class ServingConfig(Config):
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas: must be at least num_replicas, {self.num_replicas}")
         return self
-
-
-def is_local(host: str) -> bool:
-    """Whether an address is reached from this machine only."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -14,14 +14,11 @@ from raytune_ft.serving.answers import Answer, Choice
 from raytune_ft.serving.assignment import Assignment, assign
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.config_ab import ABTestConfig
-from raytune_ft.serving.faults import ApiError
+from raytune_ft.serving.faults import GONE, ApiError
 from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
 
 logger = logging.getLogger("raytune_ft")
-
-GONE = 499
-"""The status of a request whose client went away."""
 
 
 @dataclass(eq=False)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+GONE = 499
+"""The status of a request whose client went away."""
+
 
 class ApiError(Exception):
     """A request that is answered with an HTTP error in OpenAI's shape."""

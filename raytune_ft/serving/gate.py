@@ -6,10 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
+from raytune_ft.core.loopback import asked_by_own_name
 from raytune_ft.serving.config import ServingConfig
-from raytune_ft.serving.faults import ApiError
+from raytune_ft.serving.faults import GONE, ApiError
 from raytune_ft.serving.keys import admits, known_by
 from raytune_ft.serving.metrics import Metrics
 from raytune_ft.serving.rates import Rates
@@ -31,33 +33,45 @@ class Gate:
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], *, config: ServingConfig,
                  metrics: Metrics, rates: Rates) -> None:  # fmt: skip
         self._app, self._config, self._metrics, self._rates = app, config, metrics, rates
+        self._for_this_machine = not (config.api_keys or config.allow_anyone)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it with what is wrong."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         scope.setdefault("state", {})
-        statuses: list[int] = []
+        started, status = 0, GONE  # until the answer's last piece is sent
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                statuses.append(message["status"])
+            nonlocal started, status
             await send(message)
+            if message["type"] == "http.response.start":
+                started = message["status"]
+            elif not message.get("more_body", False):
+                status = started
 
+        try:
+            await self._answer(scope, receive, counted)
+        except Exception as error:
+            status = GONE if isinstance(error, ClientDisconnect) else 500
+            raise
+        finally:
+            self._count(scope, status)
+        return None
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._admit(scope)
             whole = await self._body(scope, receive)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, counted)
-        else:
-            await self._app(scope, whole, counted)
-        finally:
-            self._count(scope, statuses)
-        return None
+            return await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send)
+        return await self._app(scope, whole, send)
 
     def _admit(self, scope: Scope) -> None:
         path = scope["path"]
-        header = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
+        if self._for_this_machine:
+            self._refuse_other_sites(_header(scope, b"host"), _header(scope, b"origin"))
+        header = _header(scope, b"authorization")
         if path.startswith("/admin/"):
             if not self._config.admin_keys:
                 raise ApiError(403, "nobody may load adapters here: no admin_keys are set", kind="permission_error")
@@ -71,6 +85,14 @@ class Gate:
             raise _unauthorized("an API key")
         if path in _COUNTED:
             self._rates.admit(key)
+
+    def _refuse_other_sites(self, host: str | None, origin: str | None) -> None:
+        if not asked_by_own_name(host, origin):
+            raise ApiError(
+                403, f"without api_keys this endpoint answers those who ask for localhost or {self._config.host}, and "
+                f"no other site's pages (Host is {host!r:.200}, Origin {origin!r:.200}); behind a proxy that keeps "
+                "the client's Host, set allow_anyone: true", kind="permission_error",
+            )  # fmt: skip
 
     async def _body(self, scope: Scope, receive: Receive) -> Receive:
         """A `receive` that gives the whole body in one piece, which is read here up to the limit."""
@@ -86,7 +108,7 @@ class Gate:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the body ended too early")
+                        raise ApiError(GONE, "the body ended too early")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > limit:
@@ -105,14 +127,19 @@ class Gate:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self._config.max_request_mb:g} MB", code="request_too_large")
 
-    def _count(self, scope: Scope, statuses: list[int]) -> None:
+    def _count(self, scope: Scope, status: int) -> None:
+        """What a stream says of its end counts: it may be an error behind a 200, or read by a client that left then."""
         state = scope["state"]
+        status = state.get("ended", status)
         route = getattr(scope.get("route"), "path", None) or "other"
         labels = (self._metrics.replica, state.get("model", ""), state.get("adapter", ""))
-        if statuses:
-            self._metrics.requests.labels(*labels, route, str(statuses[0])).inc()
-        else:
+        self._metrics.requests.labels(*labels, route, str(status)).inc()
+        if status == GONE:
             self._metrics.cancelled.labels(*labels).inc()
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), None)
 
 
 def _unauthorized(what: str) -> ApiError:

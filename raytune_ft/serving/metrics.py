@@ -22,7 +22,8 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.replica = replica
         self.registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests answered, by route and HTTP status.", "route", "status")
+        self.requests = self._counter("requests", "Requests by route and HTTP status; 499 where the client went away.",
+                                      "route", "status")  # fmt: skip
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers.")

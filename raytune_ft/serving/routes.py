@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from raytune_ft.serving.config import ADAPTER_NAME
 from raytune_ft.serving.experiment import Exposure
-from raytune_ft.serving.faults import ApiError, validation_error
+from raytune_ft.serving.faults import GONE, ApiError, validation_error
 from raytune_ft.serving.feedback import Feedback
 from raytune_ft.serving.gate import Gate
 from raytune_ft.serving.protocol import ChatRequest, CompletionRequest
@@ -83,7 +83,7 @@ async def _unless_gone(work: Coroutine[Any, Any, dict[str, Any]], request: Reque
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "the client went away")
+            raise ApiError(GONE, "the client went away")
         return task.result()
     finally:
         task.cancel()

@@ -16,8 +16,8 @@ from raytune_ft.serving.board import Bulletin
 from raytune_ft.serving.catalogue import Catalogue
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.engines import TransformersEngine
-from raytune_ft.serving.experiment import GONE, Experiment, Exposure
-from raytune_ft.serving.faults import ApiError
+from raytune_ft.serving.experiment import Experiment, Exposure
+from raytune_ft.serving.faults import GONE, ApiError
 from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
 from raytune_ft.serving.prompts import Prompts
@@ -36,6 +36,8 @@ class Job:
     include_usage: bool
     prompts: Sequence[dict[str, Any]]
     """What the request log keeps of each choice's prompt."""
+    state: Any
+    """The request's; a stream puts the status that it ends with there, as ``ended``, before its last event."""
     exposure: Exposure | None = None
     """Of a request that an A/B test has given a variant."""
     tickets: dict[int, int] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class Service:
         logged = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
         requests = self._spread(request, ids, adapter, request.top)
         choices = [Choice(index) for index in range(len(requests))]
-        return Job(requests, answer, choices, request.include_usage, [logged] * len(requests), exposure)
+        return Job(requests, answer, choices, request.include_usage, [logged] * len(requests), state, exposure)
 
     async def completion_job(self, request: CompletionRequest, state: Any, exposure: Exposure | None = None) -> Job:
         """What a completion request asks for; every prompt has its choices, in order.
@@ -104,7 +106,7 @@ class Service:
         answer = Answer(
             model, chat.tokenizer, False, total, request.logprobs is not None, without_text=request.max_tokens == 0
         )
-        return Job(requests, answer, choices, request.include_usage, prompts, exposure)
+        return Job(requests, answer, choices, request.include_usage, prompts, state, exposure)
 
     async def whole(self, job: Job) -> dict[str, Any]:
         """The finished body.
@@ -131,10 +133,12 @@ class Service:
                 await self._logged(job)
                 await self.experiment.answered(job.exposure, job.answer, job.choices)
         except ApiError as error:
+            job.state.ended = error.status
             yield event(error.body)
             return
         if job.include_usage:
             yield job.answer.usage_event(job.answer.completion_tokens(job.choices))
+        job.state.ended = 200
         yield DONE
 
     def enter(self, job: Job) -> tuple[Events, list[Ticket]]:

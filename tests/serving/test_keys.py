@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from raytune_ft.cli import app
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.serving.config import ServingConfig, is_local
+from raytune_ft.core.loopback import is_local
+from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.keys import admits, hashed, new_key
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import time
 import urllib.request
+from collections.abc import Callable
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.metrics import Metrics, exposition
 
+ASKED = ("raytune_ft_requests_total", "route=/v1/completions")
 NAME = re.compile(r"\braytune_ft_\w+")
 
 
@@ -31,6 +38,13 @@ def change(before: dict[tuple[str, ...], float], after: dict[tuple[str, ...], fl
     return sum(
         value - before.get(key, 0.0) for key, value in after.items() if key[0] == wanted[0] and {*wanted} <= {*key}
     )
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_requests_tokens_and_latencies_are_counted_per_model_and_adapter(endpoint):
@@ -52,6 +66,45 @@ def test_requests_tokens_and_latencies_are_counted_per_model_and_adapter(endpoin
         ) == len(answers)
     assert after[("raytune_ft_ready", "replica=r1")] == 1
     assert after[("raytune_ft_adapters", "replica=r1")] == 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_counts_as_gone_not_as_answered(endpoint, stream: bool):
+    before, engine = samples(endpoint.root), endpoint.service.engine
+    body = {"model": "tiny", "prompt": "red", "n": 60, "max_tokens": 96, "temperature": 0, "stream": stream}
+    connection = http.client.HTTPConnection(endpoint.root.removeprefix("http://"), timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    if stream:
+        assert connection.getresponse().read(20).startswith(b"data: ")
+    else:
+        until(lambda: sum(engine.load_now) > 0)
+    connection.close()
+
+    until(lambda: change(before, samples(endpoint.root), *ASKED, "status=499") == 1)
+    assert change(before, samples(endpoint.root), *ASKED, "status=200") == 0
+    assert change(before, samples(endpoint.root), "raytune_ft_cancelled_total", "model=tiny") == 1
+
+
+def test_a_client_that_leaves_with_the_last_event_was_answered(endpoint):
+    before = samples(endpoint.root)
+    for _ in range(20):
+        stream = endpoint.client().completions.create(model="tiny", prompt="red", max_tokens=2, stream=True)
+        assert list(stream)[-1].choices[0].finish_reason
+    until(lambda: change(before, samples(endpoint.root), *ASKED, "status=200") == 20)
+    assert change(before, samples(endpoint.root), "raytune_ft_cancelled_total") == 0
+
+
+def test_a_stream_that_ends_with_an_error_counts_as_one(tiny_model: Path, serve_here):
+    config = ServingConfig(
+        model_path=str(tiny_model), name="tiny", request_timeout_s=0.3, max_new_tokens=400, max_batch_size=1
+    )
+    with serve_here(config) as running:
+        before = samples(running.root)
+        asked: Any = {"model": "tiny", "prompt": "red", "n": 60, "max_tokens": 400, "stream": True}
+        with pytest.raises(openai.APIError, match="no answer within"):
+            list(running.client().completions.create(**asked))
+        until(lambda: change(before, samples(running.root), *ASKED, "status=504") == 1)
+        assert change(before, samples(running.root), *ASKED, "status=200") == 0
 
 
 def test_unknown_names_from_requests_make_no_series(endpoint):

@@ -197,6 +197,25 @@ def test_broken_requests_are_answered_in_openais_shape_and_the_server_lives_on(
     assert send(endpoint.root, "GET", "/ready")[0] == 200
 
 
+def test_without_keys_other_sites_pages_are_refused_and_this_machines_are_not(endpoint):
+    port = endpoint.root.rpartition(":")[2]
+    for own in (f"localhost:{port}", f"127.0.0.1:{port}", "[::1]:9000"):
+        assert send(endpoint.root, "POST", CHAT, chat_body(), Host=own)[0] == 200
+        assert send(endpoint.root, "POST", CHAT, chat_body(), Host=own, Origin=f"http://{own}")[0] == 200
+    for other in ({"Host": f"evil.example:{port}"}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        for method, path in (("POST", CHAT), ("POST", "/v1/feedback"), ("GET", "/v1/models")):
+            code, text, _ = send(endpoint.root, method, path, chat_body(), **other)
+            assert (code, json.loads(text)["error"]["type"]) == (403, "permission_error")
+            assert "set allow_anyone: true" in json.loads(text)["error"]["message"]
+
+
+@pytest.mark.parametrize("settings", [{"allow_anyone": True}, {"api_keys": [hashed("one")]}])
+def test_with_keys_or_for_anyone_every_name_is_answered(tiny_model: Path, serve_here, settings: dict[str, Any]):
+    headers = {"Host": "models.example", "Origin": "https://chat.example", "Authorization": "Bearer one"}
+    with serve_here(ServingConfig(model_path=str(tiny_model), name="tiny", **settings)) as running:
+        assert send(running.root, "POST", CHAT, chat_body(), **headers)[0] == 200
+
+
 def test_plain_curl_gets_an_answer_and_a_stream(endpoint):
     command = ["curl", "-sN", f"{endpoint.root}{CHAT}", "-H", "Content-Type: application/json", "-d"]
     whole = json.loads(subprocess.check_output([*command, chat_body(temperature=0)], timeout=60))
