@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,18 +57,29 @@ class Chat:
             tokenizer.chat_template = templates.for_tokenizer(wanted, adds_bos=self._adds_bos)
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = False, tools: str | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: str | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as the template writes it; `tools` is JSON text (a list of function schemas).
+
+        `variables` are of the template's own (``enable_thinking``).
 
         Raises:
             DataError: if the template refuses the conversation (for example two user turns in a row).
         """
-        return self._layouts(tools).render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        return self._layouts(tools).render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+        )
 
-    def prompt_ids(self, messages: Sequence[Message], *, tools: str | None = None) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], *, tools: str | None = None, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of the conversation, ending with the generation prompt."""
-        text = self.render(messages, add_generation_prompt=True, tools=tools)
+        text = self.render(messages, add_generation_prompt=True, tools=tools, variables=variables)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, messages: Sequence[Message], train_on: TrainOn = TrainOn.ALL_ASSISTANT_TURNS) -> Encoded:
@@ -122,12 +133,15 @@ class Chat:
 
     def special_text(self, conversation: Conversation) -> str | None:
         """The first special token that a turn or the tools spell out, which would be read as the token itself."""
-        spelled = self._special_pattern
         texts = [conversation.tools or ""]
         for message in conversation.messages:
             texts += [message.content, message.tool_calls or ""]
-        found = (spelled.search(text) for text in texts) if spelled else iter(())
-        return next((match.group() for match in found if match), None)
+        return next((found for text in texts if (found := self.spelled_in(text))), None)
+
+    def spelled_in(self, text: str) -> str | None:
+        """The first special token that a text spells out."""
+        found = self._special_pattern.search(text) if self._special_pattern else None
+        return found.group() if found else None
 
     def text_offsets(self, text: str) -> list[tuple[int, int]]:
         """Where each token of `text` begins and ends in it, without special tokens."""

@@ -67,9 +67,14 @@ class LayoutMaker:
         self._skeletons: dict[tuple[tuple[str, bool], ...], Skeleton | None] = {}
 
     def render(
-        self, messages: Sequence[Message], *, tools: str | None = None, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: str | None = None,
+        add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The text of a conversation.
+        """The text of a conversation; `variables` are of the template's own.
 
         Raises:
             DataError: if the template refuses it, or does not write its tools.
@@ -77,7 +82,7 @@ class LayoutMaker:
         if not messages:
             raise DataError("there is no message to render")
         self._check_tools(messages, tools)
-        return self._written(messages, _tools(tools), add_generation_prompt)
+        return self._written(messages, _tools(tools), add_generation_prompt, variables)
 
     def lay_out(self, conversation: Conversation, train_on: TrainOn) -> Layout:
         """The text with the places of the assistant turns that `train_on` names.
@@ -139,7 +144,13 @@ class LayoutMaker:
             spans.append(_span(messages[turn], text, len(before), len(until), parts))
         return Layout(text, tuple(spans))
 
-    def _written(self, messages: Sequence[Message], tools: Any, add_generation_prompt: bool) -> str:
+    def _written(
+        self,
+        messages: Sequence[Message],
+        tools: Any,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         try:
             return templates.render(
                 self._template,
@@ -147,6 +158,7 @@ class LayoutMaker:
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 special_tokens=self._special_tokens,
+                variables=variables,
             )
         except Exception as error:  # noqa: BLE001 - templates are programs of the model's makers: any error is theirs
             raise DataError(f"the model's chat template refuses this conversation: {error}") from None

@@ -18,6 +18,9 @@ INSTRUCTION_TEMPLATE = (
 )
 """The guide's ``<instruction>/<response>`` format; also for models that bring no chat template."""
 
+RENDERED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""What every rendering gives a template, beside the tokenizer's special tokens; other variables are its own."""
+
 MODEL_TEMPLATE = "model"
 """The setting that keeps the template which the model brings."""
 
@@ -65,8 +68,17 @@ def render(
     tools: Any = None,
     add_generation_prompt: bool = False,
     special_tokens: Mapping[str, str],
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """What the template writes, in transformers' sandbox, as `apply_chat_template` gives it.
+
+    Args:
+        template: Jinja text.
+        turns: the messages.
+        tools: function schemas, if any.
+        add_generation_prompt: whether it ends with what an answer goes on from.
+        special_tokens: of the tokenizer.
+        variables: of this template's own (``enable_thinking``).
 
     Raises:
         Exception: whatever the template raises: it is a program.
@@ -77,7 +89,7 @@ def render(
             tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
-            **special_tokens,
+            **{**(variables or {}), **special_tokens},
         )
     )
 

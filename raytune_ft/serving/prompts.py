@@ -32,18 +32,23 @@ class Prompts:
         self._engine = engine
         self._longest: WeakKeyDictionary[Chat, int | None] = WeakKeyDictionary()
 
-    async def of_chat(self, messages: Sequence[Message], chat: Chat) -> Sequence[int]:
-        """The conversation through the chat template; see `conversation_ids`.
+    async def of_chat(
+        self, messages: Sequence[Message], chat: Chat, variables: Mapping[str, Any] | None = None
+    ) -> Sequence[int]:
+        """The conversation through the chat template, with variables of its own; see `conversation_ids`.
 
         Raises:
-            ApiError: 400, if the template refuses it, or it is beyond the context for certain.
+            ApiError: 400, if the template refuses it, a variable is not the request's to set, or it is beyond the
+                context for certain.
         """
+        _check_variables(chat, variables or {})
         characters = sum(len(message.content) for message in messages)
-        tokenize, beside = partial(conversation_ids, chat, messages), characters > _SHORT
+        tokenize = partial(conversation_ids, chat, messages, variables)
+        beside = characters + len("".join(_texts(variables))) > _SHORT
         if not beside:
             spelled = chat.special_text(Conversation(tuple(messages)))
             # The first message that spells a special token makes a tokenizer, which takes a while.
-            tokenize, beside = partial(_ids, chat, messages, spelled), spelled is not None
+            tokenize, beside = partial(_ids, chat, messages, variables, spelled), spelled is not None
         try:
             return await self._tokenized(characters, chat, tokenize, "messages", beside=beside)
         except DataError as error:
@@ -91,7 +96,23 @@ class Prompts:
         return await asyncio.to_thread(tokenize) if beside else tokenize()
 
 
-def conversation_ids(chat: Chat, messages: Sequence[Message]) -> Sequence[int]:
+def _texts(variables: Mapping[str, Any] | None) -> list[str]:
+    return [value for value in (variables or {}).values() if isinstance(value, str)]
+
+
+def _check_variables(chat: Chat, variables: Mapping[str, Any]) -> None:
+    for name, value in variables.items():
+        param = f"chat_template_kwargs.{name}"
+        if name in chat.tokenizer.special_tokens_map:
+            raise ApiError(400, f"{param}: is the tokenizer's own, and no request's to set", param=param)
+        spelled = chat.spelled_in(value) if isinstance(value, str) else None
+        if spelled is not None:
+            raise ApiError(400, f"{param}: must not spell out special tokens (found {spelled!r})", param=param)
+
+
+def conversation_ids(
+    chat: Chat, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+) -> Sequence[int]:
     """The conversation through the chat template; what a message spells of special tokens stays text.
 
     Else whoever writes a message could end it and begin another role's.
@@ -99,13 +120,15 @@ def conversation_ids(chat: Chat, messages: Sequence[Message]) -> Sequence[int]:
     Raises:
         DataError: if the template refuses the conversation, or the tokenizer cannot read such a spelling as text.
     """
-    return _ids(chat, messages, chat.special_text(Conversation(tuple(messages))))
+    return _ids(chat, messages, variables, chat.special_text(Conversation(tuple(messages))))
 
 
-def _ids(chat: Chat, messages: Sequence[Message], spelled: str | None) -> Sequence[int]:
+def _ids(
+    chat: Chat, messages: Sequence[Message], variables: Mapping[str, Any] | None, spelled: str | None
+) -> Sequence[int]:
     if spelled is None:
-        return chat.prompt_ids(messages)
-    ids = _as_text(chat, messages)
+        return chat.prompt_ids(messages, variables=variables)
+    ids = _as_text(chat, messages, variables)
     if ids is None:
         raise DataError(
             f"a message spells {spelled!r}, a special token that this model cannot read as text; leave it out"
@@ -113,13 +136,13 @@ def _ids(chat: Chat, messages: Sequence[Message], spelled: str | None) -> Sequen
     return ids
 
 
-def _as_text(chat: Chat, messages: Sequence[Message]) -> list[int] | None:
+def _as_text(chat: Chat, messages: Sequence[Message], variables: Mapping[str, Any] | None) -> list[int] | None:
     """As `Chat.prompt_ids`, with special tokens in messages as text; None where that cannot be had.
 
     What messages spell hides behind marks while the template is rendered, so that its own special tokens can be told.
     """
     literal = _literal(chat)
-    taken = {character for message in messages for character in message.content}
+    taken = {character for message in messages for character in message.content}.union(*_texts(variables))
     free = (mark for mark in map(chr, range(_MARKS, _STAND_INS)) if mark not in taken)
     hidden: dict[str, str] = {}
 
@@ -132,7 +155,7 @@ def _as_text(chat: Chat, messages: Sequence[Message]) -> list[int] | None:
         masked = [replace(message, content=literal.special.sub(hide, message.content)) for message in messages]
     except StopIteration:
         return None
-    text = chat.render(masked, add_generation_prompt=True)
+    text = chat.render(masked, add_generation_prompt=True, variables=variables)
     # With a harmless letter in their places both ways of reading must agree. They do not where a message holds a
     # stand-in, and may not for every tokenizer.
     harmless = text.translate(dict.fromkeys(map(ord, hidden), "x"))

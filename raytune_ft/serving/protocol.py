@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
+from raytune_ft.models.templates import RENDERED
 from raytune_ft.serving.faults import ApiError
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -27,6 +28,22 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Options that are not implemented, with the values under which they change nothing."""
 _PASSED_OVER = {"metadata", "store", "service_tier", "prompt_cache_key", "name"}
 """Options that never change an answer."""
+_TEMPLATE_CALL = RENDERED | {
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "sanitize_control_tokens",
+    "self",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+}
+"""What transformers' `apply_chat_template` takes itself, so that no template reads it as a variable of its own."""
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -174,6 +191,21 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template's own, as ``{"enable_thinking": false}``."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _flat_and_its_own(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, value in (given or {}).items():
+            if name in _TEMPLATE_CALL:
+                raise ValueError(
+                    f"{name!r:.60} is set by the endpoint itself; other variables of the template may be set"
+                )
+            if not isinstance(value, str | int | float | None):
+                raise ValueError(f"{name!r:.60} must be a text, a number, true, false or null")
+            _refuse_surrogates(f"{name}{value}")
+        return given
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> Self:

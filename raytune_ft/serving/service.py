@@ -73,7 +73,7 @@ class Service:
         request.refuse_unsupported()
         messages = [message.to_message() for message in request.messages]
         chat = self._chat(adapter, model)
-        ids = await self.prompts.of_chat(messages, chat)
+        ids = await self.prompts.of_chat(messages, chat, request.chat_template_kwargs)
         answer = Answer(model, chat.tokenizer, True, len(ids), request.top is not None)
         logged = {"messages": [{"role": message.role, "content": message.content} for message in messages]}
         requests = self._spread(request, ids, adapter, request.top)

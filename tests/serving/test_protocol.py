@@ -57,6 +57,21 @@ def test_a_value_out_of_range_is_a_400_that_names_it(fields: dict[str, Any], par
     assert str(error).startswith(f"{param}: ")
 
 
+def test_variables_of_the_chat_template_are_scalars_and_none_that_its_call_takes():
+    given = {"enable_thinking": False, "style": "dry", "share": 1.5, "nothing": None}
+    asked = request(chat_template_kwargs=given)
+    asked.refuse_unsupported()
+    assert asked.chat_template_kwargs == given
+    for name in ("messages", "tools", "tokenize", "add_generation_prompt", "chat_template", "self"):
+        error = refused(chat_template_kwargs={name: True})
+        assert (error.status, error.param) == (400, "chat_template_kwargs")
+        assert f"{name!r} is set by the endpoint itself" in str(error)
+    for value in ([1], {"a": 1}):
+        assert "'x' must be a text, a number, true, false or null" in str(refused(chat_template_kwargs={"x": value}))
+    for value in ("no mapping", [["a", 1]], {"x": "\ud800"}, {"\ud800": 1}):
+        assert refused(chat_template_kwargs=value).status == 400
+
+
 def test_an_error_does_not_repeat_what_was_said():
     assert "secret" not in str(refused(messages=[{"role": "user", "content": 1, "name": "secret"}]))
 

@@ -281,6 +281,22 @@ def test_an_adapters_own_template_is_what_it_is_asked_with(
         ]
 
 
+def test_chat_template_kwargs_reach_the_template(tiny_model: Path, tmp_path: Path, serve_here):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "thinks"))
+    template = folder / "chat_template.jinja"
+    unthinking = "assistant\n{% if enable_thinking is defined and not enable_thinking %}no{% endif %}"
+    template.write_text(template.read_text().replace("assistant\n", unthinking))
+    with serve_here(ServingConfig(model_path=str(folder), name="tiny")) as running:
+        used = [
+            ask(running.client(), "red", extra_body={"chat_template_kwargs": given}).usage.prompt_tokens
+            for given in (None, {"enable_thinking": True}, {"enable_thinking": False})
+        ]
+        assert used == [used[0], used[0], used[0] + len(running.service.engine.loaded.tokenizer("no")["input_ids"])]
+        with pytest.raises(openai.BadRequestError, match="'messages' is set by the endpoint itself") as refused:
+            ask(running.client(), "red", extra_body={"chat_template_kwargs": {"messages": []}})
+        assert refused.value.param == "chat_template_kwargs"
+
+
 def test_too_many_at_once_get_429_with_retry_after_and_the_rest_is_answered(tiny_model: Path, serve_here):
     config = ServingConfig(model_path=str(tiny_model), name="tiny", max_batch_size=1, max_queued_requests=1)
     with serve_here(config) as running, ThreadPoolExecutor(6) as pool:
