@@ -18,8 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from raytune_ft.console import list_runs, make_table, print_artifact, print_out, set_up_logging, show_run
-from raytune_ft.core.errors import ConfigError, RaytuneError
+from raytune_ft.console import (
+    list_runs,
+    make_table,
+    print_artifact,
+    print_out,
+    set_up_logging,
+    show_run,
+    standard_output,
+)
+from raytune_ft.core.errors import ConfigError, OutputError, RaytuneError
 
 if TYPE_CHECKING:
     from raytune_ft.core.artifacts import Artifact
@@ -88,7 +96,10 @@ def _load(where: str) -> Any:
 
 def main() -> None:
     """The command ``raytune-ft``."""
-    app(prog_name="raytune-ft")
+    try:
+        app(prog_name="raytune-ft")
+    except OutputError as error:
+        sys.exit(_fail(error))
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
@@ -272,7 +283,8 @@ def schema(verb: Annotated[str, typer.Argument(help=f"One of {', '.join(VERBS)}.
     """Print the JSON schema of a verb's settings, for editors."""
     if verb not in VERBS:
         raise typer.BadParameter(f"{verb!r} is not one of {', '.join(VERBS)}")
-    typer.echo(json.dumps(VERBS[verb].load_config_class().model_json_schema(), indent=2, ensure_ascii=False))
+    with standard_output() as out:
+        print(json.dumps(VERBS[verb].load_config_class().model_json_schema(), indent=2, ensure_ascii=False), file=out)
 
 
 @app.command()
@@ -283,7 +295,8 @@ def doctor(
 ) -> None:
     """Say what this machine has, what it lacks, and how to get it; exit code 1 if something needed is missing."""
     if matrix or markdown:
-        return _print_matrix(markdown=markdown)
+        _print_matrix(markdown=markdown)
+        return
     from raytune_ft.core.doctor import Finding, Verdict, examine
 
     findings: list[Finding] = []
@@ -302,11 +315,13 @@ def _print_matrix(*, markdown: bool) -> None:
     from raytune_ft.training import matrix
 
     if markdown:
-        return typer.echo(matrix.markdown(), nl=False)
+        with standard_output() as out:
+            out.write(matrix.markdown())
+        return
     table = make_table(*matrix.HEADINGS)
     for line in matrix.lines():
         table.add_row(*astuple(line))
-    return print_out(table)
+    print_out(table)
 
 
 @app.command()
@@ -368,12 +383,14 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
     if html is None:
         from rich.console import Console
 
-        return print_rows(found, Console(highlight=False))
+        with standard_output() as out:
+            print_rows(found, Console(file=out, highlight=False))
+        return
     from raytune_ft.core.storage import Location
 
     target = Location.at(html)
     target.write(to_html(found, title=f"{dataset}: {split}").encode())
-    return print_out(f"{len(found)} rows of {split}: {target}")
+    print_out(f"{len(found)} rows of {split}: {target}")
 
 
 @app.command()

@@ -5,7 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from raytune_ft.core.errors import OutputError
 
 if TYPE_CHECKING:
     from raytune_ft.core.artifacts import Artifact
@@ -56,19 +61,44 @@ def make_table(*columns: str) -> Any:
 
 
 def print_out(*what: Any) -> None:
-    """Prints texts and tables, one below the other."""
+    """Prints texts and tables, one below the other.
+
+    Raises:
+        OutputError: if standard output takes no more.
+    """
     from rich.console import Console
 
-    # In a log a line may be long; folding it to 80 columns would cut paths in two.
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
-    console.print(*what, sep="\n")
+    with standard_output() as out:
+        # In a log a line may be long; folding it to 80 columns would cut paths in two.
+        console = Console(file=out, markup=False, highlight=False, width=None if out.isatty() else 200)
+        console.print(*what, sep="\n")
+
+
+@contextmanager
+def standard_output() -> Iterator[TextIO]:
+    """Where the block writes: standard output, or nowhere if the program was started without one.
+
+    Raises:
+        OutputError: if it takes no more, as on a full disk.
+        SystemExit: 1, where its reader went away, as rich does.
+    """
+    with Path(os.devnull).open("w") as nowhere:
+        out = sys.stdout or nowhere
+        try:
+            yield out
+            out.flush()
+        except OSError as error:
+            os.dup2(nowhere.fileno(), out.fileno())  # what is left goes nowhere, instead of failing again at the end
+            if isinstance(error, BrokenPipeError):
+                raise SystemExit(1) from None
+            raise OutputError(f"standard output cannot be written to: {error.strerror}") from None
 
 
 def set_up_logging() -> None:
     """Our lines go to standard error, with rich on a terminal; third parties are heard from `ERROR` on."""
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(_Plain("%(asctime)s %(message)s"))
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         from rich.console import Console
         from rich.logging import RichHandler
 

@@ -303,6 +303,26 @@ def test_runs_of_a_path_without_any(tmp_path):
     assert missing.exit_code == 2 and "there is no such folder" in missing.stderr
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_takes_no_more_is_one_line_or_silence(tmp_path, unbuffered):
+    program = "from raytune_ft.cli import main; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": unbuffered}
+    for arguments in (["runs", str(tmp_path)], ["schema", "train"], ["key"], ["doctor", "--matrix", "--markdown"]):
+        words = [sys.executable, "-c", program, *arguments]
+        with Path("/dev/full").open("w") as full:
+            ended = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        said = "raytune-ft: standard output cannot be written to: No space left on device\n"
+        assert (ended.returncode, ended.stderr) == (1, said), arguments
+        reading, writing = os.pipe()
+        os.close(reading)
+        ended = subprocess.run(words, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writing)
+        assert (ended.returncode, ended.stderr) == (1, ""), arguments
+        closed = ["bash", "-c", '"$@" >&-', "bash", *words]
+        ended = subprocess.run(closed, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        assert (ended.returncode, ended.stderr) == (0, ""), arguments
+
+
 def test_doctor_says_what_is_missing_and_fails_then(tmp_path):
     fine = command("doctor", "--storage", str(tmp_path), RAY_ADDRESS="")
     assert fine.returncode == 0, fine.stdout

@@ -20,6 +20,10 @@ class InfeasibleError(RunError):
     """The step that could not be made, where that is known."""
 
 
+class OutputError(RaytuneError):
+    """Standard output does not take what is printed."""
+
+
 class StoppedError(RunError):
     """A run was asked to stop and saved what it had; the same command goes on from there."""
 
