@@ -11,7 +11,7 @@ import torch
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_model, load_tokenizer, refuse_lost, resolve_model
+from raytune_ft.models.loading import load_model, load_tokenizer, refuse_lost, resolve_adapter, resolve_model
 from raytune_ft.models.lora_targets import left_out, without_router_weights
 from raytune_ft.models.sparsity import carry_mark, is_pruned, zero_again, zeros_of
 
@@ -153,9 +153,8 @@ def go_on_from(model: Any, reference: str) -> None:
     from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    resolved = resolve_model(reference)
-    if resolved.adapter is None:
-        raise ModelError(f"adapter_path: {reference} is a whole model, not an adapter; give it as model_path")
+    resolved = resolve_adapter(reference, "adapter_path")
+    assert resolved.adapter is not None
     here, there = model.peft_config["default"], PeftConfig.from_pretrained(str(resolved.adapter))
     different = [
         f"{setting} is {getattr(there, name, None)} there and {getattr(here, name, None)} in the settings"

@@ -14,7 +14,7 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import PROMPT_METHODS, adapter_kind, adapter_weights, same_model, save_adapter
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import LoadedModel, ModelReference, load_model, load_tokenizer, resolve_model
+from raytune_ft.models.loading import LoadedModel, ModelReference, load_model, load_tokenizer, resolve_adapter
 
 CombinationType = Literal["cat", "linear", "svd"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -132,9 +132,7 @@ def _of_one_base(adapters: Mapping[str, str]) -> dict[str, Path]:
     for name, path in adapters.items():
         if not _NAME.fullmatch(name):
             raise ModelError(f"adapter name {name!r}: only letters, digits, _ and - are taken")
-        found[name] = resolve_model(path)
-        if found[name].adapter is None:
-            raise ModelError(f"{path}: is a whole model, not an adapter")
+        found[name] = resolve_adapter(path)
     folders = {name: reference.adapter for name, reference in found.items() if reference.adapter is not None}
     first = next(iter(found))
     for name, reference in found.items():

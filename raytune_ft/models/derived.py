@@ -8,12 +8,12 @@ from typing import Any
 
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ArtifactError, ModelError
+from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import merge_adapter
 from raytune_ft.models.combination import CombinationType, combine_adapters
-from raytune_ft.models.loading import model_parent, resolve_model
+from raytune_ft.models.loading import model_parent, resolve_adapter
 
 
 def merge(model_path: str, output_dir: str) -> Artifact:
@@ -22,8 +22,7 @@ def merge(model_path: str, output_dir: str) -> Artifact:
     Raises:
         ModelError: if `model_path` is no adapter, or of a prompt method, which has no merge.
     """
-    if resolve_model(model_path).adapter is None:
-        raise ModelError(f"{model_path}: is a whole model already; there is no adapter to merge")
+    resolve_adapter(model_path)
     return _made(
         output_dir,
         {"derived": "merge"},

@@ -116,6 +116,21 @@ def resolve_model(reference: str) -> ModelReference:
     return ModelReference(reference, str(folder), None, artifact, digest)
 
 
+def resolve_adapter(reference: str, setting: str = "") -> ModelReference:
+    """As `resolve_model`, of an adapter, which lies in a folder or on an object store; `setting` begins what is said.
+
+    Raises:
+        ModelError: as there, or if it is a whole model, or only a name that a hub may know.
+    """
+    resolved = resolve_model(reference)
+    if resolved.adapter is not None:
+        return resolved
+    named = f"{setting}: {reference}" if setting else reference
+    if not reference.startswith(starter.SCHEME) and not Location.at(reference).exists():
+        raise ModelError(f"{named}: there is no such adapter folder; one that a hub has is to be downloaded first")
+    raise ModelError(f"{named} is a whole model, not an adapter" + ("; give it as model_path" if setting else ""))
+
+
 def is_compact(folder: Path) -> bool:
     """Whether a folder holds its weights in the compact form."""
     return (folder / COMPACT).exists()

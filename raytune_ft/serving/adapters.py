@@ -14,7 +14,14 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.adapters import PROMPT_METHODS, adapter_kind, adapter_weights, same_model
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.decoding import Prefix
-from raytune_ft.models.loading import LoadedModel, ModelReference, check_content, load_tokenizer, resolve_model
+from raytune_ft.models.loading import (
+    LoadedModel,
+    ModelReference,
+    check_content,
+    load_tokenizer,
+    resolve_adapter,
+    resolve_model,
+)
 from raytune_ft.models.virtual import VirtualTokens
 
 _PROBED = 16
@@ -94,9 +101,7 @@ class AdapterSet:
                 f"adapter {name!r}: the served model is an adapter itself; give its base "
                 f"({self._loaded.reference.base}) as model_path, and both as adapters"
             )
-        resolved = resolve_model(reference)
-        if resolved.adapter is None:
-            raise ModelError(f"adapter {name!r}: {reference} is a whole model, not an adapter; serve it as model_path")
+        resolved = resolve_adapter(reference, f"adapter {name!r}")
         if not _is_base(resolved, self._loaded.reference):
             raise ModelError(
                 f"adapter {name!r}: {reference} belongs to the base {resolved.base}, but what is served is "

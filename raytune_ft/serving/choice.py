@@ -7,8 +7,8 @@ import json
 import logging
 from pathlib import Path
 
-from raytune_ft.core.errors import MissingDependencyError, ModelError, ServingError
-from raytune_ft.models.loading import ModelReference, check_content, resolve_model
+from raytune_ft.core.errors import MissingDependencyError, ServingError
+from raytune_ft.models.loading import ModelReference, check_content, resolve_adapter, resolve_model
 from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
@@ -49,8 +49,7 @@ def check_config(config: ServingConfig) -> None:
     check_content(config.model_path)
     resolved = resolve_model(config.model_path)
     for name, where in config.adapters.items():
-        if resolve_model(where).adapter is None:
-            raise ModelError(f"adapters.{name}: {where} is a whole model, not an adapter; serve it as model_path")
+        resolve_adapter(where, f"adapters.{name}")
     if config.engine is Engine.VLLM:
         reason = why_not_vllm(config, resolved)
         if reason:

@@ -149,8 +149,11 @@ def test_a_merged_adapter_is_an_artifact_that_answers_alike(options: dict, tiny_
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(logits(plain), logits(load_model(path).model), atol=1e-5)
     assert merge(path, str(tmp_path / "merged")).digest == artifact.digest
-    with pytest.raises(ModelError, match="no adapter to merge"):
+    with pytest.raises(ModelError, match="is a whole model, not an adapter"):
         merge(str(tmp_path / "merged"), str(tmp_path / "again"))
+    for nothing in ("nope", "org/nope"):
+        with pytest.raises(ModelError, match=f"{nothing}: there is no such adapter folder; .*downloaded first"):
+            merge(nothing, str(tmp_path / "again"))
     with pytest.raises(ArtifactError, match="only read"):
         merge(path, f"{path}/merged")
 

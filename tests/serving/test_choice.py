@@ -105,3 +105,5 @@ def test_weights_that_changed_on_the_disk_are_not_served(tiny_model: Path, tmp_p
 def test_an_adapter_that_is_none_is_refused(tiny_model: Path):
     with pytest.raises(ModelError, match=r"adapters\.a: .* is a whole model, not an adapter"):
         check_config(ServingConfig(model_path=str(tiny_model), adapters={"a": str(tiny_model)}))
+    with pytest.raises(ModelError, match=r"adapters\.a: org/nope: there is no such adapter folder"):
+        check_config(ServingConfig(model_path=str(tiny_model), adapters={"a": "org/nope"}))
