@@ -24,6 +24,8 @@ from raytune_ft.models.config import TrainOn
 from raytune_ft.models.layout import Conversation, Layout, LayoutMaker
 from raytune_ft.models.templates import INSTRUCTION_TEMPLATE
 
+_PROBE = "raytuneprobe"
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -150,10 +152,8 @@ class Chat:
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: end of text, and what the template puts behind an assistant turn."""
-        probe = [Message("user", "a"), Message("assistant", "b")]
-        encoded = self.encode(probe)
-        last = [token for token, kept in zip(encoded.input_ids, encoded.supervised, strict=True) if kept][-1:]
-        found = {token for token in last if token in self._special_ids}
+        end = self._answer_end
+        found = set() if end is None else {self._behind_answer[end]}
         if self.tokenizer.eos_token_id is not None:
             found.add(self.tokenizer.eos_token_id)
         return tuple(sorted(found))
@@ -161,9 +161,8 @@ class Chat:
     @cached_property
     def tail_ids(self) -> tuple[int, ...]:
         """Tokens that the template puts behind the one that ends an answer; most have a line break, or none."""
-        encoded = self.encode([Message("user", "a"), Message("assistant", "b")])
-        last = max(place for place, kept in enumerate(encoded.supervised) if kept)
-        return tuple(encoded.input_ids[last + 1 :])
+        end = self._answer_end
+        return () if end is None else tuple(self._behind_answer[end + 1 :])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,6 +173,18 @@ class Chat:
             {key: str(value) for key, value in self.tokenizer.special_tokens_map.items()},
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _behind_answer(self) -> list[int]:
+        """Tokens that the template puts behind the text of the last assistant turn."""
+        # Rendered, not masked: a template that thinks before it answers may have no right mask, and can be asked.
+        _, found, behind = self.render([Message("user", "a"), Message("assistant", _PROBE)]).rpartition(_PROBE)
+        return list(self._encoder.encode(behind if found else "", add_special_tokens=False).ids)
+
+    @property
+    def _answer_end(self) -> int | None:
+        """Which of the tokens behind an answer ends it: the first special one."""
+        return next((place for place, token in enumerate(self._behind_answer) if token in self._special_ids), None)
 
     def _layouts(self, tools: str | None) -> LayoutMaker:
         # Some tokenizers have a template of its own for conversations with tools.

@@ -66,6 +66,18 @@ def test_mask_by_hand_for_llama_with_one_bos(build: SimpleNamespace) -> None:
     assert {chat.tokenizer.convert_ids_to_tokens(i) for i in chat.stop_ids} == {"<|eot_id|>", "<|end|>"}
 
 
+def test_a_template_that_thinks_before_it_answers_has_stop_tokens_though_no_mask(build: SimpleNamespace) -> None:
+    tokenizer = build.chatml()
+    prompt = "<|im_start|>assistant\n"
+    assert prompt in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(prompt, f"{prompt}<think>\n")
+    chat = Chat(tokenizer)
+    with pytest.raises(DataError, match="no mask is right"):
+        chat.encode(TURNS)
+    assert chat.prompt_ids(TURNS[:1])
+    assert [chat.tokenizer.decode([token]) for token in (*chat.stop_ids, *chat.tail_ids)] == ["<|im_end|>", "\n"]
+
+
 def test_mask_by_hand_for_mistral_which_has_no_generation_prompt_and_strips(build: SimpleNamespace) -> None:
     chat = Chat(build.mistral())
     turns = (TURNS[0], Message("assistant", "\n yes "), *TURNS[2:])
