@@ -24,9 +24,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
     "tool_calls": ([],),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "top_k": (-1, 0),
+    "ignore_eos": (False,),
 }
 """Options that are not implemented, with the values under which they change nothing."""
-_PASSED_OVER = {"metadata", "store", "service_tier", "prompt_cache_key", "name"}
+_PASSED_OVER = {
+    "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "name",
+}  # fmt: skip
 """Options that never change an answer."""
 _TEMPLATE_CALL = RENDERED | {
     "chat_template",
@@ -70,6 +78,15 @@ class ChatMessage(BaseModel):
     def _nothing_said(cls, turn: Any) -> Any:
         unsaid = isinstance(turn, dict) and turn.get("role") == "assistant" and turn.get("content") is None
         return {**turn, "content": ""} if unsaid else turn
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _only_text(cls, content: Any) -> Any:
+        parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        other = [part["type"] for part in parts if isinstance(part.get("type"), str) and part["type"] != "text"]
+        if other:
+            raise ValueError(f"parts must be text (got {other[0]!r:.40})")
+        return content
 
     @field_validator("content")
     @classmethod

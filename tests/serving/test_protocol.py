@@ -112,7 +112,9 @@ def test_a_prompt_may_be_text_tokens_or_several_of_them():
         assert completion(prompt=given).prompts == prompts
 
 
-@pytest.mark.parametrize("option", [{"logit_bias": {"5": 9}}, {"tools": [{"type": "function"}]}, {"guided": 1}])
+@pytest.mark.parametrize(
+    "option", [{"logit_bias": {"5": 9}}, {"tools": [{"type": "function"}]}, {"guided": 1}, {"top_k": 5}, {"min_p": 0.1}]
+)
 def test_an_option_that_would_change_the_answer_is_refused_by_name(option: dict[str, Any]):
     with pytest.raises(ApiError, match=next(iter(option))) as caught:
         request(**option).refuse_unsupported()
@@ -139,6 +141,14 @@ def test_a_turn_that_only_calls_tools_is_refused_for_its_calls():
         request(messages=[{"role": "user", "content": "a"}, turn]).refuse_unsupported()
 
 
+def test_a_part_that_is_no_text_is_refused_by_its_type():
+    content = [{"type": "text", "text": "what is this?"}, {"type": "image_url", "image_url": {"url": "data:..."}}]
+    error = refused(messages=[{"role": "user", "content": content}])
+    assert (error.param, str(error)) == (
+        "messages.0.content", "messages.0.content: parts must be text (got 'image_url')"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("role", ["system", "user", "tool"])
 def test_other_turns_need_a_content(role: str):
     assert refused(messages=[{"role": role, "content": None}]).param == "messages.0.content"
@@ -147,6 +157,9 @@ def test_other_turns_need_a_content(role: str):
 def test_options_that_change_nothing_are_accepted():
     completion(best_of=1, suffix=None, user="ana").refuse_unsupported()
     request(n=1, logprobs=False, presence_penalty=0, user="ana", tools=None, tool_choice="none").refuse_unsupported()
+    request(
+        repetition_penalty=1.0, min_p=0, top_k=-1, ignore_eos=False, prompt_cache_retention="24h"
+    ).refuse_unsupported()
 
 
 def test_openais_defaults_are_ours():
