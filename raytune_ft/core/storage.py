@@ -113,7 +113,9 @@ class Location:
             if self.uri.startswith(_WEB):
                 import fsspec
 
-                return fs.PyFileSystem(_Http(fsspec.filesystem("http"))), self.uri
+                # trust_env: the proxies that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name
+                http = fsspec.filesystem("http", client_kwargs={"trust_env": True})
+                return fs.PyFileSystem(_Http(http)), self.uri
             return fs.FileSystem.from_uri(self._with_options())  # type: ignore[no-any-return]
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self}: this storage cannot be opened ({masked(str(error))})") from None

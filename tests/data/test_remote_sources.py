@@ -117,6 +117,62 @@ def test_what_a_web_server_refuses_is_said_without_its_secrets(site: str, path: 
     assert "secret" not in str(caught.value)
 
 
+class Proxy(SimpleHTTPRequestHandler):
+    """Keeps what it is asked, fetches it (whatever host is named) from the site that its directory is, and refuses
+    tunnels."""
+
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.forward()
+
+    def do_GET(self) -> None:
+        self.forward()
+
+    def do_CONNECT(self) -> None:
+        self.asked.append(f"CONNECT {self.path}")
+        self.send_error(403)
+
+    def forward(self) -> None:
+        self.asked.append(self.path)
+        path = self.path.partition("://")[2].partition("/")[2]
+        found = requests.request(self.command, f"{self.directory}/{path}", timeout=10)
+        self.send_response(found.status_code)
+        self.send_header("Content-Length", found.headers["Content-Length"])
+        self.end_headers()
+        self.wfile.write(found.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def proxy(site: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What a proxy that the environment names was asked; it serves the files of `site` as those of any host."""
+    asked: list[str] = []
+    handler = type("OwnProxy", (Proxy,), {"asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{server.server_port}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_proxies_of_the_environment_are_asked(site: str, proxy: list[str]) -> None:
+    assert rows_of("http://data.invalid/d/a.jsonl") == ROWS
+    assert set(proxy) == {"http://data.invalid/d/a.jsonl"}
+    with pytest.raises(DataError, match=r"https://data\.invalid/a\.jsonl: no permission"):
+        rows_of("https://data.invalid/a.jsonl")
+    assert proxy[-1] == "CONNECT data.invalid:443"
+    asked = len(proxy)
+    assert rows_of(f"{site}/d/a.jsonl") == ROWS  # NO_PROXY names its host
+    assert len(proxy) == asked
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     with pytest.raises(DataError, match=r"http://127\.0\.0\.1:9/a\.jsonl: the storage refused: "):
         find_files(["http://127.0.0.1:9/a.jsonl"])
