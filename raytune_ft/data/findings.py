@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.data.labels import MOST_VALUES
+from raytune_ft.data.sketches import most_common
 
 
 @dataclass(frozen=True)
@@ -144,4 +145,4 @@ def label_numbers(counts: Any) -> dict[str, Any] | None:
     """What is said of one label's values (`sketches.ValueCount`); None where they are too many to be labels."""
     if not counts.complete or not 2 <= len(counts) <= MOST_VALUES:
         return None
-    return {"rows": counts.total, "values": dict(counts.counts.most_common()), "evenness": counts.evenness}
+    return {"rows": counts.total, "values": dict(most_common(counts.counts, len(counts))), "evenness": counts.evenness}

@@ -140,7 +140,7 @@ def _weighted_median(counts: NDArray[np.int64]) -> int:
 
 def evenness(counts: Sequence[int]) -> float | None:
     """Entropy of counts over the highest possible for as many values; None for fewer than two values."""
-    there = np.array([count for count in counts if count], np.float64)
+    there = np.array(sorted(count for count in counts if count), np.float64)  # in any order, the same to the last bit
     if len(there) < 2:
         return None
     share = there / there.sum()

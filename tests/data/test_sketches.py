@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
 
+from raytune_ft.data.findings import label_numbers
 from raytune_ft.data.shingles import stream
 from raytune_ft.data.sketches import DistinctCount, Histogram, ValueCount, evenness
 
@@ -57,6 +60,16 @@ def test_evenness_is_entropy_over_the_highest() -> None:
     assert evenness([3, 1]) == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)))  # 0.811 of 1 bit
     assert evenness([4]) is None
     assert evenness([4, 0]) is None
+    assert len({evenness(order) for order in permutations([2, 1, 33, 4, 7])}) == 1  # also to the last bit
+
+
+def test_the_values_of_a_label_come_in_one_order_whichever_was_seen_first() -> None:
+    orders = []
+    for values in (["b", "a", "c", "c"], ["a", "c", "b", "c"]):
+        counts = ValueCount()
+        counts.add(values)
+        orders.append(json.dumps(label_numbers(counts)))
+    assert orders[0] == orders[1]
 
 
 def test_median_and_deviation_come_from_the_bins() -> None:
