@@ -20,6 +20,7 @@ _BATCH_ROWS = 512
 _MAGIC = {
     b"\x1f\x8b": "gzip-compressed; name it with .gz behind its name",
     b"\x28\xb5\x2f\xfd": "zstd-compressed; name it with .zst behind its name",
+    b"\xfd7zX": "xz-compressed; unpack it, or compress it anew with gzip, zstd or bzip2",
     b"BZh": "bzip2-compressed; name it with .bz2 behind its name",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"PAR1": "Parquet; name it .parquet",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ def test_compressed_files_read_the_same(tmp_path: Path, name: str, content: byte
         ("a.json", "[]".encode("utf-32-be"), "a.json: is UTF-16 or UTF-32 without a mark"),
         ("a.jsonl", gzip.compress(b"{}", mtime=0), "a.jsonl: is gzip-compressed; name it with .gz"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "a.jsonl.gz: cannot be read behind row 0"),
+        ("a.jsonl", lzma.compress(b'{"text": "a"}'), "a.jsonl: is xz-compressed; unpack it"),
         ("a.txt", b"PAR1....", "a.txt: is Parquet; name it .parquet"),
     ],
 )
