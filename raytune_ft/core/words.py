@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 UNSPACED_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 """These scripts as Arrow's regular expressions (RE2) name them, for a class of characters."""
@@ -30,6 +31,12 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 def words_of(text: str) -> list[str]:
     """The words of a text in lower case, without punctuation; each character of an unspaced script is one."""
     return _WORD.findall(text.lower())
+
+
+def plain(text: str) -> str:
+    """The text without what no reader minds: in one case and width (NFKC, casefolded), one blank between words."""
+    folded = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(folded.split())
 
 
 def spaced(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Test rows that a model was trained on: the same row, the same prompt, or nearly the same text.
+"""Test rows that a model was trained on: the same row, a part of one, the same prompt, or nearly the same text.
 
 The test set is small and is indexed whole; the training data is looked through file by file, and nothing of it is
 kept but what was found. So near-duplicates are told by the exact Jaccard similarity of their sets of five-word
@@ -8,7 +8,7 @@ sequences, without sketches.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import ArtifactError, DataError
-from raytune_ft.core.records import RECORD_SCHEMA, Record
+from raytune_ft.core.records import RECORD_SCHEMA, Message, Record
 from raytune_ft.core.storage import Location
-from raytune_ft.core.words import words_of
+from raytune_ft.core.words import plain, words_of
 from raytune_ft.evaluation.record_files import json_rows, record_of
 
 WORDS = 5
@@ -31,55 +31,91 @@ LEAK_SCHEMA = pa.schema(
 )
 """A test row (by its place), how it was met in the training data, and where the first such row stands."""
 
-KINDS = ("the same row", "the same prompt", "a near-duplicate")
+PART_WORDS = 13
+"""Words of a text of which it counts when they stand inside a longer one (as GPT-3's contamination check has it)."""
+KINDS = ("the same row", "a part", "the same prompt", "a near-duplicate")
+"""How a test row is met, the plainest first. A part is a row whose turns, all of them, follow one another in a longer
+conversation, or whose text stands in a longer text; a prompt is what stands before any answer of a conversation."""
 UNREADABLE = "unreadable"
 """The kind of a line that says of a file why it could not be looked into (further)."""
 _EXAMPLES = 3
+_HOW = {KINDS[1]: "is", KINDS[3]: "is"}
+_WHERE = {KINDS[1]: "of", KINDS[3]: "of"}
+
+
+Turn = tuple[str, str, str | None]
+"""Role, text and calls of a turn."""
 
 
 @dataclass(frozen=True)
 class RowIndex:
     """The test rows by what makes them recognizable."""
 
-    ids: dict[str, int]
-    prompts: dict[int, int]
+    ids: dict[str, list[int]]
+    talks: dict[int, list[int]]
+    """Rows by the hash of all their turns, `prompts` by that of what they ask."""
+    lengths: frozenset[int]
+    """How many turns rows have."""
+    prompts: dict[int, list[int]]
     hashes: NDArray[np.uint64]
     """Sorted hashes of all rows' five-word sequences, and `rows`, which row each belongs to."""
     rows: NDArray[np.int64]
     sizes: NDArray[np.int64]
+    words: NDArray[np.int64]
     near: float | None
 
     @classmethod
     def of(cls, records: Sequence[Record], near: float | None) -> RowIndex:
         """The index of `records`; `near` is the least similarity of a near-duplicate, None looks for none."""
-        sequences = [sequence_hashes(record) for record in records] if near is not None else []
+        words = [_words(record) for record in records]
+        sequences = [sequence_hashes(found) for found in words]
         hashes = np.concatenate([*sequences, np.empty(0, np.uint64)])
         rows = np.repeat(np.arange(len(sequences)), [len(found) for found in sequences])
         order = np.argsort(hashes, kind="stable")
-        prompts = {key: place for place, record in enumerate(records) if (key := prompt_hash(record)) is not None}
-        sizes = np.array([len(found) for found in sequences], np.int64)
-        return cls({r.id: place for place, r in enumerate(records)}, prompts, hashes[order], rows[order], sizes, near)
+        talks = [_turns(record) for record in records]
+        return cls(
+            ids=_places(record.id for record in records),
+            talks=_places(_hash(talk) if talk else None for talk in talks),
+            lengths=frozenset(len(talk) for talk in talks if talk),
+            prompts=_places(map(prompt_hash, records)),
+            hashes=hashes[order],
+            rows=rows[order],
+            sizes=np.array([len(found) for found in sequences], np.int64),
+            words=np.array([len(found) for found in words], np.int64),
+            near=near,
+        )
 
     def met_by(self, record: Record) -> Iterator[tuple[int, str, float]]:
-        """The test rows that a training row gives away, how, and how similar they are."""
-        same = self.ids.get(record.id)
-        if same is not None:
-            yield same, KINDS[0], 1.0
-        key = prompt_hash(record)
-        asked = self.prompts.get(key) if key is not None else None
-        if asked is not None and asked != same:
-            yield asked, KINDS[1], 1.0
-        if self.near is None:
-            return
-        own = sequence_hashes(record)
+        """The test rows that a training row gives away, each once, how, and how similar they are."""
+        met: set[int] = set()
+        for kind, row, similarity in self._met(record):
+            if row not in met:
+                met.add(row)
+                yield row, kind, similarity
+
+    def _met(self, record: Record) -> Iterator[tuple[str, int, float]]:
+        talk, alike = _turns(record), list(self._alike(_words(record)))
+        yield from ((KINDS[0], row, 1.0) for row in self.ids.get(record.id, ()))
+        windows = (talk[at : at + size] for size in self.lengths for at in range(len(talk) - size + 1))
+        yield from ((KINDS[1], row, 1.0) for turns in windows for row in self.talks.get(_hash(turns), ()))
+        yield from ((KINDS[1], row, 1.0) for row, inside, _ in alike if inside)
+        asked = {_asked(talk[:at]) for at in _ends_of_prompts(talk)}
+        yield from ((KINDS[2], row, 1.0) for key in asked if key is not None for row in self.prompts.get(key, ()))
+        for row, _, similarity in alike:
+            if self.near is not None and similarity >= self.near:
+                yield KINDS[3], row, similarity
+
+    def _alike(self, words: Sequence[str]) -> Iterator[tuple[int, bool, float]]:
+        """Rows that share a sequence with a text: which, whether all of it stands in the text, and the similarity."""
+        own = sequence_hashes(words)
         starts, ends = (np.searchsorted(self.hashes, own, side) for side in ("left", "right"))
         places = [self.rows[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
-        if places:
-            rows, shared = np.unique(np.concatenate(places), return_counts=True)
-            similarity = shared / (self.sizes[rows] + len(own) - shared)
-            for row, value in zip(rows.tolist(), similarity.tolist(), strict=True):
-                if value >= self.near and row not in (same, asked):
-                    yield row, KINDS[2], value
+        if not places:
+            return
+        rows, shared = np.unique(np.concatenate(places), return_counts=True)
+        similarity = shared / (self.sizes[rows] + len(own) - shared)
+        whole = (shared == self.sizes[rows]) & (self.words[rows] >= PART_WORDS)
+        yield from zip(rows.tolist(), whole.tolist(), similarity.tolist(), strict=True)
 
 
 def find_leaks(files: pa.Table, index: RowIndex) -> pa.Table:
@@ -115,9 +151,8 @@ def leak_words(leaks: Sequence[dict[str, Any]], records: Sequence[Record], label
     kinds = [f"{sum(leak['kind'] == kind for leak in leaks)} as {kind}" for kind in KINDS]
     kinds = [words for words in kinds if not words.startswith("0 ")]
     examples = "; ".join(
-        f"row {leak['row'] + 1} ({_short(records[leak['row']])}) is {leak['kind']} of {leak['where']}"
-        if leak["kind"] == KINDS[2]
-        else f"row {leak['row'] + 1} ({_short(records[leak['row']])}) has {leak['kind']} in {leak['where']}"
+        f"row {leak['row'] + 1} ({_short(records[leak['row']])}) {_HOW.get(leak['kind'], 'has')} {leak['kind']} "
+        f"{_WHERE.get(leak['kind'], 'in')} {leak['where']}"
         for leak in leaks[:_EXAMPLES]
     )
     return f"{len(leaks)} of {len(records)} rows are in what {label} was trained on ({', '.join(kinds)}): {examples}"
@@ -136,19 +171,56 @@ def refuse_leaks(leaks: Sequence[dict[str, Any]], records: Sequence[Record], lab
         )
 
 
-def sequence_hashes(record: Record) -> NDArray[np.uint64]:
-    """Hashes of the distinct five-word sequences of what a record asks and answers; system turns do not count."""
-    turns = [turn.content for turn in (*record.messages, *record.chosen) if turn.role != "system"]
-    words = words_of("\n".join([*turns, record.text or "", record.reference or ""]))
+def sequence_hashes(words: Sequence[str]) -> NDArray[np.uint64]:
+    """Hashes of the distinct five-word sequences of a text."""
     last = max(1, len(words) - WORDS + 1) if words else 0
     sequences = {" ".join(words[place : place + WORDS]) for place in range(last)}
     return np.array([xxhash.xxh64_intdigest(text.encode()) for text in sequences], np.uint64)
 
 
 def prompt_hash(record: Record) -> int | None:
-    """A hash of the words of all that is asked, whatever the case and the blanks; None where nothing is."""
-    asked = [" ".join(turn.content.lower().split()) for turn in record.prompt if turn.role != "system"]
-    return xxhash.xxh64_intdigest(json.dumps(asked).encode()) >> 1 if any(asked) else None
+    """A hash of all that is asked, whatever the case, the width and the blanks; None where nothing is."""
+    return _asked([_turn(turn) for turn in record.prompt if turn.role != "system"])
+
+
+def _words(record: Record) -> list[str]:
+    """The words of what a record asks and answers; system turns do not count."""
+    turns = [turn.content for turn in (*record.messages, *record.chosen) if turn.role != "system"]
+    return words_of("\n".join([*turns, record.text or "", record.reference or ""]))
+
+
+def _turns(record: Record) -> list[Turn]:
+    """The turns of a conversation, of a preference those of the better answer; system turns do not count."""
+    return [_turn(turn) for turn in (*record.messages, *record.chosen) if turn.role != "system"]
+
+
+def _turn(turn: Message) -> Turn:
+    return turn.role, plain(turn.content), turn.tool_calls
+
+
+def _ends_of_prompts(talk: Sequence[Turn]) -> Iterator[int]:
+    """How many turns each prompt of a conversation has: those before each answer, or all where it ends with none."""
+    yield from (at for at, turn in enumerate(talk) if turn[0] == "assistant")
+    if talk and talk[-1][0] != "assistant":
+        yield len(talk)
+
+
+def _asked(talk: Sequence[Turn]) -> int | None:
+    asked = [text for _, text, _ in talk]
+    return _hash(asked) if any(asked) else None
+
+
+def _hash(value: Any) -> int:
+    return xxhash.xxh64_intdigest(json.dumps(value).encode())
+
+
+def _places(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """Where each key stands; nothing stands for None."""
+    found: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        if key is not None:
+            found.setdefault(key, []).append(place)
+    return found
 
 
 def _training_records(file: Location) -> Iterator[tuple[int, Record]]:

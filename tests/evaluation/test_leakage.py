@@ -56,13 +56,45 @@ def test_each_way_of_leaking_is_found_with_its_place(tmp_path: Path, suffix: str
     where = write(tmp_path / f"train{suffix}", training)
     found = find_leaks(pa.table({"uri": [where]}), RowIndex.of(TEST, 0.8)).to_pylist()
     leaks = first_of_each(found)
-    assert [(leak["row"], leak["kind"]) for leak in leaks] == [(0, KINDS[0]), (1, KINDS[1]), (2, KINDS[2])]
+    assert [(leak["row"], leak["kind"]) for leak in leaks] == [(0, KINDS[0]), (1, KINDS[2]), (2, KINDS[3])]
     assert [leak["where"] for leak in leaks] == [f"{where}, row {n}" for n in (2, 3, 4)]
     # 25 words give 21 sequences; the last but one word differs, which is in 2 of them.
     assert leaks[2]["similarity"] == pytest.approx(19 / 23)
     with pytest.raises(DataError, match=r"^3 of 4 rows are in what m was trained on \(1 as the same row, 1 as"):
         refuse_leaks(leaks, TEST, "m")
     assert "row 3" in leak_words(leaks, TEST, "m")
+
+
+def talk(*said: str) -> Record:
+    return Record(messages=tuple(Message(("user", "assistant")[at % 2], text) for at, text in enumerate(said)))
+
+
+@pytest.mark.parametrize("near", [0.8, None])
+def test_rows_inside_longer_ones_and_prompts_on_the_way_are_found(tmp_path: Path, near: float | None) -> None:
+    thirteen = " ".join(WORDS[:13])
+    tests = [row("A?", "a"), row("B?", "b"), row("A?", "other"), row("C?", "b"), Record(text=thirteen)]
+    tests += [Record(text=" ".join(WORDS[:12])), row("A?", "a"), row("D?", "d")]
+    system = Message("system", "Be brief.")
+    training = [
+        Record(messages=(system, *talk(" a?", "A", "b?", "B", "C?", "c").messages)),
+        row("x", f"{' '.join(WORDS[:20])}."),
+        Record(messages=talk("E?").messages, chosen=talk("", "", "D?", "d").messages[1:]),
+    ]
+    where = write(tmp_path / "train.parquet", training)
+    leaks = first_of_each(find_leaks(pa.table({"uri": [where]}), RowIndex.of(tests, near)).to_pylist())
+    part, prompt = KINDS[1:3]
+    kinds = [(leak["row"], leak["kind"]) for leak in leaks]
+    # Row 3 is asked in the third turn only, after others; row 5 has less than thirteen words.
+    assert kinds == [(0, part), (1, part), (2, prompt), (4, part), (6, part), (7, part)]
+    told = leak_words(leaks, tests, "m")
+    assert told.startswith("6 of 8 rows are in what m was trained on (5 as a part, 1 as the same prompt): ")
+    assert f"row 1 ('A?') is a part of {where}, row 1; " in told
+
+
+def test_every_copy_of_a_test_row_counts(tmp_path: Path) -> None:
+    where = write(tmp_path / "train.jsonl", [TEST[0]])
+    found = find_leaks(pa.table({"uri": [where]}), RowIndex.of([TEST[0], TEST[1], TEST[0]], 0.8)).to_pylist()
+    assert [leak["row"] for leak in first_of_each(found)] == [0, 2]
 
 
 def test_a_file_of_another_format_is_named_and_hides_no_leak_of_others(tmp_path: Path) -> None:
@@ -86,9 +118,9 @@ def test_what_is_less_alike_or_not_asked_for_is_no_leak(tmp_path: Path) -> None:
 
 def test_a_row_that_was_met_often_is_told_once_in_the_plainest_way() -> None:
     met = [
-        {"row": 3, "kind": KINDS[2], "similarity": 0.9, "where": "a"},
+        {"row": 3, "kind": KINDS[3], "similarity": 0.9, "where": "a"},
         {"row": 3, "kind": KINDS[0], "similarity": 1.0, "where": "b"},
-        {"row": 1, "kind": KINDS[1], "similarity": 1.0, "where": "b"},
+        {"row": 1, "kind": KINDS[2], "similarity": 1.0, "where": "b"},
     ]
     assert first_of_each(met) == [met[2], met[1]]
 
