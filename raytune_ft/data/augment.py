@@ -247,6 +247,7 @@ def _made_rows(
     columns["made"] = pa.array([cause for _, cause in made], pa.string())
     columns |= {name: pa.nulls(len(made), pa.string()) for name in ("format", "notes") if name in names}
     columns |= {name: pa.array(prompts, pa.string()) for name in ("group", "prompt") if name in names}
+    columns |= {"question": pa.nulls(len(made), pa.int64())} if "question" in names else {}
     for name, column in columns.items():
         sources = sources.set_column(names.index(name), sources.schema.field(name), column)
     if model is not None and policy is not None:

@@ -183,14 +183,16 @@ class DataCollectionConfig(Config):
     test_split: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the rows for the test (the guide: 0.05 to 0.10); 0 when `test_sources` are given."""
     test_sources: tuple[str, ...] = ()
-    """Sources whose usable rows are the test split, duplicates too; rows of `sources` with a prompt from these are
-    rejected."""
+    """Sources whose usable rows are the test split, duplicates too; rows of `sources` with a prompt or a first question
+    from these are rejected."""
     stratify_by: str | None = "length_and_source"
     """What every split gets its share of: ``length``, ``source``, ``length_and_source``, or a metadata field (a column
     that the format does not use, or a field of a column ``metadata``) of few values; null for none."""
     group_by: str | None = "conversation_id"
     """Metadata field (as in `stratify_by`) whose rows must stay in one split; rows without it are not grouped by it;
-    null for none. Another field than the default must be in some row."""
+    null for none. Another field than the default must be in some row. Rows with one first question stay together anyway
+    (case, width and blanks aside), but for an opening of over 100 prompts, or of over half of all, which are counted as
+    remarks."""
     benchmarks: tuple[str, ...] = ()
     """Files (as `sources`) of benchmarks that no row may share 13 words in a row with; texts of fewer are not found."""
     on_leak: Literal["raise", "reject"] = "raise"

@@ -1,7 +1,7 @@
-"""Groups that no split divides: rows that ask the same, near-duplicates, and rows of one conversation.
+"""Groups that no split divides: rows that ask the same or begin so, near-duplicates, and rows of one conversation.
 
-Nodes are groups of rows that ask the same, by 62 bits of their hash, and conversations. Those of test files have
-smaller numbers than all others, so a group that holds a test row is named by one.
+Nodes are groups of rows that ask the same, by 62 bits of their hash, first questions and conversations. Those of test
+files have smaller numbers than all others, so a group that holds a test row is named by one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from raytune_ft.data.blocks import Blocks, pass_here
 from raytune_ft.data.config import DataCollectionConfig, NearDuplicates
 from raytune_ft.data.minhash import place_ids, sketch_rows
 from raytune_ft.data.near import near_edges, near_labels, near_reasons
+from raytune_ft.data.openings import ask_whole, common_openings, most_prompts, shared_only, with_question
 from raytune_ft.data.rows import mark
-from raytune_ft.data.shingles import Places
+from raytune_ft.data.shingles import Places, flat
 from raytune_ft.data.strata import field_values
 
 _NOT_TEST = 1 << 62
@@ -46,11 +47,30 @@ def link_rows(rows: Blocks, config: DataCollectionConfig, labels: Sequence[str],
             clusters = near_labels(edges).map(with_place)
             only_tests = config.near_duplicates is NearDuplicates.GROUP
             rows = rows.joined(clusters, "place", mark_near, labels=labels, tests=tests, only_tests=only_tests)
-    if links is not None:
-        links = links.kept()
-        if links.rows():
-            rows = rows.joined(group_labels(links).map(with_place), "place", join_groups)
+    rows, same = question_links(rows.map(with_question).kept())
+    links = (same if links is None else links.union(same)).kept()
+    if links.rows():
+        rows = rows.joined(group_labels(links).map(with_place), "place", join_groups)
     return rows.kept()
+
+
+def question_links(rows: Blocks) -> tuple[Blocks, Blocks]:
+    """The rows with what tells their questions, and links between prompts and the questions that several have."""
+    links = rows.map(prompt_questions).kept()
+    common = links.by_key("high").map(common_openings, most=most_prompts(links.rows())).kept()
+    if common.rows():
+        rows = rows.joined(common.map(with_place), "place", ask_whole).kept()
+        links = rows.map(prompt_questions)
+    return rows, links.by_key("high").map(shared_only)
+
+
+def prompt_questions(rows: pa.Table) -> pa.Table:
+    """A link from each usable prompt's node to its question; all rows of a node must be in the table."""
+    rows = rows.filter(pc.and_(pc.is_null(rows.column("reason")), pc.is_valid(rows.column("question"))))
+    nodes, first = np.unique(rows.column("node").to_numpy(), return_index=True)
+    rows = rows.take(pa.array(first))
+    columns = [pa.array(nodes), rows.column("question"), rows.column("stratum"), np.full(len(nodes), _NO_STRATUM)]
+    return pa.table(columns, names=_LINK_FIELDS).combine_chunks()
 
 
 def with_nodes(rows: pa.Table) -> pa.Table:
@@ -121,8 +141,8 @@ def as_members(roots: pa.Table) -> pa.Table:
 
 def link_ends(links: pa.Table) -> pa.Table:
     """The two ends of each link that have strata, the roots unknown."""
-    node = pa.concat_arrays([*links.column("low").chunks, *links.column("high").chunks])
-    stratum = pa.concat_arrays([*links.column("low_stratum").chunks, *links.column("high_stratum").chunks])
+    node = pa.concat_arrays([flat(links.column(name)) for name in ("low", "high")])
+    stratum = pa.concat_arrays([flat(links.column(name)) for name in ("low_stratum", "high_stratum")])
     table = pa.table([node, pa.nulls(len(node), pa.int64()), stratum], schema=_MEMBER_SCHEMA)
     return table.filter(pc.not_equal(stratum, _NO_STRATUM))
 

@@ -30,7 +30,7 @@ BENCHMARK_WORDS = 13
 BENCHMARK_REASON = "benchmark overlap"
 _ROWS_AT_ONCE = 2048
 _EXAMPLES = 3
-_KINDS = ("content", "prompt", "near-duplicates", "conversation")
+_KINDS = ("content", "prompt", "question", "near-duplicates", "conversation")
 _KEY_SCHEMA = pa.schema([(name, pa.int64()) for name in ("key", "kind", "split", "file", "position")])
 _GRAM_SCHEMA = pa.schema([("gram", pa.uint64()), ("file", pa.int64()), ("position", pa.int64())])
 
@@ -151,9 +151,10 @@ def audit(rows: Blocks, config: DataCollectionConfig) -> Blocks:
 
 
 def straddle_keys(rows: pa.Table, group_by: str | None) -> pa.Table:
-    """For each usable row the hashes of what no other split may have: content, prompt, cluster, conversation."""
+    """For each usable row the hashes of what no other split may have, by kind (`_KINDS`)."""
     rows = rows.filter(pc.is_null(rows.column("reason")))
     values: list[list[Any]] = [rows.column("id").to_pylist(), rows.column("prompt").to_pylist()]
+    values.append(rows.column("question").to_pylist() if "question" in rows.column_names else [])
     clusters = rows.column("cluster").to_pylist() if "cluster" in rows.column_names else []
     values.append([None if cluster == -1 else cluster for cluster in clusters])
     values.append([value or None for value in field_values(rows, group_by)] if group_by else [])

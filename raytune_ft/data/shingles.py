@@ -31,12 +31,12 @@ def row_texts(rows: pa.Table, parts: Sequence[str] = (*_TURNS, "text", "referenc
     System turns are left out: a long one that many rows share would make them all alike. `parts` are the columns that
     are wanted.
     """
-    texts = [_turns(rows.column(n)) if n in _TURNS else _flat(rows.column(n)).fill_null("") for n in parts]
+    texts = [_turns(rows.column(n)) if n in _TURNS else flat(rows.column(n)).fill_null("") for n in parts]
     return pc.binary_join_element_wise(*texts, "\n")
 
 
 def _turns(column: pa.ChunkedArray) -> pa.Array:
-    lists = _flat(column)
+    lists = flat(column)
     turns = lists.flatten()
     system = pc.equal(pc.struct_field(turns, "role"), "system")
     content = pc.if_else(system, "", pc.struct_field(turns, "content").fill_null(""))
@@ -46,7 +46,8 @@ def _turns(column: pa.ChunkedArray) -> pa.Array:
     return pc.binary_join(pa.ListArray.from_arrays(offsets, texts), "\n")
 
 
-def _flat(column: pa.ChunkedArray) -> pa.Array:
+def flat(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 

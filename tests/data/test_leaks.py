@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -90,14 +91,19 @@ def test_splits_that_share_nothing_pass(parts: int) -> None:
     [
         ({"id": ["i", "j", "i", "k"]}, [-1, -1, -1, -1], "content"),
         ({"group": [f"{n:016x}" for n in (1, 2, 1, 3)]}, [-1, -1, -1, -1], "prompt"),
+        ({"question": [4, 5, 4, None]}, [-1, -1, -1, -1], "question"),
         ({}, [0, -1, 0, -1], "near-duplicates"),
         ({"metadata": ['{"conversation_id": 5}', "{}"] * 2}, [-1, -1, -1, -1], "conversation"),
     ],
 )
 def test_what_stands_in_two_splits_is_found(
-    columns: dict[str, list[str]], cluster: list[int], kind: str, parts: int
+    columns: dict[str, list[Any]], cluster: list[int], kind: str, parts: int
 ) -> None:
+    columns, question = dict(columns), columns.get("question")
+    columns.pop("question", None)
     table = settled(["a", "b", "c", "d"], **columns).sort_by("position").append_column("cluster", pa.array(cluster))
+    if question is not None:
+        table = table.append_column("question", pa.array(question, pa.int64()))
     assert audited(table, ["train", "train", "train", "test"], parts) == []
     found = audited(table, ["train", "train", "test", "test"], parts)
     assert next((row["kind"], row["count"]) for row in found if row["count"]) == (kind, 1)
