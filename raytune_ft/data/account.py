@@ -18,7 +18,8 @@ class Account:
     `changed` counts rows by the cleaning step that changed a text of theirs (rejected ones, too), `redacted` the
     placeholders by kind, `undecided` rows by the check that could not tell, `remarks` rows that were used though
     something is to be said of them. `made` counts rows that no source had, by cause,
-    `unmade` the variants that augmentation could not make.
+    `unmade` the variants that augmentation could not make. `metadata` counts rows by the columns that their formats do
+    not use, which are kept and not trained on.
     """
 
     rows_in: int
@@ -31,6 +32,7 @@ class Account:
     undecided: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     unmade: Counter[str] = field(default_factory=Counter)
+    metadata: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     supervised: Counter[str] = field(default_factory=Counter)
     longest: int = 0
@@ -56,6 +58,7 @@ class Account:
             account.remarks.update(file.get("remarks", {}))
             account.made.update(file.get("made", {}))
             account.unmade.update(file.get("unmade", {}))
+            account.metadata.update(file.get("metadata", {}))
             if file["folder"] == "rejected":
                 account.rejected.update(file["reasons"])
                 continue
@@ -98,12 +101,14 @@ class Account:
             "undecided": self.undecided,
             "remarks": self.remarks,
             "unmade": self.unmade,
+            "metadata": self.metadata,
         }
 
     def notes(self) -> list[str]:
         """What cleaning did, a line a kind, for people."""
         words = {"changed": "rows changed by", "redacted": "placeholders put for", "undecided": "rows not told by"}
         words |= {"remarks": "rows used though", "unmade": "variants not made:"}
+        words["metadata"] = "rows whose columns are kept as metadata, and not trained on:"
         return [
             f"{words[name]} " + ", ".join(f"{item} {count}" for item, count in counter.most_common())
             for name, counter in self._notes().items()

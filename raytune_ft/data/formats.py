@@ -22,7 +22,10 @@ from raytune_ft.data.conversations import (
 )  # fmt: skip
 from raytune_ft.data.feedback import JUDGEMENTS, NothingToLearnError, feedback_fields, is_feedback
 
-__all__ = ["FormatFault", "NothingToLearnError", "detect", "format_of", "format_of_row", "renamed", "to_record"]
+__all__ = [
+    "FormatFault", "NothingToLearnError", "detect", "format_of", "format_of_row", "only_metadata", "passed_over",
+    "renamed", "to_record",
+]  # fmt: skip
 
 _BASES: dict[RecordFormat, tuple[str, str | None]] = {
     RecordFormat.MESSAGES: ("messages", None),
@@ -217,6 +220,17 @@ def to_record(values: Mapping[str, Any], kind: RecordFormat, *, source: str, pos
     extra = {key: value for key, value in values.items() if key not in take.taken and value is not None} | take.spare
     metadata = json.loads(json.dumps(fields.pop("metadata", {}) | extra, default=str))
     return Record(**{**known, **fields}, metadata=metadata)
+
+
+def only_metadata(values: Mapping[str, Any], record: Record) -> list[str]:
+    """The columns of a row that its record has as metadata alone, sorted."""
+    return sorted(name for name in values.keys() & record.metadata.keys() if name not in _RECORD_COLUMNS)
+
+
+def passed_over(columns: Collection[str], kind: RecordFormat) -> str | None:
+    """Which of the columns beside a raw text would ask, answer or judge in another format; None: none would."""
+    said = {name for names in _BASES.values() for name in names} | JUDGEMENTS | {"label", "response"}
+    return next((name for name in sorted(columns) if name in said), None) if kind is RecordFormat.TEXT else None
 
 
 def _messages_fields(take: Columns) -> dict[str, Any]:

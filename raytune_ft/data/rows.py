@@ -36,6 +36,9 @@ JSON text of what cleaning changed (`Cleaned.notes`), null where nothing."""
 UNANSWERED = "a prompt without an answer"
 """Why a row that asks and does not answer is rejected, or, where such rows are kept, what is remarked of it."""
 
+RAW_TEXT = "read as raw text, without its column"
+"""How the remark begins of a text that may have been meant as one part of an example."""
+
 
 def mark(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
     """The table with `reasons` set on rows that had none; rows that were rejected before keep their reason."""
@@ -66,6 +69,11 @@ def remarked(notes: str | None, remark: str | None) -> str | None:
 def renamed_to(notes: str | None, names: Sequence[str]) -> str | None:
     """The JSON in a row's `notes` with the standard names that columns of the row were given."""
     return json.dumps({**json.loads(notes or "{}"), "renamed": names}, sort_keys=True) if names else notes
+
+
+def kept_aside(notes: str | None, columns: Sequence[str]) -> str | None:
+    """The JSON in a row's `notes` with the columns that became metadata alone."""
+    return json.dumps({**json.loads(notes or "{}"), "metadata": columns}, sort_keys=True) if columns else notes
 
 
 def changed_by(notes: str | None, step: str | None) -> str | None:

@@ -41,7 +41,7 @@ from raytune_ft.data.prepared import PreparedDataset
 from raytune_ft.data.ray_blocks import RayBlocks, all_by_key, mapped, passed, ray_data, stepped
 from raytune_ft.data.report import publish, refuse_broken
 from raytune_ft.data.representativeness import FIELDS, added_counts, distances
-from raytune_ft.data.rows import UNANSWERED
+from raytune_ft.data.rows import RAW_TEXT, UNANSWERED
 from raytune_ft.data.shards import Layout, assign_files, assign_folders, count_folders
 from raytune_ft.data.sources import SourceFile, find_files, source_parents
 from raytune_ft.data.split import Tally, departures, find_cuts, tally_rows
@@ -361,6 +361,14 @@ def _report(config: DataCollectionConfig, account: Account) -> None:
             "leaves them out",
             account.conflicting,
         )
+    for remark, count in account.remarks.items():
+        if remark.startswith(RAW_TEXT):
+            logger.warning(
+                "prepare: %d rows are %s; if one is to be learned from the other, say so with columns (for example "
+                "prompt: text, completion: label), else with input_format: text",
+                count,
+                remark,
+            )
     for reason, remedy in _REMEDIES.items():
         if account.rejected[reason] > _MANY * account.rows_in:
             share = 100 * account.rejected[reason] / account.rows_in

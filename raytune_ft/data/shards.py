@@ -138,6 +138,7 @@ def count_rows(table: pa.Table, path: str) -> dict[str, object]:
         counts.update(count_notes(table.column("notes")))
     if folder == "rejected":
         counts["reasons"] = Counter(map(reason_name, table.column("reason").to_pylist()))
+        counts.pop("remarks", None)  # they are of rows that were used
     elif "input_ids" in table.column_names:
         counts["chat"] = table.column("chat")[0].as_py()
         lengths = pc.list_value_length(table.column("input_ids"))
@@ -150,15 +151,16 @@ def count_rows(table: pa.Table, path: str) -> dict[str, object]:
 
 
 def count_notes(notes: pa.ChunkedArray) -> dict[str, Counter[str]]:
-    """Rows by what cleaning changed in them, replacements of personal data, and rows by what could not be told."""
-    kinds = ("changed", "redacted", "undecided", "remarks", "unmade")
+    """Rows by what cleaning changed in them, replacements of personal data, and rows by what could not be told,
+    is remarked of them, or was kept as metadata alone."""
+    kinds = ("changed", "redacted", "undecided", "remarks", "unmade", "metadata")
     found: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     for entry in pc.value_counts(notes.drop_null()).to_pylist():
         said = json.loads(entry["values"])
         for name, count in said.get("redacted", {}).items():
             found["redacted"][name] += count * entry["counts"]
             found["changed"][f"redact {name}"] += entry["counts"]
-        for kind in ("changed", "undecided", "remarks", "unmade"):
+        for kind in ("changed", "undecided", "remarks", "unmade", "metadata"):
             for name in said.get(kind, ()):
                 found[kind][name] += entry["counts"]
     return {kind: counter for kind, counter in found.items() if counter}

@@ -19,11 +19,28 @@ from raytune_ft.data.config import DataCollectionConfig, OverLength
 from raytune_ft.data.conversations import without_filled_nulls
 from raytune_ft.data.corrections import Correction, correct
 from raytune_ft.data.dedup import mark_conflicts, mark_duplicates
-from raytune_ft.data.formats import FormatFault, NothingToLearnError, format_of_row, renamed, to_record
+from raytune_ft.data.formats import (
+    FormatFault,
+    NothingToLearnError,
+    format_of_row,
+    only_metadata,
+    passed_over,
+    renamed,
+    to_record,
+)  # fmt: skip
 from raytune_ft.data.groups import with_nodes
 from raytune_ft.data.readers import SourceRow, read_rows
 from raytune_ft.data.redaction import redact_text
-from raytune_ft.data.rows import ROW_SCHEMA, changed_by, prompt_hash, remarked, renamed_to, short_hash
+from raytune_ft.data.rows import (
+    RAW_TEXT,
+    ROW_SCHEMA,
+    changed_by,
+    kept_aside,
+    prompt_hash,
+    remarked,
+    renamed_to,
+    short_hash,
+)  # fmt: skip
 from raytune_ft.data.shards import write_file, write_files
 from raytune_ft.data.sources import COLUMNAR, SourceFile
 from raytune_ft.data.split import mark_leaks
@@ -85,13 +102,17 @@ def _collected(
         if config.redact:
             words, raw = (redact_text(text, config.redact, Counter()) for text in (words, raw))
         return {**named, **place, "reason": words, "raw": raw, "format": "no record", "notes": renamed_to(None, given)}
+    aside = only_metadata(values, record)
+    doubtful = passed_over(aside, kind) if config.input_format is None else None
     record = with_system_prompt(record, config.system_prompt)
     cleaned = clean(record, config)
     shaped, remark = with_reasoning(cleaned.record, config)
     refused = remark if config.on_reasoning_fault == "reject" else None
     reason = cleaned.reason or moved_spans(record, cleaned.record) or refused
     notes = remarked(renamed_to(cleaned.notes, given), remark if reason is None else None)
+    notes = kept_aside(notes, aside)
     if reason is None:
+        notes = remarked(notes, doubtful and f"{RAW_TEXT} {doubtful!r}")
         shaped, done = correct(shaped, corrections)
         notes = changed_by(notes, done)
     row_of = {"group": prompt_hash(shaped), "format": f"{kind} ({why})", "notes": notes, "reason": reason}

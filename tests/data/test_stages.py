@@ -50,6 +50,27 @@ def test_every_bad_row_is_kept_with_its_reason_and_its_text(tmp_path: Path) -> N
         assert row["raw"] is None or "empty" not in reason
 
 
+def test_columns_that_are_not_trained_on_are_counted_and_doubtful_ones_remarked(tmp_path: Path) -> None:
+    rows = [
+        '{"text": "a", "label": 1, "topic": "x", "id": 7}',
+        '{"text": "b", "label": null, "topic": "y"}',
+        '{"prompt": "Q", "completion": "A", "topic": "z"}',
+        '{"text": "", "label": 0}',
+    ]
+    path = tmp_path / "a.jsonl"
+
+    def notes(**settings: Any) -> dict[str, dict[str, int]]:
+        column = [row["notes"] for row in collected(path, "\n".join(rows), **settings)]
+        return {kind: dict(counts) for kind, counts in count_notes(pa.chunked_array([column], pa.string())).items()}
+
+    aside = {"metadata": {"topic": 3, "label": 2}}
+    assert notes() == {**aside, "remarks": {"read as raw text, without its column 'label'": 1}}
+    rows[2] = '{"text": "c", "topic": "z"}'
+    assert notes(input_format="text") == aside
+    rows[:] = ['{"text": "a", "label": "x"}']
+    assert notes(columns={"prompt": "text", "completion": "label"}) == {}
+
+
 @pytest.mark.parametrize(("line", "reason"), [bad for bad in BAD_LINES if not bad[1].startswith("empty")])
 def test_by_default_the_first_bad_row_stops_the_run_with_its_file_and_line(
     tmp_path: Path, line: str, reason: str
