@@ -71,6 +71,8 @@ def split_record(chat: Chat, record: Record, max_length: int) -> list[Record]:
 
 def ends_here(record: Record) -> bool:
     """Whether the end of the record's text is the end of the text it came from."""
+    if SPLIT_FROM not in record.metadata:
+        return True  # a source may have a column `piece` of its own
     number, _, last = str(record.metadata.get(PIECE, "1/1")).partition("/")
     return number == last
 

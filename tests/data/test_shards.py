@@ -11,7 +11,7 @@ import pytest
 from raytune_ft.core.records import RECORD_SCHEMA, REJECTED_SCHEMA, Message, Record
 from raytune_ft.data import shards
 from raytune_ft.data.rows import ROW_SCHEMA, prompt_hash
-from raytune_ft.data.shards import Layout, assign_files, assign_folders, count_folders, write_files
+from raytune_ft.data.shards import Layout, assign_files, assign_folders, count_folders, count_rows, write_files
 from raytune_ft.data.split import Tally, find_cuts, tally_rows
 from raytune_ft.data.weights import weigh_training_rows
 
@@ -38,6 +38,15 @@ def read(folder: Path, split: str) -> list[int]:
     return [
         p for file in sorted((folder / split).iterdir()) for p in pq.read_table(file).column("position").to_pylist()
     ]
+
+
+def test_remarks_count_where_a_row_was_used(tmp_path: Path) -> None:
+    notes = pa.array([json.dumps({"remarks": ["so"], "metadata": ["topic"]})] * 2, pa.string())
+    rows = pa.table({"reason": ["late: by 2", None], "notes": notes})
+    used, rejected = count_rows(rows, "train/0"), count_rows(rows.slice(0, 1), "rejected/0")
+    assert (used["remarks"], used["metadata"]) == ({"so": 2}, {"topic": 2})
+    assert "remarks" not in rejected
+    assert (rejected["metadata"], rejected["reasons"]) == ({"topic": 1}, {"late": 1})
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

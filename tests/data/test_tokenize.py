@@ -216,6 +216,11 @@ def test_a_text_is_split_between_characters_and_only_its_end_is_closed(chat: Cha
     assert again.column("input_ids").to_pylist() == ids
 
 
+def test_a_column_that_is_called_as_the_number_of_a_piece_leaves_a_text_its_end(chat: Chat) -> None:
+    table = add_tokens(table_of(Record(text="a", metadata={"piece": "Nocturne"})), chat, TokenPolicy(16))
+    assert table.column("input_ids")[0].as_py()[-1] == chat.tokenizer.eos_token_id
+
+
 def test_the_tokenizers_digest_does_not_change_with_the_weights(tiny_model: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "chat_template.jinja"):
         if (tiny_model / name).exists():
