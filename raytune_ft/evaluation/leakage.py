@@ -35,7 +35,7 @@ PART_WORDS = 13
 """Words of a text of which it counts when they stand inside a longer one (as GPT-3's contamination check has it)."""
 KINDS = ("the same row", "a part", "the same prompt", "a near-duplicate")
 """How a test row is met, the plainest first. A part is a row whose turns, all of them, follow one another in a longer
-conversation, or whose text stands in a longer text; a prompt is what stands before any answer of a conversation."""
+conversation, or whose text stands in a longer text; a prompt is what stands before an answer of a conversation."""
 UNREADABLE = "unreadable"
 """The kind of a line that says of a file why it could not be looked into (further)."""
 _EXAMPLES = 3
@@ -61,13 +61,19 @@ class RowIndex:
     """Sorted hashes of all rows' five-word sequences, and `rows`, which row each belongs to."""
     rows: NDArray[np.int64]
     sizes: NDArray[np.int64]
-    words: NDArray[np.int64]
+    texts: tuple[str | None, ...]
+    """What rows of `PART_WORDS` words say, in `plain` text; None for shorter ones."""
     near: float | None
 
     @classmethod
     def of(cls, records: Sequence[Record], near: float | None) -> RowIndex:
-        """The index of `records`; `near` is the least similarity of a near-duplicate, None looks for none."""
-        words = [_words(record) for record in records]
+        """The index of `records`; `near` is the least similarity of a near-duplicate, None looks for none.
+
+        None says that the training rows are of the same prepared dataset: its splits have told prompts on the way of a
+        conversation apart, but for openings of very many rows ("Hi"), which do not count then.
+        """
+        said = [_said(record) for record in records]
+        words = [words_of(text) for text in said]
         sequences = [sequence_hashes(found) for found in words]
         hashes = np.concatenate([*sequences, np.empty(0, np.uint64)])
         rows = np.repeat(np.arange(len(sequences)), [len(found) for found in sequences])
@@ -81,7 +87,7 @@ class RowIndex:
             hashes=hashes[order],
             rows=rows[order],
             sizes=np.array([len(found) for found in sequences], np.int64),
-            words=np.array([len(found) for found in words], np.int64),
+            texts=tuple(plain(t) if len(w) >= PART_WORDS else None for t, w in zip(said, words, strict=True)),
             near=near,
         )
 
@@ -94,19 +100,22 @@ class RowIndex:
                 yield row, kind, similarity
 
     def _met(self, record: Record) -> Iterator[tuple[str, int, float]]:
-        talk, alike = _turns(record), list(self._alike(_words(record)))
+        talk, said = _turns(record), _said(record)
+        alike = list(self._alike(words_of(said)))
         yield from ((KINDS[0], row, 1.0) for row in self.ids.get(record.id, ()))
         windows = (talk[at : at + size] for size in self.lengths for at in range(len(talk) - size + 1))
         yield from ((KINDS[1], row, 1.0) for turns in windows for row in self.talks.get(_hash(turns), ()))
-        yield from ((KINDS[1], row, 1.0) for row, inside, _ in alike if inside)
-        asked = {_asked(talk[:at]) for at in _ends_of_prompts(talk)}
+        yield from ((KINDS[1], row, 1.0) for row in self._inside(said, [row for row, whole, _ in alike if whole]))
+        asked = {prompt_hash(record)}
+        if self.near is not None:
+            asked |= {_asked(talk[:at]) for at in _ends_of_prompts(talk)}
         yield from ((KINDS[2], row, 1.0) for key in asked if key is not None for row in self.prompts.get(key, ()))
         for row, _, similarity in alike:
             if self.near is not None and similarity >= self.near:
                 yield KINDS[3], row, similarity
 
     def _alike(self, words: Sequence[str]) -> Iterator[tuple[int, bool, float]]:
-        """Rows that share a sequence with a text: which, whether all of it stands in the text, and the similarity."""
+        """Rows that share a sequence with a text: which, whether they share all they have, and the similarity."""
         own = sequence_hashes(words)
         starts, ends = (np.searchsorted(self.hashes, own, side) for side in ("left", "right"))
         places = [self.rows[start:end] for start, end in zip(starts, ends, strict=True) if end > start]
@@ -114,8 +123,13 @@ class RowIndex:
             return
         rows, shared = np.unique(np.concatenate(places), return_counts=True)
         similarity = shared / (self.sizes[rows] + len(own) - shared)
-        whole = (shared == self.sizes[rows]) & (self.words[rows] >= PART_WORDS)
+        whole = shared == self.sizes[rows]
         yield from zip(rows.tolist(), whole.tolist(), similarity.tolist(), strict=True)
+
+    def _inside(self, said: str, rows: Sequence[int]) -> Iterator[int]:
+        """Those of the rows whose text stands in another."""
+        text = plain(said) if rows else ""
+        yield from (row for row in rows if (part := self.texts[row]) is not None and part in text)
 
 
 def find_leaks(files: pa.Table, index: RowIndex) -> pa.Table:
@@ -183,10 +197,10 @@ def prompt_hash(record: Record) -> int | None:
     return _asked([_turn(turn) for turn in record.prompt if turn.role != "system"])
 
 
-def _words(record: Record) -> list[str]:
-    """The words of what a record asks and answers; system turns do not count."""
+def _said(record: Record) -> str:
+    """What a record asks and answers; system turns do not count."""
     turns = [turn.content for turn in (*record.messages, *record.chosen) if turn.role != "system"]
-    return words_of("\n".join([*turns, record.text or "", record.reference or ""]))
+    return "\n".join([*turns, record.text or "", record.reference or ""])
 
 
 def _turns(record: Record) -> list[Turn]:

@@ -73,7 +73,7 @@ def talk(*said: str) -> Record:
 def test_rows_inside_longer_ones_and_prompts_on_the_way_are_found(tmp_path: Path, near: float | None) -> None:
     thirteen = " ".join(WORDS[:13])
     tests = [row("A?", "a"), row("B?", "b"), row("A?", "other"), row("C?", "b"), Record(text=thirteen)]
-    tests += [Record(text=" ".join(WORDS[:12])), row("A?", "a"), row("D?", "d")]
+    tests += [Record(text=" ".join(WORDS[:12])), row("A?", "a"), row("D?", "d"), Record(text=f"{thirteen}?")]
     system = Message("system", "Be brief.")
     training = [
         Record(messages=(system, *talk(" a?", "A", "b?", "B", "C?", "c").messages)),
@@ -83,11 +83,14 @@ def test_rows_inside_longer_ones_and_prompts_on_the_way_are_found(tmp_path: Path
     where = write(tmp_path / "train.parquet", training)
     leaks = first_of_each(find_leaks(pa.table({"uri": [where]}), RowIndex.of(tests, near)).to_pylist())
     part, prompt = KINDS[1:3]
+    if near is None:  # of the same dataset, whose prompts were told apart
+        assert [(leak["row"], leak["kind"]) for leak in leaks] == [(row, part) for row in (0, 1, 4, 6, 7)]
+        return
     kinds = [(leak["row"], leak["kind"]) for leak in leaks]
-    # Row 3 is asked in the third turn only, after others; row 5 has less than thirteen words.
+    # Row 3 is asked in the third turn only, after others; row 5 has less than thirteen words; row 8 ends otherwise.
     assert kinds == [(0, part), (1, part), (2, prompt), (4, part), (6, part), (7, part)]
     told = leak_words(leaks, tests, "m")
-    assert told.startswith("6 of 8 rows are in what m was trained on (5 as a part, 1 as the same prompt): ")
+    assert told.startswith("6 of 9 rows are in what m was trained on (5 as a part, 1 as the same prompt): ")
     assert f"row 1 ('A?') is a part of {where}, row 1; " in told
 
 
