@@ -20,7 +20,7 @@ from raytune_ft.data.shingles import flat
 
 MOST_PROMPTS = 100
 """Most prompts that a question may begin; nor may it begin more than half of all prompts there are."""
-COMMON = "it begins as many prompts do, which are not all in its split"
+COMMON = "an opening of many prompts, which may stand in other splits, too"
 """What is remarked of a row with an opening that is no question."""
 _HIGH_BIT = 1 << 62
 
