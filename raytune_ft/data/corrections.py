@@ -12,6 +12,7 @@ from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.data.json_text import JsonFault, parse
 from raytune_ft.data.suspects import confirmed
 
 CORRECTED = "corrected_from"
@@ -58,9 +59,9 @@ def read_corrections(path: str | None) -> dict[str, Correction]:
 
 def _parsed(line: str, where: str) -> tuple[str, Correction | None]:
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: malformed JSON: {error}; each line is one row of suspects.jsonl") from None
+        values = parse(line)
+    except JsonFault as fault:
+        raise DataError(f"{where}: {fault}; each line is one row of suspects.jsonl") from None
     if not isinstance(values, dict) or not isinstance(values.get("id"), str) or "corrected" not in values:
         raise DataError(f"{where}: a correction needs the fields id and corrected")
     corrected, answer = values["corrected"], values.get("answer")

@@ -160,6 +160,7 @@ def test_corrections_that_no_longer_fit_are_refused(tmp_path: Path) -> None:
         refuse_unknown({"00": Correction("6", None, "f:1")}, ["11"])
     for content, message in [
         ("{", r"mine.jsonl:1: malformed JSON"),
+        ('{"id": "a", "corrected": "x", "id": "b"}', "mine.jsonl:1: repeated key: 'id'"),
         ('{"id": 3, "corrected": "x"}', "needs the fields id and corrected"),
         ('{"id": "a", "corrected": 3}', r"corrected must be text, the whole answer \(got 3\)"),
         ('{"id": "a", "corrected": "x"}\n{"id": "a", "corrected": "y"}', "mine.jsonl:2: row a is corrected otherwise"),
@@ -169,6 +170,13 @@ def test_corrections_that_no_longer_fit_are_refused(tmp_path: Path) -> None:
             read_corrections(str(tmp_path / "mine.jsonl"))
     with pytest.raises(DataError, match="there is no such file"):
         read_corrections(str(tmp_path / "none.jsonl"))
+
+
+def test_half_a_character_in_a_correction_is_replaced_as_in_a_source(tmp_path: Path) -> None:
+    record = row("q", "5")
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"id": record.id, "corrected": "4\ud83d"}))
+    mended, _ = correct(record, read_corrections(str(tmp_path / "mine.jsonl")))
+    assert records_to_table([mended]).column("messages")[0][1]["content"].as_py() == "4?"
 
 
 def test_a_correction_may_hold_any_kind_of_line_end_inside_its_text(tmp_path: Path) -> None:
