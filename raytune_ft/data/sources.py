@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ class SourceFile:
 
 
 def find_files(sources: Sequence[str], test_sources: Sequence[str] = ()) -> list[SourceFile]:
-    """The files behind paths, folders, globs and URIs; those of the test first, else in the order given.
+    """The files behind paths, folders, globs and URIs, each once; those of the test first, else in the order given.
+
+    A local file that several names lead to (symbolic links, a link to a folder above it) is one.
 
     Raises:
         DataError: if a source is missing, matches nothing, is empty, or is of no known kind.
@@ -54,9 +57,10 @@ def find_files(sources: Sequence[str], test_sources: Sequence[str] = ()) -> list
     found: dict[str, tuple[Location, bool]] = {}
     for source, is_test in [(s, True) for s in test_sources] + [(s, False) for s in sources]:
         for location in _files_of(source):
-            if location.uri in found and found[location.uri][1] != is_test:
+            file = os.path.realpath(location.uri) if location.is_local else location.uri
+            if file in found and found[file][1] != is_test:
                 raise DataError(f"{location}: stands in sources and in test_sources; a row cannot be in both")
-            found.setdefault(location.uri, (location, is_test))
+            found.setdefault(file, (location, is_test))
     labels = _labels([location for location, _ in found.values()])
     return [
         SourceFile(location.uri, label, kind_of(location), number, is_test)

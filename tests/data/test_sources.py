@@ -52,6 +52,16 @@ def test_test_files_come_first_and_cannot_be_sources_too(folder: Path) -> None:
         find_files([str(folder)], [str(folder / "a.jsonl")])
 
 
+def test_a_file_is_read_once_by_whatever_links_it_is_met(folder: Path) -> None:
+    (folder / "round").symlink_to(folder)
+    other = folder.with_name(f"{folder.name}-other")
+    other.symlink_to(folder)
+    labels = [file.label for file in find_files([str(folder), str(other)])]
+    assert labels == [f"{folder.name}/a.jsonl", f"{folder.name}/b.csv", "sub/a.jsonl"]
+    with pytest.raises(DataError, match="stands in sources and in test_sources"):
+        find_files([str(folder)], [str(other / "a.jsonl")])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
