@@ -12,7 +12,7 @@ import torch
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.config import Precision
 from raytune_ft.models.loading import load_model, load_tokenizer, refuse_lost, resolve_adapter, resolve_model
-from raytune_ft.models.lora_targets import left_out, without_router_weights
+from raytune_ft.models.lora_targets import left_out, refuse_routers, without_router_weights
 from raytune_ft.models.sparsity import carry_mark, is_pruned, zero_again, zeros_of
 
 logger = logging.getLogger("raytune_ft")
@@ -50,16 +50,19 @@ def add_lora(
         task: PEFT's name of what the model does.
 
     Raises:
-        ModelError: if no layer has one of the names: of each of them, since PEFT ignores those that fit nothing. Or if
-            the adapter, once saved, could not be loaded whole.
+        ModelError: if no layer has one of the names: of each of them, since PEFT ignores those that fit nothing. If it
+            is one that PEFT cannot adapt, or not with such options. Or if the adapter, once saved, could not be loaded
+            whole.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    layers = _linear_layers(model)
     if not isinstance(target_modules, str):
         modules = [name for name, _ in model.named_modules()]
         unknown = [end for end in target_modules if not any(f".{name}".endswith(f".{end}") for name in modules)]
         if unknown:
-            raise _no_such_layer(model, unknown)
+            raise ModelError(f"lora_target_modules: {unknown} fit no layer of this model; {layers}")
+        refuse_routers(model, target_modules)
 
     config = LoraConfig(
         r=rank,
@@ -77,7 +80,15 @@ def add_lora(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise _no_such_layer(model, target_modules, f" ({first_line(error)})") from None
+        if config.target_parameters and (dropout or use_dora):
+            option, off = ("use_dora", "false") if use_dora else ("lora_dropout", "0")
+            raise ModelError(
+                f"{option}: is not there for experts or routers of {type(model).__name__}, whose weights LoRA adapts "
+                f"as parameters; set {option}: {off}, or name layers of attention only (lora_target_modules)"
+            ) from None
+        raise ModelError(
+            f"lora_target_modules: {target_modules} cannot be adapted ({first_line(error)}); {layers}"
+        ) from None
     adapted.peft_config["default"].base_model_name_or_path = base
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     refuse_lost(
@@ -89,11 +100,9 @@ def add_lora(
     return adapted
 
 
-def _no_such_layer(model: Any, targets: list[str] | str, more: str = "") -> ModelError:
-    linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-    return ModelError(
-        f"lora_target_modules: {targets} fit no layer of this model; its linear layers are {', '.join(linear)}{more}"
-    )
+def _linear_layers(model: Any) -> str:
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    return f"its linear layers are {', '.join(sorted(linear))}"
 
 
 def add_virtual_tokens(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from raytune_ft.core.errors import ModelError
+
 logger = logging.getLogger("raytune_ft")
 
 ALL_LINEAR = "all-linear"
@@ -32,6 +34,26 @@ def left_out(model: Any, target_modules: list[str] | str) -> list[str]:
     if routers:
         _say(f"all-linear leaves out the {len(routers)} layers that choose between experts ({routers[0]} is one)")
     return [*beside, *routers]
+
+
+def refuse_routers(model: Any, target_modules: list[str]) -> None:
+    """Checks that no layer is named that chooses experts besides scoring them: what it returns has no sum.
+
+    Args:
+        model: a transformers causal language model, without an adapter.
+        target_modules: names of linear layers.
+
+    Raises:
+        ModelError: naming one that does.
+    """
+    for name, layer in model.named_modules():
+        if not (isinstance(layer, nn.Linear) and _fits(name, target_modules) and _routes(model, name, layer)):
+            continue
+        if type(layer).forward is not nn.Linear.forward:
+            raise ModelError(
+                f"lora_target_modules: {name} ({type(layer).__name__}) returns more than a product, so that an adapter "
+                "cannot be added to it; leave it out"
+            )
 
 
 def without_router_weights(config: Any, model: Any) -> None:

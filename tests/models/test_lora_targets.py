@@ -18,6 +18,8 @@ from transformers import (
     HunYuanMoEV1ForCausalLM,
     LagunaConfig,
     LagunaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PhimoeConfig,
     PhimoeForCausalLM,
     Qwen2MoeConfig,
@@ -90,6 +92,31 @@ def test_all_linear_leaves_out_what_chooses_between_experts(make: Any, router: s
 def test_a_router_that_is_named_is_adapted() -> None:
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, num_experts=4))
     assert len(adapt(model, ["shared_expert_gate"])) == 2
+
+
+def test_a_router_that_returns_more_than_a_product_is_refused() -> None:
+    """PEFT puts an adapter upon it, and the first step would fail."""
+    model = PhimoeForCausalLM(PhimoeConfig(**SMALL, num_local_experts=4))
+    wanted = r"lora_target_modules: model.layers.0.mlp.router \(PhimoeTopKRouter\) returns more than a product"
+    with pytest.raises(ModelError, match=wanted):
+        adapt(model, ["q_proj", "router"])
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("option", ["lora_dropout", "use_dora"])
+def test_options_that_experts_have_none_of_are_named(option: str) -> None:
+    model = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4))
+    changes = {"dropout": 0.1} if option == "lora_dropout" else {"use_dora": True}
+    with pytest.raises(ModelError, match=rf"^{option}: is not there for experts .*set {option}: "):
+        add_lora(model, target_modules="all-linear", **{**SHAPE, **changes})
+
+
+def test_a_layer_that_peft_cannot_adapt_is_told_as_that() -> None:
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, num_experts=4))
+    with pytest.raises(
+        ModelError, match=r"\['gate'\] cannot be adapted \(.*Qwen2MoeTopKRouter.*; its linear layers are d"
+    ):
+        adapt(model, ["gate"])
 
 
 def laguna() -> LagunaForCausalLM:
