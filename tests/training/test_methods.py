@@ -87,11 +87,13 @@ def plain_losses(config: FineTuningConfig, splits: dict[str, list[str]], cache: 
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
+    betas = (config.adam_beta1, config.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon)
+    steps = config.max_steps
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps or 1, steps)
     data = TokenRows(splits["train"], str(cache))
     found = []
-    for numbers in islice(step_rows(len(data), config.global_batch_size, config.seed), STEPS):
+    for numbers in islice(step_rows(len(data), config.global_batch_size, config.seed), steps):
         loss = plain_loss(model, [data[number] for number in numbers])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
@@ -108,6 +110,18 @@ def test_losses_equal_plain_peft_on_padded_batches(name: str, settings: Settings
     ours = losses(config, splits)
     assert ours == pytest.approx(plain_losses(config, splits, tmp_path / "cache"), abs=1e-5)
     assert ours[-1] != ours[0]
+
+
+def test_what_the_optimizer_is_told_is_what_torchs_is_told(settings: Settings, splits, tmp_path: Path) -> None:
+    """Twelve steps of which clipping, decay and the moments decide the losses: each of them alone changes these."""
+    told = {"max_grad_norm": 0.02, "weight_decay": 2.0, "adam_beta1": 0.6, "adam_beta2": 0.8, "adam_epsilon": 1e-3}
+    common = {"use_rslora": True, "lr_scheduler_type": "cosine", "warmup_steps": 3, "eval_strategy": "no"}
+    config = settings(**common, **told, lora_r=4, learning_rate=5e-2, max_steps=12)
+    ours = losses(config, splits)
+    assert ours == pytest.approx(plain_losses(config, splits, tmp_path / "cache"), abs=1e-5)
+    for name in [*told, "use_rslora"]:
+        other = config.with_overrides(**{name: FineTuningConfig.model_fields[name].default})
+        assert max(abs(a - b) for a, b in zip(losses(other, splits), ours, strict=True)) > 1e-3, name
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -42,6 +42,7 @@ def test_two_workers_under_zero_2_have_the_losses_of_one_process(
     ray_cluster, settings, orders: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     common = {"dataset_path": str(orders), "max_steps": 5, "eval_strategy": "steps", "eval_steps": 2}
+    common |= {"use_rslora": True, "max_grad_norm": 0.02, "adam_beta1": 0.6, "adam_beta2": 0.8, "weight_decay": 2.0}
     config = settings(**common, num_workers=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     artifact = FineTuner(config).train()
     alone: list[float] = []
