@@ -120,6 +120,13 @@ class Ground:
 
     def _say(self, together: int, apart: Mapping[str, str], banks: packed.Banks) -> None:
         """How the trials run, in words."""
+        if self.config.searcher == "grid" and (grid := self.config.grid).left_out:
+            logger.info(
+                "tune: %d of %d combinations are left out, since each comes to the same run as another: %s",
+                grid.left_out,
+                grid.left_out + len(grid.points),
+                "; ".join(grid.reasons),
+            )
         how = f"{self.trials} trials, {together} at a time"
         if banks.actors:
             bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
@@ -10,7 +13,9 @@ from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.without_effect import OF_FOUR_BITS, OF_LORA
 from raytune_ft.tuning.packs import with_values
-from raytune_ft.tuning.space import Domain, TimesRank, extremes
+from raytune_ft.tuning.space import Domain, TimesRank, dimension, extremes, settings_at, without_effect
+
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfig) -> None:
@@ -42,6 +47,48 @@ def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfi
     for key in space:
         if key in idle:
             raise ValueError(f"space.{key}: would change nothing: {idle[key]}")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Combinations of a space of lists, as points for Ray Tune; how many are `left_out` beside these, and why."""
+
+    points: list[dict[str, Any]]
+    left_out: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def whole(cls, space: Mapping[str, Domain]) -> Grid:
+        """All combinations."""
+        names = [dimension(key, choice) for key, choice in space.items()]
+        return cls([dict(zip(names, values, strict=True)) for values in product(*map(extremes, space.values()))])
+
+    @classmethod
+    def of_runs(cls, space: Mapping[str, Domain], training: FineTuningConfig) -> Grid:
+        """Of the combinations that come to the same run, the first one each."""
+        shared, everything = training.model_dump(mode="json"), cls.whole(space).points
+        found, reasons = dict[str, dict[str, Any]](), list[str]()
+        for point in everything:
+            settings = settings_at(point, shared)
+            first = found.setdefault(_run_of(settings, shared), point)
+            if first is not point:
+                reasons += _why_same(point, first, without_effect({**shared, **settings_at(point, shared)}))
+        return cls(list(found.values()), len(everything) - len(found), tuple(dict.fromkeys(reasons)))
+
+
+def _run_of(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
+    """What of a trial's settings makes its run another one: how a batch is laid out does not."""
+    rows = math.prod(settings.get(name, shared[name]) for name in _BATCH)
+    told = {name: value for name, value in settings.items() if name not in _BATCH}
+    return json.dumps({**told, "rows": rows}, sort_keys=True)
+
+
+def _why_same(point: Mapping[str, Any], other: Mapping[str, Any], idle: Mapping[str, str]) -> list[str]:
+    names = {name.partition(".")[0] for name, value in point.items() if value != other[name]}
+    reasons = [f"{name} {why}" for name, why in idle.items() if name in names]
+    if names & set(_BATCH):
+        reasons.append(f"of {' and '.join(_BATCH)} the product counts")
+    return reasons or ["a value is given twice"]
 
 
 def refuse_invalid_pairs(space: Mapping[str, Domain], training: FineTuningConfig) -> None:

@@ -10,9 +10,9 @@ from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.goal import OF_REWARDS, Goal
-from raytune_ft.tuning.combinations import refuse_invalid_pairs, refuse_without_effect
+from raytune_ft.tuning.combinations import Grid, refuse_invalid_pairs, refuse_without_effect
 from raytune_ft.tuning.given import plain_space
-from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, extremes, grid_size
+from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, extremes
 
 _OF_PREFERENCES = frozenset({"loss", "eval_loss", "eval_reward_margin", "eval_chosen_reward"})
 _DEFINED = {
@@ -227,7 +227,12 @@ class SweepConfig(Config):
     @property
     def trials(self) -> int:
         """How many trials the search makes."""
-        return self.num_trials or grid_size(self.space)
+        return self.num_trials or len(self.grid.points)
+
+    @property
+    def grid(self) -> Grid:
+        """What a grid tries; population-based training changes settings on the way, so it begins with all there are."""
+        return Grid.whole(self.space) if self.scheduler == "pbt" else Grid.of_runs(self.space, self.training)
 
     @property
     def last_step(self) -> int | None:

@@ -63,7 +63,7 @@ def parallel(result: SweepResult) -> str:
     """Parallel coordinates: a line a trial through its settings to its metric, darker where that is better."""
     names = result.varied
     scored = [(trial, value) for trial in result.trials if (value := trial.best(result.metric)) is not None]
-    columns = [[_shown(trial.settings[name]) for trial, _ in scored] for name in names]
+    columns = [[_shown(trial.settings.get(name, "–")) for trial, _ in scored] for name in names]
     places = [_places(values) for values in columns]
     metric = [result.goal.cost(value) for _, value in scored]
     order, winner = _ranks(metric), {**result.best.settings, "seed": None}

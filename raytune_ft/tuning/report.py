@@ -46,8 +46,8 @@ def render(result: SweepResult, seconds: float) -> str:
 def importance(result: SweepResult) -> dict[str, float]:
     """Share of the variance of the trials' metric (of a loss: its logarithm) that each setting's main effect explains.
 
-    Between-group sum of squares over the total one, as in a one-way analysis of variance, over feasible trials; a
-    setting whose every trial has a value of its own is left out, since it would explain everything.
+    Between-group sum of squares over the total one, as in a one-way analysis of variance, over the feasible trials that
+    have a use for the setting; one whose every trial has a value of its own is left out: it would explain everything.
     """
     scale = math.log if result.goal.is_loss else float
     scored = [
@@ -55,16 +55,16 @@ def importance(result: SweepResult) -> dict[str, float]:
         for trial in result.ranked
         if (value := trial.best(result.metric)) is not None and (value > 0 or not result.goal.is_loss)
     ]
-    if len(scored) < 3:
-        return {}
-    mean = sum(value for _, value in scored) / len(scored)
-    total = sum((value - mean) ** 2 for _, value in scored)
     shares = {}
-    for name in scored[0][0].settings:
+    for name in dict.fromkeys(name for trial, _ in scored for name in trial.settings):
         groups = defaultdict(list)
         for trial, value in scored:
-            groups[str(trial.settings[name])].append(value)
-        if 1 < len(groups) < len(scored) and total > 0:
+            if name in trial.settings:
+                groups[str(trial.settings[name])].append(value)
+        values = [value for group in groups.values() for value in group]
+        mean = sum(values) / len(values)
+        total = sum((value - mean) ** 2 for value in values)
+        if 1 < len(groups) < len(values) and len(values) > 2 and total > 0:
             between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
             shares[name] = between / total
     return shares
@@ -72,9 +72,8 @@ def importance(result: SweepResult) -> dict[str, float]:
 
 def most_telling(result: SweepResult, shares: dict[str, float]) -> tuple[str, str] | None:
     """The two settings that a map shows: rank and learning rate, or those numbers that explain most; None of fewer."""
-    numbers = [
-        name for name in result.trials[0].settings if all(_is_number(trial.settings[name]) for trial in result.trials)
-    ]
+    first, trials = result.trials[0], result.trials
+    numbers = [name for name in first.settings if all(_is_number(trial.settings.get(name)) for trial in trials)]
     if {"lora_r", "learning_rate"} <= set(numbers):
         return "lora_r", "learning_rate"
     chosen = sorted((name for name in numbers if name in shares), key=lambda name: shares[name])[-2:]

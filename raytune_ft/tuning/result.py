@@ -90,8 +90,8 @@ class SweepResult:
 
     @property
     def varied(self) -> list[str]:
-        """The settings that tell the trials apart; all, if none does."""
-        names = list(self.trials[0].settings)
+        """The settings that tell the trials apart; all, if none does. Not every trial has a use for each."""
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.settings))
         return [name for name in names if len({str(t.settings.get(name)) for t in self.trials}) > 1] or names
 
     @property

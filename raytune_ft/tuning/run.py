@@ -38,7 +38,7 @@ from raytune_ft.tuning.progress import (
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
 from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
-from raytune_ft.tuning.space import REPEAT, dimension, settings_at
+from raytune_ft.tuning.space import POINT, dimension, settings_at
 from raytune_ft.tuning.tracking import Tracked
 
 logger = logging.getLogger("raytune_ft")
@@ -244,6 +244,8 @@ def _first_stage(config: SweepConfig, output: Location, together: int, budget: T
         time_budget_s=config.max_hours and config.max_hours * 3600,
     )
     space = {dimension(key, choice): domain(choice, grid=grid) for key, choice in config.space.items()}
+    if grid and config.grid.left_out:
+        space = {POINT: ray_tune.grid_search(config.grid.points)}
     return _Stage(_RAY_STATE, space, searched, budget)
 
 
@@ -254,7 +256,7 @@ def _second_stage(config: SweepConfig, result: SweepResult, together: int) -> _S
         for number in range(1, config.repeat_seeds + 1)
     ]
     searched = TuneConfig(scheduler=FIFOScheduler(), max_concurrent_trials=together)
-    return _Stage(_RAY_REPEATS, {REPEAT: ray_tune.grid_search(points)}, searched)
+    return _Stage(_RAY_REPEATS, {POINT: ray_tune.grid_search(points)}, searched)
 
 
 def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:

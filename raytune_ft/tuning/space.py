@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.without_effect import of_other_methods, overridden
 
 OF_WORKERS = ("cpus_per_worker", "zero_stage", "offload", "deepspeed_config")
 """Training settings that trials on one worker have no use for."""
@@ -66,8 +68,8 @@ Domain = list[Any] | Sampled | TimesRank
 Space = Annotated[dict[str, Domain], Field(min_length=1)]
 
 _ALPHA_TIMES_RANK = "lora_alpha.times_rank"
-REPEAT = "repeat"
-"""The name under which a whole trial's settings are given at once, to run it again."""
+POINT = "point"
+"""The name under which a whole trial's settings are given at once."""
 
 GUIDE: dict[str, Any] = {
     "learning_rate": [1e-4, 2e-4, 5e-4],
@@ -103,16 +105,22 @@ def dimension(key: str, choice: Domain) -> str:
 
 
 def settings_at(point: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    """The training settings at a point of the space: a factor of the rank becomes an alpha.
+    """The training settings at a point of the space: a factor of the rank becomes an alpha; without those of no effect.
 
     Args:
         point: what Ray Tune chose, by `dimension`.
         shared: the settings that all trials have in common.
     """
-    settings = dict(point.get(REPEAT, point))
+    settings = dict(point.get(POINT, point))
     if _ALPHA_TIMES_RANK in settings:
         settings["lora_alpha"] = settings.pop(_ALPHA_TIMES_RANK) * settings.get("lora_r", shared["lora_r"])
-    return settings
+    idle = without_effect({**shared, **settings})
+    return {key: value for key, value in settings.items() if key not in idle}
+
+
+def without_effect(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Names of the settings that decide nothing beside the others of a trial, each with the reason."""
+    return {**of_other_methods(settings), **overridden(settings)}
 
 
 def extremes(choice: Domain) -> list[Any]:
@@ -206,11 +214,3 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
                 "space.loss_type: kto learns from rated answers, the others from pairs; search values of the kind that "
                 "training.loss_type is"
             )
-
-
-def grid_size(space: dict[str, Domain]) -> int:
-    """Number of combinations of a space of lists."""
-    size = 1
-    for choice in space.values():
-        size *= len(extremes(choice)) if isinstance(choice, list | TimesRank) else 1
-    return size

@@ -6,7 +6,9 @@ import pytest
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.combinations import Grid
 from raytune_ft.tuning.packs import Packs, name_of
+from raytune_ft.tuning.space import settings_at
 
 TRAINING = FineTuningConfig(model_path="m", dataset_path="d", output_dir="o")
 
@@ -37,6 +39,19 @@ def test_every_combination_of_what_a_base_decides_is_a_pack() -> None:
     assert (
         name_of(packs.keys, {"max_length": 128, "lora_r": 4, "precision": "fp32"}) == "precision fp32, max_length 128"
     )
+
+
+def test_what_decides_nothing_beside_the_others_makes_no_pack() -> None:
+    """Four bits have a number format, and a base in full precision has none: `settings_at` leaves it out."""
+    space = {"method": ["lora", "qlora"], "bnb_4bit_quant_type": ["fp4", "nf4"]}
+    packs = Packs.of(space, TRAINING)
+    assert list(packs.settings) == [
+        *("method lora, bnb_4bit_quant_type nf4", "method qlora, bnb_4bit_quant_type fp4"),
+        "method qlora, bnb_4bit_quant_type nf4",
+    ]
+    shared = TRAINING.model_dump(mode="json")
+    for point in Grid.whole(space).points:
+        assert name_of(packs.keys, {**shared, **settings_at(point, shared)}) in packs.settings
 
 
 def test_a_pack_that_cannot_share_a_base_is_named() -> None:

@@ -21,7 +21,7 @@ from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import Tracking
 from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
 from raytune_ft.tuning.result import Trial
-from raytune_ft.tuning.space import REPEAT
+from raytune_ft.tuning.space import POINT
 from raytune_ft.tuning.tracking import Tracked
 
 from ..training.test_trackers import scalars  # noqa: TID252 - tests are no installed package
@@ -111,8 +111,8 @@ def test_a_restored_trial_forgets_the_checkpoints_that_were_deleted(tmp_path: Pa
 
 def test_a_repeat_is_called_by_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = Location.at(tmp_path)
-    progress = Progress(folder, "eval_loss", Tracked((), folder, {"lora_r": 8}))
-    trial = SimpleNamespace(trial_id="t", config={REPEAT: {"lora_alpha.times_rank": 2, "seed": 1}})
+    progress = Progress(folder, "eval_loss", Tracked((), folder, {"lora_r": 8, "method": "lora"}))
+    trial = SimpleNamespace(trial_id="t", config={POINT: {"lora_alpha.times_rank": 2, "seed": 1}})
     with caplog.at_level(logging.INFO, logger="raytune_ft"):
         progress.on_trial_result(0, [], trial, {"global_step": 2, "last_step": 4, "eval_loss": 0.5})
     assert caplog.messages == ["trial seed=1, lora_alpha=16: step 2, eval_loss 0.5000"]
@@ -168,7 +168,8 @@ def test_the_time_of_earlier_drivers_is_kept_with_the_state(tmp_path) -> None:
 def test_trackers_hear_of_trials_that_ended_before_this_driver_went_on(tmp_path) -> None:
     """What an earlier driver wrote was cleared away when this one took over; its curves came with Tune's state."""
     folder = Location.at(tmp_path / "ray")
-    progress = Progress(folder, "eval_loss", Tracked((Tracking.TENSORBOARD,), Location.at(tmp_path), {}))
+    tracked = Tracked((Tracking.TENSORBOARD,), Location.at(tmp_path), {"method": "lora"})
+    progress = Progress(folder, "eval_loss", tracked)
     curve = [{"global_step": 2.0, "eval_loss": 3.0}, {"global_step": 4.0, "eval_loss": 2.0}]
     progress.set_state({"curves": {"a": curve}})
     ended, going = (

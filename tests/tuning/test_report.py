@@ -120,3 +120,15 @@ def test_the_figures_name_what_tells_trials_apart_and_a_repeat_that_is_the_best(
     assert "lora_r=4, seed=1 (best)" in drawn and "learning_rate" not in drawn
     assert "learning_rate" not in plots.parallel(result)
     assert render(result, 1.0).index("seed=1") < render(result, 1.0).index("lora_r=8")
+
+
+def test_a_setting_that_some_trials_have_no_use_for_explains_the_others() -> None:
+    # Of the adapters, ln of the losses: rank 4 has 0 and 2, rank 8 has 1 and 3 (see above); full training has no rank.
+    losses = {(4, 0.1): 0, (4, 0.2): 2, (8, 0.1): 1, (8, 0.2): 3}
+    adapters = [trial(rank, rate, math.exp(value)) for (rank, rate), value in losses.items()]
+    full = replace(adapters[0], name="full", settings={"learning_rate": 0.3})
+    result = SweepResult("eval_loss", (full, *adapters))
+    assert importance(result)["lora_r"] == pytest.approx(0.2)
+    assert result.varied == ["learning_rate", "lora_r"]
+    page = render(result, 1.0)
+    assert "<td>learning_rate=0.3</td>" in page and most_telling(result, importance(result)) is None

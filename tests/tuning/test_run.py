@@ -16,7 +16,7 @@ from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.report import cost_in_words
 from raytune_ft.tuning.result import SweepResult, Trial
 from raytune_ft.tuning.run import HyperparameterSweep, _as_it_began, _keep, _of_those_measured, _second_stage
-from raytune_ft.tuning.space import REPEAT
+from raytune_ft.tuning.space import POINT
 
 
 def test_settings_that_were_tried_twice_are_repeated_once() -> None:
@@ -27,7 +27,7 @@ def test_settings_that_were_tried_twice_are_repeated_once() -> None:
         for name, rank, loss in [("a", 4, 1.0), ("b", 4, 1.0), ("c", 2, 2.0)]
     )
     stage = _second_stage(config, SweepResult("eval_loss", trials), 3)
-    points = stage.space[REPEAT]["grid_search"]
+    points = stage.space[POINT]["grid_search"]
     assert points == [{"lora_r": rank, "seed": seed} for rank in (4, 2) for seed in (6, 7)]
     assert (stage.searched.max_concurrent_trials, stage.stop) == (3, None)
 

@@ -7,7 +7,7 @@ import pytest
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.space import GUIDE, grid_size, settings_at
+from raytune_ft.tuning.space import GUIDE, settings_at
 
 COMMON = {"output_dir": "sweep", "training": {"model_path": "m", "dataset_path": "d", "max_steps": 4}}
 
@@ -18,7 +18,7 @@ def sweep(**changes: object) -> SweepConfig:
 
 def test_a_grid_has_as_many_trials_as_combinations() -> None:
     config = sweep(space={"lora_r": [4, 8], "learning_rate": [1e-4, 1e-3, 1e-2]})
-    assert grid_size(config.space) == 6
+    assert config.trials == 6
 
 
 def test_trials_write_below_the_sweeps_folder() -> None:
@@ -141,15 +141,16 @@ def test_a_metric_that_no_trial_would_report_is_refused() -> None:
 def test_guide_stands_for_the_guides_values() -> None:
     config = sweep(space={"lora_r": "guide", "lora_alpha": "guide"})
     assert config.space["lora_r"] == GUIDE["lora_r"] == [4, 8, 16, 32]
-    assert grid_size(config.space) == 4
+    assert config.trials == 4
     with pytest.raises(ConfigError, match=r"space.seed: the guide gives no range for it; it does for learning_rate"):
         sweep(space={"seed": "guide"})
 
 
 def test_alpha_follows_the_rank_of_its_trial() -> None:
-    assert grid_size(sweep(space={"lora_alpha": {"times_rank": [1, 2]}}).space) == 2
-    assert settings_at({"lora_alpha.times_rank": 2.0, "lora_r": 16}, {"lora_r": 8}) == {"lora_r": 16, "lora_alpha": 32}
-    assert settings_at({"lora_alpha.times_rank": 2.0}, {"lora_r": 8}) == {"lora_alpha": 16}
+    assert sweep(space={"lora_alpha": {"times_rank": [1, 2]}}).trials == 2
+    shared = {"lora_r": 8, "method": "lora"}
+    assert settings_at({"lora_alpha.times_rank": 2.0, "lora_r": 16}, shared) == {"lora_r": 16, "lora_alpha": 32}
+    assert settings_at({"lora_alpha.times_rank": 2.0}, shared) == {"lora_alpha": 16}
     with pytest.raises(ConfigError, match="times_rank is for lora_alpha"):
         sweep(space={"lora_r": {"times_rank": [1, 2]}})
 

@@ -20,7 +20,7 @@ POINTS = [{"global_step": float(step), "eval_loss": 4.0 / step} for step in (2, 
 
 
 def tracked(folder: Path, *names: Tracking) -> Tracked:
-    return Tracked(names or (Tracking.TENSORBOARD,), Location.at(folder), {"lora_r": 8})
+    return Tracked(names or (Tracking.TENSORBOARD,), Location.at(folder), {"lora_r": 8, "method": "lora"})
 
 
 def test_each_trial_has_event_files_with_its_whole_curve_also_after_a_restart(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_each_trial_has_event_files_with_its_whole_curve_also_after_a_restart(tm
 
 def test_event_files_of_a_sweep_on_an_object_store_come_there_at_its_end(gs_bucket: str, tmp_path: Path) -> None:
     output = Location.at(f"{gs_bucket}/sweep")
-    remote = Tracked((Tracking.TENSORBOARD,), output, {})
+    remote = Tracked((Tracking.TENSORBOARD,), output, {"method": "lora"})
     with remote.sweep({}) as told:
         trials = TrackedTrials(remote)
         trials.log("t1", "lora_r=4", {}, POINTS)
@@ -115,5 +115,5 @@ def test_mlflow_has_a_run_for_each_trial_with_its_own_settings(tmp_path: Path, m
         "t1_lora_alpha.times_rank=2": "KILLED",
         "t2_lora_r=4": "FAILED",
     }
-    assert by_name["t1_lora_alpha.times_rank=2"].data.params == {"lora_r": "8", "lora_alpha": "16"}
+    assert by_name["t1_lora_alpha.times_rank=2"].data.params == {"lora_r": "8", "method": "lora", "lora_alpha": "16"}
     assert by_name["sweep"].data.metrics == {"best_eval_loss": 1.0}
