@@ -13,6 +13,7 @@ from typing import Any
 from ray import tune as ray_tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import FIFOScheduler
+from ray.tune.stopper import Stopper
 
 from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact
@@ -37,7 +38,7 @@ from raytune_ft.tuning.progress import (
 )
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
-from raytune_ft.tuning.schedulers import TokenBudget, domain, scheduler, searcher
+from raytune_ft.tuning.schedulers import domain, limits, scheduler, searcher
 from raytune_ft.tuning.space import POINT, dimension, settings_at
 from raytune_ft.tuning.tracking import Tracked
 
@@ -98,14 +99,12 @@ def tune(config: SweepConfig) -> Artifact:
         refuse_other_rows(config, splits)
         train_files = next(iter(splits.values()))["train"]
         refuse_small_budget(config, config.trials, train_files)
-        budget = None
-        if config.max_tokens:
-            first = tokens_to_first_evaluation(config, train_files)
-            budget = TokenBudget(config.max_tokens, first, config.trials)
+        first = tokens_to_first_evaluation(config, train_files) if config.max_tokens else 0
+        limit = limits(config, output / _RAY_STATE, first)
         started = time.perf_counter()
         ground = Ground(config, packs, splits, output, connected, config.trials)
         with ground.arranged() as arrangement:
-            result = _search(config, arrangement, output, tracked, budget)
+            result = _search(config, arrangement, output, tracked, limit)
         stages = [_RAY_STATE, *([_RAY_REPEATS] if config.repeat_top else [])]
         seconds = time.perf_counter() - started + sum(seconds_before_in(output / stage) for stage in stages)
         _keep(draft, result, config, round(seconds, 1))
@@ -186,7 +185,7 @@ class _Stage:
 
 
 def _search(
-    config: SweepConfig, arrangement: Arrangement, output: Location, tracked: Tracked, budget: TokenBudget | None
+    config: SweepConfig, arrangement: Arrangement, output: Location, tracked: Tracked, limit: Stopper | None
 ) -> SweepResult:
     """All trials, the best ones again with fresh seeds if that is wished, and the best adapter on storage."""
 
@@ -196,7 +195,7 @@ def _search(
 
     if not Tuner.can_restore((output / _RAY_STATE).uri):
         (output / _RAY_STATE / _TOGETHER).write(json.dumps(arrangement.together).encode())
-    stage = _first_stage(config, output, arrangement.together, budget)
+    stage = _first_stage(config, output, arrangement.together, limit)
     result = _of_those_measured(SweepResult(config.metric, trials(stage)), config)
     if config.repeat_top:
         stage = _second_stage(config, result, arrangement.together)
@@ -235,18 +234,17 @@ def _of_those_measured(result: SweepResult, config: SweepConfig) -> SweepResult:
     return replace(result, trials=measured, not_begun=missing)
 
 
-def _first_stage(config: SweepConfig, output: Location, together: int, budget: TokenBudget | None) -> _Stage:
+def _first_stage(config: SweepConfig, output: Location, together: int, limit: Stopper | None) -> _Stage:
     grid = config.searcher == "grid"
     searched = TuneConfig(
         scheduler=scheduler(config, output / _RAY_STATE / "rungs.json"),
         search_alg=searcher(config, together),
         num_samples=config.num_trials or 1,
-        time_budget_s=config.max_hours and config.max_hours * 3600,
     )
     space = {dimension(key, choice): domain(choice, grid=grid) for key, choice in config.space.items()}
     if grid and config.grid.left_out:
         space = {POINT: ray_tune.grid_search(config.grid.points)}
-    return _Stage(_RAY_STATE, space, searched, budget)
+    return _Stage(_RAY_STATE, space, searched, limit)
 
 
 def _second_stage(config: SweepConfig, result: SweepResult, together: int) -> _Stage:

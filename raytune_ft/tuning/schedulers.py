@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from ray.tune.schedulers import (
     TrialScheduler,
 )
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
-from ray.tune.stopper import Stopper
+from ray.tune.stopper import CombinedStopper, Stopper
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
@@ -32,10 +33,12 @@ from raytune_ft.tuning.space import Choice, Domain, LogUniform, QUniform, TimesR
 logger = logging.getLogger("raytune_ft")
 
 _TIME = "global_step"
+_RUNG = ("_halves", "_n", "_r", "_cumul_r")
+"""What Ray's bracket knows of where it is."""
 
 
 def scheduler(config: SweepConfig, memory: Location) -> Any:
-    """The scheduler; ASHA keeps its rungs in the file `memory`."""
+    """The scheduler; ASHA and HyperBand keep their rungs in the file `memory`."""
     most = config.last_step or 10**9
     match config.scheduler:
         case "none":
@@ -43,7 +46,7 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
         case "median":
             return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
         case "hyperband":
-            made = ResumedHyperBand(time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
+            made = RememberedHyperBand(memory, time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
             _warn_if_all_run_to_the_end(made, config.trials, most)
             return made
         case "pbt":
@@ -112,18 +115,19 @@ def _within(space: Mapping[str, Domain], point: dict[str, Any]) -> dict[str, Any
 
 
 class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
-    """Stops all trials once they have trained on `most` tokens together.
+    """Stops all trials once they have trained on `most` tokens together; what they did is kept in the file `memory`.
 
     About `first` of these are kept for each of the `trials` that was not evaluated yet: every one is, once.
     """
 
-    def __init__(self, most: int, first: int = 0, trials: int = 0) -> None:
-        self._most, self._first, self._trials = most, first, trials
-        self._spent = dict[str, float]()
+    def __init__(self, memory: Location, most: int, first: int = 0, trials: int = 0) -> None:
+        self._memory, self._most, self._first, self._trials = memory, most, first, trials
+        self._known: dict[str, float] | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Ray Tune's hook: whether the trial that reported `result` stops."""
         self._spent[trial_id] = float(result.get("tokens", 0.0))
+        self._memory.write(json.dumps(self._spent).encode())
         waiting = self._trials - len(self._spent)
         next_ones = self._first * (waiting + 1) if waiting > 0 else 0  # its own next evaluation, and their first ones
         return sum(self._spent.values()) + next_ones >= self._most
@@ -132,18 +136,158 @@ class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
         """Ray Tune's hook: whether the budget is spent, and every trial was evaluated."""
         return len(self._spent) >= self._trials and sum(self._spent.values()) >= self._most
 
+    @property
+    def _spent(self) -> dict[str, float]:
+        """Tokens by the trial's id, those of trials that ended before this driver began among them."""
+        if self._known is None:
+            self._known = json.loads(self._memory.read()) if self._memory.exists() else {}
+        return self._known
 
-class ResumedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's classes count as Any
-    """HyperBand that can be resumed; Ray's own waits for ever for restored trials that ended, or paused, before."""
+
+class HourBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
+    """Stops all trials after so many hours of search, those of earlier drivers among them (Ray's own forgets these)."""
+
+    def __init__(self, memory: Location, hours: float) -> None:
+        self._memory, self._hours = memory, hours
+        self._began: float | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Ray Tune's hook: a trial by itself has no limit; how long the search has taken is kept in the file."""
+        self._memory.write(json.dumps(self._seconds()).encode())
+        return False
+
+    def stop_all(self) -> bool:
+        """Ray Tune's hook: whether the time is over."""
+        return self._seconds() >= 3600 * self._hours
+
+    def _seconds(self) -> float:
+        if self._began is None:
+            before = json.loads(self._memory.read()) if self._memory.exists() else 0.0
+            self._began = time.monotonic() - before
+        return time.monotonic() - self._began
+
+
+def limits(config: SweepConfig, memory: Location, first: int) -> Stopper | None:
+    """What ends the search before its trials do, as far as the settings limit it.
+
+    Args:
+        config: the sweep's.
+        memory: folder of files in which it is kept what was spent.
+        first: about how many tokens take a trial to its first evaluation.
+    """
+    found = list[Stopper]()
+    if config.max_tokens:
+        found.append(TokenBudget(memory / "tokens.json", config.max_tokens, first, config.trials))
+    if config.max_hours:
+        found.append(HourBudget(memory / "seconds.json", config.max_hours))
+    return CombinedStopper(*found) if found else None
+
+
+class RememberedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's classes count as Any
+    """HyperBand whose brackets outlive the driver; Ray's own fills new ones, which wait for trials that ended before.
+
+    Ray Tune's state may be older than what was decided: a trial that a bracket had dropped by then makes its way to the
+    same step again, and is dropped there.
+    """
+
+    def __init__(self, memory: Location, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._memory, self._recalled = memory, False
+        self._places = dict[str, tuple[int, int]]()
+        self._reached, self._dropped = dict[str, float](), dict[str, float]()
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Ray Tune's hook: as HyperBand does, for a trial that has not ended; one that is paused goes on."""
-        if trial.is_finished():
+        """Ray Tune's hook: a trial that was there before comes to its bracket; it waits there, if it did so."""
+        self._recall()
+        if trial.is_finished() or trial in self._trial_info:
             return
-        super().on_trial_add(tune_controller, trial)
-        if trial.status == Trial.PAUSED:
-            bracket, _ = self._trial_info[trial]
-            bracket.trials_to_unpause.add(trial)
+        reached = (trial.last_result or {}).get(_TIME, 0)
+        if trial.trial_id in self._dropped:
+            if reached >= self._dropped[trial.trial_id]:
+                trial.set_status(Trial.TERMINATED)
+            return
+        if trial.trial_id not in self._places:
+            super().on_trial_add(tune_controller, trial)
+            self._remember()
+            return
+        band, place = self._places[trial.trial_id]
+        bracket = self._hyperbands[band][place]
+        bracket._all_trials.append(trial)
+        bracket._live_trials[trial] = trial.last_result if reached else None
+        self._trial_info[trial] = bracket, band
+        if not bracket.continue_trial(trial):
+            trial.set_status(Trial.PAUSED)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray Tune's hook: decides as HyperBand does, and writes the brackets before the decision takes effect."""
+        if trial.trial_id in self._dropped:
+            again = result[_TIME] < self._dropped[trial.trial_id]
+            return str(TrialScheduler.CONTINUE if again else TrialScheduler.STOP)
+        self._reached[trial.trial_id] = result[_TIME]
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        self._remember()
+        return decision
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune's hook: a trial that is tried again at once stays in its bracket."""
+        if trial.status != Trial.ERROR:  # Ray Tune sets that beforehand only where it recovers a trial
+            super().on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune's hook: the others wait no longer for a trial that has ended; in Ray's own, they may for ever."""
+        if trial not in self._trial_info:
+            return
+        bracket, _ = self._trial_info[trial]
+        bracket.cleanup_trial(trial)
+        if bracket.current_trials() and not bracket.is_being_processed:
+            self._process_bracket(tune_controller, bracket)
+        self._remember()
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Ray Tune's hook: as HyperBand does, and last of all those that go to where they were dropped."""
+        chosen = super().choose_trial_to_run(tune_controller)
+        if chosen is not None:
+            return chosen
+        again = (trial for trial in tune_controller.get_trials() if trial.trial_id in self._dropped)
+        return next((trial for trial in again if trial.status == Trial.PENDING), None)
+
+    def _process_bracket(self, tune_controller: Any, bracket: Any) -> str:
+        """As HyperBand does; Ray's own never takes the mark away again."""
+        bracket.is_being_processed = True
+        try:
+            return str(super()._process_bracket(tune_controller, bracket))
+        finally:
+            bracket.is_being_processed = False
+
+    def _bracket_at(self, place: int, rung: list[float] | None) -> Any:
+        """A bracket as it was; None where Ray has none, since its first rung would be before the first step."""
+        if rung is None:
+            return None
+        bracket = self._create_bracket(place)
+        for name, value in zip(_RUNG, rung, strict=True):
+            setattr(bracket, name, value)
+        return bracket
+
+    def _remember(self) -> None:
+        rungs, places = [], dict[str, tuple[int, int]]()
+        for number, band in enumerate(self._hyperbands):
+            rungs.append([bracket and [getattr(bracket, name) for name in _RUNG] for bracket in band])
+            for place, bracket in enumerate(band):
+                places |= {trial.trial_id: (number, place) for trial in (bracket._live_trials if bracket else ())}
+        self._dropped |= {name: self._reached.get(name, 0) for name in self._places if name not in places}
+        self._places = places
+        kept = {"rungs": rungs, "places": places, "reached": self._reached, "dropped": self._dropped}
+        self._memory.write(json.dumps(kept).encode())
+
+    def _recall(self) -> None:
+        if self._recalled or not self._memory.exists():
+            self._recalled = True
+            return
+        self._recalled = True
+        kept = json.loads(self._memory.read())
+        self._places, self._reached, self._dropped = kept["places"], kept["reached"], kept["dropped"]
+        self._hyperbands = [[self._bracket_at(*place) for place in enumerate(band)] for band in kept["rungs"]]
+        self._state = {"bracket": self._hyperbands[-1][-1], "band_idx": len(self._hyperbands) - 1}
 
 
 class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes count as Any

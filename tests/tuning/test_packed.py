@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -351,42 +352,72 @@ def test_a_trial_that_diverges_is_infeasible_and_hurts_no_other(
     assert result.best.settings == {"learning_rate": 1e-2}
 
 
+DRIVER = textwrap.dedent(
+    """
+    import json, sys
+    from raytune_ft.core.cluster import connect
+    from raytune_ft.tuning.config import SweepConfig
+    from raytune_ft.tuning.run import tune
+    if __name__ == "__main__":
+        connect(num_cpus=2)
+        tune(SweepConfig(**json.load(open(sys.argv[1]))))
+    """
+)
+
+
+def killed_and_resumed(config: SweepConfig, folder: Path, when: Callable[[dict], bool]) -> tuple[dict, SweepResult]:
+    """A sweep whose driver, with all its processes, is killed once its rungs are so; these rungs, and what it found."""
+    (folder / "config.json").write_text(config.model_dump_json())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-c", DRIVER, str(folder / "config.json")]
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    end, rungs = time.monotonic() + 120, Path(config.output_dir) / "ray/rungs.json"
+    while time.monotonic() < end and not (rungs.exists() and when(json.loads(rungs.read_text()))):
+        time.sleep(0.02)
+    time.sleep(1.0)
+    kill_tree(first)
+    assert not (Path(config.output_dir) / "manifest.json").exists()
+    kept = json.loads(rungs.read_text())
+    subprocess.run(command, env=environment, check=True, timeout=200)
+    return kept, SweepResult.from_json(json.loads((Path(config.output_dir) / "result.json").read_text()))
+
+
 @pytest.mark.soak
 @pytest.mark.ray
 @pytest.mark.parametrize("packed", ["auto", "never"])
 def test_a_sweep_whose_driver_was_killed_goes_on_where_it_was(packed: str, tiny_model, orders, tmp_path) -> None:
     config = sweep(tiny_model, orders, tmp_path / "sweep", packed=packed, training={"max_steps": 40})
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    program = textwrap.dedent(
-        """
-        import json, sys
-        from raytune_ft.core.cluster import connect
-        from raytune_ft.tuning.config import SweepConfig
-        from raytune_ft.tuning.run import tune
-        if __name__ == "__main__":
-            connect(num_cpus=2)
-            tune(SweepConfig(**json.load(open(sys.argv[1]))))
-        """
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-c", program, str(tmp_path / "config.json")]
-    first = subprocess.Popen(command, env=environment, start_new_session=True)
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not (tmp_path / "sweep/ray/rungs.json").exists():
-        time.sleep(0.02)
-    time.sleep(1.0)
-    kill_tree(first)
-    assert not (tmp_path / "sweep/manifest.json").exists()
-    rungs = json.loads((tmp_path / "sweep/ray/rungs.json").read_text())
-    subprocess.run(command, env=environment, check=True, timeout=200)
-    result = SweepResult.from_json(json.loads((tmp_path / "sweep/result.json").read_text()))
+    rungs, result = killed_and_resumed(config, tmp_path, bool)
     assert len(result.trials) == 4
     assert {trial.ending for trial in result.trials} <= {"finished", "stopped early"}
     assert sum(len(recorded) for _, recorded in rungs[0]) > 0
     for trial in result.trials:
         steps = [row["global_step"] for row in trial.curve]
         assert steps == sorted(steps)
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_model, orders, tmp_path) -> None:
+    """Of eleven trials the first five run to step 16, the next five are halved at step 8, and the last has no others.
+
+    Of those five, HyperBand keeps three.
+    """
+    space = {"learning_rate": [1e-5 * 2**n for n in range(11)]}
+    common = {"space": space, "scheduler": "hyperband", "grace_steps": 1}
+    steps = {"max_steps": 16, "eval_steps": 1}
+    config = sweep(tiny_model, orders, tmp_path / "sweep", **common, training=steps)
+    rungs, result = killed_and_resumed(config, tmp_path, lambda rungs: len(rungs["dropped"]) >= 2)
+    assert 0 < len(rungs["places"]) < 11
+    ends = {trial.settings["learning_rate"]: (trial.ending, trial.steps) for trial in result.trials}
+    dropped = space["learning_rate"][5:7]
+    assert ends == {
+        rate: ("stopped early", 8) if rate in dropped else ("finished", 16) for rate in space["learning_rate"]
+    }
+    assert all(
+        [row["global_step"] for row in trial.curve] == list(range(1, trial.steps + 1)) for trial in result.trials
+    )
 
 
 @pytest.mark.ray

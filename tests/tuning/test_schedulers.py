@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pickle
@@ -16,7 +17,7 @@ from ray.tune.search import ConcurrencyLimiter
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.schedulers import TokenBudget, scheduler, searcher
+from raytune_ft.tuning.schedulers import TokenBudget, limits, scheduler, searcher
 from raytune_ft.tuning.space import Uniform
 
 
@@ -91,31 +92,128 @@ def test_what_is_no_finite_number_is_kept_out_of_the_rungs(tmp_path: Path) -> No
     assert made.on_trial_result(None, bad, reported(bad, 1, 2.0)) == TrialScheduler.STOP
 
 
-def test_a_resumed_hyperband_waits_for_no_trial_that_has_ended(tmp_path: Path) -> None:
-    rates = [n * 1e-4 for n in range(1, 7)]
-    made = scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates}), Location.at(tmp_path))
+def hyperband(memory: Path) -> Any:
+    """Of eight trials: the first four run to step 8, the others are halved at step 4."""
+    rates = [n * 1e-4 for n in range(1, 9)]
+    made = scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates}), Location.at(memory))
     made.set_search_properties("eval_loss", "min")
-    trials = [Trial("nothing", trial_id=str(number), stub=True) for number in range(6)]
-    for trial in trials[:2]:
+    return made
+
+
+class Tune:
+    """What of Ray Tune's controller HyperBand asks for."""
+
+    def __init__(self, made: Any, trials: list[Trial]) -> None:
+        self.made, self.trials = made, trials
+        for trial in trials:
+            made.on_trial_add(self, trial)
+
+    def get_trials(self) -> list[Trial]:
+        return self.trials
+
+    def stop_trial(self, trial: Trial) -> None:
+        self.made.on_trial_remove(self, trial)
         trial.set_status(Trial.TERMINATED)
-    trials[2].set_status(Trial.PAUSED)
+
+    def hear(self, trial: Trial, step: int, loss: float) -> str:
+        trial.set_status(Trial.RUNNING)
+        said = self.made.on_trial_result(self, trial, reported(trial, step, loss))
+        trial.update_last_result(reported(trial, step, loss))
+        ends = {TrialScheduler.PAUSE: Trial.PAUSED, TrialScheduler.STOP: Trial.TERMINATED}
+        trial.set_status(ends.get(said, Trial.RUNNING))
+        return said
+
+
+def restored(trials: list[Trial]) -> list[Trial]:
+    """As Ray Tune has them after a restart: what did not end is pending, and the newest comes first."""
     for trial in trials:
-        made.on_trial_add(None, trial)
-    waited_for = {trial for hyperband in made._hyperbands for bracket in hyperband for trial in bracket._live_trials}
-    assert waited_for == set(trials[2:])
-    assert made.choose_trial_to_run(None) is trials[2]
+        trial.set_status(trial.status if trial.is_finished() else Trial.PENDING)
+    return trials[::-1]
 
 
-def test_a_budget_keeps_for_each_trial_what_takes_it_to_its_first_evaluation() -> None:
+def test_a_resumed_hyperband_has_its_brackets_as_they_were(tmp_path: Path) -> None:
+    trials = [Trial("nothing", trial_id=f"t{number}", stub=True) for number in range(8)]
+    tune = Tune(hyperband(tmp_path / "rungs.json"), trials)
+    assert [tune.hear(trial, 8, 1.0) for trial in trials[:3]] == [TrialScheduler.PAUSE] * 3
+    assert [tune.hear(trial, 4, loss) for trial, loss in zip(trials[4:6], (1.0, 4.0), strict=True)] == ["PAUSE"] * 2
+
+    tune = Tune(hyperband(tmp_path / "rungs.json"), restored(trials))  # the driver was killed
+    assert {trial.trial_id for trial in trials if trial.status == Trial.PAUSED} == {"t0", "t1", "t2", "t4", "t5"}
+    assert tune.made.choose_trial_to_run(tune) in [*trials[6:], trials[3]]  # nobody that waits for others goes on
+    assert tune.hear(trials[6], 4, 2.0) == TrialScheduler.PAUSE
+    assert tune.hear(trials[7], 4, 3.0) == TrialScheduler.STOP
+    assert [trial.status for trial in trials[4:]] == ["PAUSED", "TERMINATED", "PAUSED", "TERMINATED"]
+    assert tune.made.choose_trial_to_run(tune) in {trials[3], trials[4], trials[6]}
+
+    trials[7].set_status(Trial.RUNNING)  # killed again: Ray Tune's own state is older
+    trials[7].update_last_result(reported(trials[7], 2, 3.0))
+    tune = Tune(hyperband(tmp_path / "rungs.json"), restored(trials))
+    assert {trial.trial_id for trial in trials if trial.status == Trial.PENDING} == {"t3", "t4", "t6", "t7"}
+    for trial in (trials[3], trials[4], trials[6]):
+        tune.hear(trial, 8, 1.0)
+    assert tune.made.choose_trial_to_run(tune) is trials[7]
+    assert [tune.hear(trials[7], step, 3.0) for step in (3, 4)] == [TrialScheduler.CONTINUE, TrialScheduler.STOP]
+
+    trials[7].set_status(Trial.RUNNING)  # and once more, when that was all that Ray Tune's state had not heard of
+    Tune(hyperband(tmp_path / "rungs.json"), restored(trials))
+    assert trials[7].status == Trial.TERMINATED
+
+
+def test_a_trial_that_is_tried_again_stays_in_its_bracket(tmp_path: Path) -> None:
+    trials = [Trial("nothing", trial_id=f"t{number}", stub=True) for number in range(8)]
+    tune = Tune(hyperband(tmp_path / "rungs.json"), trials)
+    tune.hear(trials[0], 2, 1.0)
+    for again in (True, False):
+        trials[0].set_status(Trial.ERROR if again else Trial.RUNNING)
+        tune.made.on_trial_error(tune, trials[0])
+        if again:
+            trials[0].set_status(Trial.PENDING)
+            tune.made.on_trial_add(tune, trials[0])
+        assert (trials[0] in tune.made._hyperbands[0][0].current_trials()) == again
+    assert len(tune.made._hyperbands[0][1].current_trials()) == 4
+
+
+def test_no_trial_waits_in_hyperband_for_one_that_has_ended_by_itself(tmp_path: Path) -> None:
+    trials = [Trial("nothing", trial_id=f"t{number}", stub=True) for number in range(8)]
+    tune = Tune(hyperband(tmp_path / "rungs.json"), trials)
+    for trial, loss in zip(trials[4:], (1.0, 2.0, 3.0, 4.0), strict=True):
+        tune.hear(trial, 4, loss)
+    assert tune.hear(trials[4], 8, 1.0) == TrialScheduler.PAUSE
+    trials[5].set_status(Trial.RUNNING)
+    tune.made.on_trial_complete(tune, trials[5], reported(trials[5], 6, math.inf))  # it diverged
+    assert trials[4].status == Trial.TERMINATED, "its bracket is done"
+
+
+def test_a_budget_keeps_for_each_trial_what_takes_it_to_its_first_evaluation(tmp_path: Path) -> None:
     # Of 100 tokens, 10 are kept for b and 10 for c, and a would spend 10 more: it stops at 70.
-    budget = TokenBudget(100, first=10, trials=3)
+    budget = TokenBudget(Location.at(tmp_path) / "tokens.json", 100, first=10, trials=3)
     assert [budget("a", {"tokens": spent}) for spent in (10, 60, 70)] == [False, False, True]
     assert (budget("b", {"tokens": 10}), budget("c", {"tokens": 10})) == (True, False)
     assert not budget.stop_all()
     assert budget("c", {"tokens": 20}) and budget.stop_all()
 
 
-def test_a_budget_that_is_spent_stops_nothing_before_every_trial_was_evaluated() -> None:
-    budget = TokenBudget(100, first=10, trials=2)
+def test_a_budget_that_is_spent_stops_nothing_before_every_trial_was_evaluated(tmp_path: Path) -> None:
+    budget = TokenBudget(Location.at(tmp_path) / "tokens.json", 100, first=10, trials=2)
     assert budget("a", {"tokens": 120}) and not budget.stop_all()
     assert budget("b", {"tokens": 10}) and budget.stop_all()
+
+
+def test_a_budget_remembers_what_trials_spent_that_ended_before_the_driver_did(tmp_path: Path) -> None:
+    stopper = limits(sweep(max_tokens=100, max_hours=1), Location.at(tmp_path), 10)
+    assert stopper is not None
+    first, again = (pickle.loads(pickle.dumps(stopper)) for _ in range(2))  # as Ray Tune keeps it from the start
+    assert not first("a", {"tokens": 70}) and not first("b", {"tokens": 10})
+    assert not again("b", {"tokens": 20}) and not again.stop_all()
+    assert again("b", {"tokens": 30}) and again.stop_all()
+
+
+def test_hours_are_those_of_all_drivers(tmp_path: Path) -> None:
+    def restarted(before: int) -> Any:
+        (tmp_path / "seconds.json").write_text(json.dumps(before))
+        return limits(sweep(max_hours=1), Location.at(tmp_path), 10)
+
+    assert restarted(3600).stop_all()
+    again = restarted(2000)
+    assert not again.stop_all() and not again("a", {})
+    assert json.loads((tmp_path / "seconds.json").read_text()) > 2000
