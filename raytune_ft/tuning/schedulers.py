@@ -38,19 +38,19 @@ _RUNG = ("_halves", "_n", "_r", "_cumul_r")
 
 
 def scheduler(config: SweepConfig, memory: Location) -> Any:
-    """The scheduler; ASHA and HyperBand keep their rungs in the file `memory`."""
+    """The scheduler; what it has decided by, it keeps in the file `memory`."""
     most = config.last_step or 10**9
     match config.scheduler:
         case "none":
             return FIFOScheduler()
         case "median":
-            return MedianStoppingRule(time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
+            return RememberedMedian(memory, time_attr=_TIME, grace_period=config.grace_steps, min_samples_required=2)
         case "hyperband":
             made = RememberedHyperBand(memory, time_attr=_TIME, max_t=most, reduction_factor=config.reduction_factor)
             _warn_if_all_run_to_the_end(made, config.trials, most)
             return made
         case "pbt":
-            return PopulationBasedTraining(
+            return ResumedPopulation(
                 time_attr=_TIME,
                 perturbation_interval=config.grace_steps,
                 hyperparam_mutations={
@@ -183,6 +183,49 @@ def limits(config: SweepConfig, memory: Location, first: int) -> Stopper | None:
     return CombinedStopper(*found) if found else None
 
 
+class ResumedPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's classes count as Any
+    """Population-based training that can be resumed; Ray's own exchanges states as soon as a restored trial reports."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune's hook: of a trial that was there before, the last exchange is where it must have been."""
+        super().on_trial_add(tune_controller, trial)
+        reached = _reached(trial)
+        self._trial_state[trial].last_perturbation_time = reached - reached % self._perturbation_interval
+
+
+class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's classes count as Any
+    """Median stopping whose results outlive the driver; Ray's own forgets those of the trials that have ended."""
+
+    def __init__(self, memory: Location, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._memory = memory
+        self._known: dict[str, list[dict[str, float]]] | None = None
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Ray Tune's hook: a trial that was there before has its results, as far as it goes on from them."""
+        super().on_trial_add(tune_controller, trial)
+        if self._known is None:
+            self._known = json.loads(self._memory.read()) if self._memory.exists() else {}
+        told = [row for row in self._known.get(trial.trial_id, ()) if row[_TIME] <= _reached(trial)]
+        if told:
+            self._results[trial] = told
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray Tune's hook: decides as median stopping does, and writes the results before that takes effect."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        known = {
+            other.trial_id: [{name: row[name] for name in (_TIME, self._metric)} for row in rows]
+            for other, rows in self._results.items()
+        }
+        self._memory.write(json.dumps(known).encode())
+        return decision
+
+
+def _reached(trial: Any) -> int:
+    """The step that a trial has reported, as far as Ray Tune's state knows."""
+    return int((trial.last_result or {}).get(_TIME, 0))
+
+
 class RememberedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's classes count as Any
     """HyperBand whose brackets outlive the driver; Ray's own fills new ones, which wait for trials that ended before.
 
@@ -201,7 +244,7 @@ class RememberedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's cl
         self._recall()
         if trial.is_finished() or trial in self._trial_info:
             return
-        reached = (trial.last_result or {}).get(_TIME, 0)
+        reached = _reached(trial)
         if trial.trial_id in self._dropped:
             if reached >= self._dropped[trial.trial_id]:
                 trial.set_status(Trial.TERMINATED)

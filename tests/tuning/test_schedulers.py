@@ -7,13 +7,14 @@ import logging
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.tune import register_trainable
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import ConcurrencyLimiter
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
@@ -92,6 +93,34 @@ def test_what_is_no_finite_number_is_kept_out_of_the_rungs(tmp_path: Path) -> No
     assert made.on_trial_result(None, bad, reported(bad, 1, 2.0)) == TrialScheduler.STOP
 
 
+def test_median_stopping_knows_what_trials_had_told_that_ended_before_it_was_resumed(tmp_path: Path) -> None:
+    def made() -> Any:
+        median = scheduler(sweep(scheduler="median"), Location.at(tmp_path) / "rungs.json")
+        median.set_search_properties("eval_loss", "min")
+        return median
+
+    trials = [Trial("nothing", trial_id=name, stub=True) for name in "abcd"]
+    tune = Tune(made(), trials[:3])
+    for trial, losses in zip(trials[:3], [(3.0, 1.0), (4.0, 2.0), (2.0, 5.0)], strict=True):
+        for step, loss in enumerate(losses, start=1):
+            tune.hear(trial, step, loss)
+    for trial in trials[:2]:
+        trial.set_status(Trial.TERMINATED)
+    trials[2].update_last_result(reported(trials[2], 1, 2.0))  # Ray Tune's state is older
+    tune = Tune(made(), restored(trials[:3]) + trials[3:])
+    assert [len(tune.made._results[trial]) for trial in trials[:3]] == [2, 2, 1]
+    assert tune.hear(trials[3], 2, 2.6) == TrialScheduler.STOP  # of running means 2 and 3, the median is 2.5
+
+
+def test_a_resumed_population_exchanges_states_where_it_would_have(tmp_path: Path) -> None:
+    made = scheduler(sweep(scheduler="pbt", grace_steps=3), Location.at(tmp_path))
+    made.set_search_properties("eval_loss", "min")
+    trial = Trial("nothing", trial_id="a", stub=True)
+    trial.update_last_result(reported(trial, 7, 1.0))
+    made.on_trial_add(SimpleNamespace(search_alg=BasicVariantGenerator()), trial)
+    assert made._trial_state[trial].last_perturbation_time == 6
+
+
 def hyperband(memory: Path) -> Any:
     """Of eight trials: the first four run to step 8, the others are halved at step 4."""
     rates = [n * 1e-4 for n in range(1, 9)]
@@ -101,7 +130,7 @@ def hyperband(memory: Path) -> Any:
 
 
 class Tune:
-    """What of Ray Tune's controller HyperBand asks for."""
+    """What of Ray Tune's controller schedulers ask for."""
 
     def __init__(self, made: Any, trials: list[Trial]) -> None:
         self.made, self.trials = made, trials
@@ -110,6 +139,9 @@ class Tune:
 
     def get_trials(self) -> list[Trial]:
         return self.trials
+
+    def get_live_trials(self) -> list[Trial]:
+        return []
 
     def stop_trial(self, trial: Trial) -> None:
         self.made.on_trial_remove(self, trial)
