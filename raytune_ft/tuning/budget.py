@@ -2,47 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import pyarrow.parquet as pq
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.storage import Location
-from raytune_ft.training.schedule import refuse_without_validation
+from raytune_ft.training.schedule import Timetable, refuse_without_validation
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.own import Splits
 from raytune_ft.tuning.space import extremes
 
+_OF_LENGTH = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    *("eval_strategy", "eval_steps"),
+)
+"""What of the settings decides how long trials are, and when they are evaluated."""
 
-def tokens_to_first_evaluation(config: SweepConfig, files: Sequence[str]) -> int:
-    """About how many tokens a trial of the smallest batches trains on before its first evaluation.
+
+def tokens_to_first_evaluation(config: SweepConfig, split: Mapping[str, Sequence[str]]) -> int:
+    """About how many tokens a trial trains on before its first evaluation; where trials differ, the fewest.
 
     Args:
         config: the sweep's.
-        files: Parquet files of the tokenized training rows.
+        split: Parquet files of the tokenized splits.
     """
-    rows, tokens = rows_and_tokens(files)
-    batch = min(_values(config, "per_device_train_batch_size")) * min(_values(config, "gradient_accumulation_steps"))
-    batch *= config.training.num_workers
-    epoch = -(-rows // batch)
-    steps = min(config.training.eval_steps, epoch) if config.training.eval_strategy == "steps" else epoch
-    return round(steps * batch * tokens / max(1, rows))
+    rows, tokens = rows_and_tokens(split["train"])
+    first = []
+    for batch, timetable in _timetables(config, rows, has_validation=bool(split.get("validation"))):
+        steps = min(timetable.eval_every or 1, timetable.total)
+        epochs, more = divmod(steps, timetable.steps_per_epoch)
+        first.append(epochs * rows + more * batch)
+    return round(min(first) * tokens / max(1, rows))
 
 
-def refuse_small_budget(config: SweepConfig, trials: int, files: Sequence[str]) -> None:
+def refuse_late_grace(config: SweepConfig, split: Mapping[str, Sequence[str]]) -> None:
+    """Checks that some trial goes beyond `grace_steps`, also where their epochs decide how long they are.
+
+    Args:
+        config: the sweep's.
+        split: Parquet files of the tokenized splits.
+
+    Raises:
+        ConfigError: if none does.
+    """
+    rows, _ = rows_and_tokens(split["train"])
+    last = max(timetable.total for _, timetable in _timetables(config, rows, has_validation=True))
+    if config.grace_steps > last:
+        raise ConfigError(
+            f"grace_steps: {config.grace_steps} is beyond the last step of the longest trial ({last}): nothing would "
+            "ever be compared"
+        )
+
+
+def _timetables(config: SweepConfig, rows: int, *, has_validation: bool) -> Iterator[tuple[int, Timetable]]:
+    """Rows of a step, and what happens at which, of each kind of trial."""
+    keys = [key for key in _OF_LENGTH if key in config.space]
+    for values in product(*(extremes(config.space[key]) for key in keys)):
+        training = config.training.with_overrides(**dict(zip(keys, values, strict=True)))
+        yield training.global_batch_size, Timetable.of(training, max(1, rows), has_validation=has_validation)
+
+
+def refuse_small_budget(config: SweepConfig, trials: int, split: Mapping[str, Sequence[str]]) -> None:
     """Checks that `max_tokens` takes every trial to its first evaluation: before that nothing can be compared.
 
     Args:
         config: the sweep's.
         trials: how many there are.
-        files: Parquet files of the tokenized training rows.
+        split: Parquet files of the tokenized splits.
 
     Raises:
         ConfigError: if it does not.
     """
     if config.max_tokens is None:
         return
-    each = tokens_to_first_evaluation(config, files)
+    each = tokens_to_first_evaluation(config, split)
     if each * trials > config.max_tokens:
         raise ConfigError(
             f"max_tokens: {config.max_tokens:,} do not take {trials} trials to their first evaluation (about {each:,} "
@@ -98,7 +133,3 @@ def _footers(files: Sequence[str]) -> Iterator[pq.FileMetaData]:
         where = Location.at(file)
         with where.filesystem.open_input_file(where.path) as stream:
             yield pq.read_metadata(stream)
-
-
-def _values(config: SweepConfig, key: str) -> list[int]:
-    return extremes(config.space[key]) if key in config.space else [getattr(config.training, key)]

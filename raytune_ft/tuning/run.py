@@ -25,7 +25,12 @@ from raytune_ft.training.run import data_parent, model_parents, reachable, refus
 from raytune_ft.training.trackers import Trackers, refuse_missing
 from raytune_ft.tuning import homes
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
-from raytune_ft.tuning.budget import refuse_other_rows, refuse_small_budget, tokens_to_first_evaluation
+from raytune_ft.tuning.budget import (
+    refuse_late_grace,
+    refuse_other_rows,
+    refuse_small_budget,
+    tokens_to_first_evaluation,
+)
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.progress import (
@@ -97,9 +102,10 @@ def tune(config: SweepConfig) -> Artifact:
             for most in packs.lengths()
         }
         refuse_other_rows(config, splits)
-        train_files = next(iter(splits.values()))["train"]
-        refuse_small_budget(config, config.trials, train_files)
-        first = tokens_to_first_evaluation(config, train_files) if config.max_tokens else 0
+        split = next(iter(splits.values()))
+        refuse_late_grace(config, split)
+        refuse_small_budget(config, config.trials, split)
+        first = tokens_to_first_evaluation(config, split) if config.max_tokens else 0
         limit = limits(config, output / _RAY_STATE, first)
         started = time.perf_counter()
         ground = Ground(config, packs, splits, output, connected, config.trials)
