@@ -1,7 +1,8 @@
 """The one door to Ray's life: join or start a cluster, say which, check what a run needs, stop only what was started.
 
 A cluster is joined when ``RAY_ADDRESS`` names one (inside ``ray job submit`` it does); else a local one is started,
-with its dashboard on, since Ray Train's placement-group cleaner asks the dashboard's state API.
+also beside another one on this machine, with its dashboard on, since Ray Train's placement-group cleaner asks the
+dashboard's state API.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def connect(*, num_cpus: int | None = None) -> Cluster:
     if not ray.is_initialized():
         _quiet_ray()
         with _sigterm_like_ctrl_c():
-            if os.environ.get("RAY_ADDRESS"):
-                _join(os.environ["RAY_ADDRESS"])
+            if address := named_address():
+                _join(address)
                 origin: Literal["joined", "started"] = "joined"
             else:
                 _start(num_cpus)
@@ -108,9 +109,34 @@ def connect(*, num_cpus: int | None = None) -> Cluster:
         _listen()
         cluster = Cluster(ray.get_runtime_context().gcs_address, origin, _nodes())
         logger.info("%s", cluster)
+        if origin == "started" and (other := found_here()):
+            logger.warning("%s", beside(other))
         _state["origin"] = origin
         return cluster
     return Cluster(ray.get_runtime_context().gcs_address, _state.get("origin", "joined"), _nodes())
+
+
+def named_address() -> str:
+    """The address of the cluster to join; empty if one is to be started (also by Ray's word for that, ``local``)."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
+def found_here() -> str | None:
+    """The address of a cluster that ``ray start`` began on this machine, and that answers; None if there is none."""
+    from ray._private.utils import read_ray_address
+
+    address = read_ray_address()
+    return address if address and answers(address) else None
+
+
+def beside(address: str) -> str:
+    """What it means for a run that another cluster is on this machine."""
+    return (
+        f"another Ray cluster runs on this machine, at {address}: RAY_ADDRESS is not set, so that it is left alone, "
+        f"and shares cores and memory with a local one. To use it, set RAY_ADDRESS={address} and, if it wants a token, "
+        "RAY_AUTH_MODE=token"
+    )
 
 
 def disconnect() -> None:
@@ -208,16 +234,23 @@ def _listen() -> None:
     printed.add_handler("ray_print_logs", relay.say)
 
 
+_TOKEN = (
+    "A cluster that `ray start` began wants a token by default: RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN "
+    "or ~/.ray/auth_token, give it."
+)
+
+
 def _join(address: str) -> None:
     import ray
 
     _knock(address)
     try:
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": worker_environment()})
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ClusterError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({first_line(error)}). "
-            "Unset RAY_ADDRESS to start a local one, or start the cluster first."
+            f"RAY_ADDRESS={address}: this Ray cluster cannot be joined ({said[:400]}). {_TOKEN} Ray and Python have to "
+            "be the cluster's versions. Unset RAY_ADDRESS to start a local one."
         ) from None
 
 
@@ -244,6 +277,7 @@ def _start(num_cpus: int | None) -> None:
     try:
         with _daemons_in_own_sessions():
             ray.init(
+                address="local",  # else Ray takes a cluster that `ray start` began here, or the note of one that died
                 num_cpus=num_cpus or usable_cpus(),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
@@ -285,7 +319,7 @@ def _daemons_in_own_sessions() -> Iterator[None]:
 
 
 def answers(address: str) -> bool:
-    """Whether something listens at ``host:port``, the address of a cluster that this process has joined."""
+    """Whether something listens at ``host:port``, the address of a cluster."""
     try:
         _knock(address)
     except ClusterError:

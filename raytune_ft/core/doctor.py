@@ -6,7 +6,6 @@ the storage and the cluster that all rooms stand on, changes nothing, and is use
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import socket
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from raytune_ft.core.cluster import beside, found_here, named_address
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.storage import Location, cache_folder
 
@@ -54,7 +54,7 @@ def examine(storage: str | None = None) -> list[Finding]:
     """Looks at everything; `storage` (a path or URI) is written to, read and cleared again."""
     findings = [_python(), *_packages(), *_torch(), _compiler(), _memory(), _disk(Path.cwd(), "disk, working folder")]
     findings.append(_disk(cache_folder(), "disk, model cache"))
-    findings.append(_cluster(os.environ.get("RAY_ADDRESS", "")))
+    findings.append(_cluster(named_address()))
     if storage is not None:
         findings.append(_storage(storage))
     else:
@@ -136,6 +136,8 @@ def _disk(folder: Path, what: str) -> Finding:
 
 def _cluster(address: str) -> Finding:
     if not address:
+        if other := found_here():
+            return Finding("Ray cluster", Verdict.NOTE, "RAY_ADDRESS is not set: runs start a local one", beside(other))
         remedy = "RAY_ADDRESS=HOST:6379, or ray job submit, to use a cluster"
         return Finding("Ray cluster", Verdict.OK, "RAY_ADDRESS is not set: runs start a local one", remedy)
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -146,7 +148,8 @@ def _cluster(address: str) -> Finding:
         return Finding("Ray cluster", Verdict.OK, _joined())
     except (OSError, ValueError, RaytuneError) as error:
         remedy = "start it (ray start --head), mend the address, or unset RAY_ADDRESS"
-        return Finding("Ray cluster", Verdict.MISSING, f"RAY_ADDRESS={address} cannot be reached: {error}", remedy)
+        found = str(error) if isinstance(error, RaytuneError) else f"RAY_ADDRESS={address} cannot be reached: {error}"
+        return Finding("Ray cluster", Verdict.MISSING, found, remedy)
 
 
 def _joined() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import signal
 import threading
 import time
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from raytune_ft.core.cluster import Cluster, connect
+from raytune_ft.core.cluster import Cluster, connect, named_address
 from raytune_ft.core.errors import RaytuneError, ServingError, first_line
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
@@ -134,7 +133,7 @@ def serve(config: ServingConfig) -> None:
     Raises:
         ServingError: as `ModelServer.start` and `ModelServer.update`.
     """
-    running = _running() if os.environ.get("RAY_ADDRESS") else None
+    running = _running() if named_address() else None
     if running is None or running.served_name != config.served_name:
         ModelServer(config).serve_forever()
         return

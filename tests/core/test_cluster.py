@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -65,6 +67,46 @@ def test_what_another_process_holds_is_left_to_it(ray_cluster: Cluster) -> None:
     assert ray_cluster.share(worker) == 1
     ray.kill(holder)  # gives back a moment later, and that moment is waited for
     assert ray_cluster.share(worker) == 2
+
+
+BESIDE_ANOTHER = """
+import logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+from raytune_ft.core import cluster, doctor
+connected = cluster.connect(num_cpus=1)
+import ray
+print(connected.origin, ray.get(ray.remote(lambda: "ran").remote()), connected.address, flush=True)
+cluster.disconnect()
+finding = doctor._cluster("")
+print(finding.verdict, finding.remedy)
+"""
+
+
+@pytest.mark.ray
+def test_beside_a_cluster_that_somebody_started_here_a_local_one_is_started_and_both_say_so() -> None:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # Ray's sockets want a short path
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        environment |= {"RAY_TMPDIR": folder, "PYTHONPATH": str(Path(__file__).parents[2])}
+        start = ["ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=1", f"--port={cluster._free_port()}"]
+        command = [sys.executable, "-m", *start, "--include-dashboard=false"]
+        head = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        noted = Path(folder) / "ray/ray_current_cluster"
+        try:
+            while not noted.exists():
+                assert head.poll() is None
+                time.sleep(0.1)
+            other = noted.read_text()
+            command = [sys.executable, "-c", BESIDE_ANOTHER]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+            assert done.stdout.startswith("started ran ") and other not in done.stdout.splitlines()[0], done.stderr
+            assert f"note another Ray cluster runs on this machine, at {other}" in done.stdout
+            assert f"another Ray cluster runs on this machine, at {other}" in done.stderr
+            assert noted.read_text() == other
+        finally:
+            left = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            head.wait(timeout=60)
+            psutil.wait_procs(left, timeout=60)
 
 
 WAITS = """
