@@ -340,3 +340,8 @@ def test_the_quickstart_is_the_shipped_pipeline_with_overrides(verb, tmp_path, m
     ((name, arguments),) = seen
     assert name == "pipeline" and Path(arguments[0]).name == "quickstart.yaml"
     assert arguments[1:] == ['storage_path="some where"', "a.b=3"]
+
+
+def test_the_package_is_the_command_where_its_script_is_not_on_the_path():
+    said = subprocess.run([sys.executable, "-m", "raytune_ft", "trian"], capture_output=True, text=True, check=False)
+    assert said.returncode == 2 and "raytune-ft" in said.stderr
