@@ -132,12 +132,14 @@ def sentence(found: Difference, *, model: str, other: str, metric: str) -> str:
     )
     if found.verdict == "cannot tell":
         words = f"{metric}: cannot tell {model} from {other} with {found.rows} rows ({numbers})."
-        return f"{words} {outlook(found)}"
+        return f"{words} {outlook(found)}".rstrip()
     return f"{metric}: {model} is {found.verdict} than {other} on {found.rows} rows ({numbers})."
 
 
 def outlook(found: Difference) -> str:
     """What it would take to tell the two apart."""
+    if not math.isfinite(found.difference):
+        return "A value is beyond numbers, so no number of rows would tell."
     if found.wins + found.losses == 0 and found.difference == 0:
         return "They score the same on every row, so how many rows it would take cannot be said."
     said = []
@@ -180,7 +182,7 @@ def _judged(found: Difference, p_adjusted: float, tests: int) -> Difference:
 def _rows_to_tell(found: Difference, alpha: float) -> int | None:
     """By the spread, by how rarely rows differ at all, and by those unseen; always more than there are."""
     needed = rows_needed(found.difference, found.standard_error, found.rows, alpha=alpha)
-    if found.difference == 0:
+    if found.difference == 0 or not math.isfinite(found.difference):
         return None
     differing = max(1, found.wins + found.losses)
     enough_differ = fewest_differing_rows(alpha) * found.rows / differing

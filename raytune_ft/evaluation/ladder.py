@@ -34,6 +34,7 @@ from raytune_ft.evaluation.results import (
 )
 from raytune_ft.evaluation.rows import check_rows, read_rows
 from raytune_ft.evaluation.run import compare
+from raytune_ft.evaluation.tables import span_text
 from raytune_ft.models.loading import shared_model
 
 logger = logging.getLogger("raytune_ft")
@@ -212,9 +213,9 @@ def lines(rungs: Sequence[Rung], metric: EvaluationMetric) -> list[str]:
     heads = f"{'':24}{metric:>14}{'interval':>18}{'same':>7}{'MB':>8}{'peak MB':>9}{'first ms':>10}{'ms/token':>10}"
     found = [heads + f"{'tokens/s':>10}"]
     for rung in rungs:
-        low, high = rung.intervals[str(metric)]
+        span = span_text(rung.intervals[str(metric)])
         found.append(
-            f"{rung.label:24}{rung.values[str(metric)]:14.4f}{f'{low:.3f} to {high:.3f}':>18}{rung.same_tokens:7.1%}"
+            f"{rung.label:24}{rung.values[str(metric)]:14.4f}{span:>18}{rung.same_tokens:7.1%}"
             f"{rung.megabytes:8.0f}{rung.peak_megabytes:9.0f}{rung.first_token_ms:10.1f}{rung.per_token_ms:10.1f}"
             f"{rung.tokens_per_s:10.1f}"
         )

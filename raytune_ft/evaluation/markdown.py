@@ -45,8 +45,8 @@ def render_markdown(result: EvaluationResult) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that stays inside a Markdown table cell and is not HTML."""
-    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
+    """Text that stays inside a Markdown table cell and is neither HTML nor a link or image."""
+    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;").replace("](", r"]\(")
 
 
 def fence(text: str) -> str:

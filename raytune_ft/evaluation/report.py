@@ -19,7 +19,15 @@ from raytune_ft.evaluation.check_tables import check_tables
 from raytune_ft.evaluation.examples import examples, most_changed
 from raytune_ft.evaluation.markdown import render_markdown
 from raytune_ft.evaluation.results import RESULTS, EvaluationResult, leading_metric, read_result, to_json
-from raytune_ft.evaluation.tables import comparison_table, number_text, slice_table, title, value_table, verdicts
+from raytune_ft.evaluation.tables import (
+    comparison_table,
+    number_text,
+    slice_table,
+    span_text,
+    title,
+    value_table,
+    verdicts,
+)
 
 __all__ = [
     "generate_evaluation_report",
@@ -131,5 +139,5 @@ def page_template(package: str, name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = number_text
+    environment.filters |= {"number": number_text, "span": span_text}
     return environment.get_template(name)

@@ -54,18 +54,20 @@ def interval(
 
     Where all samples agree (every row right), a bootstrap knows nothing of rows unlike those it has; with `best`, the
     interval then allows for a share of such rows that would have stayed unseen, which for a share of right rows is
-    the interval of Clopper and Pearson (1934).
+    the interval of Clopper and Pearson (1934). On an open scale there is none (both ends are NaN).
 
     Args:
         statistic: from sums of `columns` to the value.
         columns: one number a row under each name.
         confidence: of the interval.
         seed: of the resampling.
-        best: the upper end of a scale that starts at 0.
+        best: the upper end of a scale that starts at 0; None for an open one.
     """
     found = percentiles(bootstrap(statistic, columns, seed=seed), confidence)
-    if best is None or found.high - found.low > 1e-12:
+    if found.high - found.low > 1e-12:
         return found
+    if best is None:
+        return Interval(math.nan, math.nan)
     unseen = unseen_share(row_count(columns), confidence)
     return Interval(found.low - unseen * found.low, found.high + unseen * (best - found.high))
 

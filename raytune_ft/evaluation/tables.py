@@ -47,8 +47,8 @@ def value_table(result: EvaluationResult) -> list[dict[str, Any]]:
             best = min(known) if metric.facts.lower_is_better else max(known)
         cells = []
         for model, number in zip(result.models, numbers, strict=True):
-            low, high = model.intervals[metric] if metric else (None, None)
-            span = f"[{number_text(low)}, {number_text(high)}]" if low is not None and high is not None else ""
+            low, high = model.intervals[metric] if metric else (math.nan, math.nan)
+            span = "" if math.isnan(low) or math.isnan(high) else f"[{number_text(low)}, {number_text(high)}]"
             cells.append({"value": number_text(number), "interval": span, "best": number == best})
         shown = name.replace("_", " ").replace("field accuracy.", "field accuracy: ")
         if metric is not None:
@@ -115,6 +115,11 @@ def correction(result: EvaluationResult) -> str:
 def probability(p: float) -> str:
     """A p-value for a table."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def span_text(ends: Sequence[float]) -> str:
+    """Both ends of an interval; ``none`` where there is none."""
+    return "none" if any(map(math.isnan, ends)) else " to ".join(map(number_text, ends))
 
 
 def number_text(value: float) -> str:

@@ -15,7 +15,7 @@ from raytune_ft.core.errors import ArtifactError, ConfigError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
-from raytune_ft.evaluation.markdown import render_markdown
+from raytune_ft.evaluation.markdown import cell, render_markdown
 from raytune_ft.evaluation.measurement import compared, measured
 from raytune_ft.evaluation.metrics import METRICS, make_metric
 from raytune_ft.evaluation.report import generate_evaluation_report, render_html, write_report
@@ -143,6 +143,10 @@ def test_verdicts_and_intervals_stand_in_both_kinds_of_report() -> None:
         assert "[0.631, 1.000]" in page  # eight of eight right, as Clopper and Pearson have it
         assert "city: " in page
         assert "corrected (Holm) for all 3 comparisons" in page
+
+
+def test_markdown_cells_hold_no_link_or_image() -> None:
+    assert cell("![a](http://x/y.png) [b] | <i>") == r"![a]\(http://x/y.png) [b] \| &lt;i>"
 
 
 def test_markdown_answers_cannot_leave_their_fences() -> None:
