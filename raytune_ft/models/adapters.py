@@ -256,7 +256,8 @@ def merge_adapter(reference: str, folder: Path) -> None:
     template.
 
     Raises:
-        ModelError: for prompt methods (they have no merge), or if the merged model answers otherwise.
+        ModelError: for prompt methods (they have no merge), upon a quantized base, or if the merged model answers
+            otherwise.
     """
     resolved = resolve_model(reference)
     if resolved.adapter is not None:
@@ -268,6 +269,12 @@ def merge_adapter(reference: str, folder: Path) -> None:
     loaded = load_model(reference, precision=Precision.FP32, device="cpu")
     model = loaded.model
     if resolved.adapter is not None:
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{reference}: its base {resolved.base} is quantized, and a merge would round away what was learned; "
+                "serve the adapter upon it, or name the base in full precision that it was made from in "
+                "base_model_name_or_path of adapter_config.json"
+            )
         zeros = _zeros_under(model) if is_pruned(resolved.base) else {}
         probe = torch.arange(1, 9).unsqueeze(0) % model.config.get_text_config().vocab_size
         with torch.no_grad():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ModelError
@@ -88,6 +89,16 @@ def test_a_merged_model_answers_as_the_adapter_upon_its_base(tiny_model: Path, t
         merged = load_model(str(tmp_path / "merged")).model(ids).logits
     assert torch.allclose(adapted, merged, atol=1e-5)
     assert load_model(str(tmp_path / "merged")).tokenizer.chat_template is not None
+
+
+def test_an_adapter_is_not_merged_into_a_quantized_base(tiny_model: Path, tmp_path: Path) -> None:
+    settings = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, quantization_config=settings)
+    base.save_pretrained(tmp_path / "base")
+    load_model(str(tiny_model)).tokenizer.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter")
+    with pytest.raises(ModelError, match=r"its base .*base is quantized, .* serve the adapter upon it"):
+        merge_adapter(str(adapter), tmp_path / "merged")
 
 
 def test_weights_that_changed_on_the_disk_are_refused_before_anything_is_made_of_them(
