@@ -16,7 +16,7 @@ Goal = Literal["balanced", "slight_domain_adaptation", "multiple_related_tasks",
 
 _BATCH = 4
 _FITTED = (FineTuningMethod.FULL, FineTuningMethod.LORA, FineTuningMethod.QLORA)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([MB]?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMBT]?)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _shape(parameters: float | None, model: str | None) -> ModelShape:
         raise ConfigError("give either model (a reference, or a size such as 8B) or parameters")
     size = _SIZE.fullmatch(model.strip()) if model is not None else None
     if size is not None:
-        parameters = float(size[1]) * {"": 1, "M": 1e6, "B": 1e9}[size[2].upper()]
+        parameters = float(size[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[size[2].upper()]
     if model is None or size is not None:
         _refuse_below_zero("model" if size is not None else "parameters", float(parameters or 0))
         return ModelShape.typical(float(parameters or 0))

@@ -35,6 +35,8 @@ def test_what_does_not_fit_gives_way_and_says_why() -> None:
 
 
 def test_a_model_that_fits_in_no_way_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^1000\.0B weights need"):
+        recommend_method(model="1T", memory_gib=80)
     with pytest.raises(ConfigError, match="smaller model"):
         recommend_method(parameters=70e9, memory_gib=12)
 
