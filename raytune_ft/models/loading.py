@@ -210,7 +210,8 @@ def check_content(reference: str, *, with_base: bool = True) -> None:
     resolved = resolve_model(reference)
     if resolved.artifact is not None:
         folder = resolved.artifact.local()
-        stamps = [(folder / name).stat() for name in resolved.artifact.manifest.files]
+        there = (folder / name for name in resolved.artifact.manifest.files)
+        stamps = [path.stat() for path in there if path.exists()]
         _check_hashes(str(folder), tuple((stamp.st_size, stamp.st_mtime_ns) for stamp in stamps))
     if resolved.adapter is not None and with_base:
         check_content(_adapter_base(resolved.adapter))
@@ -218,7 +219,7 @@ def check_content(reference: str, *, with_base: bool = True) -> None:
 
 @cache
 def _check_hashes(folder: str, stamps: tuple[tuple[int, int], ...]) -> None:
-    """Reads the files of an artifact once in a process, as long as their sizes and times stay."""
+    """Reads the files of an artifact, once in a process as long as their sizes and times (`stamps`) stay."""
     gigabytes = sum(size for size, _ in stamps) / 1e9
     if gigabytes > _TOLD_GB:
         logger.info("%s: checking %.1f GB against its manifest", folder, gigabytes)
