@@ -133,12 +133,14 @@ def serve(config: ServingConfig) -> None:
     Raises:
         ServingError: as `ModelServer.start` and `ModelServer.update`.
     """
-    running = _running() if named_address() else None
-    if running is None or running.served_name != config.served_name:
-        ModelServer(config).serve_forever()
-        return
-    _replace(running, config)
-    logger.info("%r is served with these settings, by the program that started it", config.served_name)
+    if named_address():
+        running = _running(config.startup_timeout_s)
+        if running is not None and running.served_name == config.served_name:
+            _replace(running, config)
+            logger.info("%r is served with these settings, by the program that started it", config.served_name)
+            return
+        _refuse_second()
+    ModelServer(config).serve_forever()
 
 
 def _tell_test(config: ServingConfig) -> None:
@@ -153,15 +155,33 @@ def _tell_test(config: ServingConfig) -> None:
         logger.warning("feedback_path is not set: the A/B test will know errors and times, but no ratings")
 
 
-def _running() -> ServingConfig | None:
-    """The settings of the endpoint that the cluster has; None if it has none, or one of vLLM's or another program's."""
+def _running(limit_s: float) -> ServingConfig | None:
+    """The settings of the endpoint that the cluster has; None if it has none, or one of vLLM's or another program's.
+
+    One whose replicas are just started, or replaced, is waited for.
+
+    Raises:
+        ServingError: if it is being taken down, or none of its replicas is up within `limit_s`.
+    """
     from ray import serve
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import RayServeException
 
     connect()
     application = serve.status().applications.get(_APPLICATION)
-    if application is None or application.status != "RUNNING" or "Endpoint" not in application.deployments:
+    if application is None or "Endpoint" not in application.deployments:
         return None
-    found: ServingConfig = serve.get_app_handle(_APPLICATION).settings.remote().result(timeout_s=60)
+    if application.status == "DELETING":
+        raise ServingError("the endpoint of this cluster is being taken down; run the same command when it is gone")
+    if application.status != "RUNNING":
+        logger.info("The endpoint of this cluster is %s; waiting for a replica", application.status)
+    try:
+        found: ServingConfig = serve.get_app_handle(_APPLICATION).settings.remote().result(timeout_s=limit_s)
+    except (TimeoutError, RayActorError, RayServeException) as error:
+        raise ServingError(
+            f"the endpoint of this cluster was {application.status}, and no replica answered within {limit_s:g} "
+            f"seconds ({first_line(error)}); stop it, and start it with these settings"
+        ) from None
     return found
 
 

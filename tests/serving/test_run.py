@@ -34,7 +34,7 @@ from raytune_ft.models.loading import load_model
 from raytune_ft.serving.address import free_port
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.keys import hashed
-from raytune_ft.serving.run import ModelServer
+from raytune_ft.serving.run import ModelServer, _running, serve
 
 LIMITS = (3, 17, 40)
 QUESTIONS = ["What is the capital of France?", "red", "The quick brown fox jumps over the lazy dog.", "0 1 2 3"]
@@ -338,9 +338,29 @@ def test_kills_and_redeploys_for_minutes_lose_nothing(
 
 
 @pytest.mark.ray
-def test_a_second_endpoint_on_the_same_cluster_is_refused(server: ModelServer, tiny_model: Path):
+def test_an_endpoint_whose_replicas_are_just_replaced_is_still_the_clusters(server: ModelServer):
+    from ray import serve
+
+    for pid in replica_pids().values():
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while serve.status().applications["raytune_ft"].status == "RUNNING":
+        assert time.monotonic() < deadline, "nobody noticed"
+        time.sleep(0.05)
+    found = _running(90)
+    assert found is not None
+    assert (found.served_name, found.feedback_path) == ("tiny", server.config.feedback_path)
+
+
+@pytest.mark.ray
+def test_a_second_endpoint_on_the_same_cluster_is_refused(
+    server: ModelServer, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(ServingError, match="has a Ray Serve endpoint already"):
         ModelServer(ServingConfig(model_path=str(tiny_model), port=0)).start()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")  # connected already; `serve` looks at the cluster that it names
+    with pytest.raises(ServingError, match="has a Ray Serve endpoint already"):
+        serve(ServingConfig(model_path=str(tiny_model), name="other", port=int(server.url.split(":")[2][:-3])))
     assert urllib.request.urlopen(server.url.replace("/v1", "/health"), timeout=30).status == 200
 
 
