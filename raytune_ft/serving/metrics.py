@@ -42,6 +42,10 @@ class Metrics:
             "raytune_ft_ab_lost", "Lines of an A/B test's log that could not be written.", ("replica",),
             registry=self.registry,
         )  # fmt: skip
+        self.log_lost = Counter(
+            "raytune_ft_log_lost", "Lines of the request log that could not be written.", ("replica",),
+            registry=self.registry,
+        )  # fmt: skip
         self.ab_duration = self._histogram(
             "ab_request_duration_seconds", "From a test's request to the end of its answer.", _TEST_LABELS
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -24,6 +25,8 @@ from raytune_ft.serving.prompts import Prompts
 from raytune_ft.serving.protocol import ChatRequest, CompletionRequest
 from raytune_ft.serving.rates import Rates
 from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket, merged
+
+logger = logging.getLogger("raytune_ft")
 
 
 @dataclass
@@ -283,14 +286,18 @@ class Service:
         return None if limit is None else limit - self.engine.adapters.virtual_tokens(adapter)
 
     async def _logged(self, job: Job) -> None:
-        """Writes a finished job to the request log, where there is one."""
+        """Writes a finished job to the request log, if there is one; a line that cannot be written is lost and told."""
         if self.log is None:
             return
         for choice, prompt in zip(job.choices, job.prompts, strict=True):
             text = "" if job.answer.without_text else choice.text
             record = {**_exchange(prompt, text), "model": job.answer.model, "id": job.answer.sent_id,
                       "finish_reason": choice.finish_reason, "time": timestamp()}  # fmt: skip
-            await asyncio.to_thread(self.log.append, record)
+            try:
+                await asyncio.to_thread(self.log.append, record)
+            except OSError as error:
+                self.metrics.log_lost.labels(self.replica).inc()
+                logger.warning("a line of the request log could not be written: %s", error.strerror)
 
 
 def _exchange(prompt: dict[str, Any], text: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from raytune_ft.core.records import Message, Record
 from raytune_ft.data.formats import detect, to_record
 from raytune_ft.data.readers import read_rows
 from raytune_ft.data.sources import find_files
+from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.feedback import Feedback, Journal
 
 ASKED = [{"role": "user", "content": "Grüße?"}]
@@ -85,6 +86,17 @@ def test_the_request_log_holds_conversations_that_prepare_reads(endpoint):
     assert [record.messages[0].content for record in found] == ["Grüße?", "Grüße?", "red"]
     assert [record.metadata["model"] for record in found] == ["tiny", "tiny:a", "tiny"]
     assert file.stat().st_mode & 0o077 == 0, "others may read what was asked"
+
+
+def test_an_answer_is_not_withheld_where_the_log_cannot_be_written(tiny_model: Path, tmp_path: Path, serve_here: Any):
+    (tmp_path / "file").write_text("no folder")
+    config = ServingConfig(model_path=str(tiny_model), name="tiny", request_log_path=str(tmp_path / "file"))
+    with serve_here(config) as running:
+        asked: Any = {"model": "tiny", "prompt": "red", "max_tokens": 3}
+        assert running.client().completions.create(**asked).choices
+        assert list(running.client().completions.create(**asked, stream=True))[-1].choices[0].finish_reason
+        with urllib.request.urlopen(f"{running.root}/metrics", timeout=30) as answer:
+            assert 'raytune_ft_log_lost_total{replica="r1"} 2.0' in answer.read().decode()
 
 
 @pytest.mark.parametrize(
