@@ -20,7 +20,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _OPEN = {"/health", "/ready", "/playground"}
-"""Paths that need no key: they tell nothing of what is served, and ask for nothing."""
+"""Paths that need no key, and any name will do: they tell nothing of what is served, and ask for nothing."""
 
 
 _COUNTED = {"/v1/chat/completions", "/v1/completions"}
@@ -69,7 +69,7 @@ class Gate:
 
     def _admit(self, scope: Scope) -> None:
         path = scope["path"]
-        if self._for_this_machine:
+        if self._for_this_machine and path not in _OPEN:
             self._refuse_other_sites(_header(scope, b"host"), _header(scope, b"origin"))
         header = _header(scope, b"authorization")
         if path.startswith("/admin/"):

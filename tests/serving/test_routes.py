@@ -207,6 +207,7 @@ def test_without_keys_other_sites_pages_are_refused_and_this_machines_are_not(en
             code, text, _ = send(endpoint.root, method, path, chat_body(), **other)
             assert (code, json.loads(text)["error"]["type"]) == (403, "permission_error")
             assert "set allow_anyone: true" in json.loads(text)["error"]["message"]
+        assert send(endpoint.root, "GET", "/health", **other)[0] == 200
 
 
 @pytest.mark.parametrize("settings", [{"allow_anyone": True}, {"api_keys": [hashed("one")]}])
