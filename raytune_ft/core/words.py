@@ -39,6 +39,12 @@ def plain(text: str) -> str:
     return " ".join(folded.split())
 
 
+def whole(text: str) -> str:
+    """The text with ``?`` for each half character: JSON can escape half a surrogate pair, which no file or tokenizer
+    can hold."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
 def spaced(text: str) -> str:
     """The text with blanks around each character of an unspaced script."""
     return text if text.isascii() else _ONE.sub(r" \1 ", text)

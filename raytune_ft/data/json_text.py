@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from json import JSONDecodeError
 from typing import Any
 
+from raytune_ft.core.words import whole
+
 MOST_LEVELS = 200
 _CHUNK = 1 << 20
 _TAIL = 16  # a value cut at the end of what was read fails at most this many characters before it
@@ -62,6 +64,12 @@ def parse(text: str) -> Any:
     if rest != len(text):
         raise JsonFault(f"malformed JSON: more follows the value: character {rest + 1}")
     return _checked(value, text, 0, len(text))
+
+
+def loads(text: str) -> Any:
+    """As `json.loads`, for JSON that stands in texts of rows and stays as it is there: only half surrogate pairs
+    become ``?``."""
+    return _whole_texts(json.loads(text), text, 0, len(text))
 
 
 def list_items(read: Callable[[int], bytes]) -> Iterator[tuple[int, Any]]:
@@ -227,9 +235,12 @@ def _checked_or_fault(value: Any, text: str, start: int, end: int) -> Any:
 def _checked(value: Any, text: str, start: int, end: int) -> Any:
     if text.count("[", start, end) + text.count("{", start, end) > MOST_LEVELS and _levels(value) > MOST_LEVELS:
         raise _refused(RecursionError())
-    if text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0:
-        return _mended(value)
-    return value
+    return _whole_texts(value, text, start, end)
+
+
+def _whole_texts(value: Any, text: str, start: int, end: int) -> Any:
+    escapes = text.find("\\ud", start, end) >= 0 or text.find("\\uD", start, end) >= 0
+    return _mended(value) if escapes else value
 
 
 def _refused(error: Exception, text: str | None = None) -> JsonFault:
@@ -252,7 +263,7 @@ def _levels(value: Any) -> int:
 
 def _mended(value: Any) -> Any:
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
+        return whole(value)
     if isinstance(value, list):
         return [_mended(item) for item in value]
     if isinstance(value, dict):

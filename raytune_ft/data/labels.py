@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raytune_ft.core.records import Record
+from raytune_ft.data.json_text import loads
 
 ANSWER = "answer"
 MOST_CHARACTERS = 48
@@ -44,7 +45,7 @@ def json_fields(text: str) -> dict[str, Any] | None:
     if not text.lstrip().startswith("{"):
         return None
     try:
-        value = json.loads(text)
+        value = loads(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from raytune_ft.data.config import PersonalData
+from raytune_ft.data.json_text import loads
 
 _KEY_FORMS = (
     r"sk-ant-[\w-]{20,}",  # Anthropic
@@ -95,7 +96,7 @@ def redact_text(text: str, kinds: Iterable[PersonalData], found: Counter[str]) -
 
     def one(match: re.Match[str]) -> str:
         literal = match[0]
-        value = json.loads(literal) if literal.startswith('"') else int(literal)
+        value = loads(literal) if literal.startswith('"') else int(literal)
         redacted = redact_value(value, kinds, found)
         return literal if redacted == value else json.dumps(redacted, ensure_ascii=False)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raytune_ft.core.records import Message, Record
+from raytune_ft.data.json_text import loads
 
 
 def unbalanced_tool_calls(record: Record) -> str | None:
@@ -92,10 +92,10 @@ def _call_fault(name: Any, arguments: Any, known: frozenset[str] | None) -> str 
 
 def _loaded(text: str) -> Any:
     try:
-        return json.loads(text)
+        return loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
 def _calls(turn: Message) -> Iterator[Mapping[str, Any]]:
-    yield from json.loads(turn.tool_calls) if turn.tool_calls else ()
+    yield from loads(turn.tool_calls) if turn.tool_calls else ()

@@ -8,6 +8,7 @@ from typing import Any
 
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.storage import Location
+from raytune_ft.core.words import whole
 
 INSTRUCTION_TEMPLATE = (
     "{% for message in messages %}"
@@ -83,15 +84,14 @@ def render(
     Raises:
         Exception: whatever the template raises: it is a program.
     """
-    return str(
-        compiled(template).render(
-            messages=turns,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **{**(variables or {}), **special_tokens},
-        )
+    text = compiled(template).render(
+        messages=turns,
+        tools=tools,
+        documents=None,
+        add_generation_prompt=add_generation_prompt,
+        **{**(variables or {}), **special_tokens},
     )
+    return whole(str(text))  # calls and tools are JSON, which may escape half a character
 
 
 @functools.lru_cache(maxsize=32)

@@ -63,6 +63,7 @@ def test_statistics_are_those_counted_by_hand_and_parts_add_up_to_the_whole() ->
     ("answer", "wanted"),
     [
         ('{"b": 1, "a": 2}', ("JSON with a, b", "a bracket", "begins with no letter")),
+        (r'{"\ud83d": 1}', ("JSON with ?", "a bracket", "begins with no letter")),
         ("[1, 2]", ("JSON list", "a bracket", "no letters")),
         ("YES SIR", ("a few words", "a letter", "capitals only")),
         ("one\n\ntwo!", ("several paragraphs", "an exclamation mark", "begins with a small letter")),

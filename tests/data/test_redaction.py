@@ -112,6 +112,7 @@ def test_arguments_that_are_json_text_stay_json_text() -> None:
         ('{\n  "mail":"a@b.com",\n  "v":1.50\n}', '{\n  "mail":"[EMAIL]",\n  "v":1.50\n}'),
         ('{"a": "so:\\na@b.com", "b": "\\n+49 30 901820"}', '{"a": "so:\\n[EMAIL]", "b": "\\n[PHONE]"}'),
         (' [4111111111111111,5500005555555559, 1e99]', ' ["[CARD]","[CARD]", 1e99]'),
+        ('{"a": "\\ud83d a@b.com", "b": "\\ud83d"}', '{"a": "? [EMAIL]", "b": "\\ud83d"}'),
         ('{"a": "m\\u00fcller@b.com", "b": "caf\\u00e9"}', '{"a": "[EMAIL]", "b": "caf\\u00e9"}'),
     ],
 )  # fmt: skip

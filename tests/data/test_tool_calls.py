@@ -44,6 +44,7 @@ def call(*names: str, arguments: object = "{}", ids: bool = False) -> Message:
         ),
         ((USER, call(""), RESULT, SAID), "malformed tool call: it names no tool"),
         ((USER, call("sing"), RESULT, SAID), "unknown tool: sing is called; listed are add, find"),
+        ((USER, call("sing\ud83d"), RESULT, SAID), "unknown tool: sing? is called; listed are add, find"),
     ],
 )
 def test_calls_and_results_belong_together(turns: tuple[Message, ...], reason: str | None) -> None:

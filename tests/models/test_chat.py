@@ -226,6 +226,13 @@ def test_tools_are_written_and_calls_supervised(build: SimpleNamespace) -> None:
     )
 
 
+def test_half_a_character_in_the_arguments_of_a_call_is_written_as_a_question_mark(build: SimpleNamespace) -> None:
+    chat = Chat(build.chatml(build.tools))
+    call = json.dumps([{"type": "function", "function": {"name": "red", "arguments": r'{"n": "\ud83d"}'}}])
+    encoded = chat.encode_conversation(Conversation((TURNS[0], Message("assistant", "", call))))
+    assert '«<|call|>{"name": "red", "arguments": {"n": "?"}}<|im_end|>»' in shown(chat, encoded)
+
+
 def test_tools_and_calls_that_the_template_ignores_are_refused(build: SimpleNamespace) -> None:
     chat = Chat(build.chatml())
     with pytest.raises(DataError, match="tools: the chat template ignores them"):
