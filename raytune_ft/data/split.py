@@ -105,13 +105,16 @@ def rank(group: str, seed: int) -> int:
 class Cuts:
     """In a stratum, ranks below its first cut are the test, from there below the second the validation.
 
-    The rest is trained on, and so is a stratum without cuts.
+    The rest is trained on, and so are a stratum without cuts and ranks of a stratum that are `passed_over`.
     """
 
     by_stratum: Mapping[int, tuple[int, int]]
+    passed_over: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     def split_of(self, stratum: int, place: int) -> str:
         """The split of a rank in a stratum."""
+        if place in self.passed_over.get(stratum, ()):
+            return "train"
         test, validation = self.by_stratum.get(stratum, (0, 0))
         return "test" if place < test else "validation" if place < validation else "train"
 
@@ -120,25 +123,32 @@ def find_cuts(ranks: Mapping[int, Mapping[int, int]], *, test_split: float, vali
     """The cuts that come nearest to the wanted shares in each stratum, and in all together.
 
     What one stratum, taken whole groups at a time, gets too much or too little of, the next makes up for; the large
-    ones come first, since the small ones can make up for most.
+    ones come first, since the small ones can make up for most. Ranks of more than twice as many rows as a split wants
+    are trained on, whatever their place: else such a group would keep those behind it out of the other splits.
 
     Args:
         ranks: usable rows per stratum and rank.
         test_split: wanted share for the test.
         validation_split: wanted share for validation.
     """
-    cuts = {}
+    cuts, passed_over = {}, {}
     seen = tested = validated = 0
     for stratum, counts in sorted(ranks.items(), key=lambda item: (-sum(item[1].values()), item[0])):
         seen += sum(counts.values())
-        test = _cut(counts, int(seen * test_split + 0.5) - tested)
-        below_test = _below(counts, test)
+        wanted_test = int(seen * test_split + 0.5) - tested
         wanted = int(seen * validation_split + 0.5) - validated
-        both = max(test, _cut(counts, below_test + max(wanted, 0)))
+        most = 2 * min((rows for rows in (wanted_test, wanted) if rows > 0), default=0)
+        fitting = {place: count for place, count in counts.items() if count <= most}
+        test = _cut(fitting, wanted_test)
+        below_test = _below(fitting, test)
+        both = max(test, _cut(fitting, below_test + max(wanted, 0)))
         tested += below_test
-        validated += _below(counts, both) - below_test
+        validated += _below(fitting, both) - below_test
         cuts[stratum] = (test, both)
-    return Cuts(cuts)
+        large = frozenset(place for place in counts if place < both and place not in fitting)
+        if large:
+            passed_over[stratum] = large
+    return Cuts(cuts, passed_over)
 
 
 def _below(counts: Mapping[int, int], cut: int) -> int:

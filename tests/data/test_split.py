@@ -36,6 +36,14 @@ def test_a_cut_falls_on_the_nearer_side_of_a_large_group() -> None:
     assert find_cuts(ranks, test_split=0.3, validation_split=0.0) == Cuts({7: (6, 6)})
 
 
+def test_a_group_that_no_split_has_room_for_is_trained_on_and_keeps_no_other_out() -> None:
+    ranks = {0: 60} | dict.fromkeys(range(1, 41), 1)  # of 100 rows the lowest group has 60
+    cuts = find_cuts({7: ranks}, test_split=0.1, validation_split=0.1)
+    assert cuts == Cuts({7: (11, 21)}, {7: frozenset({0})})
+    drawn = [cuts.split_of(7, place) for place in ranks]
+    assert (drawn[0], drawn.count("test"), drawn.count("validation")) == ("train", 10, 10)
+
+
 def test_no_wanted_share_gives_no_rows() -> None:
     cuts = find_cuts({3: {0: 1, 7: 9}}, test_split=0.0, validation_split=0.0)
     assert {cuts.split_of(3, 0), cuts.split_of(3, 7)} == {"train"}
