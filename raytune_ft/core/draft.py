@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import tempfile
 import traceback
 import uuid
@@ -36,6 +37,9 @@ from raytune_ft.core.manifest import (
     versions,
 )
 from raytune_ft.core.storage import Location
+
+_TORN_CLAIM = re.compile(rf"\.{re.escape(CLAIM)}\.\d+-\d+\.part")
+"""What a kill leaves of a claim that was being written."""
 
 
 @dataclass
@@ -186,11 +190,13 @@ def _claim(location: Location, claim: Claim, keep: Sequence[str]) -> None:
         for name in present:
             if name != CLAIM and name.partition("/")[0] not in {FAILURES, *keep}:
                 (location / name).delete()
-    elif present:
+    elif not all(map(_TORN_CLAIM.fullmatch, present)):
         raise ArtifactError(
             f"{location}: holds something else ({', '.join(present[:3])}{more(present)}); "
             "choose an empty or a new folder. Nothing was overwritten."
         )
+    for name in filter(_TORN_CLAIM.fullmatch, present):
+        (location / name).delete()
     (location / CLAIM).write(claim.model_dump_json(indent=2).encode())
 
 

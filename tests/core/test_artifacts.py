@@ -103,6 +103,22 @@ def test_a_parent_with_another_content_is_another_run(storage):
         )
 
 
+def test_a_claim_that_a_kill_cut_short_is_written_anew(tmp_path):
+    def claim(path):
+        begin(path, ArtifactKind.MODEL, settings=SETTINGS).lock.release()
+
+    claim(tmp_path / "whole")
+    torn = tmp_path / "torn" / ".started.json.17-140.part"
+    torn.parent.mkdir()
+    torn.write_bytes((tmp_path / "whole/started.json").read_bytes()[:9])
+    claim(tmp_path / "torn")
+    assert [path.name for path in torn.parent.iterdir()] == ["started.json"]
+    (torn.parent / "started.json").unlink()
+    torn.with_name(".thesis.txt.17-140.part").touch()
+    with pytest.raises(ArtifactError, match="holds something else"):
+        claim(tmp_path / "torn")
+
+
 def test_a_folder_with_something_else_is_refused(storage):
     (Location.at(storage) / "a" / "thesis.txt").write(b"mine")
     with pytest.raises(ArtifactError, match=r"holds something else \(thesis.txt\)"):
