@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -42,9 +43,11 @@ class Plot:
     width: float = 5.8
 
     def svg(self) -> str:
-        """An SVG document; its text stays text."""
+        """An SVG document; its text stays text, which the reader's fonts show."""
         buffer = io.StringIO()
-        self._save(buffer, format="svg", metadata={"Date": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+            self._save(buffer, format="svg", metadata={"Date": None})
         return buffer.getvalue()
 
     def png(self) -> bytes:

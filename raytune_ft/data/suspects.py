@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ CONFIRMED = "label_confirmed"
 """Metadata of a row that a person left as it is: it is not suspected again."""
 _FOLDS = 5
 _LEAST_SKILL = 0.5
+_WORD = re.compile(r"(?u)\b\w+\b")
 _NORMAL = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
 
 
@@ -92,11 +94,11 @@ def _out_of_fold(texts: list[str], own: Any, seed: int) -> Any:
     from sklearn.pipeline import make_pipeline
 
     classifier = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=20_000, token_pattern=r"(?u)\b\w+\b"),
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, max_features=20_000, token_pattern=_WORD.pattern),
         LogisticRegression(C=10.0, max_iter=200),
     )
     folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
-    given = [text or " " for text in texts]
+    given = [text if _WORD.search(text) else "_" for text in texts]  # a fold without a word has no vocabulary
     return cross_val_predict(classifier, given, own, cv=folds, method="predict_proba")
 
 

@@ -18,6 +18,7 @@ from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.data.findings import advice
 from raytune_ft.data.judgement import relevance
+from raytune_ft.data.plots import draw
 from raytune_ft.data.quality import Statistics, casing, ending, shape
 from raytune_ft.data.report import publish, refuse_broken
 from raytune_ft.models.embedding import REFERENCE
@@ -145,6 +146,22 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     config = DataCollectionConfig(sources=["s"], output_path="o")
     publish(assessed(records), account, config, Location.at(tmp_path))
     assert "<script" not in (tmp_path / "quality.html").read_text()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_plot_of_signs_that_this_machines_fonts_lack_keeps_them_and_does_not_warn() -> None:
+    drawn = draw(
+        {
+            "balance": {
+                "lengths": {"prompt": [1], "answer": [1]},
+                "sources": {"values": {}},
+                "labels": {"answer": {"values": {"是": 3, "👎": 2}}},
+            },
+            "consistency": {"shapes": {}},
+            "diversity": {},
+        }
+    )
+    assert "是" in drawn[1][0] and "👎" in drawn[1][0]
 
 
 def test_settings_without_what_they_need_are_refused_and_the_default_embedder_is_the_starter() -> None:

@@ -56,6 +56,11 @@ def test_labels_that_cannot_be_learnt_are_not_judged() -> None:
     assert unlikely_labels(texts, [{"a": v} for v in labels], texts, below=0.3, seed=0) == ([], 0)
 
 
+def test_prompts_without_a_word_are_not_judged() -> None:
+    texts = ["👍" * (n % 5 + 1) if n else "word" for n in range(100)]
+    assert unlikely_labels(texts, [{"a": "xy"[n % 2]} for n in range(100)], texts, below=0.3, seed=0) == ([], 0)
+
+
 def test_right_labels_are_not_suspected() -> None:
     texts, labels = reviews(wrong=())
     found, judged = unlikely_labels(texts, [{"a": v} for v in labels], texts, below=0.3, seed=0)
