@@ -96,7 +96,7 @@ def _compressed(run: str, job: QuantizationJob | PruningJob, work: Work, config:
         ArtifactKind.MODEL,
         settings=job.resolved(),
         identity=job.identity(),
-        parents=[model_parent(job.model_path), *_calibration_parents(job)],
+        parents=[model_parent(job.model_path), *calibration_parents(job)],
     )
     if draft.finished:
         logger.info("%s: found finished", target)
@@ -108,7 +108,13 @@ def _compressed(run: str, job: QuantizationJob | PruningJob, work: Work, config:
     return draft.artifact
 
 
-def _calibration_parents(job: QuantizationJob | PruningJob) -> list[Parent]:
+def calibration_parents(job: QuantizationJob | PruningJob) -> list[Parent]:
+    """The manifest's entry for the rows that a method looks at, if it looks at any.
+
+    Raises:
+        DataError: if there are none at that place.
+        ArtifactError: if a dataset there is unfinished or damaged.
+    """
     if job.calibration_path is None:
         return []
     location = Location.at(job.calibration_path)

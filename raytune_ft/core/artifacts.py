@@ -102,7 +102,7 @@ def open_artifact(
             file is missing or differs (each is named).
     """
     location = Location.at(where)
-    manifest = _read_manifest(location)
+    manifest = read_manifest(location)
     if kinds and manifest.kind not in kinds:
         wanted = " or ".join(kinds)
         raise ArtifactError(f"{location}: expected a {wanted}, found a {manifest.kind}")
@@ -122,7 +122,12 @@ def more(items: Sequence[str]) -> str:
     return f" and {len(items) - 5} more" if len(items) > 5 else ""
 
 
-def _read_manifest(location: Location) -> Manifest:
+def read_manifest(location: Location) -> Manifest:
+    """The manifest in a folder; its files are not looked at.
+
+    Raises:
+        ArtifactError: if there is none, or it is not ours.
+    """
     if not location.exists():
         raise ArtifactError(f"{location}: there is no such folder")
     if not has_manifest(location):

@@ -74,6 +74,15 @@ class Cluster:
         """Prints the plan, and refuses it if this cluster cannot place it.
 
         Raises:
+            ClusterError: as `refuse_misfit`.
+        """
+        self.refuse_misfit(plan)
+        logger.info("%s", plan)
+
+    def refuse_misfit(self, plan: ResourcePlan) -> None:
+        """Checks that this cluster can place a plan, if nothing else is on it.
+
+        Raises:
             ClusterError: with the plan, what the cluster has, and how to mend it.
         """
         reason = misfit(plan, self.nodes)
@@ -83,7 +92,6 @@ class Cluster:
                 f"{plan}. This cannot be placed: {reason}. The cluster has {has or 'no nodes'}. "
                 "Ask for fewer or smaller processes, or join a larger cluster (RAY_ADDRESS)."
             )
-        logger.info("%s", plan)
 
 
 def connect(*, num_cpus: int | None = None) -> Cluster:

@@ -19,7 +19,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from raytune_ft.core.artifacts import Artifact, has_manifest, more, open_artifact, read_claim, read_failures
+from raytune_ft.core.artifacts import (
+    Artifact,
+    has_manifest,
+    more,
+    open_artifact,
+    read_claim,
+    read_failures,
+    read_manifest,
+)
 from raytune_ft.core.config import masked
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import (
@@ -139,12 +147,14 @@ def begin(
     identity: Mapping[str, Any] | None = None,
     parents: Iterable[Parent] = (),
     keep: Sequence[str] = (),
+    renew: bool = False,
 ) -> Draft:
     """Claims a folder for an artifact, or finds the same run's finished work there.
 
     The same run is one with the same `identity` (by default `settings`) and the same parents' digests. A folder that
     holds an unfinished attempt is taken over; what lies in it is removed, except what is named in `keep` (subfolders
-    that the run can go on from) and the failures.
+    that the run can go on from) and the failures. With `renew`, so is what the same kind of run has finished with other
+    settings or parents: for what is put together from other artifacts within seconds.
 
     Returns:
         A draft; its `finished` is set when there is nothing left to do.
@@ -164,18 +174,58 @@ def begin(
     )
     if location.is_file():
         raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
-    if has_manifest(location):
+    outdated = renew and has_manifest(location) and _is_other(claim, read_manifest(location))
+    if has_manifest(location) and not outdated:
         done = open_artifact(location)
         _refuse_other(location, claim, done.manifest, "holds a finished")
         return Draft(location, claim, finished=done)
     lock = _locked(location)
     try:
+        if outdated:
+            (location / MANIFEST).delete()
         _claim(location, claim, keep)
     except BaseException:
         if lock is not None:
             lock.release()  # whoever keeps the error's traceback would keep the lock, too
         raise
     return Draft(location, claim, lock=lock)
+
+
+def refuse_other(
+    where: str | os.PathLike[str] | Location, kind: ArtifactKind, identity: Mapping[str, Any] | None = None
+) -> None:
+    """Checks, long before it is its turn, that `begin` will not refuse a folder for what lies there.
+
+    Args:
+        where: the folder.
+        kind: what is going to be made there.
+        identity: of the run that makes it; None where it is not known yet. Unfinished work is not held against it.
+
+    Raises:
+        ArtifactError: as `begin`.
+    """
+    location = Location.at(where)
+    finished = has_manifest(location)
+    found: Claim | None = read_manifest(location) if finished else read_claim(location)
+    if found is not None:
+        known = identity if finished and identity is not None else found.identity
+        wanted = found.model_copy(update={"kind": kind, "identity": dict(known), "parents": []})
+        _refuse_other(location, wanted, found, f"holds {'a finished' if finished else 'an unfinished'}")
+    elif location.is_file():
+        raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
+    elif CLAIM not in (present := list(location.files())) and not _only_torn(present):
+        raise _foreign(location, present)
+
+
+def _only_torn(present: Sequence[str]) -> bool:
+    return all(map(_TORN_CLAIM.fullmatch, present))
+
+
+def _foreign(location: Location, present: Sequence[str]) -> ArtifactError:
+    return ArtifactError(
+        f"{location}: holds something else ({', '.join(present[:3])}{more(present)}); "
+        "choose an empty or a new folder. Nothing was overwritten."
+    )
 
 
 def _claim(location: Location, claim: Claim, keep: Sequence[str]) -> None:
@@ -190,11 +240,8 @@ def _claim(location: Location, claim: Claim, keep: Sequence[str]) -> None:
         for name in present:
             if name != CLAIM and name.partition("/")[0] not in {FAILURES, *keep}:
                 (location / name).delete()
-    elif not all(map(_TORN_CLAIM.fullmatch, present)):
-        raise ArtifactError(
-            f"{location}: holds something else ({', '.join(present[:3])}{more(present)}); "
-            "choose an empty or a new folder. Nothing was overwritten."
-        )
+    elif not _only_torn(present):
+        raise _foreign(location, present)
     for name in filter(_TORN_CLAIM.fullmatch, present):
         (location / name).delete()
     (location / CLAIM).write(claim.model_dump_json(indent=2).encode())
@@ -248,21 +295,30 @@ def _locked(location: Location) -> FolderLock | None:
         return None  # network file systems without locks: two runs tell each other apart by their claims at the end
 
 
+def _is_other(wanted: Claim, found: Claim) -> bool:
+    """Whether an artifact of the wanted kind was made with other settings, or of other parents."""
+    return found.kind == wanted.kind and bool(_changes(wanted, found))
+
+
+def _changes(wanted: Claim, found: Claim) -> list[str]:
+    """What is different between two runs of a kind: settings, and parents' contents."""
+    changed = differences(found.identity, json.loads(json.dumps(wanted.identity)))
+    older = {(parent.role, parent.digest) for parent in found.parents}
+    known = {parent.role for parent in found.parents}  # earlier versions noted fewer roles
+    return changed + [
+        f"{parent.role}: another content at {parent.where}"
+        for parent in wanted.parents
+        if parent.role in known and (parent.role, parent.digest) not in older
+    ]
+
+
 def _refuse_other(location: Location, wanted: Claim, found: Claim, what: str) -> None:
     if found.kind != wanted.kind:
         difference = f"a {wanted.kind} was to be written there"
-    else:
-        changed = differences(found.identity, json.loads(json.dumps(wanted.identity)))
-        older = {(parent.role, parent.digest) for parent in found.parents}
-        known = {parent.role for parent in found.parents}  # earlier versions noted fewer roles
-        changed += [
-            f"{parent.role}: another content at {parent.where}"
-            for parent in wanted.parents
-            if parent.role in known and (parent.role, parent.digest) not in older
-        ]
-        if not changed:
-            return
+    elif changed := _changes(wanted, found):
         difference = "made with other settings: " + "; ".join(changed[:5]) + more(changed)
+    else:
+        return
     raise ArtifactError(
         f"{location}: {what} {found.kind}, {difference}. Choose another output folder, or delete this one first. "
         "Nothing was overwritten."

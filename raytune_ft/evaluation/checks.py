@@ -11,17 +11,23 @@ from raytune_ft.core.errors import RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import MeasureConfig
 from raytune_ft.evaluation.forgetting import ANSWER_TOKENS, abilities, general_passages, general_questions, losses
-from raytune_ft.evaluation.harness import run_harness
+from raytune_ft.evaluation.harness import require_harness, run_harness
 from raytune_ft.evaluation.inference import ask, leaks_in, on_worker
 from raytune_ft.evaluation.kept import KeptRows
 from raytune_ft.evaluation.leakage import RowIndex, leak_words, refuse_leaks
 from raytune_ft.evaluation.lineage import trained_on
-from raytune_ft.evaluation.production import asked_prompts, compared_prompts, production_note, production_prompts
+from raytune_ft.evaluation.production import (
+    asked_prompts,
+    compared_prompts,
+    feedback_files,
+    production_note,
+    production_prompts,
+)
 from raytune_ft.evaluation.rows import EvaluationRows
 from raytune_ft.evaluation.workload import Target, Workload
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.embedding import shared_embedder
-from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.loading import load_tokenizer, refuse_writer, resolve_model
 
 logger = logging.getLogger("raytune_ft")
 
@@ -35,6 +41,22 @@ class Check:
     name: str
     found: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+
+def refuse_uncheckable(config: MeasureConfig) -> None:
+    """Checks, before anything is measured, that what a report looks at beside its metrics is there.
+
+    Raises:
+        UserError: naming the setting that leads to nothing usable.
+    """
+    if config.reward_model_path is not None:
+        refuse_writer(resolve_model(config.reward_model_path))
+    if config.production_path is not None:
+        feedback_files(config.production_path)
+    if config.forgetting is not None:
+        general_passages(config.forgetting.text_path)
+    if config.harness is not None:
+        require_harness(config.harness)
 
 
 def check_leaks(config: MeasureConfig, targets: Sequence[Target], rows: EvaluationRows) -> Check:

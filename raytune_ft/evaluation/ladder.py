@@ -73,8 +73,8 @@ def ladder(config: LadderConfig) -> Artifact:
         DataError: if rows and metrics do not fit each other.
         RunError: if a smaller model breaks a limit; the report is written before.
     """
-    _check(config)
-    records = _pace_records(config)
+    refuse_unmeasurable(config)
+    records = pace_records(config)
     target = Location.at(config.output_dir)
     quality_at = target.parent / f"{target.name}-quality"
     quality = compare(_comparison(config, quality_at))
@@ -100,7 +100,12 @@ def ladder(config: LadderConfig) -> Artifact:
     return draft.artifact
 
 
-def _check(config: LadderConfig) -> None:
+def refuse_unmeasurable(config: LadderConfig) -> None:
+    """Checks what settings alone tell.
+
+    Raises:
+        ConfigError: if a model is an endpoint, or a limit names no metric that is measured.
+    """
     for path in config.model_paths:
         if is_endpoint(path):
             raise ConfigError(f"model_paths: {path} is an endpoint: its size and memory cannot be measured from here")
@@ -114,7 +119,7 @@ def _comparison(config: LadderConfig, where: Location) -> ComparisonConfig:
     return ComparisonConfig(**settings, output_dir=where.uri)
 
 
-def _pace_records(config: LadderConfig) -> list[Record]:
+def pace_records(config: LadderConfig) -> list[Record]:
     """The rows that speed and likeness are measured on.
 
     Raises:

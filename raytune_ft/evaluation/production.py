@@ -55,19 +55,30 @@ def production_prompts(path: str) -> list[str]:
     Raises:
         DataError: if there is none, or a row has neither ``messages`` nor ``prompt``.
     """
+    sample = Sample()
+    for file in feedback_files(path):
+        rows = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
+        for number, (row, where) in enumerate(rows):
+            sample.add(asked_of(prompt_record(row, where, number)), number)
+    if not sample.texts:
+        raise DataError(f"production_path: {Location.at(path)}: holds no feedback records (.jsonl or .parquet)")
+    return sample.texts
+
+
+def feedback_files(path: str) -> list[Location]:
+    """The files of feedback records behind a path.
+
+    Raises:
+        DataError: if there is none.
+    """
     location = Location.at(path)
     if not location.exists():
         raise DataError(f"production_path: {location}: there is no such file or folder")
     files = [location] if location.is_file() else [location / name for name in location.files()]
     files = [file for file in files if file.name.endswith((".jsonl", ".parquet"))]
-    sample = Sample()
-    for file in files:
-        rows = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
-        for number, (row, where) in enumerate(rows):
-            sample.add(asked_of(prompt_record(row, where, number)), number)
-    if not sample.texts:
+    if not files:
         raise DataError(f"production_path: {location}: holds no feedback records (.jsonl or .parquet)")
-    return sample.texts
+    return files
 
 
 class Sample:

@@ -20,6 +20,7 @@ from raytune_ft.evaluation.checks import (
     check_leaks,
     check_production,
     check_templates,
+    refuse_uncheckable,
 )
 from raytune_ft.evaluation.config import (
     ComparisonConfig,
@@ -28,7 +29,6 @@ from raytune_ft.evaluation.config import (
     MeasureConfig,
 )
 from raytune_ft.evaluation.config_inference import is_endpoint
-from raytune_ft.evaluation.harness import require_harness
 from raytune_ft.evaluation.inference import ask
 from raytune_ft.evaluation.kept import PIECES, KeptRows
 from raytune_ft.evaluation.measurement import compared, measured
@@ -48,7 +48,7 @@ from raytune_ft.evaluation.workload import (
     workload_of,
 )
 from raytune_ft.models.config import DecodingConfig, Precision
-from raytune_ft.models.loading import model_parent, refuse_writer, resolve_model
+from raytune_ft.models.loading import model_parent
 
 __all__ = ["ModelEvaluator", "compare", "compare_models", "evaluate", "generate_evaluation_report"]
 
@@ -145,18 +145,16 @@ def _models(config: EvaluationConfig | ComparisonConfig) -> dict[str, str]:
 
 def _measure(config: MeasureConfig, models: dict[str, str], kind: type[EvaluationResult]) -> Artifact:
     rows = read_rows(config.dataset_path, config.split, config.max_rows)
-    metrics = _fitting_metrics(config, rows)
+    metrics = fitting_metrics(config, rows)
     work = workload_of(config)
     targets = targets_of(models, Location.at(config.output_dir).parent)
     refuse_likelihoods(targets, config.metrics, config.endpoint)
     if config.forgetting is not None and len(targets) < 2:
         raise ConfigError("forgetting: compares with the base, which is not known here; name it in base_model_path")
-    if config.harness is not None:
-        require_harness(config.harness)
+    refuse_uncheckable(config)
     parents = {target.label: parent_of(target, role=target.label) for target in targets}
     judges = []
     if config.reward_model_path is not None:
-        refuse_writer(resolve_model(config.reward_model_path))
         judges.append(model_parent(config.reward_model_path, "reward model"))
     draft = begin(
         config.output_dir,
@@ -224,8 +222,13 @@ def _later_checks(config: MeasureConfig, targets: Sequence[Target], rows: Evalua
     return [check for check in found if check is not None]
 
 
-def _fitting_metrics(config: MeasureConfig, rows: EvaluationRows) -> dict[EvaluationMetric, RowMetric]:
-    """The metrics of the settings, all of which fit the rows."""
+def fitting_metrics(config: MeasureConfig, rows: EvaluationRows) -> dict[EvaluationMetric, RowMetric]:
+    """The metrics of the settings, all of which fit the rows.
+
+    Raises:
+        ConfigError: if a schema or function that they name cannot be had, or no row has a field of `slice_by`.
+        DataError: if rows lack what a metric needs.
+    """
     check_rows(
         rows,
         needs_answers=any(metric.needs_answers for metric in config.metrics),

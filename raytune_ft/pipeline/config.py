@@ -15,7 +15,7 @@ from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
 from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig
+from raytune_ft.training.config_alignment import PROMPT_METHODS, PreferenceConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS
 
@@ -32,6 +32,9 @@ FOLDERS = {
     "serve": "endpoint",
 }
 """The steps in their order, and the folder of each below the pipeline's storage."""
+
+SUMMARY = "pipeline"
+"""The folder of what the pipeline says about them."""
 
 SHAPE = (
     *("method", "lora_r", "lora_alpha", "use_rslora", "use_dora", "lora_target_modules"),
@@ -112,7 +115,32 @@ class PipelineConfig(Config):
                 )
         if self.ladder is not None and self.prune is None and self.quantize is None:
             raise ValueError("ladder: there is no smaller version to measure; name prune or quantize, too")
+        self._refuse_lost_splits()
+        self._refuse_unmerged()
         return self
+
+    def _refuse_lost_splits(self) -> None:
+        """Steps that want rows of a split which `prepare` does not make."""
+        shares = {"validation": self.prepare.validation_split, "test": self.prepare.test_split}
+        lost = [split for split, share in shares.items() if not share]
+        if self.prepare.test_sources:
+            lost = [split for split in lost if split != "test"]
+        measuring = {"evaluate.split": self.evaluate, "ladder.split": self.ladder}
+        wanted = {key: settings.split for key, settings in measuring.items() if settings is not None}
+        if self.serve is not None:
+            wanted["serve"] = "test"
+        for key, split in wanted.items():
+            if split in lost:
+                raise ValueError(f"{key}: wants rows of the {split} split; prepare makes none ({split}_split is 0)")
+
+    def _refuse_unmerged(self) -> None:
+        """Weights are made smaller with the adapter merged into them, which virtual tokens cannot be."""
+        smaller = next((step for step in ("prune", "quantize") if getattr(self, step) is not None), None)
+        if smaller is not None and self.train.method in PROMPT_METHODS:
+            raise ValueError(
+                f"{smaller}: train.method {self.train.method} adds virtual tokens, which cannot be merged into "
+                f"weights; take lora, or leave {smaller} out"
+            )
 
     def _refuse_other_search(self) -> None:
         """A search whose best settings would mean something else in `train`."""
@@ -208,6 +236,13 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
         model_path=places["quantized"] if settings.get("quantize") is not None else shrunk or tuned,
     )
     return settings
+
+
+def shaped_like(training: FineTuningConfig, align: PreferenceConfig) -> PreferenceConfig:
+    """The settings of the further training, with the adapter's shape as it was trained."""
+    if not training.uses_adapter:
+        return align
+    return align.with_overrides(**{key: getattr(training, key) for key in SHAPE})
 
 
 def _taken_over(train: Mapping[str, Any], tuned: str) -> dict[str, Any]:

@@ -28,16 +28,14 @@ from raytune_ft.evaluation.ladder import ladder
 from raytune_ft.evaluation.results import leading_metric, read_result
 from raytune_ft.evaluation.run import evaluate
 from raytune_ft.models.loading import shared_model
-from raytune_ft.pipeline.config import FOLDERS, SHAPE, PipelineConfig
+from raytune_ft.pipeline.config import FOLDERS, SUMMARY, PipelineConfig, shaped_like
+from raytune_ft.pipeline.preflight import refuse_early, refuse_misfits, refuse_unfit
 from raytune_ft.pipeline.report import Story, render
 from raytune_ft.pipeline.sources import placed
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.keys import hashed, new_key
 from raytune_ft.serving.run import ModelServer
-from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.training.run import train
-from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.run import tune
 
 logger = logging.getLogger("raytune_ft")
@@ -85,23 +83,27 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
     names = [name for name in FOLDERS if getattr(config, name) is not None]
     for line in plan(config, names):
         logger.info("%s", line)
-    cluster.connect()
-    storage = config.storage
-    base = shared_model(config.model_path, storage)
+    storage, given = config.storage, config
+    config = config.with_overrides(model_path=shared_model(config.model_path, storage))
+    refuse_early(config, names)
+    refuse_misfits(config, names, cluster.connect())
     steps = _Steps(names)
-    steps.take("prepare", lambda: prepare(_prepare_settings(config, base)))
-    training = config.train.with_overrides(model_path=base)
+    steps.take("prepare", lambda: prepare(_placed(config.prepare, storage)))
+    refuse_unfit(config, names)
+    if config.serve is not None:
+        _first_test_record(steps.made["prepare"])
+    training = config.train
     if config.tune is not None:
-        search = _based(config.tune, base)
+        search = config.tune
         found = steps.take("tune", lambda: tune(search))
         training = training.with_overrides(**found.numbers["best_settings"])
     logger.info("train: learning_rate %g, lora_r %d", training.learning_rate, training.lora_r)
     steps.take("train", lambda: train(training))
     if config.align is not None:
-        aligning = _shaped_like(training, config.align)
+        aligning = shaped_like(training, config.align)
         steps.take("align", lambda: train(aligning))
     if config.evaluate is not None:
-        evaluation = config.evaluate.with_overrides(base_model_path=base)
+        evaluation = config.evaluate
         steps.take("evaluate", lambda: evaluate(evaluation))
     decision = _decision(config, steps)
     if decision is None or decision.passed:
@@ -109,18 +111,10 @@ def run_pipeline(config: PipelineConfig) -> Artifact:
         if config.serve is not None:
             serving = config.serve
             steps.take("serve", lambda: ask_endpoint(serving, steps.made, storage / "endpoint"))
-    artifact = _conclude(config, steps, decision)
+    artifact = _conclude(given, steps, decision)
     if decision is not None and not decision.passed:
         raise RunError(f"the new model goes no further: {decision.words} What was measured: {artifact.location}")
     return artifact
-
-
-def _shaped_like(training: FineTuningConfig, align: PreferenceConfig) -> PreferenceConfig:
-    """The settings of the further training, with the base and the adapter's shape as they were trained."""
-    if not training.uses_adapter:
-        return align
-    shape = {key: getattr(training, key) for key in SHAPE}
-    return align.with_overrides(model_path=training.model_path, **shape)
 
 
 def _decision(config: PipelineConfig, steps: _Steps) -> GateDecision | None:
@@ -251,25 +245,21 @@ def _first_test_record(dataset: Artifact) -> Record:
     raise RunError(f"{dataset.location}: has no test split to take a held-out request from; set prepare.test_split")
 
 
-def _prepare_settings(config: PipelineConfig, base: str) -> DataCollectionConfig:
-    return config.prepare.with_overrides(
-        model_path=base,
-        sources=[placed(source, config.storage) for source in config.prepare.sources],
-        test_sources=[placed(source, config.storage) for source in config.prepare.test_sources],
+def _placed(config: DataCollectionConfig, storage: Location) -> DataCollectionConfig:
+    return config.with_overrides(
+        sources=[placed(source, storage) for source in config.sources],
+        test_sources=[placed(source, storage) for source in config.test_sources],
     )
-
-
-def _based(search: SweepConfig, base: str) -> SweepConfig:
-    return search.with_overrides(training=search.training.with_overrides(model_path=base).model_dump())
 
 
 def _conclude(config: PipelineConfig, steps: _Steps, decision: GateDecision | None) -> Artifact:
     draft = begin(
-        config.storage / "pipeline",
+        config.storage / SUMMARY,
         ArtifactKind.PIPELINE,
         settings=config.resolved(),
         identity={"steps": steps.names} if decision is None else {"steps": steps.names, "gate": decision.words},
         parents=[artifact.as_parent(name) for name, artifact in steps.made.items()],
+        renew=True,
     )
     if draft.finished:
         return draft.finished

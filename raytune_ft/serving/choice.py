@@ -48,10 +48,34 @@ def check_config(config: ServingConfig) -> None:
     """
     check_content(config.model_path)
     resolved = resolve_model(config.model_path)
+    refuse_whole_models(config)
+    refuse_unservable(config, quantization_of(resolved), is_adapter=resolved.adapter is not None)
+
+
+def refuse_whole_models(config: ServingConfig) -> None:
+    """Checks that what stands under `adapters` are adapters.
+
+    Raises:
+        ModelError: naming one that is none.
+    """
     for name, where in config.adapters.items():
         resolve_adapter(where, f"adapters.{name}")
+
+
+def refuse_unservable(config: ServingConfig, quantization: str, *, is_adapter: bool) -> None:
+    """Checks that the engine which is asked for can serve a model of this format, and is installed.
+
+    Args:
+        config: of the endpoint; its model need not be there yet.
+        quantization: see `quantization_of`.
+        is_adapter: whether the model is an adapter upon another.
+
+    Raises:
+        ServingError: if the engine does not know the format or a setting.
+        MissingDependencyError: if it is not installed.
+    """
     if config.engine is Engine.VLLM:
-        reason = why_not_vllm(config, resolved)
+        reason = why_not_vllm(config, quantization, is_adapter=is_adapter)
         if reason:
             raise ServingError(f"engine: vllm {reason}; set engine: transformers")
         if not _installed("vllm"):
@@ -60,10 +84,10 @@ def check_config(config: ServingConfig) -> None:
                 "GPU, make an environment by .ci/vllm-env for a CPU, or set engine: transformers"
             )
         return
-    package = _NEEDS_FOR_TRANSFORMERS.get(quantization_of(resolved))
+    package = _NEEDS_FOR_TRANSFORMERS.get(quantization)
     if package and not _installed(package) and not (config.engine is Engine.AUTO and _installed("vllm")):
         raise ServingError(
-            f"{config.model_path}: is in the format {quantization_of(resolved)}, which engine: vllm serves; "
+            f"{config.model_path}: is in the format {quantization}, which engine: vllm serves; "
             f"transformers needs {package} for it: pip install {package.replace('_', '-')}"
         )
 
@@ -73,21 +97,22 @@ def choose_engine(config: ServingConfig, *, gpus: bool) -> tuple[Engine, str]:
     if config.engine is not Engine.AUTO:
         return config.engine, "asked for"
     resolved = resolve_model(config.model_path)
-    reason = why_not_vllm(config, resolved)
+    quantization = quantization_of(resolved)
+    reason = why_not_vllm(config, quantization, is_adapter=resolved.adapter is not None)
     if reason:
         return Engine.TRANSFORMERS, f"vllm {reason}"
     if not _installed("vllm"):
         return Engine.TRANSFORMERS, "vllm is not installed"
-    if not gpus and quantization_of(resolved) not in _NEEDS_FOR_TRANSFORMERS:
+    if not gpus and quantization not in _NEEDS_FOR_TRANSFORMERS:
         return Engine.TRANSFORMERS, "there is no GPU"
     return Engine.VLLM, "it serves this format" if not gpus else "there is a GPU, and it serves this format fastest"
 
 
-def why_not_vllm(config: ServingConfig, resolved: ModelReference) -> str | None:
+def why_not_vllm(config: ServingConfig, quantization: str, *, is_adapter: bool) -> str | None:
     """What vLLM could not do of what is asked for; None if it can do all."""
-    if resolved.adapter is not None:
+    if is_adapter:
         return "serves no adapter as a model; merge it first (raytune-ft merge)"
-    if quantization_of(resolved) == "bitsandbytes":
+    if quantization == "bitsandbytes":
         return "does not load bitsandbytes weights everywhere that transformers does"
     unknown = [name for name in _OURS_ALONE if getattr(config, name)]
     unknown += filter(config.differs, _OUR_LIMITS)

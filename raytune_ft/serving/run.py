@@ -53,7 +53,7 @@ class ModelServer:
         port = free_port(self.config.host, self.config.port)
         check_config(self.config)
         cluster = connect()
-        cluster.admit(_plan(self.config, cluster))
+        cluster.admit(plan_of(self.config, cluster))
         _refuse_second()
         atexit.register(self.stop)  # runs before Ray's own handler: on a joined cluster Serve would outlive us
         self._started = True
@@ -191,7 +191,7 @@ def _replace(running: ServingConfig, config: ServingConfig) -> None:
         raise ServingError("host and port: stay as they are while the endpoint is up; stop it to change them")
     check_config(config)
     cluster = connect()
-    cluster.admit(_plan(config, cluster))
+    cluster.admit(plan_of(config, cluster))
     try:
         _deploy(config, cluster)
     except RaytuneError:
@@ -199,7 +199,8 @@ def _replace(running: ServingConfig, config: ServingConfig) -> None:
         raise
 
 
-def _plan(config: ServingConfig, cluster: Cluster) -> ResourcePlan:
+def plan_of(config: ServingConfig, cluster: Cluster) -> ResourcePlan:
+    """What an endpoint's replicas hold."""
     replica = Demand("replica", config.most_replicas, config.num_cpus, _gpus(cluster), threads=config.num_cpus)
     return ResourcePlan(f"serve {config.model_path}", (replica,))
 

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.training.config import OF_ANSWERS, DistillationConfig, FineTuningConfig, FineTuningMethod
 
-_PROMPT_METHODS = {FineTuningMethod.PREFIX_TUNING, FineTuningMethod.PROMPT_TUNING}
+PROMPT_METHODS = {FineTuningMethod.PREFIX_TUNING, FineTuningMethod.PROMPT_TUNING}
+"""Methods that train virtual tokens before the prompt, and no weights."""
 
 
 class PreferenceLoss(StrEnum):
@@ -53,7 +54,7 @@ class PreferenceConfig(FineTuningConfig):
 
     @model_validator(mode="after")
     def _has_reference(self) -> Self:
-        if self.method in _PROMPT_METHODS:
+        if self.method in PROMPT_METHODS:
             raise ValueError(
                 f"method: {self.method} starts from random virtual tokens, and a model with these is no reference; "
                 "take lora, qlora or full"
@@ -106,7 +107,7 @@ class RewardConfig(FineTuningConfig):
 
     @model_validator(mode="after")
     def _gives_scores(self) -> Self:
-        if self.method in _PROMPT_METHODS:
+        if self.method in PROMPT_METHODS:
             raise ValueError(f"method: {self.method} trains no head for a reward; take lora, qlora or full")
         if self.zero_stage == 3:
             raise ValueError("zero_stage 3 shards a head before it has its first values; take zero_stage 2")
@@ -174,7 +175,7 @@ class ReinforcementConfig(FineTuningConfig):
                 raise ValueError(f"{name}: has no effect here, where the judge measures answers; leave it out")
         if not self.eval_generation_rows and self.eval_strategy != "no":
             raise ValueError("eval_generation_rows: 0 leaves evaluations nothing to judge; set eval_strategy: no, too")
-        if self.beta and self.method in _PROMPT_METHODS:
+        if self.beta and self.method in PROMPT_METHODS:
             raise ValueError(
                 f"beta: method {self.method} starts from random virtual tokens, which are no reference; set 0"
             )

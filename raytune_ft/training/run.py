@@ -111,12 +111,7 @@ def distill(config: DistillationConfig) -> Artifact:
 def train(config: FineTuningConfig) -> Artifact:
     """The verb: see `FineTuner.train`."""
     refuse_other_student(config)
-    refuse_missing(config.report_to)
-    if isinstance(config.deepspeed_config, str):
-        config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
-    refuse_unparsable(config)
-    if config.resume_from_checkpoint != "auto":
-        checkpoint.named(config.resume_from_checkpoint)
+    config = checked(config)
     output = Location.at(config.output_dir)
     refuse_other_batch(config, output)
     connected = cluster.connect()
@@ -149,6 +144,21 @@ def train(config: FineTuningConfig) -> Artifact:
         for leftover in (RAY_STATE, CHECKPOINTS, "tokens", _STUDENT):
             (output / leftover).delete()
     return draft.artifact
+
+
+def checked(config: FineTuningConfig) -> FineTuningConfig:
+    """The settings, with DeepSpeed's JSON read, after the checks that need neither model, data nor cluster.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    refuse_missing(config.report_to)
+    if isinstance(config.deepspeed_config, str):
+        config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
+    refuse_unparsable(config)
+    if config.resume_from_checkpoint != "auto":
+        checkpoint.named(config.resume_from_checkpoint)
+    return config
 
 
 def refuse_other_batch(config: FineTuningConfig, output: Location) -> None:

@@ -14,7 +14,7 @@ import boto3
 import pytest
 
 from raytune_ft.core.artifacts import open_artifact, read_claim, read_failures
-from raytune_ft.core.draft import begin
+from raytune_ft.core.draft import begin, refuse_other
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import CLAIM, FAILURES, MANIFEST, ArtifactKind, Parent, differences
 from raytune_ft.core.storage import Location
@@ -88,6 +88,41 @@ def test_another_run_is_refused_and_nothing_is_touched(storage):
     with pytest.raises(ArtifactError, match="holds a finished model, a report was to be written there"):
         begin(f"{storage}/a", ArtifactKind.REPORT, settings=SETTINGS)
     assert (Location.at(storage) / "a" / MANIFEST).read() == before
+
+
+def test_what_is_put_together_in_seconds_is_made_anew_for_other_settings(storage):
+    def said(settings, kind=ArtifactKind.PIPELINE):
+        draft = begin(f"{storage}/a", kind, settings=settings, renew=True)
+        if draft.finished is None:
+            with draft:
+                draft.write_json(f"{settings['steps']}.json", settings)
+        return draft.artifact
+
+    first = said({"steps": 4})
+    assert said({"steps": 4}).manifest == first.manifest
+    second = said({"steps": 5})
+    assert (list(second.manifest.files), second.manifest.settings) == (["5.json"], {"steps": 5})
+    assert open_artifact(f"{storage}/a").manifest == second.manifest
+    with pytest.raises(ArtifactError, match="holds a finished pipeline, a model was to be written there"):
+        said({"steps": 5}, ArtifactKind.MODEL)
+
+
+def test_a_folder_that_will_be_refused_is_refused_long_before(storage):
+    refuse_other(f"{storage}/a", ArtifactKind.MODEL, SETTINGS)
+    (Location.at(storage) / "b" / "thesis.txt").write(b"mine")
+    with pytest.raises(ArtifactError, match=r"holds something else \(thesis.txt\)"):
+        refuse_other(f"{storage}/b", ArtifactKind.MODEL, SETTINGS)
+    with pytest.raises(ArtifactError, match="is a file; a folder is needed to write the model into"):
+        refuse_other(f"{storage}/b/thesis.txt", ArtifactKind.MODEL)
+    finished(f"{storage}/a")
+    refuse_other(f"{storage}/a", ArtifactKind.MODEL, SETTINGS)
+    refuse_other(f"{storage}/a", ArtifactKind.MODEL)
+    with pytest.raises(ArtifactError, match="made with other settings: lora_r: 8 -> 16"):
+        refuse_other(f"{storage}/a", ArtifactKind.MODEL, {**SETTINGS, "lora_r": 16})
+    begin(f"{storage}/c", ArtifactKind.MODEL, settings=SETTINGS)
+    refuse_other(f"{storage}/c", ArtifactKind.MODEL, {})  # its turn tells what becomes of it
+    with pytest.raises(ArtifactError, match="holds an unfinished model, a report was to be written there"):
+        refuse_other(f"{storage}/c", ArtifactKind.REPORT)
 
 
 def test_a_parent_with_another_content_is_another_run(storage):

@@ -93,6 +93,17 @@ def test_a_further_round_learns_from_feedback_and_goes_on_only_through_the_gate(
     first = json.loads((tmp_path / "one/pipeline/summary.json").read_text())
     assert first["Promoted"] is True and (tmp_path / "one/pruned/manifest.json").exists()
 
+    shut = settings("one", [str(old)], {"max_steps": 6, "learning_rate": 1e-2}, gate={"confidence": 0.999999})
+    pruned = (tmp_path / "one/pruned/manifest.json").stat().st_mtime_ns
+    with pytest.raises(RunError, match="the new model goes no further"):
+        Pipeline(shut).run()
+    assert json.loads((tmp_path / "one/pipeline/summary.json").read_text())["Promoted"] is False
+    more = {"gate": {"max_drop": 1.0}, "quantize": {"bits": 8}}
+    Pipeline(settings("one", [str(old)], {"max_steps": 6, "learning_rate": 1e-2}, **more)).run()
+    summary = json.loads((tmp_path / "one/pipeline/summary.json").read_text())
+    assert summary["Promoted"] is True and "quantize" in summary["Seconds"]
+    assert (tmp_path / "one/pruned/manifest.json").stat().st_mtime_ns == pruned
+
     both, before = [str(old), str(feedback)], str(tmp_path / "one/tuned")
     ruined = {"adapter_path": before, "max_steps": 3, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     worse = settings("two", both, ruined, previous_path=before, gate={"max_drop": 1.0})
