@@ -6,8 +6,10 @@ folder without a manifest is unfinished, whatever lies in it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import tempfile
@@ -44,7 +46,12 @@ from raytune_ft.core.manifest import (
     now,
     versions,
 )
-from raytune_ft.core.storage import Location
+from raytune_ft.core.storage import Location, storage_reason
+
+logger = logging.getLogger("raytune_ft")
+
+_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+"""What the system says where a disk is full or may not be written to."""
 
 _TORN_CLAIM = re.compile(rf"\.{re.escape(CLAIM)}\.\d+-\d+\.part")
 """What a kill leaves of a claim that was being written."""
@@ -83,11 +90,17 @@ class Draft:
                 self._finish()
             elif self._is_ours():
                 self._keep_failure(error)
+        except (ArtifactError, OSError) as trouble:
+            if error is None:
+                raise _refused(self.location, trouble) if isinstance(trouble, OSError) else trouble from None
+            logger.warning("%s: why it failed could not be kept: %s", self.location, trouble)
         finally:
             if self.lock is not None:
                 self.lock.release()
             if self._scratch is not None:
                 self._scratch.cleanup()
+        if isinstance(error, OSError) and error.errno in _OF_STORAGE:
+            raise _refused(self.location, error) from error
 
     @property
     def artifact(self) -> Artifact:
@@ -184,9 +197,11 @@ def begin(
         if outdated:
             (location / MANIFEST).delete()
         _claim(location, claim, keep)
-    except BaseException:
+    except BaseException as error:
         if lock is not None:
             lock.release()  # whoever keeps the error's traceback would keep the lock, too
+        if isinstance(error, OSError):
+            raise _refused(location, error) from error
         raise
     return Draft(location, claim, lock=lock)
 
@@ -219,6 +234,10 @@ def refuse_other(
 
 def _only_torn(present: Sequence[str]) -> bool:
     return all(map(_TORN_CLAIM.fullmatch, present))
+
+
+def _refused(location: Location, error: OSError) -> ArtifactError:
+    return ArtifactError(f"{location}: {storage_reason(error)}. Make room there, or choose another folder.")
 
 
 def _foreign(location: Location, present: Sequence[str]) -> ArtifactError:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -295,7 +295,8 @@ def _whole(path: Path) -> Iterator[IO[bytes]]:
             yield file
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that may not be written to
+            partial.unlink(missing_ok=True)
         raise
 
 

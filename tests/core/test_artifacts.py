@@ -15,7 +15,7 @@ import pytest
 
 from raytune_ft.core.artifacts import open_artifact, read_claim, read_failures
 from raytune_ft.core.draft import begin, refuse_other
-from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.manifest import CLAIM, FAILURES, MANIFEST, ArtifactKind, Parent, differences
 from raytune_ft.core.storage import Location
 
@@ -400,3 +400,20 @@ def test_a_refused_run_holds_no_lock(tmp_path):
         assert caught.value.__traceback__ is not None  # which holds every frame, and so the refused run
         begin(tmp_path / "a", ArtifactKind.DATASET, settings=settings, keep=("kept",))
         shutil.rmtree(tmp_path / "a")
+
+
+def test_a_full_disk_is_told_in_words_and_hides_no_other_error(tmp_path, caplog):
+    full = r"a: the storage refused: .*No space left on device.* Make room there"
+    draft = begin(tmp_path / "a", ArtifactKind.MODEL, settings=SETTINGS)
+    with pytest.raises(ArtifactError, match=full), draft:
+        (draft.folder / "weights.bin").symlink_to("/dev/full")  # takes nothing
+        draft.write_json("weights.bin", [0])
+    assert read_failures(tmp_path / "a")[0].error == "OSError"
+    draft = begin(tmp_path / "b", ArtifactKind.MODEL, settings=SETTINGS)
+    with pytest.raises(RunError, match="the run's own"), draft:
+        (draft.folder / "failures").touch()  # there can be no folder
+        raise RunError("the run's own")
+    assert "b: why it failed could not be kept" in caplog.text
+    (tmp_path / "c" / "started.json").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match=r"c: the storage refused: .*Is a directory"):
+        begin(tmp_path / "c", ArtifactKind.MODEL, settings=SETTINGS)
