@@ -92,9 +92,12 @@ def check_rows(
     found: dict[str, list[int]] = {name: [0, 0] for name in _LACKS}  # how many rows, and which is the first
     for number, record in enumerate(rows.records, start=1):
         raw = record.text is not None and not record.messages
+        silent = needs_references and not raw and not (record.answer or "").strip()
+        calls = silent and bool(record.messages and record.messages[-1].tool_calls)
         lacks = {
             "question": needs_answers and raw,
-            "reference": needs_references and not raw and not (record.answer or "").strip(),
+            "reference": silent and not calls,
+            "words": needs_answers and calls,
             "choices": needs_choices and not record.metadata.get("choices"),
             "prompt": (needs_answers or needs_choices) and not record.prompt,
         }
@@ -109,6 +112,7 @@ def check_rows(
 _LACKS = {
     "question": "are raw text, with no question and no answer; only perplexity can be measured on it",
     "reference": "have no reference: neither a last assistant message nor a `reference` says what the right answer is",
+    "words": "end with a call of a tool and no text; only perplexity can be measured on it",
     "choices": "have no `choices`: give each row the answers to choose from, or leave the metrics of choices out",
     "prompt": "have no prompt: nothing comes before the answer",
 }

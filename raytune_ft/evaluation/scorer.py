@@ -237,11 +237,12 @@ def choices_of(record: Record) -> list[str]:
 
 
 def supervised_bytes(record: Record) -> int:
-    """Bytes (UTF-8) of the text whose tokens `encode_record` supervises; tokens that end a turn have none."""
+    """Bytes (UTF-8) of the text whose tokens `encode_record` supervises, calls of tools as JSON; tokens that end a turn
+    have none."""
     if not record.messages:
         return len((record.text or "").encode())
     turns = [turn for turn in with_reference(record).messages if turn.role == "assistant"]
-    answers = [turn.content for turn in turns if turn.weight != 0]
+    answers = [turn.content + (turn.tool_calls or "") for turn in turns if turn.weight != 0]
     spans = record.metadata.get("supervised_spans")
     if spans is not None and turns:
         answers = [turns[-1].content[start:end] for start, end in spans]

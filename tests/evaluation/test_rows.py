@@ -116,6 +116,14 @@ def test_rows_without_references_are_counted_and_refused(tmp_path: Path) -> None
         check_rows(rows, needs_answers=False)
 
 
+def test_a_call_has_a_perplexity_but_no_text_to_compare(tmp_path: Path) -> None:
+    calling = Record(messages=(Message("user", "q"), Message("assistant", "", CALL)))
+    rows = read_rows(str(dataset(tmp_path / "d", test=[CALLED, calling])), "test")
+    check_rows(rows, needs_answers=False)
+    with pytest.raises(DataError, match=r"1 of 2 rows \(the first is row 2\) end with a call of a tool and no text"):
+        check_rows(rows, needs_answers=True)
+
+
 def test_raw_text_has_a_perplexity_but_no_answer(tmp_path: Path) -> None:
     rows = read_rows(str(jsonl(tmp_path / "t.jsonl", {"text": "Once upon a time"})), "test")
     check_rows(rows, needs_answers=False)

@@ -136,9 +136,10 @@ def test_a_spanned_answer_counts_the_bytes_of_its_spans() -> None:
     assert supervised_bytes(replace(record, metadata={"supervised_spans": [[4, 5]]})) == 1
 
 
-def test_a_turn_that_does_not_count_has_no_bytes() -> None:
+def test_a_turn_that_does_not_count_has_no_bytes_and_a_call_has_those_of_its_json() -> None:
     turns = (Message("user", "q"), Message("assistant", "long", weight=0), Message("user", "r"))
     assert supervised_bytes(Record(messages=(*turns, Message("assistant", "ab")))) == 2
+    assert supervised_bytes(Record(messages=(*turns, Message("assistant", "", "[{}]")))) == 4
 
 
 def test_a_model_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
