@@ -157,6 +157,16 @@ def test_a_judge_votes_by_keyboard_through_hostile_answers_a_reload_and_a_killed
     assert result.judging.win_rates[0].votes["tie"] == 3
 
 
+def test_a_double_click_is_one_vote(chromium: str, judging: Server) -> None:
+    tab = Tab(chromium)
+    tab.open(judging.url)
+    begin(tab, "Ann")
+    tab.click("[data-choice=left]", times=2)
+    tab.click("[data-choice=tie]")
+    tab.wait("document.getElementById('count').textContent === '2 of 6 judged'")
+    assert [vote["choice"] for vote in votes(judging)][1:] == ["tie"]
+
+
 def test_a_second_judge_begins_anew_sees_other_sides_and_agreement_is_told(chromium: str, judging: Server) -> None:
     tab = Tab(chromium)
     tab.open(judging.url)
