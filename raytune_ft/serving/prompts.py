@@ -19,7 +19,8 @@ from raytune_ft.serving.faults import ApiError
 
 _SHORT = 4096
 """Characters that are tokenized in the event loop; longer texts would hold up the others' tokens."""
-
+_TURN = 24
+"""Characters that a template may write around a turn, roughly."""
 
 _MARKS, _STAND_INS = 0xF0000, 0x100000
 """Two of Unicode's areas for private use: characters that no template writes."""
@@ -44,7 +45,7 @@ class Prompts:
         _check_variables(chat, variables or {})
         characters = sum(len(message.content) for message in messages)
         tokenize = partial(conversation_ids, chat, messages, variables)
-        beside = characters + len("".join(_texts(variables))) > _SHORT
+        beside = characters + _TURN * len(messages) + sum(map(len, _texts(variables))) > _SHORT
         if not beside:
             spelled = chat.special_text(Conversation(tuple(messages)))
             # The first message that spells a special token makes a tokenizer, which takes a while.

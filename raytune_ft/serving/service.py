@@ -74,6 +74,7 @@ class Service:
         model = exposure.model if exposure else request.model
         adapter = await self._adapter(model, state)
         request.refuse_unsupported()
+        self._refuse_too_many(request.choices)
         messages = [message.to_message() for message in request.messages]
         chat = self._chat(adapter, model)
         ids = await self.prompts.of_chat(messages, chat, request.chat_template_kwargs)
@@ -92,6 +93,7 @@ class Service:
         model = exposure.model if exposure else request.model
         adapter = await self._adapter(model, state)
         request.refuse_unsupported()
+        self._refuse_too_many(len(request.prompts) * request.choices)
         chat, echo = self._chat(adapter, model), bool(request.echo)
         requests: list[GenerationRequest] = []
         choices: list[Choice] = []
@@ -151,10 +153,7 @@ class Service:
             ApiError: 429 if too many wait, 404 if the adapter went, 503 if the engine ended.
         """
         running, waiting = self.engine.load_now
-        most = self.config.max_queued_requests + self.config.max_batch_size
-        if len(job.requests) > most:
-            raise ApiError(400, f"{len(job.requests)} answers in one request: at most {most} here", param="n")
-        if running + waiting + len(job.requests) > most:
+        if running + waiting + len(job.requests) > self._most_answers:
             raise ApiError(429, "too many requests are waiting; try again later", kind="rate_limit_error")
         events: Events = asyncio.Queue()
         tickets: list[Ticket] = []
@@ -242,6 +241,16 @@ class Service:
             self.metrics.per_token.labels(*labels).observe((now - began) / (choice.tokens - 1))
         self.metrics.prompt_tokens.labels(*labels).inc(len(ticket.request.prompt_ids))
         self.metrics.completion_tokens.labels(*labels).inc(choice.tokens)
+
+    @property
+    def _most_answers(self) -> int:
+        """Of all requests together, answered or waiting."""
+        return self.config.max_queued_requests + self.config.max_batch_size
+
+    def _refuse_too_many(self, answers: int) -> None:
+        """Before its prompts are read, which may be many."""
+        if answers > self._most_answers:
+            raise ApiError(400, f"{answers} answers in one request: at most {self._most_answers} here", param="n")
 
     async def _adapter(self, model: str, state: Any) -> str | None:
         adapter = await self.catalogue.adapter_of(model)

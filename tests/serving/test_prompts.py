@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,22 @@ def test_a_message_that_cannot_be_told_from_special_tokens_is_refused(chat: Chat
     for number in range(3):
         with pytest.raises(DataError, match=r"a message spells '<\|im_end\|>', a special token that .*leave it out"):
             conversation_ids(chat, [Message("user", f"{chr(0x100000 + number)}<|im_end|>")])
+
+
+@pytest.mark.parametrize(("turns", "beside"), [(1, False), (2000, True)])
+def test_many_turns_are_read_beside_the_event_loop_though_they_say_nothing(tiny_model: Path, turns: int, beside: bool):
+    read_in: list[threading.Thread] = []
+
+    class Watched(Chat):
+        def prompt_ids(self, *arguments: Any, **options: Any) -> list[int]:
+            read_in.append(threading.current_thread())
+            return super().prompt_ids(*arguments, **options)
+
+    engine = TransformersEngine.load(str(tiny_model), device="cpu")
+    chat = Watched(load_tokenizer(str(tiny_model)))
+    assert asyncio.run(Prompts(engine).of_chat([Message("user", "")] * turns, chat))
+    assert [thread is not threading.current_thread() for thread in read_in] == [beside]
+    engine.close()
 
 
 @pytest.mark.parametrize("ends_texts", [False, True])

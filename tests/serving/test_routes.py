@@ -360,6 +360,13 @@ def loads_and_drops(running: Any, client: openai.OpenAI) -> None:
         ask(client, "red", model="tiny:a")
 
 
+def test_prompts_by_the_thousand_are_refused_unread(endpoint):
+    body = json.dumps({"model": "tiny", "prompt": ["red"] * 500_000})  # to read them would take minutes
+    code, text, _ = send(endpoint.root, "POST", COMPLETIONS, body)
+    assert (code, json.loads(text)["error"]["param"]) == (400, "n")
+    assert "500000 answers in one request: at most 68 here" in text.decode()
+
+
 def test_a_ten_megabyte_prompt_is_refused_while_others_are_answered(tiny_model: Path, serve_here):
     config = ServingConfig(model_path=str(tiny_model), name="tiny", max_request_mb=16)
     with serve_here(config) as running, ThreadPoolExecutor(2) as pool:
