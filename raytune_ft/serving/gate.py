@@ -120,7 +120,12 @@ class Gate:
         pending: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def whole() -> MutableMapping[str, Any]:
-            return pending.pop() if pending else await receive()
+            if pending:
+                return pending.pop()
+            try:
+                return await receive()
+            except Exception:  # noqa: BLE001 - Ray Serve's raises where the client went away, instead of saying so
+                return {"type": "http.disconnect"}
 
         return whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
@@ -19,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.metrics import Metrics, exposition
+from raytune_ft.serving.routes import build_api
 
 ASKED = ("raytune_ft_requests_total", "route=/v1/completions")
 NAME = re.compile(r"\braytune_ft_\w+")
@@ -83,6 +85,27 @@ def test_a_client_that_goes_away_counts_as_gone_not_as_answered(endpoint, stream
     until(lambda: change(before, samples(endpoint.root), *ASKED, "status=499") == 1)
     assert change(before, samples(endpoint.root), *ASKED, "status=200") == 0
     assert change(before, samples(endpoint.root), "raytune_ft_cancelled_total", "model=tiny") == 1
+
+
+def test_a_connection_that_breaks_while_it_is_watched_is_a_client_that_went_away(endpoint):
+    """As Ray Serve's do: what is to tell of the client raises an error of its own."""
+    before, api = samples(endpoint.root), build_api(endpoint.service)
+    body = json.dumps({"model": "tiny", "prompt": "red", "n": 60, "max_tokens": 96, "stream": True}).encode()
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if pending:
+            return pending.pop()
+        raise RuntimeError("the task was cancelled")
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(0)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    asyncio.run_coroutine_threadsafe(api(scope, receive, send), endpoint.loop).result(30)
+    assert change(before, samples(endpoint.root), *ASKED, "status=499") == 1
+    until(lambda: endpoint.service.engine.load_now == (0, 0))
 
 
 def test_a_client_that_leaves_with_the_last_event_was_answered(endpoint):
