@@ -129,6 +129,8 @@ def _punctuation(text: str) -> dict[str, float]:
 
 def _first_words(text: str) -> dict[str, float]:
     words = _WORD.findall(text[:200].lower())[:2]
+    if not words:
+        return {"begins with no word": 1.0}  # where no row has a feature, nothing can be fitted
     return {f"begins {' '.join(words[:count])!r}": 1.0 for count in range(1, len(words) + 1)}
 
 

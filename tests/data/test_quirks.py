@@ -40,6 +40,13 @@ def test_a_planted_surface_quirk_is_found_and_its_part_is_named() -> None:
     assert quirk.chance == max(labels.count("yes"), labels.count("no")) / 300
 
 
+def test_prompts_without_a_word_have_a_surface_too() -> None:
+    labels = [{"answer": "ab"[number % 2]} for number in range(100)]
+    (quirk,), telling = surface_quirks(["?!" * (1 + number % 2) for number in range(100)], labels, seed=0)
+    assert quirk.is_quirk and telling == []
+    assert quirk.parts["first words"] == 0.5
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_labels_that_the_surface_does_not_tell_are_no_quirk(seed: int) -> None:
     rng = random.Random(seed)
