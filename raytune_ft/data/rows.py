@@ -38,6 +38,7 @@ UNANSWERED = "a prompt without an answer"
 
 RAW_TEXT = "read as raw text, without its column"
 """How the remark begins of a text that may have been meant as one part of an example."""
+_MOST_COLUMNS = 16
 
 
 def mark(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
@@ -72,8 +73,11 @@ def renamed_to(notes: str | None, names: Sequence[str]) -> str | None:
 
 
 def kept_aside(notes: str | None, columns: Sequence[str]) -> str | None:
-    """The JSON in a row's `notes` with the columns that became metadata alone."""
-    return json.dumps({**json.loads(notes or "{}"), "metadata": columns}, sort_keys=True) if columns else notes
+    """The JSON in a row's `notes` with the columns that became metadata alone; of many, the first by name."""
+    if not columns:
+        return notes
+    named = [*columns[:_MOST_COLUMNS], *(["others"] if len(columns) > _MOST_COLUMNS else [])]
+    return json.dumps({**json.loads(notes or "{}"), "metadata": named}, sort_keys=True)
 
 
 def changed_by(notes: str | None, step: str | None) -> str | None:

@@ -69,6 +69,8 @@ def test_columns_that_are_not_trained_on_are_counted_and_doubtful_ones_remarked(
     assert notes(input_format="text") == aside
     rows[:] = ['{"text": "a", "label": "x"}']
     assert notes(columns={"prompt": "text", "completion": "label"}) == {}
+    rows[:] = [json.dumps({"text": "a"} | {f"c{n:02}": n for n in range(40)})]
+    assert notes()["metadata"] == {f"c{n:02}": 1 for n in range(16)} | {"others": 1}
 
 
 @pytest.mark.parametrize(("line", "reason"), [bad for bad in BAD_LINES if not bad[1].startswith("empty")])
