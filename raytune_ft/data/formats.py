@@ -189,9 +189,10 @@ def _refuse_several(asking: Collection[str], columns: Collection[str]) -> None:
 
 
 def _unknown(columns: Collection[str]) -> str:
-    first = next(iter(sorted(map(str, columns))), "question")
+    lacking = next((answer for ask, answer in _BASES.values() if answer and ask in columns), "prompt")
+    meant = next((name for name in sorted(map(str, columns)) if name not in {*_PROMPTS, "label"}), "question")
     return (
-        f"unknown columns: {_listed(columns)}; name them with `columns` (for example prompt: {first}) or "
+        f"unknown columns: {_listed(columns)}; name them with `columns` (for example {lacking}: {meant}) or "
         "rename them; known are messages, conversations, instruction+output, prompt+completion, question+answer, "
         "text, chosen+rejected, prompt+reference, response+rating"
     )

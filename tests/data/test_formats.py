@@ -97,8 +97,12 @@ def test_columns_that_no_format_uses_are_kept_as_metadata() -> None:
 
 
 def test_unknown_and_ambiguous_columns_are_named() -> None:
-    with pytest.raises(FormatFault, match="unknown columns: bar, foo"):
+    with pytest.raises(FormatFault, match=r"unknown columns: bar, foo; .* \(for example prompt: bar\)"):
         detect(["foo", "bar"])
+    with pytest.raises(FormatFault, match=r"\(for example prompt: sentence\)"):
+        detect(["label", "sentence"])
+    with pytest.raises(FormatFault, match=r"\(for example answer: replies\)"):
+        detect(["question", "replies"])
     with pytest.raises(FormatFault, match=r"ambiguous columns: .*fit prompt_completion and text.*input_format"):
         detect(["prompt", "completion", "text"])
     assert format_of(["prompt", "completion", "text"], RecordFormat.TEXT)[0] is RecordFormat.TEXT
