@@ -26,6 +26,7 @@ from raytune_ft.data.strata import field_values
 _NOT_TEST = 1 << 62
 _LINK_FIELDS = ("low", "high", "low_stratum", "high_stratum")
 _NO_STRATUM = -1
+TESTED_GROUP = "group is in test_sources"
 
 
 def link_rows(rows: Blocks, config: DataCollectionConfig, labels: Sequence[str], tests: int) -> Blocks:
@@ -198,7 +199,7 @@ def join_groups(rows: pa.Table, members: pa.Table) -> pa.Table:
         groups.append(group if root is None else f"{root:016x}")
         strata.append(joined)
         leaks = root is not None and root < _NOT_TEST and not is_test
-        reasons.append("group is in test_sources" if leaks else None)
+        reasons.append(TESTED_GROUP if leaks else None)
     for name, column in (("group", pa.array(groups, pa.string())), ("stratum", pa.array(strata, pa.int64()))):
         rows = rows.set_column(rows.schema.get_field_index(name), name, column)
     return mark(rows, reasons)

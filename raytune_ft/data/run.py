@@ -25,7 +25,7 @@ from raytune_ft.data.augment import augmented
 from raytune_ft.data.config import SPLITS, DataCollectionConfig
 from raytune_ft.data.corrections import applied_ids, correction_parents, read_corrections, refuse_unknown
 from raytune_ft.data.export import export_splits
-from raytune_ft.data.groups import link_rows
+from raytune_ft.data.groups import TESTED_GROUP, link_rows
 from raytune_ft.data.language import check_languages
 from raytune_ft.data.leaks import (
     audit,
@@ -71,6 +71,10 @@ _REMEDIES = {
     NEAR_REASON: (
         "they are near-duplicates of others; where a template makes rows alike, set near_duplicates: group, or raise "
         "near_duplicate_threshold"
+    ),
+    TESTED_GROUP: (
+        "they begin with the question of a test row, or belong to its conversation (group_by); to learn from them, "
+        "take such test rows out"
     ),
     UNANSWERED: "to have a model answer them and learn from rewards (raytune-ft reinforce), set unanswered: keep",
     "too long": "raise max_length, or set over_length to split, truncate_left or truncate_right",
