@@ -192,6 +192,14 @@ class ResumedPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's
         reached = _reached(trial)
         self._trial_state[trial].last_perturbation_time = reached - reached % self._perturbation_interval
 
+    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
+        """As PBT does, but from the donor's newest state: that of its last exchange may be deleted since."""
+        newest = trial_to_clone.run_metadata.checkpoint_manager.latest_checkpoint_result
+        if newest is not None:
+            donor = self._trial_state[trial_to_clone]
+            donor.last_checkpoint, donor.last_result = newest.checkpoint, newest.metrics
+        super()._exploit(tune_controller, trial, trial_to_clone)
+
 
 class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's classes count as Any
     """Median stopping whose results outlive the driver; Ray's own forgets those of the trials that have ended."""
