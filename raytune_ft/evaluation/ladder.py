@@ -215,12 +215,12 @@ def best_trades(rungs: Sequence[Rung], metric: EvaluationMetric, cost: str) -> l
 
 def lines(rungs: Sequence[Rung], metric: EvaluationMetric) -> list[str]:
     """The ladder as lines of text."""
-    heads = f"{'':24}{metric:>14}{'interval':>18}{'same':>7}{'MB':>8}{'peak MB':>9}{'first ms':>10}{'ms/token':>10}"
+    heads = f"{'':24}{metric:>14}{'interval':>22}{'same':>7}{'MB':>8}{'peak MB':>9}{'first ms':>10}{'ms/token':>10}"
     found = [heads + f"{'tokens/s':>10}"]
     for rung in rungs:
         span = span_text(rung.intervals[str(metric)])
         found.append(
-            f"{rung.label:24}{rung.values[str(metric)]:14.4f}{span:>18}{rung.same_tokens:7.1%}"
+            f"{rung.label:24}{rung.values[str(metric)]:14.4f}{span:>22}{rung.same_tokens:7.1%}"
             f"{rung.megabytes:8.0f}{rung.peak_megabytes:9.0f}{rung.first_token_ms:10.1f}{rung.per_token_ms:10.1f}"
             f"{rung.tokens_per_s:10.1f}"
         )
