@@ -35,7 +35,8 @@ from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.run import plan_of
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig
-from raytune_ft.training.run import checked, worker_demand
+from raytune_ft.training.inputs import checked
+from raytune_ft.training.run import worker_demand
 from raytune_ft.training.trackers import refuse_missing
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.homes import apart, refuse_pausing

@@ -18,10 +18,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytune_ft.core import cluster
-from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_claim
+from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import (
-    ArtifactError,
     ConfigError,
     DataError,
     InfeasibleError,
@@ -33,26 +32,26 @@ from raytune_ft.core.errors import (
     UserError,
     last_line,
 )
-from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
+from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.placement import Demand, ResourcePlan
-from raytune_ft.core.storage import Location, source_digest
-from raytune_ft.data.run import tokenized_splits
-from raytune_ft.models.loading import model_parent, shared_model
-from raytune_ft.training import checkpoint
+from raytune_ft.core.storage import Location
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig
-from raytune_ft.training.cursor import other_batch
-from raytune_ft.training.deepspeed_parser import refuse_unparsable
-from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide
+from raytune_ft.training.inputs import (
+    checked,
+    data_parent,
+    model_parents,
+    reachable,
+    refuse_other_batch,
+    refuse_other_student,
+    splits_of,
+)
 from raytune_ft.training.interruption import StopBoard, is_noted, note_sigterm
 from raytune_ft.training.loop import Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import NotOneRowError, OutOfMemoryError
-from raytune_ft.training.pairs import refuse_unpaired, refuse_unrated
 from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.schedule import refuse_without_validation
-from raytune_ft.training.trackers import refuse_missing
 from raytune_ft.training.without_effect import without_effect
 
 logger = logging.getLogger("raytune_ft")
@@ -146,97 +145,6 @@ def train(config: FineTuningConfig) -> Artifact:
     return draft.artifact
 
 
-def checked(config: FineTuningConfig) -> FineTuningConfig:
-    """The settings, with DeepSpeed's JSON read, after the checks that need neither model, data nor cluster.
-
-    Raises:
-        UserError: naming the setting.
-    """
-    refuse_missing(config.report_to)
-    if isinstance(config.deepspeed_config, str):
-        config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
-    refuse_unparsable(config)
-    if config.resume_from_checkpoint != "auto":
-        checkpoint.named(config.resume_from_checkpoint)
-    return config
-
-
-def refuse_other_batch(config: FineTuningConfig, output: Location) -> None:
-    """Checks that an unfinished run in the folder has the same global batch; its workers may be others.
-
-    Raises:
-        ArtifactError: if it has not, with the layouts that would go on.
-    """
-    if not (output / CLAIM).exists() or has_manifest(output) or not (output / CHECKPOINTS).exists():
-        return
-    claim = read_claim(output)
-    wanted = None if claim is None else claim.identity.get("global_batch_size")
-    if wanted is not None and wanted != config.global_batch_size:
-        raise ArtifactError(other_batch(int(wanted), f"{output}: the run that was begun here", config))
-
-
-def splits_of(config: FineTuningConfig, where: Location) -> dict[str, list[str]]:
-    """Parquet files of each split, tokenized for a run's model, and checked to be what the run learns from.
-
-    Args:
-        config: the run's settings.
-        where: the folder for what has to be tokenized.
-
-    Raises:
-        DataError: if no row is left, or rows are not of the kind that the settings want.
-    """
-    tokens_of = config.model_path
-    if isinstance(config, DistillationConfig) and not config.model_path:
-        tokens_of = config.teacher_path  # a student that is made of it has its tokens
-    splits = tokenized_splits(
-        config.dataset_path,
-        tokens_of,
-        where,
-        max_length=config.max_length,
-        prompts=isinstance(config, ReinforcementConfig),
-    )
-    if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
-        refuse_unrated(splits, config.dataset_path)
-    elif isinstance(config, PreferenceConfig | RewardConfig):
-        refuse_unpaired(splits, config.dataset_path)
-    return splits
-
-
-def model_parents(config: FineTuningConfig, storage: Location) -> list[Parent]:
-    """The manifest's entries for the models that a run starts from, learns from, or has its answers judged by."""
-    found = [model_parent(shared_model(config.model_path, storage))] if config.model_path else []
-    if config.adapter_path is not None:
-        found.append(model_parent(config.adapter_path, "adapter"))
-    if isinstance(config, ReinforcementConfig) and config.reward_model_path is not None:
-        found.append(model_parent(config.reward_model_path, "reward model"))
-    if isinstance(config, DistillationConfig):
-        found.append(model_parent(shared_model(config.teacher_path, storage), "teacher"))
-    return found
-
-
-def reachable(config: FineTuningConfig, storage: Location) -> FineTuningConfig:
-    """The settings with models that every node can load."""
-    changes = {"adapter_path": config.adapter_path, "model_path": config.model_path or None}
-    if isinstance(config, ReinforcementConfig):
-        changes["reward_model_path"] = config.reward_model_path
-    if isinstance(config, DistillationConfig):
-        changes["teacher_path"] = config.teacher_path
-    shared = {name: shared_model(path, storage) for name, path in changes.items() if path is not None}
-    return config.with_overrides(**shared)
-
-
-def refuse_other_student(config: FineTuningConfig) -> None:
-    """Checks that a given student means the same text by its tokens as the teacher.
-
-    Raises:
-        ModelError: if it does not.
-    """
-    if isinstance(config, DistillationConfig) and config.model_path:
-        from raytune_ft.training.distill import refuse_other_tokens
-
-        refuse_other_tokens(config.teacher_path, config.model_path)
-
-
 def with_student(config: FineTuningConfig, student: Location) -> FineTuningConfig:
     """The settings with a student to start from, which is made of its teacher's layers, in a folder, if none is given.
 
@@ -252,14 +160,6 @@ def with_student(config: FineTuningConfig, student: Location) -> FineTuningConfi
     except ray.exceptions.RayTaskError as error:
         raise _failure(error) from error
     return config.with_overrides(model_path=student.uri, student_layers=None)
-
-
-def data_parent(dataset_path: str) -> Parent:
-    """The manifest entry of a dataset: an artifact, or a file of records."""
-    if has_manifest(dataset_path):
-        return open_artifact(dataset_path, ArtifactKind.DATASET).as_parent("dataset")
-    location = Location.at(dataset_path)
-    return Parent(role="dataset", where=str(location), digest=source_digest(location))
 
 
 def worker_demand(config: FineTuningConfig, *, use_gpu: bool) -> Demand:

@@ -21,7 +21,7 @@ from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import RunError, last_line
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
-from raytune_ft.training.run import data_parent, model_parents, reachable, refuse_other_student, splits_of
+from raytune_ft.training.inputs import data_parent, model_parents, reachable, refuse_other_student, splits_of
 from raytune_ft.training.trackers import Trackers, refuse_missing
 from raytune_ft.tuning import homes
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground

@@ -11,7 +11,7 @@ import yaml
 
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config_alignment import PreferenceConfig
-from raytune_ft.training.run import splits_of
+from raytune_ft.training.inputs import splits_of
 from raytune_ft.training.session import Seat, train_in_process
 
 from .test_preference import history

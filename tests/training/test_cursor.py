@@ -9,7 +9,8 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.training.cursor import Cursor, layouts
 from raytune_ft.training.folder import CHECKPOINTS
-from raytune_ft.training.run import FineTuner, refuse_other_batch
+from raytune_ft.training.inputs import refuse_other_batch
+from raytune_ft.training.run import FineTuner
 
 
 def test_a_cursor_says_epoch_and_row() -> None:

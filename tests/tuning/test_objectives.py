@@ -14,7 +14,7 @@ from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig
 from raytune_ft.training.distill import write_student
 from raytune_ft.training.folder import read_history
-from raytune_ft.training.run import splits_of
+from raytune_ft.training.inputs import splits_of
 from raytune_ft.training.session import Seat, train_in_process
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.homes import apart
