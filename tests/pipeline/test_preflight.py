@@ -59,7 +59,7 @@ def finish(config: PipelineConfig, name: str, **parents: Artifact) -> Artifact:
     ("changes", "message"),
     [
         ({"train": {"deepspeed_config": "no.json"}}, r"train: deepspeed_config: no\.json cannot be read"),
-        ({"train": {"adapter_path": "runs/no"}}, "train: adapter_path: runs/no leads to no folder or URI here"),
+        ({"train": {"adapter_path": "runs/no"}}, "train: adapter_path: runs/no: there is no such adapter folder"),
         ({"train": {"adapter_path": "./runs/no"}}, "train: .*runs/no: there is no such model folder"),
         ({"train": {"resume_from_checkpoint": "no"}}, "train: .*no: there is no such folder; resume_from_checkpoint"),
         ({"align": {"dataset_path": "no.jsonl"}}, r"align: .*no\.jsonl: there is no such file or folder"),
