@@ -167,6 +167,19 @@ def test_a_double_click_is_one_vote(chromium: str, judging: Server) -> None:
     assert [vote["choice"] for vote in votes(judging)][1:] == ["tie"]
 
 
+def test_a_reload_goes_on_as_the_judge_of_its_tab_whoever_judges_in_another(chromium: str, judging: Server) -> None:
+    tab = Tab(chromium)
+    tab.open(judging.url)
+    begin(tab, "Ann")
+    tab.value("localStorage.setItem('judge', 'Bob')")  # as a second person's tab does
+    tab.press("t")
+    tab.wait("document.getElementById('count').textContent === '1 of 6 judged'")
+    tab.value("document.getElementById('count').textContent = ''")
+    tab.send("Page.reload")
+    tab.wait("document.getElementById('count').textContent === '1 of 6 judged'")
+    assert tab.text("who") == "Ann"
+
+
 def test_a_second_judge_begins_anew_sees_other_sides_and_agreement_is_told(chromium: str, judging: Server) -> None:
     tab = Tab(chromium)
     tab.open(judging.url)
