@@ -142,6 +142,25 @@ def test_slow_readers_and_half_open_connections_hold_up_nobody(server: ModelServ
 
 
 @pytest.mark.ray
+def test_clients_that_go_away_count_as_gone_through_serve(server: ModelServer):
+    asked = {"model": "tiny", "prompt": "red", "n": 60, "max_tokens": 64, "temperature": 0}
+    for stream in (True, False):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://").removesuffix("/v1"), timeout=60)
+        body = json.dumps({**asked, "stream": stream})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        if stream:
+            assert connection.getresponse().read(6) == b"data: "
+        time.sleep(0.5)
+        connection.close()
+    deadline, gone = time.monotonic() + 30, 0.0
+    while gone < 2 and time.monotonic() < deadline:
+        lines = [line for line in told(server, "/metrics")[1].splitlines() if 'route="/v1/completions"' in line]
+        gone = sum(float(line.rpartition(" ")[2]) for line in lines if 'status="499"' in line)
+        time.sleep(0.3)
+    assert (gone, [line for line in lines if 'status="200"' in line]) == (2, [])
+
+
+@pytest.mark.ray
 def test_every_replica_loads_and_drops_adapters_and_is_counted(server: ModelServer, client: openai.OpenAI):
     key = {"Authorization": "Bearer root"}
     assert told(server, "/admin/adapters", "POST", b'{"name": "a"}', **key)[0] == 201
