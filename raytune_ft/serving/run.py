@@ -174,12 +174,12 @@ def _running(limit_s: float) -> ServingConfig | None:
     if application.status == "DELETING":
         raise ServingError("the endpoint of this cluster is being taken down; run the same command when it is gone")
     if application.status != "RUNNING":
-        logger.info("The endpoint of this cluster is %s; waiting for a replica", application.status)
+        logger.info("The endpoint of this cluster is %s; waiting for a replica", application.status.value)
     try:
         found: ServingConfig = serve.get_app_handle(_APPLICATION).settings.remote().result(timeout_s=limit_s)
     except (TimeoutError, RayActorError, RayServeException) as error:
         raise ServingError(
-            f"the endpoint of this cluster was {application.status}, and no replica answered within {limit_s:g} "
+            f"the endpoint of this cluster was {application.status.value}, and no replica answered within {limit_s:g} "
             f"seconds ({first_line(error)}); stop it, and start it with these settings"
         ) from None
     return found
@@ -269,7 +269,7 @@ def _wait_running(limit_s: float) -> None:
             raise ServingError(f"the endpoint did not come up: {faults[0].strip().splitlines()[-1]}")
         if time.monotonic() > deadline:
             raise ServingError(
-                f"the endpoint was not up after {limit_s:g} seconds ({application.status}); "
+                f"the endpoint was not up after {limit_s:g} seconds ({application.status.value}); "
                 "raise startup_timeout_s if the model is large"
             )
         time.sleep(0.1)
