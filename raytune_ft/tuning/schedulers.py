@@ -215,7 +215,7 @@ class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's class
         if self._known is None:
             self._known = json.loads(self._memory.read()) if self._memory.exists() else {}
         told = [row for row in self._known.get(trial.trial_id, ()) if row[_TIME] <= _reached(trial)]
-        if told:
+        if told and trial not in self._results:
             self._results[trial] = told
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
