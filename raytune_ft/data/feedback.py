@@ -11,10 +11,10 @@ A row has
   ``preferred`` and ``rejected``, two answers of which the first is better.
 
 Any other column (``model``, ``time``, ``comment``, ...) is kept as metadata. One row gives one record, by the
-judgement that says most: a correction gives a supervised record with the corrected answer; else a pair gives a
-preference; else a rating gives a KTO label (up, 4 and 5 are desirable, down, 1 and 2 are not). What was not used of
-``response``, ``rating`` and the pair stays in the metadata. A row without judgement, or with the rating 3, teaches
-nothing: it is rejected with that reason, and never stops a run.
+judgement that says most: a correction gives a supervised record with the corrected answer, unless it is the response
+itself, which corrects nothing; else a pair gives a preference; else a rating gives a KTO label (up, 4 and 5 are
+desirable, down, 1 and 2 are not). What was not used of ``response``, ``rating`` and the pair stays in the metadata.
+A row without judgement, or with the rating 3, teaches nothing: it is rejected with that reason, and never stops a run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def feedback_fields(take: Columns) -> dict[str, Any]:
     if asking is None:
         raise FormatFault("no prompt: feedback needs a column 'messages' or 'prompt'")
     prompt = with_system(take, asked(take, asking))
-    if _given(take, "correction"):
+    if _given(take, "correction") and take.see("correction") != take.see("response"):
         return {"messages": (*prompt, *continuation(take, "correction"))}
     if _given(take, "preferred") and _given(take, "rejected"):
         return {

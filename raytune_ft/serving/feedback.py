@@ -62,6 +62,8 @@ class Feedback(BaseModel):
             raise ValueError("preferred, rejected: one is nothing without the other")
         if self.preferred is not None and self.preferred == self.rejected:
             raise ValueError("preferred, rejected: are the same answer; give two that differ")
+        if self.correction and self.correction == self.response:
+            raise ValueError("correction: is the answer that it corrects; write a better one, or leave it out")
         if self.rating is None and not self.correction and self.preferred is None:
             raise ValueError("a judgement is needed: rating, correction, or preferred and rejected")
         if self.response is None and self.preferred is None:

@@ -39,6 +39,13 @@ def test_a_correction_is_what_is_learned_and_the_rest_is_kept() -> None:
     assert record.metadata == {"response": "A", "rating": "down", "model": "m1"}
 
 
+def test_a_correction_that_is_the_response_corrects_nothing() -> None:
+    record = read({**ROW, "rating": "down", "correction": "A"})
+    assert (record.messages[-1], record.label) == (Message("assistant", "A"), False)
+    with pytest.raises(NothingToLearnError):
+        read({**ROW, "rating": None, "correction": "A"})
+
+
 def test_a_pair_gives_a_preference() -> None:
     record = read({"messages": [{"role": "user", "content": "Q"}], "preferred": "B", "rejected": "A"})
     assert (record.messages, record.chosen, record.rejected) == (

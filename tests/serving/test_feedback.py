@@ -108,6 +108,7 @@ def test_an_answer_is_not_withheld_where_the_log_cannot_be_written(tiny_model: P
         ({"response": "A", "rating": True}, "not true or false; send up for true and down for false"),
         ({"preferred": "A"}, "one is nothing without the other"),
         ({"preferred": "A", "rejected": "A"}, "are the same answer"),
+        ({"response": "A", "rating": "down", "correction": "A"}, "is the answer that it corrects"),
         ({"response": "A", "rating": "up", "path": "/etc/passwd"}, "path"),
     ],
 )

@@ -61,6 +61,10 @@ def test_one_chats_compares_two_models_and_gives_feedback(tab: Tab, endpoint: An
     assert (rated["rating"], rated["response"], rated["messages"]) == ("up", wanted.choices[0].message.content, asked)
     assert (preferred["preferred"], preferred["rejected"], preferred["model"]) == (right, left, "tiny:b")
 
+    say(tab, "and now?")
+    tab.wait("!document.getElementById('parted').classList.contains('hidden')")
+    assert tab.value("document.getElementById('prefer').classList.contains('hidden')")
+
     tab.screenshot(tmp_path / "playground.png")
     assert tab.value("document.title") == "raytune_ft playground"
     assert tab.value("document.images.length") == 0
