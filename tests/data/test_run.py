@@ -16,6 +16,7 @@ from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import table_to_records
 from raytune_ft.data import components, near, run
 from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.openings import COMMON, MOST_PROMPTS
 from raytune_ft.data.prepared import PreparedDataset
 from raytune_ft.data.run import DataCollector, prepare, tokenized_splits
 
@@ -256,6 +257,30 @@ def test_splits_and_near_duplicates_are_the_same_in_one_task_and_by_shuffles(
     parts = prepare(DataCollectionConfig(output_path=str(tmp_path / "parts"), **settings))
     files = [name for name in whole.manifest.files if name.endswith((".parquet", "account.json"))]
     assert {name: parts.manifest.files.get(name) for name in files} == {n: whole.manifest.files[n] for n in files}
+
+
+def test_prefixes_of_a_conversation_are_in_one_split_in_one_task_and_by_shuffles(
+    tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turns(*said: str) -> dict[str, Any]:
+        return {"messages": [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]}
+
+    rows = []
+    for number in range(40):
+        talk = [f"What about {number}?", f"so {number}", f"And {number * 7}?", f"it is {number}"]
+        rows += [turns(*talk[:2]), turns(*talk), turns(talk[0].upper(), *talk[1:])]
+    rows += [turns("Hi", "Hello", f"How much is {number}?", f"much {number}") for number in range(MOST_PROMPTS + 1)]
+    settings: dict[str, Any] = {"sources": [write_jsonl(tmp_path / "talks.jsonl", rows)], "near_duplicates": "keep"}
+    settings["quality"] = {"report": False}
+    whole = prepare(DataCollectionConfig(output_path=str(tmp_path / "whole"), **settings))
+    monkeypatch.setattr(run, "_FEW_ROWS", 0)
+    monkeypatch.setattr(components, "FEW_EDGES", 0)
+    parts = prepare(DataCollectionConfig(output_path=str(tmp_path / "parts"), **settings))
+    assert parts.manifest.files == whole.manifest.files
+    assert whole.numbers["remarks"] == {COMMON: MOST_PROMPTS + 1}
+    asked = [{row["messages"][0]["content"].upper() for row in rows} for rows in PreparedDataset(whole).values()]
+    assert set.intersection(*asked) == {"HI"}
+    assert sum(map(len, asked)) == 40 + 3
 
 
 def test_weights_of_sources_are_made_or_left_out_in_training_alone_and_accounted_for(
