@@ -237,8 +237,9 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
         return True
 
     def cleanup(self) -> None:
-        """Ray Tune's hook: the trial was stopped."""
+        """Ray Tune's hook: the trial was stopped, and this process is not used again."""
         self._leave()
+        self._banks = Banks((), {})  # handles that are left would be given back while SIGTERM ends the process
 
     def _start_over(self, config: dict[str, Any]) -> None:
         self._space = dict(config)

@@ -427,8 +427,8 @@ def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_mode
         pytest.param({"scheduler": "hyperband"}, marks=pytest.mark.soak),
         pytest.param({"scheduler": "median"}, marks=pytest.mark.soak),
         {
-            **{"scheduler": "pbt", "grace_steps": 6, "space": {"learning_rate": [2e-2, 1e-2, 1e-8]}},
-            "training": {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 48, "eval_steps": 1},
+            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-2, 1e-8]}},
+            "training": {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 16},
         },
         pytest.param(
             {"searcher": "optuna", "num_trials": 4, "space": {"learning_rate": {"loguniform": [1e-5, 1e-2]}}},
