@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from pyarrow.fs import FileType
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
@@ -193,10 +194,10 @@ class ResumedPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's
         self._trial_state[trial].last_perturbation_time = reached - reached % self._perturbation_interval
 
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
-        """As PBT does, but from the donor's newest state: that of its last exchange may be deleted since."""
-        newest = trial_to_clone.run_metadata.checkpoint_manager.latest_checkpoint_result
-        if newest is not None:
-            donor = self._trial_state[trial_to_clone]
+        """As PBT does; from the donor's newest state if that of its last exchange is deleted since."""
+        donor = self._trial_state[trial_to_clone]
+        wanted, newest = donor.last_checkpoint, trial_to_clone.run_metadata.checkpoint_manager.latest_checkpoint_result
+        if newest is not None and wanted.filesystem.get_file_info(wanted.path).type == FileType.NotFound:
             donor.last_checkpoint, donor.last_result = newest.checkpoint, newest.metrics
         super()._exploit(tune_controller, trial, trial_to_clone)
 
