@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -225,7 +225,7 @@ def _fit(
 ) -> None:
     demand = worker_demand(config, use_gpu=use_gpu)
     told = {"config": config, "splits": splits, "output": output.uri, "board": board, "threads": demand.threads}
-    trainer = TorchTrainer(
+    trainer = _InterruptibleTrainer(
         _worker,
         train_loop_config={**told, "reports": reported is not None},
         torch_config=_StoppableTorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -242,8 +242,26 @@ def _fit(
     )
     try:
         trainer.fit()
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     except Exception as error:
         raise _failure(error) from error
+
+
+class _InterruptibleTrainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes count as Any
+    """Ray's, which leaves Ctrl-C to us: its own handler ends the process with 1, and outlives the run."""
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Ends the run's workers, if there are any yet."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):  # it ends itself with them
+                ray.get(self._controller.abort.remote(), timeout=30)
 
 
 def _worker(settings: dict[str, Any]) -> None:

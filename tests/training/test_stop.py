@@ -1,7 +1,7 @@
 """Runs that are ended from outside: the same command goes on.
 
-SIGTERM to the driver, its process group, or a worker saves a checkpoint, and the exit code is 143; SIGKILL to all
-processes leaves the newest checkpoint that there was.
+SIGTERM to the driver, its process group, or a worker saves a checkpoint, and the exit code is 143; Ctrl-C and SIGKILL
+to all processes leave the newest checkpoint that there was.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ SETTINGS = {
 def start(config: Path, *overrides: str, start_new_session: bool = False) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("RAY_ADDRESS", None)
-    program = "from raytune_ft.cli import main; main()"
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # in the background: ignored
+    program += "from raytune_ft.cli import main; main()"
     command = [sys.executable, "-c", program, "train", str(config), *overrides]
     return subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=start_new_session
@@ -96,6 +97,20 @@ def test_sigterm_to_the_whole_group_saves_as_one_to_the_driver_does(settings, or
     assert "a checkpoint is saved after this step" in rest
     assert "the same command goes on from there" in rest
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("when", ["Resource plan", "grad norm"])
+def test_ctrl_c_ends_a_training_as_it_ends_any_command(when: str, settings, orders: Path, tmp_path: Path) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text(settings(**SETTINGS, dataset_path=str(orders)).model_dump_json(), encoding="utf-8")
+    process = start(config, start_new_session=True)
+    said(process, when)
+    time.sleep(5 if when == "Resource plan" else 0)  # while workers start
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, rest
+    assert "interrupted; the same command goes on from here" in rest
+    assert "Traceback" not in rest
 
 
 def test_where_ray_is_ended_with_the_run_the_driver_says_so_and_ends(settings, orders: Path, tmp_path: Path) -> None:
