@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from raytune_ft import __version__
 from raytune_ft.console import (
     list_runs,
     make_table,
@@ -80,13 +81,28 @@ VERBS: Mapping[str, Verb] = {
     "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),
 }
 
-_HELP = """Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.
+_HELP = (
+    "Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM (the same command "
+    "goes on from there)."
+)
 
-Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM (the same
-command goes on from there).
-"""
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=_HELP)
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print_out(f"raytune-ft {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=_HELP)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def _load(where: str) -> Any:

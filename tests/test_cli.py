@@ -13,6 +13,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+import raytune_ft
 from raytune_ft import cli
 from raytune_ft.core.config import Config
 from raytune_ft.core.draft import begin
@@ -345,3 +346,7 @@ def test_the_quickstart_is_the_shipped_pipeline_with_overrides(verb, tmp_path, m
 def test_the_package_is_the_command_where_its_script_is_not_on_the_path():
     said = subprocess.run([sys.executable, "-m", "raytune_ft", "trian"], capture_output=True, text=True, check=False)
     assert said.returncode == 2 and "raytune-ft" in said.stderr
+
+
+def test_the_version_is_told():
+    assert invoke("--version").output == f"raytune-ft {raytune_ft.__version__}\n"
