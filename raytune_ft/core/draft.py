@@ -237,7 +237,8 @@ def _only_torn(present: Sequence[str]) -> bool:
 
 
 def _refused(location: Location, error: OSError) -> ArtifactError:
-    return ArtifactError(f"{location}: {storage_reason(error)}. Make room there, or choose another folder.")
+    denied = error.filename if isinstance(error, PermissionError) else None  # it may lie elsewhere
+    return ArtifactError(f"{denied or location}: {storage_reason(error)}. Make room there, or choose another folder.")
 
 
 def _foreign(location: Location, present: Sequence[str]) -> ArtifactError:

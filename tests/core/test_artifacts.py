@@ -1,5 +1,6 @@
 """Artifacts: finished exactly when the manifest is there, verified when opened, resumed and never overwritten."""
 
+import errno
 import json
 import math
 import os
@@ -414,6 +415,11 @@ def test_a_full_disk_is_told_in_words_and_hides_no_other_error(tmp_path, caplog)
         (draft.folder / "failures").touch()  # there can be no folder
         raise RunError("the run's own")
     assert "b: why it failed could not be kept" in caplog.text
+    with (
+        pytest.raises(ArtifactError, match=r"^/elsewhere: no permission"),
+        begin(tmp_path / "d", ArtifactKind.MODEL, settings=SETTINGS),
+    ):
+        raise PermissionError(errno.EACCES, "denied", "/elsewhere")
     (tmp_path / "c" / "started.json").mkdir(parents=True)
     with pytest.raises(ArtifactError, match=r"c: the storage refused: .*Is a directory"):
         begin(tmp_path / "c", ArtifactKind.MODEL, settings=SETTINGS)
