@@ -79,7 +79,7 @@ def test_a_trial_that_was_paused_keeps_all_of_its_curve(ray_cluster, tmp_path) -
             name="ray",
             storage_path=str(tmp_path),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=4),
-            callbacks=[Progress(folder, "eval_loss", Tracked((), folder, {})), ears],
+            callbacks=[Progress(folder, "eval_loss", Tracked((), folder, {"method": "lora"})), ears],
             verbose=0,
         ),
     ).fit()
