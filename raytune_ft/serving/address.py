@@ -37,6 +37,18 @@ def free_port(host: str, port: int) -> int:
         raise ServingError(f"{host}:{port} cannot be listened on: {error.strerror}; change host or port") from None
 
 
+def wait_until_free(host: str, port: int, limit_s: float) -> None:
+    """Returns when the port can be listened on again, or the time is over: a process that ends may hold it a moment."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        try:
+            free_port(host, port)
+        except ServingError:
+            time.sleep(0.05)
+        else:
+            return
+
+
 def root_url(host: str, port: int) -> str:
     """The URL that this machine reaches the endpoint by."""
     address = _EVERY_ADDRESS.get(host, host)

@@ -15,13 +15,15 @@ from typing import Self
 from raytune_ft.core.cluster import Cluster, connect, named_address
 from raytune_ft.core.errors import RaytuneError, ServingError, first_line
 from raytune_ft.core.placement import Demand, ResourcePlan
-from raytune_ft.serving.address import free_port, root_url, wait_until_it_serves
+from raytune_ft.serving.address import free_port, root_url, wait_until_free, wait_until_it_serves
 from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
 from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")
 
 _APPLICATION = "raytune_ft"
+_ENDS_WITHIN = 10.0
+"""Seconds in which Ray's proxy has let go of its port, after the endpoint was taken down."""
 
 
 class ModelServer:
@@ -36,6 +38,7 @@ class ModelServer:
     def __init__(self, config: ServingConfig) -> None:
         self.config = config
         self.url = ""
+        self._port = 0
         self._started = False
         self._ended = threading.Event()
 
@@ -50,7 +53,7 @@ class ModelServer:
         """
         if self.url:
             return self.url
-        port = free_port(self.config.host, self.config.port)
+        self._port = port = free_port(self.config.host, self.config.port)
         check_config(self.config)
         cluster = connect()
         cluster.admit(plan_of(self.config, cluster))
@@ -105,6 +108,7 @@ class ModelServer:
         except Exception as error:  # noqa: BLE001 - whatever keeps Ray Serve from answering, it is to end
             logger.warning("requests in flight could not be waited for: %s", first_line(error))
         serve.shutdown()
+        wait_until_free(self.config.host, self._port, _ENDS_WITHIN)  # Ray does not wait for its proxy's process
 
     def serve_forever(self) -> None:
         """Starts the endpoint, if it is not up, and returns when Ctrl-C or SIGTERM came or `stop` was called."""
