@@ -427,7 +427,8 @@ def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_mode
         pytest.param({"scheduler": "hyperband"}, marks=pytest.mark.soak),
         pytest.param({"scheduler": "median"}, marks=pytest.mark.soak),
         {
-            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-2, 1e-8]}},
+            # An exchange takes a value beside the better trial's, or at an end of the list, often, that one again.
+            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [1e-2, 2e-2, 1e-8]}},
             "training": {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 16},
         },
         pytest.param(
@@ -456,7 +457,8 @@ def test_tunes_own_schedulers_and_searchers_drive_packed_trials(
         assert len({trial.curve[-1]["eval_loss"] for trial in result.repeats}) == 2
     if changes.get("scheduler") == "pbt":  # a rate of 1e-8 learns nothing: who began with it took over another's state
         assert all(trial.curve[0]["learning_rate"] != 1e-8 for trial in result.trials)
-        for trial in result.trials:  # with one part, where each exchange drew the rate that there was
+        assert any(len(trial.schedule) > 1 for trial in result.trials)
+        for trial in result.trials:
             assert trial.schedule[-1]["settings"] == trial.settings
             assert [part["after"] for part in trial.schedule] == sorted(part["after"] for part in trial.schedule)
         assert artifact.numbers["best_schedule"] == result.best.schedule
