@@ -185,8 +185,7 @@ def begin(
         started_at=now(),
         attempt=uuid.uuid4().hex,
     )
-    if location.is_file():
-        raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
+    _refuse_file(location, kind)
     outdated = renew and has_manifest(location) and _is_other(claim, read_manifest(location))
     if has_manifest(location) and not outdated:
         done = open_artifact(location)
@@ -226,10 +225,15 @@ def refuse_other(
         known = identity if finished and identity is not None else found.identity
         wanted = found.model_copy(update={"kind": kind, "identity": dict(known), "parents": []})
         _refuse_other(location, wanted, found, f"holds {'a finished' if finished else 'an unfinished'}")
-    elif location.is_file():
-        raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
-    elif CLAIM not in (present := list(location.files())) and not _only_torn(present):
+        return
+    _refuse_file(location, kind)
+    if CLAIM not in (present := list(location.files())) and not _only_torn(present):
         raise _foreign(location, present)
+
+
+def _refuse_file(location: Location, kind: ArtifactKind) -> None:
+    if location.is_file():
+        raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
 
 
 def _only_torn(present: Sequence[str]) -> bool:

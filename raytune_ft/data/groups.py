@@ -11,19 +11,25 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from raytune_ft.data import components
 from raytune_ft.data.blocks import Blocks, pass_here
 from raytune_ft.data.config import DataCollectionConfig, NearDuplicates
 from raytune_ft.data.minhash import place_ids, sketch_rows
 from raytune_ft.data.near import near_edges, near_labels, near_reasons
-from raytune_ft.data.openings import ask_whole, common_openings, most_prompts, shared_only, with_question
+from raytune_ft.data.openings import (
+    NOT_TEST,
+    ask_whole,
+    common_openings,
+    most_prompts,
+    node_of,
+    shared_only,
+    with_question,
+)
 from raytune_ft.data.rows import mark
 from raytune_ft.data.shingles import Places, flat
 from raytune_ft.data.strata import field_values
 
-_NOT_TEST = 1 << 62
 _LINK_FIELDS = ("low", "high", "low_stratum", "high_stratum")
 _NO_STRATUM = -1
 TESTED_GROUP = "group is in test_sources"
@@ -78,14 +84,14 @@ def with_nodes(rows: pa.Table) -> pa.Table:
     """The table with `prompt` (its `group` so far), and `place` and `node`: that hash as 62 bits, and as a node."""
     digits = "".join(rows.column("group").to_pylist())
     place = (np.frombuffer(bytes.fromhex(digits), ">u8").astype(np.uint64) >> np.uint64(2)).astype(np.int64)
-    node = np.where(rows.column("is_test").to_numpy(), place, place | _NOT_TEST)
+    node = np.where(rows.column("is_test").to_numpy(), place, place | NOT_TEST)
     rows = rows.append_column("prompt", rows.column("group"))
     return rows.append_column("place", pa.array(place)).append_column("node", pa.array(node))
 
 
 def with_place(labels: pa.Table) -> pa.Table:
     """Labels of nodes with the `place` that rows of the node have."""
-    place = labels.column("node").to_numpy() & (_NOT_TEST - 1)
+    place = labels.column("node").to_numpy() & (NOT_TEST - 1)
     return labels.append_column("place", pa.array(place))
 
 
@@ -96,10 +102,8 @@ def sketches(rows: pa.Table) -> pa.Table:
 
 def conversations(rows: pa.Table, field: str) -> Places:
     """The node of each row's conversation, by a metadata field; -1 for rows without it."""
-    hashes = (
-        xxhash.xxh64_intdigest(value.encode()) >> 2 | _NOT_TEST if value else -1 for value in field_values(rows, field)
-    )
-    return np.fromiter(hashes, np.int64, rows.num_rows)
+    nodes = (node_of(value) if value else -1 for value in field_values(rows, field))
+    return np.fromiter(nodes, np.int64, rows.num_rows)
 
 
 def conversation_links(rows: pa.Table, field: str) -> pa.Table:
@@ -198,7 +202,7 @@ def join_groups(rows: pa.Table, members: pa.Table) -> pa.Table:
         root, joined = found.get(node, (None, stratum))
         groups.append(group if root is None else f"{root:016x}")
         strata.append(joined)
-        leaks = root is not None and root < _NOT_TEST and not is_test
+        leaks = root is not None and root < NOT_TEST and not is_test
         reasons.append(TESTED_GROUP if leaks else None)
     for name, column in (("group", pa.array(groups, pa.string())), ("stratum", pa.array(strata, pa.int64()))):
         rows = rows.set_column(rows.schema.get_field_index(name), name, column)

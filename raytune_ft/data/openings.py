@@ -22,7 +22,8 @@ MOST_PROMPTS = 100
 """Most prompts that a question may begin; nor may it begin more than half of all prompts there are."""
 COMMON = "an opening of many prompts, which may stand in other splits, too"
 """What is remarked of a row with an opening that is no question."""
-_HIGH_BIT = 1 << 62
+NOT_TEST = 1 << 62
+"""Set in the nodes of all that does not stand for the rows of test files, which have smaller numbers so."""
 
 
 def with_question(rows: pa.Table) -> pa.Table:
@@ -78,6 +79,11 @@ def ask_whole(rows: pa.Table, common: pa.Table) -> pa.Table:
     return with_remarks(rows, remarks)
 
 
+def node_of(text: str) -> int:
+    """The node of a text that is not of test files."""
+    return xxhash.xxh64_intdigest(text.encode()) >> 2 | NOT_TEST
+
+
 def _key(text: str) -> int:
-    """A node of its own among those that are not of test files; prompts and conversations have others."""
-    return xxhash.xxh64_intdigest(f"question:{text}".encode()) >> 2 | _HIGH_BIT
+    """A question's node; prompts and conversations have others."""
+    return node_of(f"question:{text}")

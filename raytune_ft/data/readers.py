@@ -11,6 +11,7 @@ from typing import Any
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.storage import Location, storage_errors, storage_reason
+from raytune_ft.core.words import whole
 from raytune_ft.data.hub import hub_rows
 from raytune_ft.data.json_text import JsonFault, kind_in_words, list_items, parse
 from raytune_ft.data.sources import SourceFile, compression_of
@@ -187,7 +188,7 @@ def _csv_rows(reader: Any, header: list[str]) -> Iterator[SourceRow]:
         else:
             fault = _undecoded(header, cells)
         if fault:
-            legible = [cell.encode("utf-8", "replace").decode() for cell in cells]
+            legible = [whole(cell) for cell in cells]
             yield SourceRow(place, None, reader.line_num, fault, json.dumps(legible, ensure_ascii=False))
         else:
             yield SourceRow(place, dict(zip(header, cells, strict=True)), reader.line_num)

@@ -39,8 +39,8 @@ conversation, or whose text stands in a longer text; a prompt is what stands bef
 UNREADABLE = "unreadable"
 """The kind of a line that says of a file why it could not be looked into (further)."""
 _EXAMPLES = 3
-_HOW = {KINDS[1]: "is", KINDS[3]: "is"}
-_WHERE = {KINDS[1]: "of", KINDS[3]: "of"}
+_ARE = frozenset({KINDS[1], KINDS[3]})
+"""Kinds that a row is of what it is met in; it has the others in common with it."""
 
 
 Turn = tuple[str, str, str | None]
@@ -165,8 +165,9 @@ def leak_words(leaks: Sequence[dict[str, Any]], records: Sequence[Record], label
     kinds = [f"{sum(leak['kind'] == kind for leak in leaks)} as {kind}" for kind in KINDS]
     kinds = [words for words in kinds if not words.startswith("0 ")]
     examples = "; ".join(
-        f"row {leak['row'] + 1} ({_short(records[leak['row']])}) {_HOW.get(leak['kind'], 'has')} {leak['kind']} "
-        f"{_WHERE.get(leak['kind'], 'in')} {leak['where']}"
+        f"row {leak['row'] + 1} ({_short(records[leak['row']])}) is {leak['kind']} of {leak['where']}"
+        if leak["kind"] in _ARE
+        else f"row {leak['row'] + 1} ({_short(records[leak['row']])}) has {leak['kind']} in {leak['where']}"
         for leak in leaks[:_EXAMPLES]
     )
     return f"{len(leaks)} of {len(records)} rows are in what {label} was trained on ({', '.join(kinds)}): {examples}"

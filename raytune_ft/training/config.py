@@ -40,6 +40,11 @@ class Tracking(StrEnum):
     WANDB = "wandb"
 
 
+def bits_of_base(method: str, bits: int | None) -> int | None:
+    """Bits of the base's weights under a method and its setting `bits`; None if they are not quantized."""
+    return bits or (4 if method == FineTuningMethod.QLORA else None)
+
+
 class FineTuningConfig(Config):
     """Everything that decides a training run."""
 
@@ -277,7 +282,7 @@ class FineTuningConfig(Config):
     @property
     def base_bits(self) -> int | None:
         """Bits of the base's weights; None if they are not quantized."""
-        return self.bits or (4 if self.method is FineTuningMethod.QLORA else None)
+        return bits_of_base(self.method, self.bits)
 
     @property
     def uses_adapter(self) -> bool:

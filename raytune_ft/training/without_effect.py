@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config import FineTuningConfig, bits_of_base
 
 OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
 OF_FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -27,7 +27,7 @@ def of_other_methods(settings: Mapping[str, Any]) -> dict[str, str]:
         idle |= dict.fromkeys(OF_LORA, f"belongs to method lora or qlora (got {method})")
     if method not in {"prefix_tuning", "prompt_tuning"}:
         idle["num_virtual_tokens"] = f"belongs to method prefix_tuning or prompt_tuning (got {method})"
-    if (settings.get("bits") or (4 if method == "qlora" else None)) != 4:
+    if bits_of_base(method, settings.get("bits")) != 4:
         idle |= dict.fromkeys(OF_FOUR_BITS, "belongs to a base of 4 bits (method qlora)")
     return idle
 

@@ -10,7 +10,7 @@ from itertools import combinations, product
 from typing import Any
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config import FineTuningConfig, bits_of_base
 from raytune_ft.training.without_effect import OF_FOUR_BITS, OF_LORA
 from raytune_ft.tuning.packs import with_values
 from raytune_ft.tuning.space import Domain, TimesRank, dimension, extremes, settings_at, without_effect
@@ -29,7 +29,7 @@ def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfi
         return extremes(space[key]) if key in space else [getattr(training, key)]
 
     methods = {str(method) for method in values("method")}
-    base_bits = {bits or (4 if method == "qlora" else None) for method in methods for bits in values("bits")}
+    base_bits = {bits_of_base(method, bits) for method in methods for bits in values("bits")}
     said = f"method: {', '.join(sorted(methods))}"
     idle = dict[str, str]()
     if None not in values("max_steps"):
@@ -72,7 +72,7 @@ class Grid:
             settings = settings_at(point, shared)
             first = found.setdefault(_run_of(settings, shared), point)
             if first is not point:
-                reasons += _why_same(point, first, without_effect({**shared, **settings_at(point, shared)}))
+                reasons += _why_same(point, first, without_effect({**shared, **settings}))
         return cls(list(found.values()), len(everything) - len(found), tuple(dict.fromkeys(reasons)))
 
 

@@ -115,6 +115,15 @@ def _within(space: Mapping[str, Domain], point: dict[str, Any]) -> dict[str, Any
     return point
 
 
+def _kept(memory: Location) -> Any:
+    """What an earlier driver, or this one, left in a file; None if there is none yet."""
+    return json.loads(memory.read()) if memory.exists() else None
+
+
+def _keep(memory: Location, value: Any) -> None:
+    memory.write(json.dumps(value).encode())
+
+
 class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
     """Stops all trials once they have trained on `most` tokens together; what they did is kept in the file `memory`.
 
@@ -128,7 +137,7 @@ class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Ray Tune's hook: whether the trial that reported `result` stops."""
         self._spent[trial_id] = float(result.get("tokens", 0.0))
-        self._memory.write(json.dumps(self._spent).encode())
+        _keep(self._memory, self._spent)
         waiting = self._trials - len(self._spent)
         next_ones = self._first * (waiting + 1) if waiting > 0 else 0  # its own next evaluation, and their first ones
         return sum(self._spent.values()) + next_ones >= self._most
@@ -141,7 +150,7 @@ class TokenBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
     def _spent(self) -> dict[str, float]:
         """Tokens by the trial's id, those of trials that ended before this driver began among them."""
         if self._known is None:
-            self._known = json.loads(self._memory.read()) if self._memory.exists() else {}
+            self._known = _kept(self._memory) or {}
         return self._known
 
 
@@ -154,7 +163,7 @@ class HourBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Ray Tune's hook: a trial by itself has no limit; how long the search has taken is kept in the file."""
-        self._memory.write(json.dumps(self._seconds()).encode())
+        _keep(self._memory, self._seconds())
         return False
 
     def stop_all(self) -> bool:
@@ -163,8 +172,7 @@ class HourBudget(Stopper):  # type: ignore[misc]  # Ray's classes count as Any
 
     def _seconds(self) -> float:
         if self._began is None:
-            before = json.loads(self._memory.read()) if self._memory.exists() else 0.0
-            self._began = time.monotonic() - before
+            self._began = time.monotonic() - (_kept(self._memory) or 0.0)
         return time.monotonic() - self._began
 
 
@@ -214,7 +222,7 @@ class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's class
         """Ray Tune's hook: a trial that was there before has its results, as far as it goes on from them."""
         super().on_trial_add(tune_controller, trial)
         if self._known is None:
-            self._known = json.loads(self._memory.read()) if self._memory.exists() else {}
+            self._known = _kept(self._memory) or {}
         told = [row for row in self._known.get(trial.trial_id, ()) if row[_TIME] <= _reached(trial)]
         if told and trial not in self._results:
             self._results[trial] = told
@@ -226,7 +234,7 @@ class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's class
             other.trial_id: [{name: row[name] for name in (_TIME, self._metric)} for row in rows]
             for other, rows in self._results.items()
         }
-        self._memory.write(json.dumps(known).encode())
+        _keep(self._memory, known)
         return decision
 
 
@@ -329,14 +337,13 @@ class RememberedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's cl
         self._dropped |= {name: self._reached.get(name, 0) for name in self._places if name not in places}
         self._places = places
         kept = {"rungs": rungs, "places": places, "reached": self._reached, "dropped": self._dropped}
-        self._memory.write(json.dumps(kept).encode())
+        _keep(self._memory, kept)
 
     def _recall(self) -> None:
-        if self._recalled or not self._memory.exists():
-            self._recalled = True
-            return
+        kept = None if self._recalled else _kept(self._memory)
         self._recalled = True
-        kept = json.loads(self._memory.read())
+        if kept is None:
+            return
         self._places, self._reached, self._dropped = kept["places"], kept["reached"], kept["dropped"]
         self._hyperbands = [[self._bracket_at(*place) for place in enumerate(band)] for band in kept["rungs"]]
         self._state = {"bracket": self._hyperbands[-1][-1], "band_idx": len(self._hyperbands) - 1}
@@ -359,7 +366,7 @@ class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes coun
             return str(TrialScheduler.CONTINUE)
         decision: str = super().on_trial_result(tune_controller, trial, result)
         rungs = [[[milestone, recorded] for milestone, recorded in bracket._rungs] for bracket in self._brackets]
-        self._memory.write(json.dumps(rungs).encode())
+        _keep(self._memory, rungs)
         return decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
@@ -371,11 +378,11 @@ class RememberedASHA(ASHAScheduler):  # type: ignore[misc]  # Ray's classes coun
         return math.isfinite(result.get(self._metric, math.nan))
 
     def _recall(self) -> None:
-        if self._recalled or not self._memory.exists():
-            self._recalled = True
-            return
+        kept = None if self._recalled else _kept(self._memory)
         self._recalled = True
-        for bracket, rungs in zip(self._brackets, json.loads(self._memory.read()), strict=True):
+        if kept is None:
+            return
+        for bracket, rungs in zip(self._brackets, kept, strict=True):
             for (_, recorded), (_, remembered) in zip(bracket._rungs, rungs, strict=True):
                 recorded.update(remembered)
 
