@@ -38,8 +38,8 @@ _RUNG = ("_halves", "_n", "_r", "_cumul_r")
 """What Ray's bracket knows of where it is."""
 
 
-def scheduler(config: SweepConfig, memory: Location) -> Any:
-    """The scheduler; what it has decided by, it keeps in the file `memory`."""
+def scheduler(config: SweepConfig, memory: Location, together: int) -> Any:
+    """The scheduler of trials of which `together` run at the same time; it keeps what it decided by in `memory`."""
     most = config.last_step or 10**9
     match config.scheduler:
         case "none":
@@ -51,7 +51,8 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
             _warn_if_all_run_to_the_end(made, config.trials, most)
             return made
         case "pbt":
-            return ResumedPopulation(
+            return LockstepPopulation(
+                together=together >= config.trials,
                 time_attr=_TIME,
                 perturbation_interval=config.grace_steps,
                 hyperparam_mutations={
@@ -192,8 +193,20 @@ def limits(config: SweepConfig, memory: Location, first: int) -> Stopper | None:
     return CombinedStopper(*found) if found else None
 
 
-class ResumedPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's classes count as Any
-    """Population-based training that can be resumed; Ray's own exchanges states as soon as a restored trial reports."""
+class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's classes count as Any
+    """Population-based training whose trials keep together, and that can be resumed.
+
+    Where all trials have room at the same time (`together`), one that is an exchange ahead of another waits, in its
+    seat; so does one whose state another is about to go on from, since old states are deleted. Ray's own instead pauses
+    a trial whenever any other does not run: from the first exchange on, all of them after each evaluation, each for as
+    long as a process takes to start. And it exchanges states as soon as a restored trial reports.
+    """
+
+    def __init__(self, *, together: bool, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._together = together
+        self._donors = dict[Trial, Trial]()
+        self._held = dict[Trial, None]()
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Ray Tune's hook: of a trial that was there before, the last exchange is where it must have been."""
@@ -201,13 +214,44 @@ class ResumedPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's
         reached = _reached(trial)
         self._trial_state[trial].last_perturbation_time = reached - reached % self._perturbation_interval
 
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray Tune's hook: exchanges as PBT does; the trial goes on at once, or once it need not wait any more."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if not self._together or decision not in {TrialScheduler.CONTINUE, TrialScheduler.PAUSE}:
+            return decision
+        if not self._waits(trial, result[_TIME], tune_controller.get_trials()):
+            return str(TrialScheduler.CONTINUE)
+        self._held[trial] = None
+        return str(TrialScheduler.NOOP)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Ray Tune's hook, which it calls all the time: as PBT does, and lets those go on that need not wait."""
+        for trial in list(self._held):
+            if trial.status != Trial.RUNNING:
+                del self._held[trial]
+            elif not (trial.is_saving or self._waits(trial, _reached(trial), tune_controller.get_trials())):
+                del self._held[trial]
+                tune_controller._tune_controller._schedule_trial_train(trial)  # its wrapper warns of this call
+        return super().choose_trial_to_run(tune_controller)
+
+    def _waits(self, trial: Trial, step: int, population: list[Trial]) -> bool:
+        """Whether another trial is an exchange behind, or has yet to read this one's state."""
+        return any(
+            _reached(other) + self._perturbation_interval <= step
+            or (self._donors.get(other) is trial and (other.status != Trial.RUNNING or other.is_restoring))
+            for other in population
+            if other is not trial and not other.is_finished()
+        )
+
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
-        """As PBT does; from the donor's newest state if that of its last exchange is deleted since."""
-        donor = self._trial_state[trial_to_clone]
-        wanted, newest = donor.last_checkpoint, trial_to_clone.run_metadata.checkpoint_manager.latest_checkpoint_result
-        if newest is not None and wanted.filesystem.get_file_info(wanted.path).type == FileType.NotFound:
+        """As PBT does; from the donor's newest state if that of its last exchange is deleted, or soon will be."""
+        donor, manager = self._trial_state[trial_to_clone], trial_to_clone.run_metadata.checkpoint_manager
+        wanted, newest = donor.last_checkpoint, manager.latest_checkpoint_result
+        old = wanted.path in {kept.checkpoint.path for kept in manager.best_checkpoint_results[:-2]}
+        if newest is not None and (old or wanted.filesystem.get_file_info(wanted.path).type == FileType.NotFound):
             donor.last_checkpoint, donor.last_result = newest.checkpoint, newest.metrics
         super()._exploit(tune_controller, trial, trial_to_clone)
+        self._donors[trial] = trial_to_clone
 
 
 class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's classes count as Any

@@ -17,13 +17,15 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ray.tune.experiment import Trial as RayTrial
 
+from raytune_ft.core.storage import Location
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packed import BankHostActor, Proxy
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
-from raytune_ft.tuning.schedulers import RememberedASHA
+from raytune_ft.tuning.schedulers import LockstepPopulation, RememberedASHA
 
 from ..processes import kill_tree  # noqa: TID252 - tests are no installed package
 
@@ -48,10 +50,7 @@ def curves(result: SweepResult) -> dict[str, list[float]]:
 
 
 def test_asha_remembers_its_rungs_after_the_driver_is_gone(tmp_path) -> None:
-    from ray.tune.experiment import Trial as RayTrial
     from ray.tune.schedulers import TrialScheduler
-
-    from raytune_ft.core.storage import Location
 
     def scheduler() -> RememberedASHA:
         made = RememberedASHA(
@@ -207,7 +206,6 @@ def test_trials_that_share_a_base_train_beside_one_that_cannot(
 
 def alone(config: FineTuningConfig) -> tuple[list[dict[str, float]], list[float]]:
     """Every step, and the validation losses, of a run in this process."""
-    from raytune_ft.core.storage import Location
     from raytune_ft.data.run import tokenized_splits
     from raytune_ft.training.loop import Decision
     from raytune_ft.training.session import Seat, train_in_process
@@ -236,7 +234,6 @@ def test_the_best_trial_leaves_its_model_also_where_the_budget_ended_it(
     how: dict, ray_cluster, tiny_model, orders, tmp_path
 ) -> None:
     """Trials of other numbers of steps each, of which the budget allows a few."""
-    from raytune_ft.core.storage import Location
     from raytune_ft.data.run import tokenized_splits
     from raytune_ft.models.loading import load_model
     from raytune_ft.models.scoring import sequence_scores
@@ -426,8 +423,9 @@ def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_mode
     [
         pytest.param({"scheduler": "hyperband"}, marks=pytest.mark.soak),
         pytest.param({"scheduler": "median"}, marks=pytest.mark.soak),
-        {
-            **{"scheduler": "pbt", "grace_steps": 2, "space": {"learning_rate": [2e-2, 1e-2, 1e-8]}},
+        {  # an exchange may draw the rate that there was, but it always changes the weight decay
+            **{"scheduler": "pbt", "grace_steps": 2, "searcher": "random", "num_trials": 3},
+            "space": {"learning_rate": {"choice": [2e-2, 1e-2, 1e-8]}, "weight_decay": {"loguniform": [1e-4, 1e-1]}},
             "training": {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 16},
         },
         pytest.param(
@@ -442,8 +440,15 @@ def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_mode
     ids=["hyperband", "median", "pbt", "optuna", "repeats"],
 )
 def test_tunes_own_schedulers_and_searchers_drive_packed_trials(
-    changes, ray_cluster, tiny_model, orders, tmp_path
+    changes, ray_cluster, tiny_model, orders, tmp_path, monkeypatch
 ) -> None:
+    begun, adds = set(), LockstepPopulation.on_trial_add
+
+    def on_trial_add(scheduler: LockstepPopulation, tune_controller: object, trial: RayTrial) -> None:
+        begun.add(trial.config["learning_rate"])
+        adds(scheduler, tune_controller, trial)
+
+    monkeypatch.setattr(LockstepPopulation, "on_trial_add", on_trial_add)
     artifact = HyperparameterSweep(sweep(tiny_model, orders, tmp_path / "sweep", **changes)).run()
     result = SweepResult.from_json(artifact.read_json("result.json"))
     assert {trial.ending for trial in result.trials} <= {"finished", "stopped early"}
@@ -455,6 +460,7 @@ def test_tunes_own_schedulers_and_searchers_drive_packed_trials(
         assert [trial.settings["seed"] for trial in result.repeats] == [1, 2]
         assert len({trial.curve[-1]["eval_loss"] for trial in result.repeats}) == 2
     if changes.get("scheduler") == "pbt":  # a rate of 1e-8 learns nothing: who began with it took over another's state
+        assert begun == {2e-2, 1e-2, 1e-8}
         assert all(trial.curve[0]["learning_rate"] != 1e-8 for trial in result.trials)
         assert any(len(trial.schedule) > 1 for trial in result.trials)
         for trial in result.trials:
