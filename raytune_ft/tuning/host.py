@@ -29,7 +29,7 @@ from raytune_ft.models.memory import is_out_of_memory, release_memory
 from raytune_ft.training import checkpoint
 from raytune_ft.training.answers import AnswerCheck
 from raytune_ft.training.bank.bank import AdapterBank
-from raytune_ft.training.bank.base import load_frozen_base
+from raytune_ft.training.bank.base import FrozenBase, load_frozen_base
 from raytune_ft.training.bank.preferences import criterion_for, referenced
 from raytune_ft.training.bank.snapshot import on_cpu
 from raytune_ft.training.bank.template import AdapterTemplate
@@ -132,37 +132,43 @@ class BankHost:
         self._refused: UserError | None = None
         self._kind = OBJECTIVES[objective]
         config = self._kind(**settings)
+        wanted = [config.with_overrides(lora_target_modules=modules) for modules in targets] or [config]
+        try:
+            self._fault = self._open(config, wanted, splits, device, token_budget)
+        except UserError as error:
+            self._refused = error
+        if self._fault is None and self._refused is None:
+            threading.Thread(target=self._step_on, name="bank", daemon=True).start()
+
+    def _open(
+        self,
+        config: Any,
+        wanted: Sequence[Any],
+        splits: Mapping[str, list[str]],
+        device: str,
+        token_budget: int | None,
+    ) -> str | None:
+        """Makes the bank; or says why trials cannot share this base.
+
+        Raises:
+            UserError: see `fault`.
+        """
         try:
             base = load_frozen_base(config, device)
         except RaytuneError as error:
-            self._fault = str(error)
-            return
+            return str(error)
         template = AdapterTemplate(base.model, base.name)
-        try:
-            wanted = [config.with_overrides(lora_target_modules=modules) for modules in targets] or [config]
-            self._fault = next(filter(None, [template.misfit(one) for one in wanted]), None)
-        except UserError as error:
-            self._refused = error
-        if self._fault is not None or self._refused is not None:
-            return
-        adopt_template(base.tokenizer, splits["train"])
-        used = [split for split in ("train", "validation") if splits.get(split)]
-        try:
-            rows = {split: rows_of(config)(splits[split], self._cache.name) for split in used}
-            say_disliked(rows)
-            refuse_too_long(rows, base.model, config)
-            validation = rows.get("validation")
-            answers = AnswerCheck.wanted(config, validation, base.model, base.tokenizer, device)
-        except UserError as error:
-            self._refused = error
-            return
+        fault = next(filter(None, [template.misfit(one) for one in wanted]), None)
+        if fault is not None:
+            return fault
+        rows = self._rows(config, base, splits)
+        validation = rows.get("validation")
+        answers = AnswerCheck.wanted(config, validation, base.model, base.tokenizer, device)
         if answers is not None and answers.shortfall:
             logger.warning("%s", answers.shortfall)
         flat = layer_without_rows(base.model) if answers is not None else None
         if flat is not None:
-            self._fault = f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"
-            return
-        budget = token_budget or config.max_tokens_per_micro_batch
+            return f"{base.name}: layer {flat} does not see rows apart, so trials cannot answer in one batch"
         learned = {split: referenced(some) for split, some in rows.items()}
         self._bank = AdapterBank(
             base,
@@ -170,9 +176,18 @@ class BankHost:
             learned.get("validation"),
             criterion=criterion_for(config),
             answers=answers,
-            token_budget=budget,
+            token_budget=token_budget or config.max_tokens_per_micro_batch,
         )
-        threading.Thread(target=self._step_on, name="bank", daemon=True).start()
+        return None
+
+    def _rows(self, config: Any, base: FrozenBase, splits: Mapping[str, list[str]]) -> dict[str, Any]:
+        """The rows of each split, none of them longer than the base can read."""
+        adopt_template(base.tokenizer, splits["train"])
+        used = [split for split in ("train", "validation") if splits.get(split)]
+        rows = {split: rows_of(config)(splits[split], self._cache.name) for split in used}
+        say_disliked(rows)
+        refuse_too_long(rows, base.model, config)
+        return rows
 
     def fault(self) -> str | None:
         """Why trials cannot share this base; None if they can.
