@@ -83,8 +83,11 @@ def own_together(config: SweepConfig, nodes: Sequence[Node], trials: int, *, use
 def together(config: SweepConfig, nodes: Sequence[Node], trials: int) -> int:
     """Trials that share banks at the same time: all up to 64; on CPUs, no more than keep the cores busy.
 
-    Schedulers that pause trials get all of them: they compare what is there.
+    HyperBand gets all up to 64 on CPUs, too: it compares what is there. Those of a population wait for each other, and
+    so all of them run.
     """
+    if config.scheduler == "pbt":
+        return trials
     if config.max_concurrent_trials is not None:
         return min(trials, config.max_concurrent_trials)
     most = _MOST_TOGETHER

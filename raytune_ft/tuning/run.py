@@ -243,7 +243,7 @@ def _of_those_measured(result: SweepResult, config: SweepConfig) -> SweepResult:
 def _first_stage(config: SweepConfig, output: Location, together: int, limit: Stopper | None) -> _Stage:
     grid = config.searcher == "grid"
     searched = TuneConfig(
-        scheduler=scheduler(config, output / _RAY_STATE / "rungs.json", together),
+        scheduler=scheduler(config, output / _RAY_STATE / "rungs.json"),
         search_alg=searcher(config, together),
         num_samples=config.num_trials or 1,
     )

@@ -38,8 +38,8 @@ _RUNG = ("_halves", "_n", "_r", "_cumul_r")
 """What Ray's bracket knows of where it is."""
 
 
-def scheduler(config: SweepConfig, memory: Location, together: int) -> Any:
-    """The scheduler of trials of which `together` run at the same time; it keeps what it decided by in `memory`."""
+def scheduler(config: SweepConfig, memory: Location) -> Any:
+    """The scheduler; what it has decided by, it keeps in the file `memory`."""
     most = config.last_step or 10**9
     match config.scheduler:
         case "none":
@@ -52,7 +52,6 @@ def scheduler(config: SweepConfig, memory: Location, together: int) -> Any:
             return made
         case "pbt":
             return LockstepPopulation(
-                together=together >= config.trials,
                 time_attr=_TIME,
                 perturbation_interval=config.grace_steps,
                 hyperparam_mutations={
@@ -196,15 +195,14 @@ def limits(config: SweepConfig, memory: Location, first: int) -> Stopper | None:
 class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's classes count as Any
     """Population-based training whose trials keep together, and that can be resumed.
 
-    Where all trials have room at the same time (`together`), one that is an exchange ahead of another waits, in its
-    seat; so does one whose state another is about to go on from, since old states are deleted. Ray's own instead pauses
-    a trial whenever any other does not run: from the first exchange on, all of them after each evaluation, each for as
-    long as a process takes to start. And it exchanges states as soon as a restored trial reports.
+    One that is an exchange ahead of another waits, in its seat; so does one whose state another is about to go on from,
+    since old states are deleted. All need room at the same time. Ray's own instead pauses a trial whenever any other
+    does not run: from the first exchange on, all of them after each evaluation, each for as long as a process takes to
+    start. And it exchanges states as soon as a restored trial reports.
     """
 
-    def __init__(self, *, together: bool, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self._together = together
         self._donors = dict[Trial, Trial]()
         self._held = dict[Trial, None]()
 
@@ -217,7 +215,7 @@ class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray'
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ray Tune's hook: exchanges as PBT does; the trial goes on at once, or once it need not wait any more."""
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        if not self._together or decision not in {TrialScheduler.CONTINUE, TrialScheduler.PAUSE}:
+        if decision not in {TrialScheduler.CONTINUE, TrialScheduler.PAUSE}:
             return decision
         if not self._waits(trial, result[_TIME], tune_controller.get_trials()):
             return str(TrialScheduler.CONTINUE)

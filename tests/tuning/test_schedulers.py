@@ -29,18 +29,18 @@ def sweep(**changes: Any) -> SweepConfig:
 
 @pytest.mark.parametrize("name", ["asha", "hyperband"])
 def test_trials_go_on_to_the_last_step_that_is_searched(name: str, tmp_path: Path) -> None:
-    made = scheduler(sweep(scheduler=name, space={"max_steps": [16, 32, 8]}), Location.at(tmp_path), 3)
+    made = scheduler(sweep(scheduler=name, space={"max_steps": [16, 32, 8]}), Location.at(tmp_path))
     assert (made._max_t if name == "asha" else made._max_t_attr) == 32
-    assert scheduler(sweep(scheduler="asha"), Location.at(tmp_path), 3)._max_t == 8
+    assert scheduler(sweep(scheduler="asha"), Location.at(tmp_path))._max_t == 8
 
 
 def test_a_hyperband_that_stops_no_trial_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     # round(log2(8)) + 1 = 4 trials in the first bracket
     rates = [1e-4, 2e-4, 3e-4, 4e-4, 5e-4]
     with caplog.at_level(logging.WARNING, logger="raytune_ft"):
-        scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates}), Location.at(tmp_path), 3)
+        scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates}), Location.at(tmp_path))
         assert caplog.text == ""
-        scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates[:4]}), Location.at(tmp_path), 3)
+        scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates[:4]}), Location.at(tmp_path))
     assert "hyperband stops none of 4 trials: the first 4 run to step 8; search more" in caplog.text
 
 
@@ -67,7 +67,7 @@ def test_what_a_population_changes_stays_in_its_range(tmp_path: Path) -> None:
         "lora_alpha": {"times_rank": [1, 2]},
     }
     config = sweep(scheduler="pbt", space=space, searcher="random", num_trials=4)
-    made = pickle.loads(pickle.dumps(scheduler(config, Location.at(tmp_path), 3)))
+    made = pickle.loads(pickle.dumps(scheduler(config, Location.at(tmp_path))))
     changed = made._custom_explore_fn({"lora_dropout": 0.6, "per_device_train_batch_size": 7.2, "weight_decay": 0.1})
     assert changed == {"lora_dropout": 0.5, "per_device_train_batch_size": 8.0, "weight_decay": 0.1}
     assert made._hyperparam_mutations["weight_decay"] == [0.1, 0.01]  # one of these, never a product
@@ -80,7 +80,7 @@ def reported(trial: Trial, step: int, loss: float) -> dict[str, Any]:
 
 
 def test_what_is_no_finite_number_is_kept_out_of_the_rungs(tmp_path: Path) -> None:
-    made = scheduler(sweep(scheduler="asha"), Location.at(tmp_path) / "rungs.json", 3)
+    made = scheduler(sweep(scheduler="asha"), Location.at(tmp_path) / "rungs.json")
     made.set_search_properties("eval_loss", "min")
     trials = [Trial("nothing", trial_id=name, stub=True) for name in "abcd"]
     for trial in trials:
@@ -95,7 +95,7 @@ def test_what_is_no_finite_number_is_kept_out_of_the_rungs(tmp_path: Path) -> No
 
 def test_median_stopping_knows_what_trials_had_told_that_ended_before_it_was_resumed(tmp_path: Path) -> None:
     def made() -> Any:
-        median = scheduler(sweep(scheduler="median"), Location.at(tmp_path) / "rungs.json", 3)
+        median = scheduler(sweep(scheduler="median"), Location.at(tmp_path) / "rungs.json")
         median.set_search_properties("eval_loss", "min")
         return median
 
@@ -113,7 +113,7 @@ def test_median_stopping_knows_what_trials_had_told_that_ended_before_it_was_res
 
 
 def test_a_resumed_population_exchanges_states_where_it_would_have(tmp_path: Path) -> None:
-    made = scheduler(sweep(scheduler="pbt", grace_steps=3), Location.at(tmp_path), 3)
+    made = scheduler(sweep(scheduler="pbt", grace_steps=3), Location.at(tmp_path))
     made.set_search_properties("eval_loss", "min")
     trial = Trial("nothing", trial_id="a", stub=True)
     trial.update_last_result(reported(trial, 7, 1.0))
@@ -124,12 +124,9 @@ def test_a_resumed_population_exchanges_states_where_it_would_have(tmp_path: Pat
 def test_trials_of_a_population_keep_within_an_exchange_of_each_other_and_wait_for_those_that_read_their_state(
     tmp_path: Path,
 ) -> None:
-    def population(together: int) -> Tune:
-        made = scheduler(sweep(scheduler="pbt", grace_steps=8), Location.at(tmp_path), together)
-        made.set_search_properties("eval_loss", "min")
-        return Tune(made, [Trial("nothing", trial_id=name, stub=True) for name in "abc"])
-
-    tune = population(2)
+    made = scheduler(sweep(scheduler="pbt", grace_steps=8), Location.at(tmp_path))
+    made.set_search_properties("eval_loss", "min")
+    tune = Tune(made, [Trial("nothing", trial_id=name, stub=True) for name in "abc"])
     first, second, third = tune.trials
     for trial in tune.trials:
         assert tune.hear(trial, 4, 1.0) == TrialScheduler.CONTINUE
@@ -147,14 +144,12 @@ def test_trials_of_a_population_keep_within_an_exchange_of_each_other_and_wait_f
     second.set_status(Trial.RUNNING)
     tune.made.choose_trial_to_run(tune)
     assert tune.goes_on == [first, first]
-    in_turns = population(1)  # of two: as Ray has it
-    assert in_turns.hear(in_turns.trials[0], 8, 1.0) == TrialScheduler.PAUSE
 
 
 def hyperband(memory: Path) -> Any:
     """Of eight trials: the first four run to step 8, the others are halved at step 4."""
     rates = [n * 1e-4 for n in range(1, 9)]
-    made = scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates}), Location.at(memory), 8)
+    made = scheduler(sweep(scheduler="hyperband", space={"learning_rate": rates}), Location.at(memory))
     made.set_search_properties("eval_loss", "min")
     return made
 
