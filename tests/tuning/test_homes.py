@@ -67,7 +67,7 @@ def test_banks_share_the_node_that_they_are_on() -> None:
         ([Node(4, 0, 2), Node(1)], {}, 100, 32),  # banks are on the large nodes
         # those of a population wait for each other
         ([Node(2)], {"scheduler": "pbt", "space": {"learning_rate": [1e-4, 1e-3]}}, 80, 80),
-        ([Node(2)], {"scheduler": "hyperband"}, 80, 64),
+        ([Node(2)], {"scheduler": "hyperband", "training": {"max_steps": 8}}, 80, 64),
         ([Node(16, 1)], {}, 100, 64),
         ([Node(16, 1)], {"training": {"use_gpu": False}}, 100, 64),
         ([Node(2)], {"max_concurrent_trials": 12}, 16, 12),
