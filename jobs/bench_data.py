@@ -185,7 +185,7 @@ def rendering(rows: int, repeats: int) -> dict[str, Any]:
 
     from raytune_ft.data.ray_blocks import ray_data
     from raytune_ft.data.tokenize import chat_for
-    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.references import resolve_model
 
     model = resolve_model(STARTER).tokenizer_source
     table = chat_table(rows, chat_for(model).tokenizer)

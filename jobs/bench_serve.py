@@ -55,7 +55,7 @@ def bench(
     model: str, clients: list[int], tokens: int, requests: int, repeats: int, *, with_peer: bool
 ) -> dict[str, Any]:
     """Throughput of every contestant at each number of clients, and what an endpoint adds to one short request."""
-    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.references import resolve_model
     from raytune_ft.serving.config import ServingConfig
     from raytune_ft.serving.run import ModelServer
 
@@ -83,7 +83,7 @@ def bench(
 
 def bench_overhead(model: str, repeats: int) -> dict[str, Any]:
     """What an endpoint adds to one short request, alone."""
-    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.references import resolve_model
     from raytune_ft.serving.config import ServingConfig
     from raytune_ft.serving.run import ModelServer
 
@@ -99,7 +99,7 @@ def bench_overhead(model: str, repeats: int) -> dict[str, Any]:
 
 def bench_vllm(model: str, clients: list[int], tokens: int, requests: int, repeats: int) -> dict[str, Any]:
     """Throughput of vLLM behind Ray Serve and of `vllm serve`, at each number of clients."""
-    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.references import resolve_model
     from raytune_ft.serving.config import ServingConfig
     from raytune_ft.serving.run import ModelServer
 

@@ -26,8 +26,9 @@ from raytune_ft.compression.source import full_precision
 from raytune_ft.core.errors import ModelError, RunError, first_line
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.memory import is_out_of_memory
+from raytune_ft.models.references import resolve_model
 from raytune_ft.models.scoring import context_tokens
 
 logger = logging.getLogger("raytune_ft")

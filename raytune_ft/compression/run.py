@@ -17,7 +17,8 @@ from raytune_ft.core.errors import ArtifactError, DataError, RunError, first_lin
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location, source_digest
-from raytune_ft.models.loading import model_parent, quiet_transformers, shared_model
+from raytune_ft.models.loading import quiet_transformers
+from raytune_ft.models.references import model_parent, shared_model
 
 logger = logging.getLogger("raytune_ft")
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.adapters import merge_adapter
-from raytune_ft.models.loading import UNREADABLE, model_problem, refuse_scorer, resolve_model
+from raytune_ft.models.loading import UNREADABLE, model_problem
+from raytune_ft.models.references import refuse_scorer, resolve_model
 
 
 @dataclass(frozen=True)

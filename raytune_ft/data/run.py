@@ -58,7 +58,7 @@ from raytune_ft.data.tokenize import (
 )
 from raytune_ft.data.weights import file_weights, weigh_training_rows
 from raytune_ft.models.embedding import shared_embedder
-from raytune_ft.models.loading import model_parent, shared_model
+from raytune_ft.models.references import model_parent, shared_model
 from raytune_ft.models.templates import template_text
 
 logger = logging.getLogger("raytune_ft")

@@ -25,7 +25,8 @@ from raytune_ft.data.rows import TOKEN_FIELDS, UNANSWERED, mark, short_hash, wit
 from raytune_ft.models.chat import Chat, TokenRow, conversation_of
 from raytune_ft.models.config import TrainOn
 from raytune_ft.models.layout import ToolsIgnoredError
-from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.references import resolve_model
 
 TEMPLATE_FILE = "chat_template.jinja"
 """File of a dataset with the chat template it is prepared for, where that is not its model's own."""

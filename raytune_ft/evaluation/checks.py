@@ -27,7 +27,8 @@ from raytune_ft.evaluation.rows import EvaluationRows
 from raytune_ft.evaluation.workload import Target, Workload
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.embedding import shared_embedder
-from raytune_ft.models.loading import load_tokenizer, refuse_writer, resolve_model
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.references import refuse_writer, resolve_model
 
 logger = logging.getLogger("raytune_ft")
 

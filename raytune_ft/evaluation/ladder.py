@@ -35,7 +35,7 @@ from raytune_ft.evaluation.results import (
 from raytune_ft.evaluation.rows import check_rows, read_rows
 from raytune_ft.evaluation.run import compare
 from raytune_ft.evaluation.tables import span_text
-from raytune_ft.models.loading import shared_model
+from raytune_ft.models.references import shared_model
 
 logger = logging.getLogger("raytune_ft")
 

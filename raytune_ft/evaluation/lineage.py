@@ -11,7 +11,7 @@ from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config_inference import is_endpoint
 from raytune_ft.evaluation.rows import split_files
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.references import resolve_model
 
 _KINDS = (".jsonl", ".parquet")
 

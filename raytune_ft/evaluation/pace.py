@@ -164,7 +164,7 @@ def top_tokens(loaded: Any, records: Sequence[Record]) -> list[list[int]]:
 
 def weight_bytes(path: str) -> int:
     """Bytes of the weight files of a model; of an adapter, with its base's; of a hub id, in this machine's cache."""
-    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.references import resolve_model
 
     resolved = resolve_model(path)
     if resolved.adapter is not None:

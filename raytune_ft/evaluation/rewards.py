@@ -15,7 +15,7 @@ from raytune_ft.evaluation.inference import over_on_worker
 from raytune_ft.evaluation.results import ModelScores, on_disk
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import shared_model
+from raytune_ft.models.references import shared_model
 
 logger = logging.getLogger("raytune_ft")
 

@@ -48,7 +48,7 @@ from raytune_ft.evaluation.workload import (
     workload_of,
 )
 from raytune_ft.models.config import DecodingConfig, Precision
-from raytune_ft.models.loading import model_parent
+from raytune_ft.models.references import model_parent
 
 __all__ = ["ModelEvaluator", "compare", "compare_models", "evaluate", "generate_evaluation_report"]
 

@@ -63,7 +63,8 @@ class ModelScorer:
 
     def _load(self, targets: Sequence[Target]) -> tuple[Any, dict[str, Chat]]:
         from raytune_ft.models.combination import load_adapters
-        from raytune_ft.models.loading import load_model, load_tokenizer, resolve_model
+        from raytune_ft.models.loading import load_model, load_tokenizer
+        from raytune_ft.models.references import resolve_model
 
         if len(targets) == 1:
             loaded = load_model(targets[0].path, precision=self.work.precision)

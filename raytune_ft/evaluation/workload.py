@@ -16,7 +16,7 @@ from raytune_ft.evaluation.config_inference import EndpointConfig, is_endpoint
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.rows import files_digest
 from raytune_ft.models.config import DecodingConfig, Precision
-from raytune_ft.models.loading import model_parent, resolve_model, shared_model
+from raytune_ft.models.references import model_parent, resolve_model, shared_model
 
 
 @dataclass(frozen=True)

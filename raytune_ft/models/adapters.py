@@ -11,8 +11,9 @@ import torch
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_model, load_tokenizer, refuse_lost, resolve_adapter, resolve_model
+from raytune_ft.models.loading import load_model, load_tokenizer, refuse_lost
 from raytune_ft.models.lora_targets import left_out, refuse_routers, without_router_weights
+from raytune_ft.models.references import resolve_adapter, resolve_model
 from raytune_ft.models.sparsity import carry_mark, is_pruned, zero_again, zeros_of
 
 logger = logging.getLogger("raytune_ft")

@@ -14,7 +14,8 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import PROMPT_METHODS, adapter_kind, adapter_weights, same_model, save_adapter
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import LoadedModel, ModelReference, load_model, load_tokenizer, resolve_adapter
+from raytune_ft.models.loading import LoadedModel, load_model, load_tokenizer
+from raytune_ft.models.references import ModelReference, resolve_adapter
 
 CombinationType = Literal["cat", "linear", "svd"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")

@@ -13,7 +13,7 @@ from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import merge_adapter
 from raytune_ft.models.combination import CombinationType, combine_adapters
-from raytune_ft.models.loading import model_parent, resolve_adapter
+from raytune_ft.models.references import model_parent, resolve_adapter
 
 
 def merge(model_path: str, output_dir: str) -> Artifact:

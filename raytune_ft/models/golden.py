@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
-from raytune_ft.models.loading import LoadedModel, resolve_model
+from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.references import resolve_model
 
 GOLDEN = "golden.json"
 

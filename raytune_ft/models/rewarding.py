@@ -18,16 +18,8 @@ from raytune_ft.models.attention import SEGMENTS, attention
 from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import (
-    UNREADABLE,
-    LoadedModel,
-    load_tokenizer,
-    model_problem,
-    put_adapter,
-    refuse_writer,
-    resolve_model,
-    torch_dtype,
-)
+from raytune_ft.models.loading import UNREADABLE, LoadedModel, load_tokenizer, model_problem, put_adapter, torch_dtype
+from raytune_ft.models.references import refuse_writer, resolve_model
 from raytune_ft.models.scoring import hidden_states
 
 

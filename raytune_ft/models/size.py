@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 from raytune_ft.core.errors import ModelError, first_line
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.references import resolve_model
 
 
 def parameter_count(reference: str) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.core.errors import ModelError, first_line
-from raytune_ft.models.loading import COMPACT
+from raytune_ft.models.references import COMPACT
 
 MARK = "pruning.json"
 """File of a pruned model's folder that says how it was pruned."""

@@ -28,7 +28,8 @@ from raytune_ft.evaluation.metrics import make_metric
 from raytune_ft.evaluation.rows import read_rows
 from raytune_ft.evaluation.run import fitting_metrics
 from raytune_ft.evaluation.workload import Target, refuse_likelihoods, targets_of
-from raytune_ft.models.loading import load_tokenizer, resolve_adapter, resolve_model
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.references import resolve_adapter, resolve_model
 from raytune_ft.pipeline.config import FOLDERS, SUMMARY, PipelineConfig, shaped_like
 from raytune_ft.serving.choice import quantization_of, refuse_unservable, refuse_whole_models
 from raytune_ft.serving.config import ServingConfig

@@ -27,7 +27,7 @@ from raytune_ft.evaluation.gate import GateDecision, gate
 from raytune_ft.evaluation.ladder import ladder
 from raytune_ft.evaluation.results import leading_metric, read_result
 from raytune_ft.evaluation.run import evaluate
-from raytune_ft.models.loading import shared_model
+from raytune_ft.models.references import shared_model
 from raytune_ft.pipeline.config import FOLDERS, SUMMARY, PipelineConfig, shaped_like
 from raytune_ft.pipeline.preflight import refuse_early, refuse_misfits, refuse_unfit
 from raytune_ft.pipeline.report import Story, render

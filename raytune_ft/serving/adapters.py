@@ -14,14 +14,8 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.adapters import PROMPT_METHODS, adapter_kind, adapter_weights, same_model
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.decoding import Prefix
-from raytune_ft.models.loading import (
-    LoadedModel,
-    ModelReference,
-    check_content,
-    load_tokenizer,
-    resolve_adapter,
-    resolve_model,
-)
+from raytune_ft.models.loading import LoadedModel, load_tokenizer
+from raytune_ft.models.references import ModelReference, check_content, resolve_adapter, resolve_model
 from raytune_ft.models.virtual import VirtualTokens
 
 _PROBED = 16

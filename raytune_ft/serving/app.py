@@ -12,7 +12,7 @@ from ray import serve
 
 from raytune_ft.core.errors import RaytuneError, ServingError
 from raytune_ft.core.storage import Location
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.references import resolve_model
 from raytune_ft.serving.board import Board, Posted, Posting
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.metrics import Series

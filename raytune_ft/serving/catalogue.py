@@ -9,7 +9,7 @@ from typing import Any
 
 from raytune_ft.core.errors import ModelError, RaytuneError
 from raytune_ft.core.storage import Location
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.references import resolve_model
 from raytune_ft.serving.adapters import NoSlotError
 from raytune_ft.serving.answers import model_card
 from raytune_ft.serving.board import Bulletin, Posted, Posting

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from raytune_ft.core.errors import MissingDependencyError, ServingError
-from raytune_ft.models.loading import ModelReference, check_content, resolve_adapter, resolve_model
+from raytune_ft.models.references import ModelReference, check_content, resolve_adapter, resolve_model
 from raytune_ft.serving.config import Engine, ServingConfig
 
 logger = logging.getLogger("raytune_ft")

@@ -15,7 +15,7 @@ from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.golden import GOLDEN, GoldenAnswer, read_golden
 from raytune_ft.models.layout import LayoutMaker
-from raytune_ft.models.loading import ModelReference
+from raytune_ft.models.references import ModelReference
 from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.tickets import GenerationRequest
 

@@ -14,7 +14,8 @@ from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import generate
-from raytune_ft.models.loading import LoadedModel, resolve_model
+from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.references import resolve_model
 from raytune_ft.training.batches import Rows
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.loop import Learner, Metrics

@@ -9,15 +9,8 @@ import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.kernels import use_liger
-from raytune_ft.models.loading import (
-    UNREADABLE,
-    load_tokenizer,
-    model_problem,
-    quiet_transformers,
-    refuse_scorer,
-    resolve_model,
-    torch_dtype,
-)
+from raytune_ft.models.loading import UNREADABLE, load_tokenizer, model_problem, quiet_transformers, torch_dtype
+from raytune_ft.models.references import refuse_scorer, resolve_model
 from raytune_ft.models.rewarding import load_scorer
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import RewardConfig

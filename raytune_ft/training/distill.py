@@ -22,8 +22,9 @@ from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import LoadedModel, load_model, load_tokenizer, resolve_model
+from raytune_ft.models.loading import LoadedModel, load_model, load_tokenizer
 from raytune_ft.models.probe import check_computation
+from raytune_ft.models.references import resolve_model
 from raytune_ft.models.scoring import CausalParts, SummedLoss, target_losses, target_states
 
 

@@ -17,9 +17,10 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import add_lora, add_virtual_tokens, go_on_from
 from raytune_ft.models.attention import SEGMENTS, use_attention
 from raytune_ft.models.collate import PackedBatch
-from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.neighbours import why_alone
 from raytune_ft.models.probe import check_computation
+from raytune_ft.models.references import resolve_model
 from raytune_ft.models.scoring import SummedLoss, check_embeddings
 from raytune_ft.models.sparsity import hold_zeros, is_pruned, zeros_of
 from raytune_ft.training.base_model import load_base

@@ -13,7 +13,8 @@ from raytune_ft.core.records import Message
 from raytune_ft.models.attention import OWN, attention
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.golden import Golden, golden_answers, golden_continuations
-from raytune_ft.models.loading import LoadedModel, resolve_model
+from raytune_ft.models.loading import LoadedModel
+from raytune_ft.models.references import resolve_model
 from raytune_ft.training.answers import Question
 from raytune_ft.training.batches import TokenRows
 from raytune_ft.training.config import FineTuningConfig

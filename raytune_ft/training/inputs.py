@@ -7,7 +7,7 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
-from raytune_ft.models.loading import model_parent, shared_model
+from raytune_ft.models.references import model_parent, shared_model
 from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss, ReinforcementConfig, RewardConfig

@@ -16,7 +16,7 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import save_adapter
 from raytune_ft.models.golden import Golden, write_golden
-from raytune_ft.models.loading import resolve_model
+from raytune_ft.models.references import resolve_model
 from raytune_ft.models.sparsity import carry_mark
 from raytune_ft.training import checkpoint
 from raytune_ft.training.checkpoint import StoredCheckpoint

@@ -108,7 +108,7 @@ def _shape(parameters: float | None, model: str | None) -> ModelShape:
         return ModelShape.typical(float(parameters or 0))
     from transformers import AutoConfig
 
-    from raytune_ft.models.loading import resolve_model
+    from raytune_ft.models.references import resolve_model
     from raytune_ft.models.size import parameter_count
 
     count = parameter_count(model)

@@ -19,8 +19,9 @@ from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.collate import group_by_budget, pack
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.generation import Completion, generate, row_seed
-from raytune_ft.models.loading import LoadedModel, load_model, resolve_model
+from raytune_ft.models.loading import LoadedModel, load_model
 from raytune_ft.models.memory import TokenBudget
+from raytune_ft.models.references import resolve_model
 from raytune_ft.models.scoring import CausalParts, target_losses
 from raytune_ft.training.answers import Question
 from raytune_ft.training.batches import PromptRows, Rows, rank_share, step_rows

@@ -12,7 +12,7 @@ from raytune_ft.compression.run import prune_model, quantize_model
 from raytune_ft.core.artifacts import open_artifact
 from raytune_ft.core.errors import ArtifactError, ModelError
 from raytune_ft.core.manifest import ArtifactKind
-from raytune_ft.models.loading import model_parent
+from raytune_ft.models.references import model_parent
 
 
 def digest(folder: Path) -> str:

@@ -16,7 +16,8 @@ from raytune_ft.evaluation.rewards import Judged, conversation_ids, rewards_of
 from raytune_ft.evaluation.run import ModelEvaluator
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
-from raytune_ft.models.loading import load_tokenizer, refuse_writer, resolve_model
+from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.references import refuse_writer, resolve_model
 
 ASKED = (Message("user", "order 2 red"),)
 

@@ -12,7 +12,8 @@ from raytune_ft.compression.config import PruningConfig
 from raytune_ft.compression.prune import write_pruned
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import add_lora, merge_adapter, save_adapter
-from raytune_ft.models.loading import is_compact, load_model, load_tokenizer
+from raytune_ft.models.loading import load_model, load_tokenizer
+from raytune_ft.models.references import is_compact
 from raytune_ft.models.sparsity import expand, zero_again, zeros_of
 
 

@@ -19,7 +19,8 @@ from raytune_ft.models.adapters import add_lora, add_virtual_tokens, save_adapte
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.decoding import Decoder
 from raytune_ft.models.generation import Completion, generate
-from raytune_ft.models.loading import load_model, model_parent
+from raytune_ft.models.loading import load_model
+from raytune_ft.models.references import model_parent
 from raytune_ft.serving.engines import TransformersEngine
 from raytune_ft.serving.tickets import GenerationRequest, Progress
 

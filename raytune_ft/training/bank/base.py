@@ -9,8 +9,9 @@ import torch
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.attention import SEGMENTS, use_attention
-from raytune_ft.models.loading import load_tokenizer, resolve_model
+from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.probe import check_computation
+from raytune_ft.models.references import resolve_model
 from raytune_ft.models.scoring import check_embeddings
 from raytune_ft.training.bank.refusal import rows_interact, why_not_packed
 from raytune_ft.training.base_model import load_base
