@@ -71,7 +71,7 @@ class SweepConfig(Config):
     """Budget: no trial goes on after so many hours; those that were not evaluated by then are counted. Repeats are made
     beyond the budget."""
     seed: int = 0
-    """Decides what is sampled."""
+    """Decides what is sampled, and what pbt draws at each exchange."""
     repeat_top: int = Field(0, ge=0)
     """So many of the best settings are trained again with fresh seeds, so that the winner wins by more than noise. All
     repeats are trained to their last step, whatever the search's budget, and of the search's own trials those count

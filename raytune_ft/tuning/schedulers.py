@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 from pyarrow.fs import FileType
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
@@ -52,6 +55,7 @@ def scheduler(config: SweepConfig, memory: Location) -> Any:
             return made
         case "pbt":
             return LockstepPopulation(
+                seed=config.seed,
                 time_attr=_TIME,
                 perturbation_interval=config.grace_steps,
                 hyperparam_mutations={
@@ -193,18 +197,20 @@ def limits(config: SweepConfig, memory: Location, first: int) -> Stopper | None:
 
 
 class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray's classes count as Any
-    """Population-based training whose trials keep together, and that can be resumed.
+    """Population-based training whose trials are compared at the same step, and that can be resumed.
 
-    One that is an exchange ahead of another waits, in its seat; so does one whose state another is about to go on from,
-    since old states are deleted. All need room at the same time. Ray's own instead pauses a trial whenever any other
-    does not run: from the first exchange on, all of them after each evaluation, each for as long as a process takes to
-    start. And it exchanges states as soon as a restored trial reports.
+    A trial that has come to an exchange waits, in its seat, until all have come so far; so all need room at the same
+    time. One whose state another goes on from waits until that is read, since old states are deleted. What is drawn is
+    decided by `seed` and the step. Ray's own compares the first to report with what the others told an exchange ago,
+    and pauses a trial whenever any other does not run: from the first exchange on, all of them after each evaluation,
+    each for as long as a process takes to start.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, seed: int, **settings: Any) -> None:
         super().__init__(**settings)
+        self._seed = seed
         self._donors = dict[Trial, Trial]()
-        self._held = dict[Trial, None]()
+        self._come, self._leaving = dict[Trial, int](), dict[Trial, None]()
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Ray Tune's hook: of a trial that was there before, the last exchange is where it must have been."""
@@ -213,33 +219,43 @@ class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray'
         self._trial_state[trial].last_perturbation_time = reached - reached % self._perturbation_interval
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Ray Tune's hook: exchanges as PBT does; the trial goes on at once, or once it need not wait any more."""
-        decision: str = super().on_trial_result(tune_controller, trial, result)
-        if decision not in {TrialScheduler.CONTINUE, TrialScheduler.PAUSE}:
-            return decision
-        if not self._waits(trial, result[_TIME], tune_controller.get_trials()):
+        """Ray Tune's hook: the trial goes on, unless it has come to an exchange."""
+        state, step = self._trial_state[trial], result[_TIME]
+        if step - state.last_perturbation_time < self._perturbation_interval:
             return str(TrialScheduler.CONTINUE)
-        self._held[trial] = None
+        self._save_trial_state(state, step, result, trial)
+        self._come[trial] = step
         return str(TrialScheduler.NOOP)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Ray Tune's hook, which it calls all the time: as PBT does, and lets those go on that need not wait."""
-        for trial in list(self._held):
+        """Ray Tune's hook, which it calls all the time: as PBT does; here states are exchanged, and trials go on."""
+        there = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
+        self._come = {trial: step for trial, step in self._come.items() if trial.status == Trial.RUNNING}
+        due = [
+            trial
+            for trial in there
+            if trial in self._come and all(_reached(other) >= self._come[trial] for other in there)
+        ]
+        if due and not any(trial.is_saving for trial in due):
+            self._exchange(tune_controller, due)
+        for trial in list(self._leaving):
             if trial.status != Trial.RUNNING:
-                del self._held[trial]
-            elif not (trial.is_saving or self._waits(trial, _reached(trial), tune_controller.get_trials())):
-                del self._held[trial]
+                del self._leaving[trial]
+            elif not (trial.is_saving or any(self._is_about_to_read(other, trial) for other in there)):
+                del self._leaving[trial]
                 tune_controller._tune_controller._schedule_trial_train(trial)  # its wrapper warns of this call
         return super().choose_trial_to_run(tune_controller)
 
-    def _waits(self, trial: Trial, step: int, population: list[Trial]) -> bool:
-        """Whether another trial is an exchange behind, or has yet to read this one's state."""
-        return any(
-            _reached(other) + self._perturbation_interval <= step
-            or (self._donors.get(other) is trial and (other.status != Trial.RUNNING or other.is_restoring))
-            for other in population
-            if other is not trial and not other.is_finished()
-        )
+    def _exchange(self, tune_controller: Any, due: list[Trial]) -> None:
+        worse, better = self._quantiles()
+        with _random_by(f"{self._seed} {max(self._come[trial] for trial in due)}"):
+            for trial in sorted(due, key=lambda trial: trial not in better):  # states are saved before they are read
+                self._trial_state[trial].last_perturbation_time = self._come.pop(trial)
+                self._leaving[trial] = None
+                self._checkpoint_or_exploit(trial, tune_controller, better, worse)
+
+    def _is_about_to_read(self, other: Trial, trial: Trial) -> bool:
+        return self._donors.get(other) is trial and (other.status != Trial.RUNNING or other.is_restoring)
 
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
         """As PBT does; from the donor's newest state if that of its last exchange is deleted, or soon will be."""
@@ -250,6 +266,19 @@ class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray'
             donor.last_checkpoint, donor.last_result = newest.checkpoint, newest.metrics
         super()._exploit(tune_controller, trial, trial_to_clone)
         self._donors[trial] = trial_to_clone
+
+
+@contextmanager
+def _random_by(seed: str) -> Iterator[None]:
+    """What Ray draws from the process's generators is decided by `seed` meanwhile; then they are as they were."""
+    plain, arrays = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(random.getrandbits(32))
+    try:
+        yield
+    finally:
+        random.setstate(plain)
+        np.random.set_state(arrays)
 
 
 class RememberedMedian(MedianStoppingRule):  # type: ignore[misc]  # Ray's classes count as Any

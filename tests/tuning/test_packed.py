@@ -417,6 +417,23 @@ def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_mode
     )
 
 
+@pytest.mark.soak
+@pytest.mark.ray
+def test_a_population_is_the_same_each_time(ray_cluster, tiny_model, orders, tmp_path) -> None:
+    common = {"scheduler": "pbt", "grace_steps": 2, "searcher": "random", "num_trials": 6}
+    space = {"learning_rate": {"loguniform": [1e-6, 2e-2]}, "weight_decay": {"loguniform": [1e-4, 1e-1]}}
+    training = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 16}
+    once, again = (
+        HyperparameterSweep(sweep(tiny_model, orders, tmp_path / name, **common, space=space, training=training)).run()
+        for name in ("once", "again")
+    )
+    first, second = (SweepResult.from_json(artifact.read_json("result.json")) for artifact in (once, again))
+    assert max(len(trial.schedule) for trial in first.trials) > 2
+    for one, other in zip(first.trials, second.trials, strict=True):
+        assert one.schedule == other.schedule
+        assert [row["eval_loss"] for row in one.curve] == pytest.approx([row["eval_loss"] for row in other.curve])
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "changes",

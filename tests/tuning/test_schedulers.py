@@ -6,10 +6,12 @@ import json
 import logging
 import math
 import pickle
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from ray.tune import register_trainable
 from ray.tune.experiment import Trial
@@ -18,7 +20,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.schedulers import TokenBudget, limits, scheduler, searcher
+from raytune_ft.tuning.schedulers import LockstepPopulation, TokenBudget, _random_by, limits, scheduler, searcher
 from raytune_ft.tuning.space import Uniform
 
 
@@ -121,29 +123,61 @@ def test_a_resumed_population_exchanges_states_where_it_would_have(tmp_path: Pat
     assert made._trial_state[trial].last_perturbation_time == 6
 
 
-def test_trials_of_a_population_keep_within_an_exchange_of_each_other_and_wait_for_those_that_read_their_state(
-    tmp_path: Path,
-) -> None:
-    made = scheduler(sweep(scheduler="pbt", grace_steps=8), Location.at(tmp_path))
+class Population(LockstepPopulation):
+    """Notes who is compared, and lets the worst go on from the best."""
+
+    compared: list[list[str]]
+
+    def _checkpoint_or_exploit(
+        self, trial: Trial, tune_controller: Any, better: list[Trial], worse: list[Trial]
+    ) -> None:
+        self.compared[-1].append(trial.trial_id)
+        if trial in worse:
+            self._donors[trial] = better[0]
+            trial.set_status(Trial.PAUSED)
+
+    def _exchange(self, tune_controller: Any, due: list[Trial]) -> None:
+        self.compared.append([])
+        super()._exchange(tune_controller, due)
+
+
+def test_a_population_is_compared_once_all_have_come_to_the_same_step(tmp_path: Path) -> None:
+    made = Population(seed=0, time_attr="global_step", perturbation_interval=4, hyperparam_mutations={"a": [1, 2]})
+    made.compared = []
     made.set_search_properties("eval_loss", "min")
-    tune = Tune(made, [Trial("nothing", trial_id=name, stub=True) for name in "abc"])
+    tune = Tune(made, [Trial("nothing", config={"a": 1}, trial_id=name, stub=True) for name in "abc"])
     first, second, third = tune.trials
-    for trial in tune.trials:
-        assert tune.hear(trial, 4, 1.0) == TrialScheduler.CONTINUE
-    assert tune.hear(first, 12, 1.0) == TrialScheduler.NOOP
-    assert tune.hear(second, 11, 2.0) == TrialScheduler.CONTINUE
-    tune.made.choose_trial_to_run(tune)
-    assert tune.goes_on == []  # the third is an exchange behind
-    third.set_status(Trial.TERMINATED)
-    tune.made.choose_trial_to_run(tune)
-    tune.made.choose_trial_to_run(tune)
+    assert tune.hear(first, 2, 3.0) == TrialScheduler.CONTINUE
+    assert tune.hear(first, 4, 2.0) == tune.hear(second, 4, 1.0) == TrialScheduler.NOOP
+    made.choose_trial_to_run(tune)
+    assert (made.compared, tune.goes_on) == ([], [])  # the third may not even have begun
+    assert tune.hear(third, 2, 3.0) == TrialScheduler.CONTINUE
+    assert tune.hear(third, 4, 3.0) == TrialScheduler.NOOP
+    made.choose_trial_to_run(tune)
+    assert made.compared == [["b", "a", "c"]]  # the best first: its state is saved before the third reads it
     assert tune.goes_on == [first]
-    tune.made._donors[second] = first
-    second.set_status(Trial.PENDING)
-    assert tune.hear(first, 13, 1.0) == TrialScheduler.NOOP
-    second.set_status(Trial.RUNNING)
-    tune.made.choose_trial_to_run(tune)
-    assert tune.goes_on == [first, first]
+    third.set_status(Trial.RUNNING)  # it has read the second's state
+    made.choose_trial_to_run(tune)
+    assert tune.goes_on == [first, second]
+    assert tune.hear(third, 8, 1.0) == tune.hear(second, 8, 0.5) == TrialScheduler.NOOP
+    first.set_status(Trial.TERMINATED)  # nobody waits for those that have ended
+    made.choose_trial_to_run(tune)
+    assert made.compared[1:] == [["b", "c"]]
+
+
+def test_what_a_population_draws_is_decided_by_the_seed_and_leaves_other_draws_as_they_were() -> None:
+    def drawn(seed: str) -> tuple[float, float]:
+        with _random_by(seed):
+            return random.random(), float(np.random.random())
+
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.random()
+    random.seed(1)
+    np.random.seed(1)
+    assert drawn("0 4") == drawn("0 4")
+    assert not set(drawn("0 4")) & {*drawn("0 8"), *drawn("1 4")}
+    assert (random.random(), np.random.random()) == expected
 
 
 def hyperband(memory: Path) -> Any:
