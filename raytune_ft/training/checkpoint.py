@@ -205,9 +205,12 @@ def named(path: str, peers: Peers = ALONE) -> StoredCheckpoint:
         raise ArtifactError(f"{where}: is not a whole checkpoint: {error}; {wanted}") from None
 
 
-def newest(folder: Location, peers: Peers = ALONE) -> StoredCheckpoint | None:
-    """The newest whole checkpoint below `folder`, the same on all ranks; damaged ones are named and passed over."""
-    steps = _finished(folder) if peers.leads else iter(())
+def newest(folder: Location, peers: Peers = ALONE, *, before: float = math.inf) -> StoredCheckpoint | None:
+    """The newest whole checkpoint below `folder`, the same on all ranks; damaged ones are named and passed over.
+
+    `before`: only of steps below this one.
+    """
+    steps = (step for step in _finished(folder) if step < before) if peers.leads else iter(())
     while True:
         step = peers.leader_says(next(steps, -1))
         if step < 0:

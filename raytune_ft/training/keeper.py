@@ -173,10 +173,22 @@ class Keeper:
             return "nothing was to be saved"
         return "saved" if self._writer.refused_step is None else f"but not saved. {self.last_good()}"
 
-    def last_good(self) -> str:
-        """The newest whole checkpoint in words; all ranks ask."""
-        found = checkpoint.newest(self.output / CHECKPOINTS, self.peers) if self.output is not None else None
-        return "There is no checkpoint" if found is None else f"The last good checkpoint is {found.target}"
+    def last_good(self, lost_at: int | None = None) -> str:
+        """The newest whole checkpoint in words; all ranks ask.
+
+        `lost_at`: a step whose loss or gradient norm was no number, which the weights after the step before gave.
+        """
+        if self.output is None:
+            return "There is no checkpoint"
+        folder = self.output / CHECKPOINTS
+        newest = checkpoint.newest(folder, self.peers)
+        if newest is None:
+            return "There is no checkpoint"
+        if lost_at is None or newest.step < lost_at - 1:
+            return f"The last good checkpoint is {newest.target}"
+        found = checkpoint.newest(folder, self.peers, before=lost_at - 1)
+        good = "There is no good checkpoint" if found is None else f"The last good checkpoint is {found.target}"
+        return f"{good} (the weights in {newest.target.name} are those that gave this)"
 
     def finish(
         self,

@@ -200,7 +200,7 @@ class _Run:
 def _not_a_number(error: NotFiniteError, keeper: Keeper, monitor: Monitor | None) -> RunError:
     if monitor is not None:
         monitor.see({"step": error.step, "tokens_per_s": 0.0, **error.metrics})
-    return NotFiniteError(error.step, error.metrics, keeper.last_good())
+    return NotFiniteError(error.step, error.metrics, keeper.last_good(error.step))
 
 
 def _events_folder(output: Location | None, cache: str) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -190,9 +191,25 @@ def test_a_run_that_diverges_names_the_last_good_checkpoint(
     config = settings(save_strategy="steps", save_steps=1, learning_rate=1e30, warmup_steps=2)
     with caplog.at_level(logging.INFO, logger="raytune_ft"), pytest.raises(RunError) as caught:
         train_in_process(config, splits, Seat(), output=Location.at(tmp_path / "a"))
-    newest = Location.at(tmp_path / "a/checkpoints").folders()[-1]
-    assert f"last good checkpoint is {tmp_path}/a/checkpoints/{newest}" in str(caught.value)
+    *_, good, newest = Location.at(tmp_path / "a/checkpoints").folders()
+    assert f"last good checkpoint is {tmp_path}/a/checkpoints/{good} (the weights in {newest} are" in str(caught.value)
     assert "instability at step" in caplog.text
+    slow = config.with_overrides(learning_rate=1e-3)
+    for name, lost in ((good, False), (newest, True)):
+        again = slow.with_overrides(resume_from_checkpoint=f"{tmp_path}/a/checkpoints/{name}")
+        with pytest.raises(RunError, match="is nan") if lost else nullcontext():
+            train_in_process(again, splits, Seat(), output=Location.at(tmp_path / name))
+
+
+def test_a_run_that_saves_seldom_names_the_checkpoint_before_it_diverged(settings, splits, tmp_path: Path) -> None:
+    def words(save_steps: int) -> str:
+        config = settings(save_strategy="steps", save_steps=save_steps, learning_rate=1e30, warmup_steps=2)
+        with pytest.raises(RunError) as caught:
+            train_in_process(config, splits, Seat(), output=Location.at(tmp_path / str(save_steps)))
+        return str(caught.value)
+
+    assert words(2).endswith("There is no good checkpoint (the weights in step-00000002 are those that gave this)")
+    assert words(5).endswith("There is no checkpoint")
 
 
 def test_a_tokens_operations_are_six_a_trained_weight_and_four_a_frozen_one(tiny_model: Path) -> None:
