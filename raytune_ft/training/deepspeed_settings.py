@@ -47,6 +47,8 @@ _NOT_TAKEN = {
     "zero_optimization.mics_shard_size": "checkpoints want shards over all workers",
     "zero_optimization.zero_hpz_partition_size": "checkpoints want shards over all workers",
 }
+_OFF = {"sequence_parallel_size": 1, "zero_optimization.zero_hpz_partition_size": 1}
+"""Values of what is not taken by which DeepSpeed itself says that it is off."""
 _COMPARED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("zero_optimization", *_FORMATS, "optimizer", "scheduler", "gradient_allreduce_op"),
@@ -82,7 +84,8 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
 
 def contradictions(config: FineTuningConfig, given: Mapping[str, Any]) -> list[str]:
     """Every value of a user's DeepSpeed settings that says other than the training settings, with both values."""
-    found = [f"{key} is not taken: {reason}" for key, reason in _NOT_TAKEN.items() if not _is_off(_at(given, key))]
+    asked = {key: reason for key, reason in _NOT_TAKEN.items() if not _is_off(_at(given, key), _OFF.get(key))}
+    found = [f"{key} is not taken: {reason}" for key, reason in asked.items()]
     found += _unknown(given, (*_NOT_TAKEN, *_COMPARED, *_HANDED_ON))
     for key in _BLOCKS:
         if given.get(key) not in (None, AUTO) and not isinstance(given[key], Mapping):
@@ -278,11 +281,11 @@ def _params(block: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _is_off(value: Any) -> bool:
-    """Whether a setting asks for nothing; of a block, if it says that it is not enabled."""
+def _is_off(value: Any, off: int | None) -> bool:
+    """Whether a setting asks for nothing, as the value `off` does; of a block, if it says that it is not enabled."""
     if isinstance(value, Mapping):
         return not value or value.get("enabled") is False
-    return value in (None, 0, AUTO)
+    return value in (None, 0, AUTO, off)
 
 
 def _at(settings: Mapping[str, Any], dotted: str) -> Any:

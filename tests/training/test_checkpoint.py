@@ -46,6 +46,19 @@ def test_a_resumed_run_has_the_losses_of_the_unbroken_one(config, splits, tmp_pa
     assert weights[0] == weights[1]
 
 
+def test_a_resumed_run_keeps_the_best_and_the_patience_of_before(settings, splits, tmp_path: Path) -> None:
+    rhythm = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    rates = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0}  # too high from step 2 on
+    config = settings(**rhythm, **rates, early_stopping_patience=1)
+    unbroken = run(config, splits, tmp_path / "a")
+    run(config, splits, tmp_path / "b", cut_after=1)
+    assert run(config, splits, tmp_path / "b") == pytest.approx(unbroken, abs=1e-6)
+    assert len(unbroken) == 2, "its patience ended"
+    run(config.with_overrides(max_steps=1), splits, tmp_path / "first")
+    weights = {(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b", "first")}
+    assert len(weights) == 1
+
+
 def test_a_truncated_checkpoint_is_named_and_the_one_before_is_taken(
     config, splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

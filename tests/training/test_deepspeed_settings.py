@@ -58,6 +58,10 @@ def test_auto_values_are_filled_in_and_other_settings_kept(settings) -> None:
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
             r'offload_optimizer.device is "cpu" there, and offload \(none\) makes it "none"',
         ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            r'offload_param.device is "nvme" there, and offload \(none\) makes it "none"',
+        ),
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb" there, and the optimizer here is AdamW'),
         ({"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}}, 'optimizer.type is "Adam" there'),
         (
@@ -69,6 +73,7 @@ def test_auto_values_are_filled_in_and_other_settings_kept(settings) -> None:
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}}}, "is 9 there, and max_steps .* 6"),
         ({"pipeline": {"stages": 2}}, "pipeline is not taken: workers hold equal models"),
         ({"zero_optimization": {"mics_shard_size": 2}}, "mics_shard_size is not taken"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size is not taken: workers share batches"),
         ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is not taken: .*write offload_optimizer"),
         ({"zero_optimization": True}, "zero_optimization is true there, and a block of settings is wanted"),
         ({"zero_optimisation": {"stage": 3}}, r"no such setting here \(did you mean zero_optimization\?\)"),
@@ -149,6 +154,7 @@ def test_what_only_the_run_decides_is_compared_then(given: dict, words: str, set
     [
         {"amp": {"enabled": False}},
         {"elasticity": {}},
+        {"sequence_parallel_size": 1, "zero_optimization": {"zero_hpz_partition_size": 1}},
         {"optimizer": {"type": "AdamW", "params": None}},
         {"optimizer": {"type": "AdamW", "params": "auto"}},
         {"scheduler": {"type": "WarmupDecayLR", "params": None}},

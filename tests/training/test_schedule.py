@@ -33,6 +33,8 @@ def test_eighteen_rows_in_batches_of_eight_make_three_steps_an_epoch() -> None:
     assert (table.steps_per_epoch, table.total, table.warmup) == (3, 6, 1)
     assert [step for step in range(1, 7) if table.evaluates(step)] == [3, 6]
     assert [step for step in range(1, 7) if table.saves(step)] == [3, 6]
+    part = Timetable.of(settings(per_device_train_batch_size=8, num_train_epochs=1.5), 18, has_validation=True)
+    assert (part.total, [step for step in range(1, 6) if part.evaluates(step)]) == (5, [3, 5])
 
 
 def test_the_last_step_is_evaluated_whatever_the_rhythm() -> None:
