@@ -285,7 +285,9 @@ def merge_adapter(reference: str, folder: Path) -> None:
         drift = float((before - after).abs().max() / before.abs().max())
         if not drift < 1e-3:
             raise ModelError(
-                f"{reference}: the merged model's logits differ from the adapter's by {drift:.1e} of their size"
+                f"{reference}: the merged model's logits differ from the adapter's by {drift:.1e} of their size, as "
+                "where a layer that it changes shares its weights with another (a head with the embeddings); serve the "
+                "adapter"
             )
         if zeros:
             changed = zero_again(model, zeros)

@@ -158,6 +158,18 @@ def test_a_merged_adapter_is_an_artifact_that_answers_alike(options: dict, tiny_
         merge(path, f"{path}/merged")
 
 
+def test_a_merge_that_answers_otherwise_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    loaded.model.config.tie_word_embeddings = True
+    loaded.model.tie_weights()
+    for part in (loaded.model, loaded.tokenizer):
+        part.save_pretrained(tmp_path / "tied")
+    path = lora(tmp_path / "tied", tmp_path / "a", target_modules=["lm_head"])
+    with pytest.raises(ModelError, match=r"the merged model's logits differ .* \(a head with the embeddings\); serve"):
+        merge(path, str(tmp_path / "merged"))
+    assert not (tmp_path / "merged/manifest.json").exists()
+
+
 @pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning"])
 def test_virtual_tokens_have_no_merge(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"{kind.upper()} adds virtual tokens, not weights"):

@@ -48,12 +48,14 @@ def test_a_resumed_run_has_the_losses_of_the_unbroken_one(config, splits, tmp_pa
 
 def test_a_resumed_run_keeps_the_best_and_the_patience_of_before(settings, splits, tmp_path: Path) -> None:
     rhythm = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
-    rates = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0}  # too high from step 2 on
-    config = settings(**rhythm, **rates, early_stopping_patience=1)
+    rates = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_steps": 0}  # the second step is too long
+    config = settings(**rhythm, **rates, early_stopping_patience=1, save_total_limit=1)
     unbroken = run(config, splits, tmp_path / "a")
     run(config, splits, tmp_path / "b", cut_after=1)
     assert run(config, splits, tmp_path / "b") == pytest.approx(unbroken, abs=1e-6)
     assert len(unbroken) == 2, "its patience ended"
+    for name in "ab":  # beside the newest one, the limit leaves the best one
+        assert Location.at(tmp_path / name / CHECKPOINTS).folders() == ["step-00000001", "step-00000002"]
     run(config.with_overrides(max_steps=1), splits, tmp_path / "first")
     weights = {(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("a", "b", "first")}
     assert len(weights) == 1

@@ -135,6 +135,15 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_step() -> None:
         fit(Playback([1, float("nan"), 1]), itertools.count(), table(3))
 
 
+def test_a_gradient_norm_that_is_no_number_ends_the_run_with_its_step() -> None:
+    class Steep(Playback):
+        def step(self, batch: object, step: int) -> Metrics:
+            return {**super().step(batch, step), "grad_norm": math.inf if step == 2 else 1.0}
+
+    with pytest.raises(RunError, match="gradient norm of step 2 is inf"):
+        fit(Steep([1, 1, 1]), itertools.count(), table(3))
+
+
 def test_a_step_is_evaluated_then_noted_then_saved_then_told() -> None:
     order = []
     fit(

@@ -19,6 +19,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
 from raytune_ft.training.interruption import note_sigterm
 from raytune_ft.training.session import Seat, train_in_process
+from raytune_ft.training.trackers import Trackers
 from raytune_ft.training.utilization import Work, device_peak
 
 from ..rows import rated_files  # noqa: TID252 - tests are no installed package
@@ -132,6 +133,23 @@ def test_a_run_that_is_all_warmup_is_warned_of(settings, splits, caplog: pytest.
     assert "the warmup takes 1 step(s) and the run has 1" in caplog.text
 
 
+def test_trackers_hear_how_a_run_ended(settings, splits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(Trackers, "close", lambda self, status: ended.append(status))
+
+    def train(*, stop: bool = False, **changes: object) -> None:
+        config = settings(eval_strategy="no", max_steps=2, warmup_steps=0, **changes)
+        output = Location.at(tmp_path / str(len(ended)))
+        train_in_process(config, splits, Seat(), output=output, stop_wanted=lambda: stop)
+
+    train()
+    with pytest.raises(StoppedError):
+        train(stop=True)
+    with pytest.raises(RunError):
+        train(learning_rate=1e30)
+    assert ended == ["finished", "stopped", "failed"]
+
+
 def test_a_users_deepspeed_json_is_held_against_the_runs_steps(settings, splits) -> None:
     given = {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 12345}}}
     with pytest.raises(ConfigError, match=r"total_num_steps is 12345 there, and the number of steps .* makes it 6"):
@@ -177,6 +195,9 @@ def test_a_path_that_is_no_whole_checkpoint_says_what_is_wrong(settings, splits,
     assert "no such folder" in refusal(tmp_path / "missing")
     assert "name one of them: step-00000003, step-00000006" in refusal(checkpoints)
     assert "another model or method" in refusal(checkpoints / "step-00000003", lora_r=4)
+    assert "another order of the data: seed is 0 there and 5 here" in refusal(checkpoints / "step-00000003", seed=5)
+    few = {"per_device_train_batch_size": 4}
+    assert "a global batch of 8 rows, and these settings make 4" in refusal(checkpoints / "step-00000003", **few)
     assert "is of step 6, and this run ends at step 6; raise max_steps" in refusal(checkpoints / "step-00000006")
     damaged = next((checkpoints / "step-00000003").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
