@@ -138,6 +138,11 @@ class SweepConfig(Config):
             raise ValueError("num_trials: a grid has as many trials as combinations; leave it out, or search at random")
         if self.repeat_top and "seed" in self.space:
             raise ValueError("repeat_top: repeats settings with fresh seeds, but the space searches the seed; drop one")
+        if self.repeat_top > self.trials:
+            raise ValueError(
+                f"repeat_top: {self.repeat_top} of the {self.trials} trials that the search makes cannot be repeated; "
+                f"set {self.trials} at most"
+            )
         self._refuse_other_schedule()
         self._refuse_unused()
         self._refuse_other_metric()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -103,10 +105,16 @@ def test_cost_of_trials_that_end_at_steps_of_their_own_is_told_against_all_of_th
 
 def test_the_page_stands_alone_and_keeps_hostile_text_as_text() -> None:
     bad = Trial("x", {"lora_r": 4, "learning_rate": 9.0}, "infeasible", [], "loss <script>alert(1)</script>")
-    page = render(SweepResult("eval_loss", (trial(4, 0.1, 1.0), trial(8, 0.2, 0.5), trial(8, 0.1, 0.7), bad)), 1.0)
+    again = replace(trial(8, 0.2, 0.9), name="tried twice")
+    good = (trial(4, 0.1, 1.0), trial(8, 0.2, 0.5), trial(8, 0.1, 0.7), again)
+    page = render(SweepResult("eval_loss", (*good, bad)), 1.0)
     assert "<script>" not in page
     assert "loss &lt;script&gt;" in page
-    assert page.count("data:image/svg+xml") == 4  # curves, parallel coordinates, heat map, importance
+    drawn = [base64.b64decode(found).decode() for found in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    curves, coordinates, heat, shares = drawn
+    assert "optimizer step" in curves and "share of the variance" in shares
+    assert all(words in coordinates for words in (">rank by eval_loss<", ">4<", ">8<", ">0.1<", ">0.2<"))
+    assert ">0.500<" in heat and ">0.900<" not in heat
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 

@@ -21,6 +21,13 @@ def test_the_best_trial_counts_its_lowest_point_not_its_last() -> None:
     assert result.best.name == "a"
 
 
+def test_a_trial_that_diverged_is_not_the_best_however_low_it_was_before() -> None:
+    wild = trial("wild", 0.1, ending="infeasible", error="the loss of step 2 is nan")
+    assert SweepResult("eval_loss", (wild, trial("a", 2.0))).best.name == "a"
+    with pytest.raises(RunError, match=r"no trial reported eval_loss: .*: the loss of step 2 is nan"):
+        _ = SweepResult("eval_loss", (wild,)).best
+
+
 def test_a_metric_that_is_better_when_higher_ranks_the_other_way_round() -> None:
     def answering(name: str, *values: float) -> Trial:
         curve = [{"global_step": float(n), "eval_rouge": value} for n, value in enumerate(values, start=1)]

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.tune import register_trainable
+from ray.train._internal.session import _TrainingResult
+from ray.tune import Checkpoint, register_trainable
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from raytune_ft.core.storage import Location
@@ -178,6 +179,27 @@ def test_what_a_population_draws_is_decided_by_the_seed_and_leaves_other_draws_a
     assert drawn("0 4") == drawn("0 4")
     assert not set(drawn("0 4")) & {*drawn("0 8"), *drawn("1 4")}
     assert (random.random(), np.random.random()) == expected
+
+
+@pytest.mark.parametrize(("kept", "exchanged", "found"), [(3, 2, 2), (3, 1, 3), (3, 0, 3)])
+def test_a_trial_goes_on_from_the_newest_state_of_another_whose_exchanged_one_is_deleted_or_soon_will_be(
+    kept: int, exchanged: int, found: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of states 1 to `kept` the last two will stay; 0 is deleted."""
+    monkeypatch.setattr(PopulationBasedTraining, "_exploit", lambda *given: None)
+    made = scheduler(sweep(scheduler="pbt", grace_steps=8), Location.at(tmp_path), 2)
+    made.set_search_properties("eval_loss", "min")
+    trial, donor = (Trial("nothing", trial_id=name, stub=True) for name in "ab")
+    tune = Tune(made, [trial, donor])
+    states = [_TrainingResult(Checkpoint(str(tmp_path / str(step))), {"global_step": step}) for step in range(kept + 1)]
+    for state in states[1:]:
+        Path(state.checkpoint.path).mkdir()
+        donor.run_metadata.checkpoint_manager.register_checkpoint(state)
+    known = made._trial_state[donor]
+    known.last_checkpoint, known.last_result = states[exchanged].checkpoint, states[exchanged].metrics
+    made._exploit(tune, trial, donor)
+    assert (Path(known.last_checkpoint.path).name, known.last_result) == (str(found), {"global_step": found})
+    assert made._donors == {trial: donor}
 
 
 def hyperband(memory: Path) -> Any:

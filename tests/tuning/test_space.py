@@ -192,6 +192,8 @@ def test_the_last_step_is_that_of_the_trials_that_make_most() -> None:
             {"scheduler": "pbt", "space": {"learning_rate": [1e-4, 1e-3]}, "repeat_top": 1},
             "repeat_top: under scheduler pbt settings change on the way",
         ),
+        ({"repeat_top": 1, "space": {"seed": [1, 2]}}, "repeat_top: repeats settings with fresh seeds, but the space"),
+        ({"repeat_top": 3}, "repeat_top: 3 of the 2 trials that the search makes cannot be repeated"),
         ({"searcher": "optuna"}, "num_trials: a search with searcher optuna needs a number of trials"),
         ({"scheduler": "pbt", "packed": "never"}, "scheduler: pbt pauses trials, which only packed ones can"),
         ({"grace_steps": 5}, "grace_steps: 5 is beyond the last step .4."),
