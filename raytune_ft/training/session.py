@@ -176,7 +176,8 @@ class _Run:
             status = "stopped" if summary.left else "finished"
         except NotFiniteError as error:
             keeper.settle()
-            raise _not_a_number(error, keeper, self.monitor) from None
+            good = keeper.last_good(error.step) if self.report is None else ""  # a trial's go with its sweep
+            raise _not_a_number(error, good, self.monitor) from None
         finally:
             keeper.abandon()
             trackers.close(status)
@@ -197,10 +198,10 @@ class _Run:
         return Decision.LEAVE if agreed(self.stop_wanted, self.seat.device, self.seat.world_size) else decision
 
 
-def _not_a_number(error: NotFiniteError, keeper: Keeper, monitor: Monitor | None) -> RunError:
+def _not_a_number(error: NotFiniteError, last_good: str, monitor: Monitor | None) -> RunError:
     if monitor is not None:
         monitor.see({"step": error.step, "tokens_per_s": 0.0, **error.metrics})
-    return NotFiniteError(error.step, error.metrics, keeper.last_good(error.step))
+    return NotFiniteError(error.step, error.metrics, last_good)
 
 
 def _events_folder(output: Location | None, cache: str) -> Path:

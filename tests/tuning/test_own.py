@@ -84,9 +84,10 @@ def test_a_run_whose_patience_ends_is_finished_before_its_last_step(own: Own, se
 
 
 def test_a_run_that_diverges_is_infeasible_with_the_step(own: Own, settings: dict) -> None:
-    reports = told(own.start("t", {**settings, "learning_rate": 1e30, "warmup_steps": 0}))
-    assert reports[-1]["status"] == "infeasible"
+    reports = told(own.start("t", {**settings, "learning_rate": 1e30, "warmup_steps": 4, "eval_steps": 1}))
+    assert [report["status"] for report in reports] == ["running", "running", "infeasible"]
     assert f"of step {reports[-1]['step']} is" in reports[-1]["reason"]
+    assert own.output not in reports[-1]["reason"], "its checkpoints go with the sweep"
 
 
 def test_what_ends_a_run_otherwise_is_raised_where_it_is_asked(own: Own, settings: dict, tmp_path: Path) -> None:
