@@ -402,10 +402,11 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
         with standard_output() as out:
             print_rows(found, Console(file=out, highlight=False))
         return
-    from raytune_ft.core.storage import Location
+    from raytune_ft.core.storage import Location, told_in_words
 
     target = Location.at(html)
-    target.write(to_html(found, title=f"{dataset}: {split}").encode())
+    with told_in_words(target):
+        target.write(to_html(found, title=f"{dataset}: {split}").encode())
     print_out(f"{len(found)} rows of {split}: {target}")
 
 

@@ -46,7 +46,7 @@ from raytune_ft.core.manifest import (
     now,
     versions,
 )
-from raytune_ft.core.storage import Location, storage_reason
+from raytune_ft.core.storage import Location, refused
 
 logger = logging.getLogger("raytune_ft")
 
@@ -92,7 +92,7 @@ class Draft:
                 self._keep_failure(error)
         except (ArtifactError, OSError) as trouble:
             if error is None:
-                raise _refused(self.location, trouble) if isinstance(trouble, OSError) else trouble from None
+                raise refused(self.location, trouble) if isinstance(trouble, OSError) else trouble from None
             logger.warning("%s: why it failed could not be kept: %s", self.location, trouble)
         finally:
             if self.lock is not None:
@@ -100,7 +100,7 @@ class Draft:
             if self._scratch is not None:
                 self._scratch.cleanup()
         if isinstance(error, OSError) and error.errno in _OF_STORAGE:
-            raise _refused(self.location, error) from error
+            raise refused(self.location, error) from error
 
     @property
     def artifact(self) -> Artifact:
@@ -200,7 +200,7 @@ def begin(
         if lock is not None:
             lock.release()  # whoever keeps the error's traceback would keep the lock, too
         if isinstance(error, OSError):
-            raise _refused(location, error) from error
+            raise refused(location, error) from error
         raise
     return Draft(location, claim, lock=lock)
 
@@ -238,11 +238,6 @@ def _refuse_file(location: Location, kind: ArtifactKind) -> None:
 
 def _only_torn(present: Sequence[str]) -> bool:
     return all(map(_TORN_CLAIM.fullmatch, present))
-
-
-def _refused(location: Location, error: OSError) -> ArtifactError:
-    denied = error.filename if isinstance(error, PermissionError) else None  # it may lie elsewhere
-    return ArtifactError(f"{denied or location}: {storage_reason(error)}. Make room there, or choose another folder.")
 
 
 def _foreign(location: Location, present: Sequence[str]) -> ArtifactError:

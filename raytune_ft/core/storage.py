@@ -335,6 +335,25 @@ def storage_reason(error: BaseException) -> str:
     return f"the storage refused: {text[:300] or type(error).__name__}"
 
 
+def refused(where: str | os.PathLike[str] | Location, error: OSError) -> ArtifactError:
+    """What the system did not let us write at a place, in words; of a file that lies elsewhere, its own name."""
+    denied = error.filename if isinstance(error, PermissionError) else None
+    return ArtifactError(f"{denied or where}: {storage_reason(error)}. Make room there, or choose another folder.")
+
+
+@contextmanager
+def told_in_words(where: str | os.PathLike[str] | Location) -> Iterator[None]:
+    """Within the block, what the system does not let us write is refused in words.
+
+    Raises:
+        ArtifactError: as `refused` makes it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise refused(where, error) from error
+
+
 def source_digest(where: str | os.PathLike[str] | Location) -> str:
     """What identifies an input file: its sha256 up to 64 MiB, else its size and time of change; 16 hex digits."""
     location = Location.at(where)

@@ -13,6 +13,7 @@ from pathlib import Path
 from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.storage import told_in_words
 from raytune_ft.evaluation.judge_server import JudgeServer, render_page
 from raytune_ft.evaluation.judging import Judging
 from raytune_ft.evaluation.pairs import Pairs, pairs
@@ -53,7 +54,7 @@ class JudgingFolder:
 
         Raises:
             ConfigError: if there are no votes.
-            ArtifactError: if the file of votes is damaged.
+            ArtifactError: if the file of votes is damaged, or the folder cannot be written to.
         """
         path = self.path / VOTES
         votes = parse_votes(path.read_text(encoding="utf-8"), str(path)) if path.exists() else []
@@ -61,12 +62,13 @@ class JudgingFolder:
             raise ConfigError(f"{path}: holds no votes; run `raytune-ft judge` and open the page that it names")
         joined = with_votes(self.result, votes)
         assert joined.judging is not None
-        write_report(self.path, joined)
-        (self.path / "judging.json").write_text(
-            json.dumps(asdict(joined.judging), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in preference_records(self.result, votes)]
-        (self.path / PREFERENCES).write_text("".join(lines), encoding="utf-8")
+        with told_in_words(self.path):
+            write_report(self.path, joined)
+            (self.path / "judging.json").write_text(
+                json.dumps(asdict(joined.judging), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in preference_records(self.result, votes)]
+            (self.path / PREFERENCES).write_text("".join(lines), encoding="utf-8")
         logger.info("Judging: %d votes; %s, %d preference records", len(votes), self.path / "report.html", len(lines))
         return joined.judging
 
@@ -96,13 +98,17 @@ def judge(
         The summary; None if there are no votes.
 
     Raises:
-        UserError: if there is nothing to judge, or the port or the file of votes is taken.
+        UserError: if there is nothing to judge, the port or the file of votes is taken, or the folder cannot be
+            written to.
     """
     folder = JudgingFolder.of(report, output_dir)
     shown = pairs(folder.result, models=models, max_pairs=max_pairs, seed=seed)
     page = render_page(shown)
-    with VotesFile(folder.path) as votes, JudgeServer(shown, votes, port=port, page=page) as server:
-        (folder.path / PAGE).write_text(page, encoding="utf-8")
+    with told_in_words(folder.path):
+        opened = VotesFile(folder.path)
+    with opened as votes, JudgeServer(shown, votes, port=port, page=page) as server:
+        with told_in_words(folder.path):
+            (folder.path / PAGE).write_text(page, encoding="utf-8")
         logger.info("Judging: %s (%s); Ctrl-C ends it", server.url, said_of(shown))
         ready(server.url)
         _serve(server)

@@ -133,3 +133,7 @@ def test_the_command_prints_rows_or_writes_a_page(tiny_model: Path, tmp_path: Pa
     wrong = CliRunner().invoke(app, ["inspect", str(tmp_path / "d"), "--split", "nope"])
     assert wrong.exit_code == 2
     assert "has no split" in wrong.stderr
+    page = tmp_path / "page.html" / "p.html"
+    nowhere = CliRunner().invoke(app, ["inspect", str(tmp_path / "d"), "--html", str(page)])
+    assert nowhere.exit_code == 2
+    assert "p.html: the storage refused" in nowhere.stderr
