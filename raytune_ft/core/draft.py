@@ -31,7 +31,7 @@ from raytune_ft.core.artifacts import (
     read_manifest,
 )
 from raytune_ft.core.config import masked
-from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.errors import ArtifactError, RaytuneError
 from raytune_ft.core.manifest import (
     CLAIM,
     FAILURES,
@@ -50,8 +50,10 @@ from raytune_ft.core.storage import Location, refused
 
 logger = logging.getLogger("raytune_ft")
 
-_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 """What the system says where a disk is full or may not be written to."""
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust, such as safetensors, say the system's number of an error."""
 
 _TORN_CLAIM = re.compile(rf"\.{re.escape(CLAIM)}\.\d+-\d+\.part")
 """What a kill leaves of a claim that was being written."""
@@ -99,8 +101,9 @@ class Draft:
                 self.lock.release()
             if self._scratch is not None:
                 self._scratch.cleanup()
-        if isinstance(error, OSError) and error.errno in _OF_STORAGE:
-            raise refused(self.location, error) from error
+        cause = _not_stored(error)
+        if cause is not None:
+            raise refused(self.location, cause) from error
 
     @property
     def artifact(self) -> Artifact:
@@ -234,6 +237,18 @@ def refuse_other(
 def _refuse_file(location: Location, kind: ArtifactKind) -> None:
     if location.is_file():
         raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
+
+
+def _not_stored(error: BaseException | None) -> Exception | None:
+    """What storage did not take, out of what Ray wraps around it; None if the error is another one."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, OSError):
+        return cause if cause.errno in _OF_STORAGE else None
+    if not isinstance(cause, Exception) or isinstance(cause, RaytuneError):
+        return None
+    number = _RUST_ERROR.search(str(cause))
+    # A file in Rust that may not be opened has no name, and may be one to read.
+    return cause if number and int(number[1]) in _OF_STORAGE - {errno.EACCES} else None
 
 
 def _only_torn(present: Sequence[str]) -> bool:

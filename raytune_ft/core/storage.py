@@ -335,7 +335,7 @@ def storage_reason(error: BaseException) -> str:
     return f"the storage refused: {text[:300] or type(error).__name__}"
 
 
-def refused(where: str | os.PathLike[str] | Location, error: OSError) -> ArtifactError:
+def refused(where: str | os.PathLike[str] | Location, error: Exception) -> ArtifactError:
     """What the system did not let us write at a place, in words; of a file that lies elsewhere, its own name."""
     denied = error.filename if isinstance(error, PermissionError) else None
     return ArtifactError(f"{denied or where}: {storage_reason(error)}. Make room there, or choose another folder.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from raytune_ft.core.records import Record
 from raytune_ft.core.spool import Places
-from raytune_ft.core.storage import Location
+from raytune_ft.core.storage import Location, told_in_words
 
 PIECES = "pieces"
 """The folder of an unfinished run's rows."""
@@ -29,16 +29,26 @@ class KeptRows:
     where: Location
 
     def keep(self, target: str, shard: str, rows: Sequence[Row]) -> None:
-        """Puts rows on storage; all of one shard, none of them there already."""
+        """Puts rows on storage; all of one shard, none of them there already.
+
+        Raises:
+            ArtifactError: if storage does not take them.
+        """
         if rows:
             first = min(row["position"] for row in rows)
-            (self._folder(target, shard) / f"{first:012d}.jsonl").write(_lines(rows))
+            with told_in_words(self.where):
+                (self._folder(target, shard) / f"{first:012d}.jsonl").write(_lines(rows))
 
     def keep_failed(self, target: str, shard: str, first: int, rows: Sequence[Row]) -> None:
-        """Puts rows without an answer on storage, in the place of an earlier attempt at those from `first` on."""
+        """Puts rows without an answer on storage, in the place of an earlier attempt at those from `first` on.
+
+        Raises:
+            ArtifactError: if storage does not take them.
+        """
         where = self.where / "unanswered" / folder_name(target) / shard / f"{first:012d}.jsonl"
         if rows:
-            where.write(_lines(rows))
+            with told_in_words(self.where):
+                where.write(_lines(rows))
         elif where.exists():
             where.delete()
 

@@ -4,15 +4,21 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
+from ray.exceptions import RayTaskError
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from raytune_ft.core.artifacts import open_artifact, read_claim, read_failures
 from raytune_ft.core.draft import begin, refuse_other
@@ -401,6 +407,31 @@ def test_a_refused_run_holds_no_lock(tmp_path):
         assert caught.value.__traceback__ is not None  # which holds every frame, and so the refused run
         begin(tmp_path / "a", ArtifactKind.DATASET, settings=settings, keep=("kept",))
         shutil.rmtree(tmp_path / "a")
+
+
+def test_a_limit_of_file_sizes_is_told_of_weights_too_wherever_they_were_written(tmp_path):
+    def write(folder):
+        save_file({"weight": np.zeros(1 << 16)}, folder / "model.safetensors")
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write_in in (("here", write), ("task", lambda folder: _as_ray_raises(write, folder))):
+        draft = begin(tmp_path / name, ArtifactKind.MODEL, settings=SETTINGS)
+        told = rf"{name}: the storage refused: .*File too large.* Make room"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
+        try:
+            with pytest.raises(ArtifactError, match=told), draft:
+                write_in(draft.folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert read_failures(tmp_path / name)
+
+
+def _as_ray_raises(write, folder):
+    """What the driver sees of an error in a task."""
+    try:
+        write(folder)
+    except SafetensorError as error:
+        raise RayTaskError("write", traceback.format_exc(), error).as_instanceof_cause() from None
 
 
 def test_a_full_disk_is_told_in_words_and_hides_no_other_error(tmp_path, caplog):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from raytune_ft.core.errors import DataError, ModelError
+from raytune_ft.core.errors import ArtifactError, DataError, ModelError
 from raytune_ft.core.records import Message, Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.inference import shares
@@ -165,6 +165,16 @@ work = Workload(answers=True, decoding=DecodingConfig(max_new_tokens=400))
 actor = shards.ShardActor([Target("m", sys.argv[1])], work, sys.argv[2], threads=1, concurrency=1)
 print(actor(shards.shard_table(rows, "m", "0")).to_pylist()[0]["answered"])
 """
+
+
+def test_rows_that_storage_does_not_take_are_a_fault_that_names_the_place(tiny_model: Path, kept: KeptRows) -> None:
+    Path(kept.where.path).symlink_to("/dev/full")  # no folder
+    work = Workload(answers=False, likelihoods=True)
+    actor = ShardActor([Target("m", str(tiny_model))], work, kept.where.uri, threads=1, concurrency=1)
+    row = Record(messages=(Message("user", "red"),), reference="blue", position=0)
+    fault = fault_in(actor(shard_table([row], "m", "0")).to_pylist()[0])
+    assert isinstance(fault, ArtifactError)
+    assert f"{kept.where}: the storage refused: " in str(fault)
 
 
 @pytest.mark.soak
