@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from raytune_ft.core.errors import ArtifactError, ConfigError, MissingDependencyError, first_line
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
+from raytune_ft.training.event_file import EventFile
 
 logger = logging.getLogger("raytune_ft")
 
@@ -156,11 +157,9 @@ class TensorBoard:
     """Event files, one tag a metric; those of an earlier attempt are written again from the history."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
-
         for old in folder.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = SummaryWriter(str(folder))
+        self._file = EventFile(folder)
 
     def recall(self, rows: Sequence[Row]) -> None:
         """Writes the steps before the restart."""
@@ -169,12 +168,11 @@ class TensorBoard:
 
     def log(self, row: Row) -> None:
         """Adds each metric as a scalar."""
-        for key, value in _metrics(row).items():
-            self._writer.add_scalar(key, value, int(row["step"]))
+        self._file.add(_metrics(row), int(row["step"]))
 
     def close(self, status: str) -> None:
-        """Writes what is left."""
-        self._writer.close()
+        """Closes the file."""
+        self._file.close()
 
 
 class MLflow:

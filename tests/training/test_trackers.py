@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
 import struct
 from importlib.util import find_spec
@@ -30,6 +31,25 @@ def scalars(folder: Path) -> list[tuple[int, str, float]]:
     return found
 
 
+def records(folder: Path) -> list[bytes]:
+    """Each event without its time, after a check of its checksums."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    (file,) = folder.glob("events.out.tfevents.*")
+    data, found = file.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        said = data[12 : 12 + length]
+        assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(data[:8])
+        assert struct.unpack("<I", data[12 + length : 16 + length])[0] == masked_crc32c(said)
+        event = Event.FromString(said)
+        event.wall_time = 0.0
+        found.append(event.SerializeToString())
+        data = data[16 + length :]
+    return found
+
+
 def test_event_files_have_every_metric_and_begin_anew_from_the_history(tmp_path: Path) -> None:
     first = TensorBoard(tmp_path)
     first.log({"step": 1, "loss": 9.0})
@@ -39,6 +59,36 @@ def test_event_files_have_every_metric_and_begin_anew_from_the_history(tmp_path:
     again.log({"step": 2, "loss": 1.5, "eval_loss": float("nan"), "grad_norm": 0.25})
     again.close("finished")
     assert scalars(tmp_path) == [(1, "loss", 2.0), (2, "loss", 1.5), (2, "grad_norm", 0.25)]
+
+
+def test_a_full_disk_stops_no_run_and_leaves_whole_records_that_go_on_once_there_is_room(tmp_path: Path) -> None:
+    trackers = Trackers.start([Tracking.TENSORBOARD], folder=tmp_path, run="r", settings={})
+    rows = [{"step": step, **{f"metric{n}": 1.0 for n in range(9)}} for step in range(100)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trackers.log(rows[0])
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, before[1]))
+    try:
+        for row in rows[1:-1]:
+            trackers.log(row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    trackers.log(rows[-1])
+    trackers.close("finished")
+    assert trackers.failures == {"tensorboard": 98}
+    assert [step for step, _, _ in scalars(tmp_path)] == [0] * 9 + [99] * 9
+
+
+def test_event_files_have_the_checksums_that_tensorboards_own_writer_puts(tmp_path: Path) -> None:
+    from tensorboardX import SummaryWriter
+
+    ours, theirs = tmp_path / "ours", SummaryWriter(str(tmp_path / "theirs"))
+    tracker = TensorBoard(ours)
+    tracker.log({"step": 3, "loss": 0.5})
+    tracker.close("finished")
+    theirs.add_scalar("loss", 0.5, 3, walltime=0.0)
+    theirs.close()
+    assert records(tmp_path / "ours") == records(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("name", [Tracking.MLFLOW, Tracking.WANDB])
