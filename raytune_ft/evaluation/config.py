@@ -152,6 +152,8 @@ class MeasureConfig(Config):
             raise ValueError("metrics has json_schema, which needs a schema in json_schema")
         if EvaluationMetric.CUSTOM in self.metrics and not self.custom_functions:
             raise ValueError("metrics has custom, which needs a function in custom_functions")
+        if self.differs("bleu_tokenizer") and EvaluationMetric.BLEU not in self.metrics:
+            raise ValueError("bleu_tokenizer: has no effect without the metric bleu; add that, or leave it out")
         if (EvaluationMetric.REWARD in self.metrics) != (self.reward_model_path is not None):
             raise ValueError("the metric reward and a reward model in reward_model_path belong together; give both")
         return self

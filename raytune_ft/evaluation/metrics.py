@@ -347,7 +347,7 @@ METRICS: dict[EvaluationMetric, type[RowMetric]] = {
 
 
 def make_metric(name: EvaluationMetric, settings: Mapping[str, Any]) -> RowMetric:
-    """The metric as an evaluation's settings (of `MeasureConfig`, resolved) want it.
+    """The metric as the resolved settings of an evaluation, or of a training run that measures answers, want it.
 
     Raises:
         ConfigError: if a schema, function or tokenizer that they name cannot be had.

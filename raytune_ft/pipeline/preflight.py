@@ -36,9 +36,8 @@ from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.run import plan_of
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig
-from raytune_ft.training.inputs import checked
+from raytune_ft.training.inputs import checked, refuse_missing_packages
 from raytune_ft.training.run import worker_demand
-from raytune_ft.training.trackers import refuse_missing
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.homes import apart, refuse_pausing
 from raytune_ft.tuning.packs import Packs
@@ -154,7 +153,7 @@ def _refuse_unusable(config: PipelineConfig, name: str) -> None:
         else:
             refuse_unservable(settings, quantization_of(base), is_adapter=config.train.uses_adapter)
     elif isinstance(settings, SweepConfig):
-        refuse_missing(settings.training.report_to)
+        refuse_missing_packages(settings.training)
         refuse_pausing(settings, apart(settings, Packs.of(settings.space, settings.training)))
 
 

@@ -57,7 +57,7 @@ class AnswerCheck:
         Raises:
             DataError: if no row has anything to answer, or the metric does not fit the rows' own answers.
         """
-        from raytune_ft.evaluation.metrics import METRICS  # only a run that asks for one waits for metrics to load
+        from raytune_ft.evaluation.metrics import make_metric  # only a run that asks for one waits for metrics to load
 
         found = [Question.of(row) for row in rows]
         self._questions = [question for question in found if question is not None]
@@ -65,7 +65,7 @@ class AnswerCheck:
             raise DataError("eval_generation_rows: no validation row has anything to answer; set it to 0")
         self.shortfall: str | None = None  # in words, if fewer rows are answered than were asked for
         self._loaded, self._name = loaded, config.eval_generation_metric
-        self._metric = METRICS[self._name]()
+        self._metric = make_metric(self._name, config.resolved())
         decode = loaded.tokenizer.decode
         self._texts = [str(decode(q.answer, skip_special_tokens=True)).strip() for q in self._questions]
         self._metric.check(self._texts)

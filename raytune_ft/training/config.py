@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config
-from raytune_ft.evaluation.config import EvaluationMetric
+from raytune_ft.evaluation.config import BleuTokenizer, EvaluationMetric
 from raytune_ft.models.config import Precision
 from raytune_ft.training import matrix
 from raytune_ft.training.deepspeed_settings import refuse_contradictions
@@ -156,6 +156,9 @@ class FineTuningConfig(Config):
     """So many rows of the validation split are also answered at each evaluation, and the answers measured; 0: none."""
     eval_generation_metric: EvaluationMetric = EvaluationMetric.EXACT_MATCH
     """How these answers are measured."""
+    bleu_tokenizer: BleuTokenizer = "13a"
+    """What BLEU counts as words where it measures answers, as `evaluate` has it: ``char`` fits any script, ``zh``
+    Chinese."""
     metric_for_best_model: str = "eval_loss"
     """What makes a checkpoint the best, and what early stopping watches: ``eval_loss``, ``eval_perplexity``, or the
     answers' metric, such as ``eval_exact_match``."""
@@ -218,18 +221,6 @@ class FineTuningConfig(Config):
             raise ValueError(f"prompt_tuning_init_text belongs to method prompt_tuning (got {self.method})")
         if self.adapter_path is not None and not self.uses_adapter:
             raise ValueError("adapter_path: method full trains no adapter; merge it first (raytune-ft merge), or lora")
-        if self.eval_generation_metric not in OF_ANSWERS:
-            known = ", ".join(metric for metric in EvaluationMetric if metric in OF_ANSWERS)
-            raise ValueError(
-                f"eval_generation_metric: {self.eval_generation_metric} is not measured on answers alone; take one of "
-                f"{known}"
-            )
-        if self.metric_for_best_model not in self.evaluated_metrics:
-            raise ValueError(
-                f"metric_for_best_model: {self.metric_for_best_model} is not among what is measured "
-                f"({', '.join(self.evaluated_metrics)}); name one of these, or say what answers are measured by: "
-                "eval_generation_rows, eval_generation_metric"
-            )
         if self.eval_generation_rows and self.zero_stage == 3:
             raise ValueError(
                 "eval_generation_rows wants the whole weights on every worker, which zero_stage 3 shards; take "
@@ -242,6 +233,25 @@ class FineTuningConfig(Config):
             refuse_contradictions(self, self.deepspeed_config)
         return self
 
+    @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.eval_generation_metric not in OF_ANSWERS:
+            known = ", ".join(metric for metric in EvaluationMetric if metric in OF_ANSWERS)
+            raise ValueError(
+                f"eval_generation_metric: {self.eval_generation_metric} is not measured on answers alone; take one of "
+                f"{known}"
+            )
+        if self.differs("bleu_tokenizer") and self.metric_of_answers is not EvaluationMetric.BLEU:
+            measured = f"answers are measured by {self.metric_of_answers}" if self.metric_of_answers else "none are"
+            raise ValueError(f"bleu_tokenizer: has no effect without answers measured by bleu, and {measured}")
+        if self.metric_for_best_model not in self.evaluated_metrics:
+            raise ValueError(
+                f"metric_for_best_model: {self.metric_for_best_model} is not among what is measured "
+                f"({', '.join(self.evaluated_metrics)}); name one of these, or say what answers are measured by: "
+                "eval_generation_rows, eval_generation_metric"
+            )
+        return self
+
     def identity(self) -> dict[str, Any]:
         """What decides the run's result; how a global batch is laid out over workers does not."""
         return {**super().identity(), "global_batch_size": self.global_batch_size}
@@ -249,6 +259,11 @@ class FineTuningConfig(Config):
     def on_gpu(self, gpus: float) -> bool:
         """Whether a cluster with so many GPUs trains on them: as `use_gpu` says, else if there is one."""
         return self.use_gpu if self.use_gpu is not None else gpus > 0
+
+    @property
+    def metric_of_answers(self) -> EvaluationMetric | None:
+        """What measures generated answers; None if nothing does."""
+        return self.eval_generation_metric if self.eval_generation_rows else None
 
     @property
     def evaluated_metrics(self) -> tuple[str, ...]:

@@ -186,6 +186,11 @@ class ReinforcementConfig(FineTuningConfig):
         return self
 
     @property
+    def metric_of_answers(self) -> EvaluationMetric | None:
+        """What measures generated answers; None if a reward model does."""
+        return self.reward_metric
+
+    @property
     def evaluated_metrics(self) -> tuple[str, ...]:
         """What an evaluation measures."""
         return ("eval_reward",)

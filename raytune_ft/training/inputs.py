@@ -7,6 +7,7 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.run import tokenized_splits
+from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.models.references import model_parent, shared_model
 from raytune_ft.training import checkpoint
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
@@ -19,13 +20,27 @@ from raytune_ft.training.pairs import refuse_unpaired, refuse_unrated
 from raytune_ft.training.trackers import refuse_missing
 
 
+def refuse_missing_packages(config: FineTuningConfig) -> None:
+    """Checks that what settings of a run name beside the project's own dependencies is installed.
+
+    Raises:
+        MissingDependencyError: if a tracker is not.
+        ConfigError: if a tokenizer of BLEU is not.
+    """
+    refuse_missing(config.report_to)
+    if config.differs("bleu_tokenizer"):
+        from raytune_ft.evaluation.metrics import make_metric  # only a run that asks for one waits for metrics to load
+
+        make_metric(EvaluationMetric.BLEU, config.resolved())
+
+
 def checked(config: FineTuningConfig) -> FineTuningConfig:
     """The settings, with DeepSpeed's JSON read, after the checks that need neither model, data nor cluster.
 
     Raises:
         UserError: naming the setting.
     """
-    refuse_missing(config.report_to)
+    refuse_missing_packages(config)
     if isinstance(config.deepspeed_config, str):
         config = config.with_overrides(deepspeed_config=read_deepspeed_json(config.deepspeed_config))
     refuse_unparsable(config)

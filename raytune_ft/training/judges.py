@@ -27,10 +27,10 @@ class MetricJudge:
     """Each answer's metric, by the row's own answer or reference; where lower is better, with its sign turned."""
 
     def __init__(self, config: ReinforcementConfig, chat: Chat) -> None:
-        from raytune_ft.evaluation.metrics import METRICS  # only a run that asks for one waits for metrics to load
+        from raytune_ft.evaluation.metrics import make_metric  # only a run that asks for one waits for metrics to load
 
         assert config.reward_metric is not None
-        self._metric = METRICS[config.reward_metric]()
+        self._metric = make_metric(config.reward_metric, config.resolved())
         self._sign = -1.0 if config.reward_metric.facts.lower_is_better else 1.0
         self._tokenizer = chat.tokenizer
 
@@ -54,10 +54,10 @@ def refuse_misfits(splits: Mapping[str, TokenRows], config: ReinforcementConfig,
     """
     if config.reward_metric is None:
         return
-    from raytune_ft.evaluation.metrics import METRICS
+    from raytune_ft.evaluation.metrics import make_metric
     from raytune_ft.evaluation.row_metric import RowMetric
 
-    metric = METRICS[config.reward_metric]()
+    metric = make_metric(config.reward_metric, config.resolved())
     if type(metric).misfit is RowMetric.misfit and type(metric).check is RowMetric.check:
         return  # whatever a reference is
     for split, rows in splits.items():

@@ -21,8 +21,15 @@ from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import RunError, last_line
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
-from raytune_ft.training.inputs import data_parent, model_parents, reachable, refuse_other_student, splits_of
-from raytune_ft.training.trackers import Trackers, refuse_missing
+from raytune_ft.training.inputs import (
+    data_parent,
+    model_parents,
+    reachable,
+    refuse_missing_packages,
+    refuse_other_student,
+    splits_of,
+)
+from raytune_ft.training.trackers import Trackers
 from raytune_ft.tuning import homes
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
 from raytune_ft.tuning.budget import (
@@ -77,7 +84,7 @@ class HyperparameterSweep:
 def tune(config: SweepConfig) -> Artifact:
     """The verb: see `HyperparameterSweep.run`."""
     refuse_other_student(config.training)
-    refuse_missing(config.training.report_to)
+    refuse_missing_packages(config.training)
     homes.refuse_pausing(config, homes.apart(config, Packs.of(config.space, config.training)))
     connected = cluster.connect()
     output = Location.at(config.output_dir)

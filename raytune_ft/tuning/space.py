@@ -26,7 +26,7 @@ _FIXED = {
     *("model_path", "output_dir", "dataset_path", "num_workers", "use_gpu", "max_failures", "report_to"),
     "max_tokens_per_micro_batch",
     *(*OF_WORKERS, *OF_RUNS),
-    *("eval_generation_rows", "eval_generation_metric", "metric_for_best_model"),
+    *("eval_generation_rows", "eval_generation_metric", "bleu_tokenizer", "metric_for_best_model"),
     *("reward_model_path", "reward_metric", "max_new_tokens", "teacher_path"),
 }
 _MADE_FOR_EACH = {"max_length": "the data is tokenized", "student_layers": "a student is made"}

@@ -52,6 +52,12 @@ def test_no_metric_is_refused() -> None:
         evaluation(metrics=[])
 
 
+def test_a_tokenizer_of_bleu_without_bleu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bleu_tokenizer: has no effect without the metric bleu"):
+        evaluation(bleu_tokenizer="char")
+    assert evaluation(metrics=["bleu"], bleu_tokenizer="char").bleu_tokenizer == "char"
+
+
 def test_a_base_comes_first_and_makes_the_model_the_tuned_one() -> None:
     assert evaluation().models == {"model": "m"}
     assert list(evaluation(base_model_path="b").models.items()) == [("base", "b"), ("tuned", "m")]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.attention import SEGMENTS
 from raytune_ft.models.chat import Encoded
@@ -20,6 +22,7 @@ from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training.answers import AnswerCheck, Question
 from raytune_ft.training.batches import TokenRows
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.inputs import checked
 from raytune_ft.training.peers import ALONE
 from raytune_ft.training.session import Seat, train_in_process
 
@@ -86,6 +89,30 @@ def test_ranks_that_answer_a_share_each_add_up_to_all_answers(metric: str, tiny_
         assert made._value(together) == {f"eval_{metric}": pytest.approx(expected[metric])}
 
 
+def test_chinese_answers_are_measured_by_the_tokens_that_the_settings_name(tiny_model: Path, settings) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), load_tokenizer(str(tiny_model))
+    prompt, wanted = tokenizer("order 1")["input_ids"], "今天天气很好，我们去公园。"
+    answer = tokenizer(wanted, add_special_tokens=False)["input_ids"]
+    rows = [Encoded([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))]
+    bleu = {"eval_generation_rows": 1, "eval_generation_metric": "bleu"}
+    with pytest.raises(DataError, match="bleu_tokenizer: char fit any script, zh fits Chinese"):
+        check(model, tokenizer, settings(**bleu), rows)
+    said = "今天天气非常好，我们去公园。"
+    for name in ("zh", "char"):
+        made = check(model, tokenizer, settings(**bleu, bleu_tokenizer=name), rows)
+        expected = sacrebleu.BLEU(tokenize=name).corpus_score([said], [[wanted]]).score
+        assert made._value(made._sums({0: said})) == {"eval_bleu": pytest.approx(expected)}
+        assert 10 < expected < 90
+
+
+def test_a_tokenizer_whose_package_is_not_there_is_refused_before_a_run_begins(settings) -> None:
+    if importlib.util.find_spec("mecab_ko") is not None:
+        pytest.skip("sacrebleu[ko] is installed here")
+    korean = settings(eval_generation_rows=1, eval_generation_metric="bleu", bleu_tokenizer="ko-mecab")
+    with pytest.raises(ConfigError, match=r"bleu_tokenizer: ko-mecab needs .* 'sacrebleu\[ko\]'"):
+        checked(korean)
+
+
 def test_the_best_checkpoint_is_that_of_the_metric_that_the_settings_name(settings, splits, tmp_path: Path) -> None:
     common = {"eval_strategy": "steps", "eval_steps": 2, "report_to": [], "learning_rate": 2e-2, "num_train_epochs": 6}
     config = settings(
@@ -133,6 +160,12 @@ def test_a_run_learns_to_answer_and_says_so_at_each_evaluation(settings, splits,
             r"is not among what is measured \(eval_loss, eval_perplexity, eval_exact_match\)",
         ),
         ({"eval_generation_rows": 4, "zero_stage": 3}, "take zero_stage 2"),
+        ({"bleu_tokenizer": "words"}, "bleu_tokenizer: must be one of '13a', 'intl', 'zh'"),
+        ({"bleu_tokenizer": "zh", "eval_generation_metric": "bleu"}, "bleu_tokenizer: has no effect .* and none are"),
+        (
+            {"bleu_tokenizer": "zh", "eval_generation_rows": 4},
+            "bleu_tokenizer: has no effect .* are measured by exact_match",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(changes: dict, words: str, settings) -> None:

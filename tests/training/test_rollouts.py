@@ -6,13 +6,19 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from sacrebleu.metrics import BLEU
 
 from raytune_ft.core.errors import ConfigError, DataError, ModelError, StoppedError
 from raytune_ft.core.storage import Location
+from raytune_ft.models.chat import Chat
+from raytune_ft.models.generation import Completion
 from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.training.answers import Question
+from raytune_ft.training.batches import PromptRows
 from raytune_ft.training.config_alignment import ReinforcementConfig, RewardConfig
 from raytune_ft.training.diagnosis import Trouble, diagnose
 from raytune_ft.training.guide import departures_from_guide
+from raytune_ft.training.judges import MetricJudge, refuse_misfits
 from raytune_ft.training.session import Seat, train_in_process
 
 from ..rows import pair_files, prompts_file, turns_file  # noqa: TID252 - tests are no installed package
@@ -162,6 +168,25 @@ def test_equal_rewards_are_said_to_teach_nothing(reinforcement) -> None:
     assert not diagnose([{**row, "equal_rewards_share": 0.5} for row in rows], reinforcement())
 
 
+def test_bleu_rewards_answers_by_the_tokens_that_the_settings_name(reinforcement, undecided) -> None:
+    chat, said, right = Chat(load_tokenizer(str(undecided))), "今天天气非常好", "今天天气很好"
+    answers, questions = [Completion(said, [], "stop")], [Question([], [], right)]
+    judge = MetricJudge(reinforcement(reward_metric="bleu", bleu_tokenizer="zh"), chat)
+    expected = BLEU(tokenize="zh", effective_order=True).sentence_score(said, [right]).score
+    assert judge.rewards(questions, answers) == [expected]
+    assert 10 < expected < 90
+    with pytest.raises(DataError, match="zh fits Chinese"):
+        MetricJudge(reinforcement(reward_metric="bleu"), chat).rewards(questions, answers)
+
+
+def test_references_are_looked_at_by_the_tokens_that_the_settings_name(reinforcement, undecided, tmp_path) -> None:
+    rows = prompts_file(undecided, tmp_path / "chinese.parquet", [("order 1", "今天天气很好")])
+    splits = {"train": PromptRows([rows], str(tmp_path / "rows"))}
+    refuse_misfits(splits, reinforcement(reward_metric="bleu", bleu_tokenizer="zh"), load_tokenizer(str(undecided)))
+    with pytest.raises(DataError, match=r"train split: .*zh fits Chinese"):
+        refuse_misfits(splits, reinforcement(reward_metric="bleu"), load_tokenizer(str(undecided)))
+
+
 def test_a_judge_of_other_tokens_is_refused(reinforcement, undecided, prompts, tmp_path: Path) -> None:
     pairs = pair_files(undecided, tmp_path, train=4, validation=2)
     paths = {"model_path": str(undecided), "output_dir": str(tmp_path), "dataset_path": "given", "report_to": []}
@@ -187,6 +212,7 @@ def test_a_judge_of_other_tokens_is_refused(reinforcement, undecided, prompts, t
         ({"reward_metric": "perplexity"}, "reward_metric: perplexity is not measured on answers alone"),
         ({"zero_stage": 3, "eval_generation_rows": 0, "eval_strategy": "no"}, "answering wants the whole weights"),
         ({"num_generations": 1}, "num_generations"),
+        ({"bleu_tokenizer": "zh"}, "bleu_tokenizer: has no effect .* measured by exact_match"),
         ({"eval_generation_metric": "bleu"}, "eval_generation_metric: has no effect here"),
         ({"per_device_eval_batch_size": 9}, "per_device_eval_batch_size: has no effect here"),
         ({"eval_generation_rows": 0}, "leaves evaluations nothing to judge"),

@@ -31,6 +31,7 @@ def test_trials_write_below_the_sweeps_folder() -> None:
         ({}, "space"),
         ({"lora_rank": [4]}, "did you mean lora_r"),
         ({"model_path": ["a", "b"]}, "cannot be searched"),
+        ({"bleu_tokenizer": ["13a", "zh"]}, "cannot be searched"),
         ({"lora_r": []}, "has no values"),
         ({"lora_r": [4, 0]}, "lora_r: must be at least 1 .got 0"),
     ],
