@@ -17,25 +17,18 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raytune_ft.serving.faults import ApiError
+from raytune_ft.serving.protocol import ChatMessage
 
 _LONGEST = 1 << 20
 _MIDDLE = 3
 """A rating from 1 to 5 that is neither good nor bad."""
 
 
-class Turn(BaseModel):
-    """One turn of the conversation that was judged."""
-
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
-
-
 class Feedback(BaseModel):
     """The body of ``POST /v1/feedback``: what was asked, what came, and what is to be said of it."""
 
     model_config = ConfigDict(extra="forbid")
-    messages: list[Turn] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     response: str | None = Field(None, max_length=_LONGEST)
     rating: Literal["up", "down"] | int | None = None
     correction: str | None = Field(None, max_length=_LONGEST)
@@ -80,12 +73,18 @@ class Feedback(BaseModel):
         return "good" if self.rating == "up" else "bad"
 
     def record(self) -> dict[str, Any]:
-        """The line of the feedback file.
+        """The line of the feedback file, with turns as the request log has them.
 
         Raises:
-            ApiError: 400, if a text cannot be encoded.
+            ApiError: 400, if a text cannot be encoded, or a turn has what requests may not have.
         """
-        said = self.model_dump(exclude_none=True)
+        for place, turn in enumerate(self.messages):
+            turn.refuse_unsupported(f"messages.{place}.")
+        turns = [turn.to_message() for turn in self.messages]
+        said = {
+            "messages": [{"role": turn.role, "content": turn.content} for turn in turns],
+            **self.model_dump(exclude_none=True, exclude={"messages"}),
+        }
         try:
             json.dumps(said, ensure_ascii=False).encode()
         except UnicodeEncodeError:

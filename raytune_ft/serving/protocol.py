@@ -94,6 +94,14 @@ class ChatMessage(BaseModel):
         _refuse_surrogates(_joined(content))
         return content
 
+    def refuse_unsupported(self, where: str) -> None:
+        """Checks that the turn has no field that would be silently left out.
+
+        Raises:
+            ApiError: 400, naming the field after `where`.
+        """
+        _refuse_extra(self.model_extra or {}, where)
+
     def to_message(self) -> Message:
         """The turn as the chat template takes it."""
         return Message("system" if self.role == "developer" else self.role, _joined(self.content))
@@ -234,7 +242,7 @@ class ChatRequest(_Request):
         """As of every request, and for the fields of each message."""
         super().refuse_unsupported()
         for place, message in enumerate(self.messages):
-            _refuse_extra(message.model_extra or {}, f"messages.{place}.")
+            message.refuse_unsupported(f"messages.{place}.")
 
     @property
     def top(self) -> int | None:

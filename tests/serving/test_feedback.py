@@ -67,6 +67,41 @@ def test_feedback_is_read_back_as_prepare_reads_it(endpoint):
     assert (pair.chosen, pair.rejected) == ((Message("assistant", "B"),), (Message("assistant", "A"),))
 
 
+def test_feedback_takes_the_turns_that_the_endpoint_answers(endpoint):
+    parts = [{"type": "text", "text": "Grü"}, {"type": "text", "text": "ße?"}]
+    turns: Any = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "red"}], "name": "Ada"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": parts},
+    ]
+    asked = endpoint.client().chat.completions.create(model="tiny", messages=turns, max_tokens=3, temperature=0)
+    answer = asked.choices[0].message.content
+    assert post(endpoint.root, {"messages": turns, "response": answer, "rating": "up"}) == (201, {"status": "kept"})
+    (logged, judged) = (records(Path(path))[-1] for path in (
+        endpoint.service.config.request_log_path, endpoint.service.config.feedback_path
+    ))  # fmt: skip
+    assert judged.messages == logged.messages
+    assert [(turn.role, turn.content) for turn in judged.messages[:-1]] == [
+        ("system", "Be short."), ("user", "red"), ("assistant", ""), ("user", "Grüße?")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "parts must be text"),
+        ({"content": "x", "tool_call_id": "1"}, "messages.0.tool_call_id: this option is not supported"),
+        ({"content": None}, "content"),
+        ({"content": "\ud800"}, "must be valid Unicode"),
+    ],
+)
+def test_feedback_refuses_the_turns_that_the_endpoint_refuses(turn: dict[str, Any], said: str, endpoint):
+    judged = {"messages": [{"role": "user", **turn}], "response": "A", "rating": 1}
+    code, body = post(endpoint.root, judged)
+    assert code == 400 and said in body["error"]["message"]
+
+
 def test_the_request_log_holds_conversations_that_prepare_reads(endpoint):
     client = endpoint.client()
     chat = client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=5, temperature=0)
