@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_ft.core.config import Config
+from raytune_ft.core.config import Config, Place
 from raytune_ft.models.config import Precision
 
 _PATTERN = re.compile(r"(\d+):(\d+)")
@@ -43,7 +43,7 @@ class PruningScope(StrEnum):
 class CalibrationConfig(Config):
     """Which rows show a method what the model's layers usually see, where it looks at more than the weights."""
 
-    calibration_path: str | None = None
+    calibration_path: Place | None = None
     """``compressed_tensors`` and ``wanda``: a dataset artifact, or a JSONL or Parquet file of records, whose rows go
     through the model."""
     calibration_rows: int = Field(256, ge=1)

@@ -11,14 +11,16 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from raytune_ft.core.errors import ConfigError
 
 C = TypeVar("C", bound="Config")
+Place = Annotated[str, Field(min_length=1)]
+"""A path, a URI or the name of a model: nothing at all would be a path, too, that of the current folder."""
 
 # A secret may hold slashes and signs of its own: it ends at the last @ before the query. A port is no secret.
 _CREDENTIALS = re.compile(r"(?<=://)(?!anonymous@)(?:[^/\s:@?#]+:(?!\d+/)[^\s?#]*@|[^/@\s]+@)")

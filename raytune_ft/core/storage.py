@@ -27,6 +27,7 @@ from pyarrow import fs
 
 from raytune_ft.core.config import masked
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.s3 import Proxied, open_s3
 
 _CHUNK = 1 << 22
 _DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|PERMISSION_DENIED"
@@ -50,10 +51,16 @@ class Location:
 
     @classmethod
     def at(cls, where: str | os.PathLike[str] | Location) -> Location:
-        """The location of a path, a URI or a location; local paths become absolute."""
+        """The location of a path, a URI or a location; local paths become absolute.
+
+        Raises:
+            ArtifactError: if it is empty, which as a path would be the current folder.
+        """
         if isinstance(where, Location):
             return where
         text = os.fspath(where)
+        if not text:
+            raise ArtifactError("a path is empty; name a file or folder (the current folder is .)")
         if text.startswith("file://"):
             text = text.removeprefix("file://")
         if "://" not in text:
@@ -116,6 +123,8 @@ class Location:
                 # trust_env: the proxies that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name
                 http = fsspec.filesystem("http", client_kwargs={"trust_env": True})
                 return fs.PyFileSystem(_Http(http)), self.uri
+            if self.uri.startswith("s3://"):
+                return open_s3(self._with_options())
             return fs.FileSystem.from_uri(self._with_options())  # type: ignore[no-any-return]
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(f"{self}: this storage cannot be opened ({masked(str(error))})") from None
@@ -137,6 +146,11 @@ class Location:
     def path(self) -> str:
         """The path inside `filesystem`."""
         return self._opened[1]
+
+    @property
+    def for_ray(self) -> tuple[str, Any]:
+        """Path and file system as Ray takes them; without the second it reads a URI itself, and asks no proxy."""
+        return (self.path, self.filesystem) if isinstance(self.filesystem, Proxied) else (self.uri, None)
 
     @property
     def _has_no_folders(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from raytune_ft.core.config import Config, masked
+from raytune_ft.core.config import Config, Place, masked
 from raytune_ft.data.config_augmentation import AugmentationConfig
 from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.models.config import TrainOn
@@ -113,7 +113,7 @@ class DataCollectionConfig(Config):
 
     not_identity: ClassVar[frozenset[str]] = frozenset({"output_path", "output_format"})
 
-    sources: tuple[str, ...] = Field(min_length=1)
+    sources: tuple[Place, ...] = Field(min_length=1)
     """Files, folders and globs of JSONL, JSON lists, CSV, Parquet, Arrow and plain text (a record a line), compressed
     too; paths or URIs (``s3://``, ``gs://``, ``https://``); ``hf:org/name[:config][@split]``; folders that
     `save_to_disk` wrote."""
@@ -182,7 +182,7 @@ class DataCollectionConfig(Config):
     """Share of the rows for validation (the guide: 0.10 to 0.15)."""
     test_split: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the rows for the test (the guide: 0.05 to 0.10); 0 when `test_sources` are given."""
-    test_sources: tuple[str, ...] = ()
+    test_sources: tuple[Place, ...] = ()
     """Sources whose usable rows are the test split, duplicates too; rows of `sources` with a prompt or a first question
     from these are rejected."""
     stratify_by: str | None = "length_and_source"
@@ -193,7 +193,7 @@ class DataCollectionConfig(Config):
     null for none. Another field than the default must be in some row. Rows with one first question stay together anyway
     (case, width and blanks aside), but for an opening of over 100 prompts, or of over half of all, which are counted as
     remarks."""
-    benchmarks: tuple[str, ...] = ()
+    benchmarks: tuple[Place, ...] = ()
     """Files (as `sources`) of benchmarks that no row may share 13 words in a row with; texts of fewer are not found."""
     on_leak: Literal["raise", "reject"] = "raise"
     """A row that shares 13 words with a benchmark stops the run, or goes to ``rejected/``."""
@@ -204,14 +204,14 @@ class DataCollectionConfig(Config):
     """The quality report, and thresholds that end the run with exit code 2."""
     task_description: str | None = Field(None, min_length=1)
     """What the data is to teach, in a sentence or two; relevance of the rows to it is measured."""
-    embedding_model: str = "starter:all-minilm-l6-v2"
+    embedding_model: Place = "starter:all-minilm-l6-v2"
     """Model that tells closeness in meaning, for `task_description` and paraphrases (folder, URI or hub id)."""
-    suspect_model: str | None = None
+    suspect_model: Place | None = None
     """Model whose loss tells answers that look wrong (folder, artifact, hub id or ``starter:...``)."""
-    corrections: str | None = None
+    corrections: Place | None = None
     """A ``suspects.jsonl`` of an earlier run with ``corrected`` filled in: these answers replace the rows' own."""
 
-    model_path: str | None = None
+    model_path: Place | None = None
     """Tokenizes for this model (folder, artifact, hub id or ``starter:...``); none leaves records only."""
     max_length: int = Field(1024, ge=1)
     """Most tokens of a row; what becomes of longer ones says `over_length`."""

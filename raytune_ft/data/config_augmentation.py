@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field, model_validator
 
-from raytune_ft.core.config import Config
+from raytune_ft.core.config import Config, Place
 
 
 class Augmentation(StrEnum):
@@ -29,7 +29,7 @@ class AugmentationConfig(Config):
     """Share of the letters with a typing mistake (two swapped, one dropped, a neighbouring key)."""
     word_rate: float = Field(0.1, gt=0.0, le=0.5)
     """Share of the words dropped or swapped with the next; only words that carry little meaning are touched."""
-    paraphrase_model: str | None = None
+    paraphrase_model: Place | None = None
     """Model that writes paraphrases (folder, artifact, hub id or ``starter:...``)."""
     max_new_tokens: int = Field(128, ge=1)
     """Most tokens of a paraphrase."""

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote
 
-from raytune_ft.core.artifacts import has_manifest, open_artifact
+from raytune_ft.core.artifacts import has_manifest, more, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import CLAIM, MANIFEST, Parent
 from raytune_ft.core.storage import Location, source_digest
@@ -30,6 +31,8 @@ COLUMNAR = _WHOLE | {"hub"}
 """Kinds in which all structs of a column have the same fields."""
 _HASHED_FILES = 64
 _MOST_MARKER_BYTES = 1 << 20
+_BROKEN = -1
+"""Stands for the size of a link that leads nowhere."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,27 @@ def _files_of(source: str) -> list[Location]:
 
 
 def _in_folder(folder: Location) -> list[Location]:
-    names = _without_marker(folder, _without_saved(folder, _without_outputs(folder, folder.files())))
+    names = _without_marker(folder, _without_saved(folder, _without_outputs(folder, _listed(folder))))
     if has_manifest(folder):  # a dataset of ours: its splits, not what it rejected, says about itself or exported
         splits = open_artifact(folder, verify="size").manifest.files
         names = {n: names[n] for n in splits if n.endswith(".parquet") and not n.startswith("rejected/")}
     return _usable(folder, names, f"{folder}: holds no file to read ({', '.join(KINDS)})")
+
+
+def _listed(folder: Location) -> dict[str, int]:
+    """Relative path and size of every file below a folder; of a link that leads nowhere `_BROKEN`."""
+    return {**dict.fromkeys(_broken_links(folder), _BROKEN), **folder.files()}
+
+
+def _broken_links(folder: Location) -> Iterator[str]:
+    """The links below a folder that lead to nothing, which pyarrow leaves out."""
+    seen = set()
+    for base, folders, files in os.walk(folder.path, followlinks=True) if folder.is_local else ():
+        if (place := os.path.realpath(base)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        yield from (os.path.relpath(Path(base, name), folder.path) for name in files if not Path(base, name).exists())
 
 
 def _without_outputs(folder: Location, names: dict[str, int]) -> dict[str, int]:
@@ -203,7 +222,7 @@ def _matching(pattern: Location) -> list[Location]:
     head = re.split(r"[*?]", uri, maxsplit=1)[0].rpartition("/")[0]
     wanted = re.compile(pattern_of(unquote(uri[len(head) + 1 :]) if "://" in uri else uri[len(head) + 1 :]))
     folder = Location((head or "/") + question + query)
-    names = {name: size for name, size in folder.files().items() if wanted.fullmatch(name)}
+    names = {name: size for name, size in _listed(folder).items() if wanted.fullmatch(name)}
     return _usable(folder, names, f"{pattern}: no file to read matches")
 
 
@@ -215,6 +234,12 @@ def pattern_of(glob: str) -> str:
 
 def _usable(folder: Location, names: dict[str, int], nothing: str) -> list[Location]:
     visible = {name: size for name, size in names.items() if not any(p.startswith((".", "_")) for p in name.split("/"))}
+    broken = sorted(name for name, size in visible.items() if size == _BROKEN)
+    if broken:
+        raise DataError(
+            f"{folder}: holds links that lead nowhere: {', '.join(broken[:5])}{more(broken)}; put back what they lead "
+            "to, or remove them"
+        )
     usable = [name for name, size in visible.items() if size and _kind(name)]
     if not usable:
         raise DataError(nothing)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from raytune_ft.core.config import Config
+from raytune_ft.core.config import Config, Place
 from raytune_ft.evaluation.config_inference import EndpointConfig, ModelPath
 from raytune_ft.evaluation.metric_names import EvaluationMetric, MetricFacts
 from raytune_ft.models.config import DecodingConfig, Precision
@@ -36,7 +36,7 @@ BleuTokenizer = Literal["13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mec
 class ForgettingConfig(Config):
     """A check that tuning has not cost general abilities: shipped questions, and perplexity on general text."""
 
-    text_path: str | None = None
+    text_path: Place | None = None
     """General text (a text file, blank lines between passages, or JSONL with ``text``); by default the shipped one."""
     max_accuracy_drop: float = Field(0.05, ge=0.0, le=1.0)
     """Share of the shipped questions that may be lost before the report warns."""
@@ -51,7 +51,7 @@ class HarnessConfig(Config):
 
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of tasks, as ``lm-eval ls tasks`` has them, or of those in `include_path`."""
-    include_path: str | None = None
+    include_path: Place | None = None
     """Folder with task files (YAML) of your own."""
     num_fewshot: int | None = Field(None, ge=0)
     """Examples before each question; by default the task's own number."""
@@ -59,7 +59,7 @@ class HarnessConfig(Config):
     """Only the first so many documents of each task."""
     batch_size: int = Field(8, ge=1)
     """Documents at once."""
-    endpoint_tokenizer: str | None = None
+    endpoint_tokenizer: Place | None = None
     """Of an endpoint: the folder or hub id of its model's tokenizer. With it tasks of likelihoods are asked, too, by
     ``/v1/completions`` with log-probabilities; without it only tasks that generate, by ``/v1/chat/completions``."""
 
@@ -112,17 +112,17 @@ class MeasureConfig(Config):
     custom_functions: dict[str, str] = Field(default_factory=dict)
     """The functions of the metric custom by name, as ``package.module:function``; each takes answer and reference and
     gives a number, the higher the better. The first one's mean stands for the metric."""
-    reward_model_path: str | None = None
+    reward_model_path: Place | None = None
     """The model that the metric reward asks (`raytune-ft reward` trains one): a folder, artifact, URI or hub id. It
     reads the answers by its own chat template, so it may have other tokens than the models."""
     allow_leak: bool = False
     """Whether to go on, with a note in the report, where a model was trained on some of these rows."""
     near_duplicate: float = Field(0.8, gt=0.0, le=1.0)
     """Share of five-word sequences in common (Jaccard) from which a row counts as one that a model was trained on."""
-    production_path: str | None = None
+    production_path: Place | None = None
     """Feedback records (JSONL, Parquet, or a folder of these): the report then says how far what they ask is from what
     the test set asks. More records do not make a finished report another one: evaluate into another folder."""
-    production_embedder: str = "starter:all-minilm-l6-v2"
+    production_embedder: Place = "starter:all-minilm-l6-v2"
     """The embedder by which that is told; a folder, URI or hub id."""
     forgetting: ForgettingConfig | None = None
     """Whether, and how, general abilities are compared with the base's."""

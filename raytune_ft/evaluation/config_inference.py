@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from raytune_ft.core.config import Config
+from raytune_ft.core.config import Config, Place
 from raytune_ft.models.config import DecodingConfig, Precision
 
 
@@ -49,7 +49,7 @@ class EndpointConfig(Config):
     """So many rows in a row that failed mean that the endpoint is down: the others are not asked then."""
     api_key_variable: str = Field("OPENAI_API_KEY", min_length=1)
     """Environment variable that holds the key, if the endpoint wants one."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Folder, artifact or hub id of the served model's tokenizer. With it, likelihoods are asked, too (perplexity,
     choices): by text completions that echo their prompt with its log-probabilities."""
 

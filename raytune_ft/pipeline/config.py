@@ -96,7 +96,8 @@ class PipelineConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _joined(cls, settings: Any) -> Any:
-        if not isinstance(settings, Mapping) or not isinstance(settings.get("storage_path"), str):
+        given = settings.get("storage_path") if isinstance(settings, Mapping) else None
+        if not isinstance(given, str) or not given:
             return settings
         return _join(dict(settings))
 

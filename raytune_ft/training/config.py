@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raytune_ft.core.config import Config
+from raytune_ft.core.config import Config, Place
 from raytune_ft.evaluation.config import BleuTokenizer, EvaluationMetric
 from raytune_ft.models.config import Precision
 from raytune_ft.training import matrix
@@ -82,7 +82,7 @@ class FineTuningConfig(Config):
     """A prepared dataset (its train and validation splits), or a file of records."""
     method: FineTuningMethod = FineTuningMethod.LORA
     """Which weights are trained; `raytune-ft doctor --matrix` says what goes with which."""
-    adapter_path: str | None = None
+    adapter_path: Place | None = None
     """An adapter (folder, URI or artifact) whose weights the training goes on from; its shape must be the settings'."""
 
     num_train_epochs: float = Field(3.0, gt=0)

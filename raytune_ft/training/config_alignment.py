@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from raytune_ft.core.config import Place
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.training.config import OF_ANSWERS, DistillationConfig, FineTuningConfig, FineTuningMethod
 
@@ -131,7 +132,7 @@ class ReinforcementConfig(FineTuningConfig):
     (GRPO: Shao et al. 2024, arXiv:2402.03300). A step's rows are prompts: `per_device_train_batch_size` counts these.
     """
 
-    reward_model_path: str | None = None
+    reward_model_path: Place | None = None
     """A reward model that judges the answers (`raytune-ft reward` trains one), of the model's own tokens."""
     reward_metric: EvaluationMetric | None = None
     """A metric that judges each answer by the row's own, where what is right can be checked (numbers, JSON, labels)."""

@@ -34,6 +34,25 @@ def test_a_folder_gives_its_files_of_known_kinds_in_order(folder: Path) -> None:
     ]
 
 
+def test_links_that_lead_nowhere_are_refused_and_named(folder: Path) -> None:
+    (folder / "c.jsonl").symlink_to("gone.jsonl")
+    (folder / "sub/shards").symlink_to(folder / "gone")
+    (folder / "sub/self.csv").symlink_to("self.csv")
+    (folder / "sub/up").symlink_to(folder)
+    (folder / ".hidden.csv").symlink_to("gone.csv")
+    with pytest.raises(DataError, match=r"links that lead nowhere: c\.jsonl, sub/self\.csv, sub/shards; put back"):
+        find_files([str(folder)])
+    with pytest.raises(DataError, match=r"holds links that lead nowhere: c\.jsonl; put back"):
+        find_files([str(folder / "*.jsonl")])
+    assert [f.label for f in find_files([str(folder / "*.csv")])] == ["b.csv"]
+
+
+def test_links_below_an_output_of_ours_do_not_count(folder: Path) -> None:
+    (folder / "sub/manifest.json").write_text("{}")
+    (folder / "sub/c.jsonl").symlink_to("gone.jsonl")
+    assert [f.label for f in find_files([str(folder)])] == ["a.jsonl", "b.csv"]
+
+
 def test_files_of_the_same_name_are_told_apart_by_their_folder(folder: Path) -> None:
     assert [f.label for f in find_files([str(folder / "a.jsonl"), str(folder / "b.csv")])] == ["a.jsonl", "b.csv"]
     labels = [f.label for f in find_files([str(folder / "*.jsonl"), str(folder / "sub")])]
