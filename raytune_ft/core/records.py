@@ -151,6 +151,21 @@ def table_to_records(table: pa.Table) -> list[Record]:
     return [Record.from_row(row) for row in table.to_pylist()]
 
 
+def plain_metadata(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields as JSON has them: dates as text, and NaN, by which tables say that there is no number, as null.
+
+    Raises:
+        ValueError: if a number among them is infinite, which JSON cannot say.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str), parse_constant=_null_or_fault)
+    return plain
+
+
+def _null_or_fault(constant: str) -> None:
+    if constant != "NaN":
+        raise ValueError(f"a number that JSON cannot say: {constant}")
+
+
 def _messages(value: Any) -> tuple[Message, ...]:
     return tuple(Message(m["role"], m["content"], *(m.get(name) for name in _BESIDE_CONTENT)) for m in value or ())
 

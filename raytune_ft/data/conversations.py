@@ -135,10 +135,21 @@ def decoded(value: Any) -> Any:
 
 
 def as_json(value: Any) -> str | None:
-    """A value as JSON text; text is taken to be that already, and nothing is None."""
+    """A value as JSON text; text is taken to be that already, and nothing is None.
+
+    Raises:
+        FormatFault: if it holds a number that is infinite or NaN.
+    """
     if value is None or isinstance(value, str):
         return value or None
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return _written(value)
+
+
+def _written(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        raise FormatFault(f"wrong value in tools or calls: no number that JSON can say in {value!r:.40}") from None
 
 
 def tools_of(value: Any) -> str | None:
@@ -231,4 +242,4 @@ def _calls(value: Any, name: str) -> str:
         if not isinstance(call, Mapping):
             raise FormatFault(f"wrong type in {name!r}: a tool call that is no object: {call!r:.40}")
         wrapped.append(call if isinstance(call.get("function"), Mapping) else {"type": "function", "function": call})
-    return json.dumps(wrapped, ensure_ascii=False, default=str)
+    return _written(wrapped)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from raytune_ft.core.records import Message, Record
+from raytune_ft.core.records import Message, Record, plain_metadata
 from raytune_ft.data.config import RecordFormat
 from raytune_ft.data.conversations import (
     Columns,
@@ -219,7 +219,10 @@ def to_record(values: Mapping[str, Any], kind: RecordFormat, *, source: str, pos
         known["reference"] = _reference(take)
         known["tools"] = tools_of(take("tools"))
     extra = {key: value for key, value in values.items() if key not in take.taken and value is not None} | take.spare
-    metadata = json.loads(json.dumps(fields.pop("metadata", {}) | extra, default=str))
+    try:
+        metadata = plain_metadata(fields.pop("metadata", {}) | extra)
+    except ValueError as error:
+        raise FormatFault(f"wrong value in the metadata: {error}") from None
     return Record(**{**known, **fields}, metadata=metadata)
 
 

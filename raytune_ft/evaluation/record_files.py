@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.core.records import ROLES, Message, Record
+from raytune_ft.core.records import ROLES, Message, Record, plain_metadata
 from raytune_ft.core.storage import Location, storage_errors
 
 logger = logging.getLogger("raytune_ft")
@@ -119,10 +119,10 @@ def with_columns(record: Record, row: Mapping[str, Any], where: str) -> Record:
     taken = _SHOWN if row.get("messages") else _SHOWN | {"prompt"}
     names = [name for name in (COLUMNS if row.keys() >= _OURS else row) if name not in taken]
     metadata = dict(record.metadata)
-    for name, value in _plain({name: row[name] for name in names if _is_given(row.get(name))}).items():
+    for name, value in _plain({name: row[name] for name in names if _is_given(row.get(name))}, where).items():
         metadata[name if metadata.get(name, value) == value else f"{name} (column)"] = value
     if _is_given(row.get("id")) and row["id"] not in ("", record.id):
-        metadata |= _plain({_OWN_ID: row["id"]})
+        metadata |= _plain({_OWN_ID: row["id"]}, where)
     _refuse_halves([json.dumps(metadata, ensure_ascii=False)], where)
     return replace(record, metadata=metadata)
 
@@ -210,13 +210,14 @@ def _metadata(value: Any, where: str) -> dict[str, Any]:
         found = value
     if found is not None and not isinstance(found, dict):
         raise DataError(f"{where}: `metadata` must be a mapping of fields (got {value!r:.60})")
-    return _plain(found or {})
+    return _plain(found or {}, where)
 
 
-def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields as JSON has them: Parquet has dates, which JSON has not."""
-    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
-    return plain
+def _plain(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return plain_metadata(fields)
+    except ValueError as error:
+        raise DataError(f"{where}: the metadata hold {error}; mend the row, or leave it out") from None
 
 
 def _choices(value: Any, where: str) -> list[str]:

@@ -28,6 +28,7 @@ PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 class Proxy(StreamRequestHandler):
     """Notes what it is asked, and passes it on to `target`, whatever host is named."""
 
+    rbufsize = 0  # what follows the head stays in the socket
     asked: list[str]
     target: tuple[str, int]
 
@@ -41,7 +42,6 @@ class Proxy(StreamRequestHandler):
                 self.connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             else:
                 there.sendall(head)
-            there.sendall(self.rfile.peek() if select.select([self.rfile], [], [], 0)[0] else b"")
             while ready := select.select([self.connection, there], [], [])[0]:
                 for side in ready:
                     if not (some := side.recv(1 << 16)):

@@ -331,6 +331,27 @@ def test_a_nan_is_no_value() -> None:
     assert read({"prompt": "q", "completion": "a", "group": float("nan"), "tools": float("nan")}).metadata == {}
 
 
+def test_numbers_that_json_cannot_say_stand_in_no_metadata() -> None:
+    nested = read({"prompt": "q", "completion": "a", "scores": {"a": float("nan"), "b": [1.5, float("nan")]}})
+    assert nested.metadata == {"scores": {"a": None, "b": [1.5, None]}}
+    for number in (float("inf"), -float("inf")):
+        with pytest.raises(FormatFault, match=r"value in the metadata: a number that JSON cannot say: -?Inf"):
+            read({"prompt": "q", "completion": "a", "score": number})
+    record = {**Record(ANSWERED).to_row(), "metadata": '{"score": Infinity}'}
+    with pytest.raises(FormatFault, match="wrong value in the metadata"):
+        read(record)
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_numbers_that_json_cannot_say_stand_in_no_call_or_tool(number: float) -> None:
+    call = {"function": {"name": "find", "arguments": {"most": number}}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with pytest.raises(FormatFault, match="wrong value in tools or calls: no number that JSON can say"):
+        read({"messages": turns})
+    with pytest.raises(FormatFault, match="wrong value in tools or calls"):
+        read({"messages": [USER, ASSISTANT], "tools": [{"name": "find", "most": number}]})
+
+
 def test_reasoning_in_the_last_turn_becomes_the_rows() -> None:
     last = {**ASSISTANT, "reasoning_content": "since"}
     assert read({"messages": [USER, last]}).metadata == {"reasoning_content": "since"}

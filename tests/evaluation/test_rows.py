@@ -97,6 +97,16 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, fault: str) -> None:
         read_rows(str(path), "test")
 
 
+def test_metadata_hold_what_json_can_say(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    nothing = jsonl(tmp_path / "nan.jsonl", {**row, "metadata": {"score": float("nan"), "n": 1}})
+    assert read_rows(str(nothing), "test").records[0].metadata == {"score": None, "n": 1}
+    for given in ({"score": float("inf")}, '{"score": -Infinity}'):
+        path = jsonl(tmp_path / "infinite.jsonl", row, {**row, "metadata": given})
+        with pytest.raises(DataError, match=r"l:2: the metadata hold a number that JSON cannot say: -?Inf"):
+            read_rows(str(path), "test")
+
+
 def test_what_cannot_be_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no such dataset"):
         read_rows(str(tmp_path / "nothing"), "test")
