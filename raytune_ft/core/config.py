@@ -31,6 +31,13 @@ _QUERY_SECRETS = re.compile(
 
 
 _TAG = "tag:yaml.org,2002:"
+_LIKE, _LIKE_BY_WORDS, _LIKE_AS_PART = 0.75, 0.6, 0.28
+"""From which likeness (difflib's, up to 1) a setting is meant by an unknown key; where they share a word; where the key
+is a part of the setting."""
+_AS_LIKE = 0.04
+"""How much less like a setting may be that is named beside the likest."""
+_TELLING_LETTERS = 4
+"""Letters of a key that it takes to know a setting by how one of its words begins."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -231,9 +238,8 @@ def _fault(item: Any, cls: type[BaseModel]) -> str:
     kind = item["type"]
     if kind == "extra_forbidden":
         known = sorted(_fields_at(cls, location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        if near:
-            return f"{key}: there is no such setting; did you mean {near[0]}?"
+        if near := _nearest(location[-1], known):
+            return f"{key}: there is no such setting; did you mean {' or '.join(near)}?"
         return f"{key}: there is no such setting (known: {', '.join(known)})"
     if kind == "missing":
         return f"{key}: is required and was not given"
@@ -242,6 +248,21 @@ def _fault(item: Any, cls: type[BaseModel]) -> str:
     if kind == "value_error" and (not location or isinstance(got, dict | None.__class__)):
         return f"{key}: {wanted}" if key else wanted
     return f"{key}: {wanted} (got {got!r})"
+
+
+def _nearest(key: str, known: Iterable[str]) -> list[str]:
+    """The settings that a key may stand for: those that it is a part of, or that are spelt much like it; of more than
+    one the likest."""
+    words = set(key.split("_"))
+    found = {}
+    for name in known:
+        likeness = difflib.SequenceMatcher(None, name, key).ratio()
+        parts = set(name.split("_"))
+        shared = words & parts
+        is_part = shared == words or (len(key) >= _TELLING_LETTERS and any(part.startswith(key) for part in parts))
+        if likeness >= (_LIKE_AS_PART if is_part else _LIKE_BY_WORDS if shared else _LIKE):
+            found[name] = likeness
+    return [name for name, likeness in found.items() if likeness > max(found.values()) - _AS_LIKE]
 
 
 def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:

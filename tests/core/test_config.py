@@ -7,8 +7,13 @@ from typing import Annotated
 import pytest
 from pydantic import Field, SecretStr, ValidationError, model_validator
 
+from raytune_ft.compression.config import PruningJob
 from raytune_ft.core.config import Config, apply_overrides, load_config, masked, read_settings
 from raytune_ft.core.errors import ConfigError, UserError
+from raytune_ft.evaluation.config import EvaluationConfig
+from raytune_ft.serving.config import ServingConfig
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.tuning.config import SweepConfig
 
 
 class Method(StrEnum):
@@ -75,6 +80,39 @@ def test_a_misspelt_key_says_which_key_was_meant(tmp_path):
     )
     nested = fault(tmp_path, "model_path: x\noptimizer: {learning_rat: 1}\n")
     assert nested == "train.yaml: optimizer.learning_rat: there is no such setting; did you mean learning_rate?"
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "meant"),
+    [
+        (ServingConfig, "modle_path", "model_path"),
+        (ServingConfig, "max_token", "max_new_tokens"),
+        (ServingConfig, "timeout", "drain_timeout_s"),
+        (ServingConfig, "ab", "ab_test"),
+        (FineTuningConfig, "epochs", "num_train_epochs"),
+        (FineTuningConfig, "alpha", "lora_alpha"),
+        (FineTuningConfig, "batch_size", "per_device_eval_batch_size or per_device_train_batch_size"),
+        (FineTuningConfig, "model_name", "model_path"),
+        (SweepConfig, "trials", "num_trials"),
+    ],
+)
+def test_a_setting_is_meant_by_a_part_of_it_or_a_like_spelling(config, key, meant):
+    with pytest.raises(ConfigError, match=f"{key}: there is no such setting; did you mean {meant}\\?"):
+        config(**{key: 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        *((ServingConfig, key) for key in ("bits", "max_length", "device", "cors", "temperature")),
+        *((FineTuningConfig, key) for key in ("lr", "optimizer", "fp16")),
+        *((EvaluationConfig, key) for key in ("max_new_tokens", "generation")),
+        *((PruningJob, key) for key in ("sparse", "ratio")),
+    ],
+)
+def test_no_setting_is_meant_by_a_key_that_only_looks_a_little_like_it(config, key):
+    with pytest.raises(ConfigError, match=rf"{key}: there is no such setting \(known: "):
+        config(**{key: 1})
 
 
 def test_a_key_like_no_other_lists_the_known_ones(tmp_path):
