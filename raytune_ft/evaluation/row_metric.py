@@ -59,7 +59,11 @@ class RowMetric(evaluate.Metric):  # type: ignore[misc]  # evaluate is untyped
         return {name: float(value) for name, value in self.values(sums).items()}
 
     def check(self, references: Iterable[str]) -> None:
-        """Raises DataError, with the reason, if this metric does not fit the references."""
+        """Raises DataError, with the reason, if this metric does not fit the references, one by one or all together."""
+        self.check_each(references)
+
+    def check_each(self, references: Iterable[str]) -> None:
+        """Raises DataError, with the reason, if this metric does not fit one of the references."""
         for row, reference in enumerate(references):
             reason = self.misfit(reference)
             if reason is not None:

@@ -41,7 +41,7 @@ class MetricJudge:
             DataError: if it does not fit a row's own answer.
         """
         references = [_right(self._tokenizer, question) for question in questions]
-        self._metric.check(references)
+        self._metric.check_each(references)
         columns = self._metric.columns(predictions=[answer.text for answer in answers], references=references)
         return [self._sign * float(score) for score in self._metric.row_scores(columns)]
 

@@ -121,6 +121,22 @@ def test_field_f1_by_hand() -> None:
     assert found["field_f1_macro"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 4) / 2)
 
 
+def test_an_object_without_fields_is_right_where_the_reference_is_one() -> None:
+    metric = make_metric(EvaluationMetric.FIELD_F1, {})
+    answers, references = ["{}", "none", '{"a": 1}', "{}", '{"a": 1}'], ["{}", "{}", "{}", '{"a": 1}', '{"a": 1}']
+    metric.check(references)
+    columns = metric.columns(predictions=answers, references=references)
+    assert metric.row_scores(columns).tolist() == [1, 0, 0, 0, 1]
+    found = metric.summary(columns)  # shared 1, given 2, wanted 2
+    assert [found[f"field_{name}"] for name in ("precision", "recall", "f1")] == [1 / 2, 1 / 2, 1 / 2]
+    assert found["field_accuracy.a"] == 1 / 2
+
+
+def test_field_f1_is_refused_where_no_reference_has_fields() -> None:
+    with pytest.raises(DataError, match="compares the fields of JSON objects, and every reference is an empty one"):
+        compute("field_f1", ["{}", "a"], ["{}", "{}"])
+
+
 def test_field_f1_equals_sklearn_on_the_pairs() -> None:
     from sklearn.metrics import precision_recall_fscore_support
     from sklearn.preprocessing import MultiLabelBinarizer
@@ -192,7 +208,6 @@ def test_a_tokenizer_whose_package_is_not_there_is_refused_with_its_name() -> No
     [
         (EvaluationMetric.FIELD_F1, "plain text", "it compares the fields of JSON objects"),
         (EvaluationMetric.FIELD_F1, "[1, 2]", "it compares the fields of JSON objects"),
-        (EvaluationMetric.FIELD_F1, "{}", "it compares the fields of JSON objects"),
         (EvaluationMetric.VALID_JSON, "Paris", "it asks for JSON objects or arrays"),
         (
             EvaluationMetric.ROUGE,
@@ -404,7 +419,7 @@ def test_of_very_many_fields_the_most_frequent_are_looked_at_and_the_others_coun
     references = [json.dumps({"name": n, f"own {n}": n, f"other {n}": n}) for n in range(60)]
     metric = make_metric(EvaluationMetric.FIELD_F1, {})
     columns = metric.columns(predictions=references, references=references)
-    assert len(columns) == 3 + 3 * MOST_FIELDS + 1
+    assert len(columns) == 4 + 3 * MOST_FIELDS + 1
     found = metric.summary(columns)
     assert (found["field_f1"], found["field_accuracy.name"], found["field_f1_macro"]) == (1.0, 1.0, 1.0)
     assert found["field_others"] == 121 - MOST_FIELDS

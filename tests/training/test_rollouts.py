@@ -179,6 +179,13 @@ def test_bleu_rewards_answers_by_the_tokens_that_the_settings_name(reinforcement
         MetricJudge(reinforcement(reward_metric="bleu"), chat).rewards(questions, answers)
 
 
+@pytest.mark.parametrize(("metric", "empty"), [("field_f1", "{}"), ("set_f1", "[]")])
+def test_prompts_of_one_step_may_all_want_nothing(metric: str, empty: str, reinforcement, undecided) -> None:
+    judge = MetricJudge(reinforcement(reward_metric=metric), Chat(load_tokenizer(str(undecided))))
+    answers = [Completion(said, [], "stop") for said in (empty, '{"a": 1}')]
+    assert judge.rewards([Question([], [], empty)] * 2, answers) == [1, 0]
+
+
 def test_references_are_looked_at_by_the_tokens_that_the_settings_name(reinforcement, undecided, tmp_path) -> None:
     rows = prompts_file(undecided, tmp_path / "chinese.parquet", [("order 1", "今天天气很好")])
     splits = {"train": PromptRows([rows], str(tmp_path / "rows"))}
