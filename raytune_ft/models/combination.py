@@ -124,6 +124,8 @@ def _check_combination(
     odd = [f"{path}={weight}" for path, weight in zip(paths, weights, strict=True) if not math.isfinite(weight)]
     if odd:
         raise ModelError(f"weights must be finite numbers (got {', '.join(odd)})")
+    if not any(weights):
+        raise ModelError("weights are all 0, which leaves the base alone; give one adapter at least another")
 
 
 def _of_one_base(adapters: Mapping[str, str]) -> dict[str, Path]:

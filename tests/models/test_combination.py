@@ -122,6 +122,8 @@ def test_what_has_no_sum_is_refused_by_name(tiny_model: Path, tmp_path: Path) ->
         combine_adapters([plain, other], [1, 1], tmp_path / "out", rank=2)
     with pytest.raises(ModelError, match=r"weights must be finite numbers \(got .*=nan\)"):
         combine_adapters([plain, other], [1, float("nan")], tmp_path / "out")
+    with pytest.raises(ModelError, match="weights are all 0, which leaves the base alone"):
+        combine_adapters([plain, other], [0, 0], tmp_path / "out")
     for rank, words in ((0, "at least 1"), (1000, r"at most \d+, the width of the narrowest layer")):
         with pytest.raises(ModelError, match=words):
             combine_adapters([plain, other], [1, 1], tmp_path / "out", "svd", rank=rank)
