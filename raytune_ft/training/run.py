@@ -224,6 +224,7 @@ def _fit(
     reported: Reported | None,
 ) -> None:
     demand = worker_demand(config, use_gpu=use_gpu)
+    storage_path, filesystem = output.for_ray
     told = {"config": config, "splits": splits, "output": output.uri, "board": board, "threads": demand.threads}
     trainer = _InterruptibleTrainer(
         _worker,
@@ -234,7 +235,8 @@ def _fit(
         ),
         run_config=RunConfig(
             name=RAY_STATE,
-            storage_path=output.uri,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             callbacks=list(reported.callbacks) if reported is not None else None,
             worker_runtime_env={"env_vars": cluster.worker_environment()},

@@ -134,7 +134,7 @@ def _as_it_began(config: SweepConfig, output: Location) -> SweepConfig:
     The cluster, or `max_concurrent_trials`, may be another now.
     """
     began = output / _RAY_STATE / _TOGETHER
-    if not (began.exists() and Tuner.can_restore((output / _RAY_STATE).uri)):
+    if not (began.exists() and Tuner.can_restore(*(output / _RAY_STATE).for_ray)):
         return config
     together = int(json.loads(began.read()))
     if config.max_concurrent_trials not in {None, together}:
@@ -206,7 +206,7 @@ def _search(
         told = Progress(output / stage.name, config.metric, tracked)
         return _trials(config, arrangement, output, stage, told)
 
-    if not Tuner.can_restore((output / _RAY_STATE).uri):
+    if not Tuner.can_restore(*(output / _RAY_STATE).for_ray):
         (output / _RAY_STATE / _TOGETHER).write(json.dumps(arrangement.together).encode())
     stage = _first_stage(config, output, arrangement.together, limit)
     result = _of_those_measured(SweepResult(config.metric, trials(stage)), config)
@@ -271,10 +271,16 @@ def _second_stage(config: SweepConfig, result: SweepResult, together: int) -> _S
 
 
 def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:
-    where = (output / stage.name).uri
-    if Tuner.can_restore(where):
+    where, filesystem = (output / stage.name).for_ray
+    if Tuner.can_restore(where, filesystem):
         logger.info("tune: resumes the trials that are left")
-        return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
+        return Tuner.restore(
+            where,
+            trainable=arrangement.trainable,
+            resume_unfinished=True,
+            restart_errored=True,
+            storage_filesystem=filesystem,
+        )
     pointers = CheckpointConfig(checkpoint_frequency=1, num_to_keep=homes.POINTERS_KEPT)
     return Tuner(
         arrangement.trainable,
@@ -282,7 +288,8 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
         tune_config=replace(stage.searched, metric=config.goal.metric, mode=config.goal.mode, reuse_actors=True),
         run_config=RunConfig(
             name=stage.name,
-            storage_path=output.uri,
+            storage_path=output.for_ray[0],
+            storage_filesystem=filesystem,
             checkpoint_config=pointers if arrangement.proxies else CheckpointConfig(),
             failure_config=FailureConfig(max_failures=config.training.max_failures),
             stop=stage.stop,
