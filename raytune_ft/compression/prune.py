@@ -19,11 +19,11 @@ import torch
 from raytune_ft.compression.agreement import Agreement, compare, next_token_logits, text_ids
 from raytune_ft.compression.calibration import calibration_rows
 from raytune_ft.compression.config import PruningConfig, PruningMethod, PruningScope
-from raytune_ft.compression.source import full_precision
+from raytune_ft.compression.source import full_precision, refuse_quantized
 from raytune_ft.compression.wanda import prune_by_inputs, zero_least
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.chat import Chat
-from raytune_ft.models.loading import load_tokenizer
+from raytune_ft.models.loading import UNREADABLE, load_tokenizer
 from raytune_ft.models.scoring import context_tokens
 from raytune_ft.models.sparsity import MARK, fused_experts, write_compact
 
@@ -144,6 +144,25 @@ def _prune_by_inputs(model: Any, chat: Chat, layers: Sequence[Layer], config: Pr
         pattern=config.kept_of_group,
     )
     return sum(map(len, rows))
+
+
+def refuse_pattern(reference: str, config: PruningConfig) -> None:
+    """Checks that the pattern, if there is one, fits a model's layers; by their shapes, no weights are loaded.
+
+    Raises:
+        ModelError: as `write_pruned`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    described = refuse_quantized(reference)
+    if config.kept_of_group is None:
+        return
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(described)
+    except UNREADABLE:
+        return  # it has no shapes without its weights, and is looked at when these are there
+    _refuse_misfits(prunable(model), config)
 
 
 def _refuse_misfits(layers: Sequence[Layer], config: PruningConfig) -> None:

@@ -6,20 +6,26 @@ Steps that are finished are not looked at again: the same settings found their w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import islice
 
 from raytune_ft.compression.config import PruningJob, QuantizationJob, QuantizationMethod
 from raytune_ft.compression.environment import quantizer_python
+from raytune_ft.compression.prune import refuse_pattern
 from raytune_ft.compression.run import calibration_parents
 from raytune_ft.compression.source import refuse_quantized
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_manifest
 from raytune_ft.core.cluster import Cluster
 from raytune_ft.core.draft import refuse_other
-from raytune_ft.core.errors import ArtifactError, UserError
+from raytune_ft.core.errors import ArtifactError, DataError, UserError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.placement import ResourcePlan
+from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
-from raytune_ft.data.sources import find_files
+from raytune_ft.data.formats import FormatFault, format_of_row, to_record
+from raytune_ft.data.prepared import PreparedDataset
+from raytune_ft.data.readers import read_rows as source_rows
+from raytune_ft.data.sources import SourceFile, find_files
 from raytune_ft.evaluation.checks import check_leaks, refuse_uncheckable
 from raytune_ft.evaluation.config import EvaluationConfig, MeasureConfig
 from raytune_ft.evaluation.config_ladder import LadderConfig
@@ -35,8 +41,8 @@ from raytune_ft.serving.choice import quantization_of, refuse_unservable, refuse
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.run import plan_of
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.config_alignment import PreferenceConfig
-from raytune_ft.training.inputs import checked, refuse_missing_packages
+from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss
+from raytune_ft.training.inputs import checked, refuse_missing_packages, refuse_other_kind
 from raytune_ft.training.run import worker_demand
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.homes import apart, refuse_pausing
@@ -50,6 +56,8 @@ _KINDS = {
     "serve": ArtifactKind.ENDPOINT,
 }
 """What each step leaves; the others leave a model."""
+_LOOKED_AT = 100
+"""Rows of a file among which one that can be read is looked for."""
 _ROLES = {"train": None, "evaluate": "tuned", "align": "adapter"}
 """What a step's manifest calls the model that it takes from an earlier one; most call it so. `train` takes none."""
 
@@ -99,12 +107,16 @@ def _needs_environment(job: QuantizationJob) -> bool:
 
 
 def refuse_unfit(config: PipelineConfig, names: Sequence[str]) -> None:
-    """Checks what the prepared dataset tells of the measurements that are still to come.
+    """Checks what the prepared dataset tells of the steps that are still to come.
 
     Raises:
-        UserError: if metrics and rows do not fit each other, or a model that is there was trained on test rows.
+        UserError: if metrics and rows do not fit each other, a model that is there was trained on test rows, or what is
+            to learn from preferences finds none.
     """
     ahead = unfinished(config, names)
+    if config.align is not None and "align" in ahead and _is_made_here(config, config.align.dataset_path):
+        with _of("align"):
+            refuse_other_kind(config.align, _splits(open_artifact(config.align.dataset_path, ArtifactKind.DATASET)))
     if config.evaluate is not None and "evaluate" in ahead:
         with _of("evaluate"):
             _refuse_unmeasured(config, config.evaluate)
@@ -143,6 +155,8 @@ def _refuse_unusable(config: PipelineConfig, name: str) -> None:
         refuse_quantized(config.model_path)
         if settings.calibration_path is not None and not _is_made_here(config, settings.calibration_path):
             calibration_parents(settings)
+        if isinstance(settings, PruningJob):
+            refuse_pattern(config.model_path, settings)
     elif isinstance(settings, ServingConfig):
         refuse_whole_models(settings)
         base = resolve_model(config.model_path)
@@ -172,9 +186,37 @@ def _refuse_untrainable(config: PipelineConfig, settings: FineTuningConfig) -> N
     if _is_made_here(config, dataset):
         return
     if has_manifest(dataset):
-        open_artifact(dataset, ArtifactKind.DATASET, verify="size")
+        refuse_other_kind(settings, _splits(open_artifact(dataset, ArtifactKind.DATASET, verify="size")))
     else:
-        find_files([dataset])
+        _refuse_other_records(settings, find_files([dataset]))
+
+
+def _splits(dataset: Artifact) -> dict[str, list[str]]:
+    found = PreparedDataset(dataset).files
+    return {split: [(dataset / name).uri for name in names] for split, names in found.items()}
+
+
+def _refuse_other_records(settings: FineTuningConfig, files: Sequence[SourceFile]) -> None:
+    """Checks that the first record of each file is one that the step learns from; faulty rows are prepare's to find."""
+    if not isinstance(settings, PreferenceConfig):
+        return
+    rated = settings.loss_type is PreferenceLoss.KTO
+    for file in files:
+        record = next(_records(file), None)
+        if record is not None and (record.label is None if rated else not record.rejected):
+            wanted = "an answer with a label or a rating" if rated else "a pair of a chosen and a rejected answer"
+            raise DataError(
+                f"{file.label}: row {record.position + 1} is not {wanted}, which loss_type {settings.loss_type} learns "
+                "from; name such records in dataset_path, or another loss_type"
+            )
+
+
+def _records(file: SourceFile) -> Iterator[Record]:
+    for row in islice(source_rows(file), _LOOKED_AT):
+        with suppress(FormatFault):
+            if row.values is not None:
+                kind, _ = format_of_row(row.values, None)
+                yield to_record(row.values, kind, source=file.label, position=row.position)
 
 
 def _refuse_unmeasurable(config: PipelineConfig, settings: MeasureConfig) -> None:

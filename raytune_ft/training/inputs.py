@@ -83,11 +83,20 @@ def splits_of(config: FineTuningConfig, where: Location) -> dict[str, list[str]]
         max_length=config.max_length,
         prompts=isinstance(config, ReinforcementConfig),
     )
+    refuse_other_kind(config, splits)
+    return splits
+
+
+def refuse_other_kind(config: FineTuningConfig, splits: dict[str, list[str]]) -> None:
+    """Checks that the rows of splits are what a run learns from: pairs, or rated answers, where it wants such.
+
+    Raises:
+        DataError: with the number of rows that are not.
+    """
     if isinstance(config, PreferenceConfig) and config.loss_type is PreferenceLoss.KTO:
         refuse_unrated(splits, config.dataset_path)
     elif isinstance(config, PreferenceConfig | RewardConfig):
         refuse_unpaired(splits, config.dataset_path)
-    return splits
 
 
 def model_parents(config: FineTuningConfig, storage: Location) -> list[Parent]:

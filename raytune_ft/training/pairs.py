@@ -23,6 +23,9 @@ REJECTED = "rejected_"
 """What the columns of a pair's rejected row begin with; the chosen one's are those of any row."""
 
 
+_REJECTED_IDS = REJECTED + "input_ids"
+
+
 @dataclass(frozen=True)
 class PairBatch(PackedBatch):
     """Pairs in one padding-free sequence: row 2i is the chosen one of pair i, row 2i + 1 the rejected one."""
@@ -133,7 +136,7 @@ def refuse_unpaired(splits: dict[str, list[str]], dataset: str) -> None:
     Raises:
         DataError: with the number of rows that have no rejected answer.
     """
-    single, rows = _missing(splits, REJECTED + "input_ids")
+    single, rows = _missing(splits, _REJECTED_IDS)
     if single:
         raise DataError(
             f"{dataset}: {single} of {rows} rows are no preferences (they have no rejected answer). Every row needs a "
@@ -150,7 +153,11 @@ def _missing(splits: dict[str, list[str]], wanted: str) -> tuple[int, int]:
 def _missing_of(file: Location, wanted: str) -> tuple[int, int]:
     with pq.ParquetFile(file.path, filesystem=file.filesystem) as opened:
         footer = opened.metadata
-        if wanted not in opened.schema_arrow.names:
+        names = opened.schema_arrow.names
+        if wanted == _REJECTED_IDS and "rejected" in names and "input_ids" not in names:  # prepared for no model yet
+            parts = opened.iter_batches(columns=["rejected"])
+            return sum(part.column(0).to_pylist().count([]) for part in parts), footer.num_rows
+        if wanted not in names:
             return footer.num_rows, footer.num_rows
         place = next(n for n in range(footer.num_columns) if footer.schema.column(n).path.split(".")[0] == wanted)
         groups = [footer.row_group(n).column(place).statistics for n in range(footer.num_row_groups)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from raytune_ft.core.artifacts import Artifact
@@ -14,6 +15,7 @@ from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, ClusterError, ConfigError, DataError, UserError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.placement import Node
+from raytune_ft.core.records import Message, Record, records_to_table
 from raytune_ft.pipeline.config import FOLDERS, PipelineConfig
 from raytune_ft.pipeline.preflight import refuse_early, refuse_misfits, refuse_unfit
 
@@ -82,6 +84,7 @@ def finish(config: PipelineConfig, name: str, **parents: Artifact) -> Artifact:
         ),
         ({"evaluate": {"metrics": ["reward"], "reward_model_path": "./no"}}, "evaluate: .*no: there is no such model"),
         ({"prune": {"method": "wanda", "calibration_path": "no.jsonl"}}, "prune: calibration_path: .*no.jsonl"),
+        ({"prune": {"method": "structured", "pattern": "5:7"}}, "prune: .*: its input of 64 is not a multiple of 7"),
         ({"serve": {"adapters": {"a": "./no"}}}, "serve: .*no: there is no such model folder"),
         ({"serve": {"engine": "vllm"}}, "serve: engine: vllm does not load bitsandbytes weights"),
         ({"serve": {"engine": "vllm"}, "quantize": None}, "serve: engine: vllm serves no adapter as a model"),
@@ -101,6 +104,48 @@ def test_what_a_later_step_would_refuse_is_refused_before_the_first(settings, ch
 def test_what_steps_of_the_pipeline_make_for_each_other_need_not_be_there(settings, tmp_path: Path) -> None:
     own = str(tmp_path / "runs" / "dataset")
     look_ahead(settings, prune={"method": "wanda", "calibration_path": own}, align={"dataset_path": own})
+
+
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+RATED = {"prompt": "q", "completion": "a", "label": True}
+
+
+def test_rows_that_align_cannot_learn_from_are_refused_before_the_first_step(settings, orders, tmp_path: Path) -> None:
+    for name, row in (("pairs", PAIR), ("rated", RATED)):
+        (tmp_path / f"{name}.jsonl").write_text("{not JSON}\n" + json.dumps(row) + "\n")
+    pairs, rated = str(tmp_path / "pairs.jsonl"), str(tmp_path / "rated.jsonl")
+    look_ahead(settings, align={"dataset_path": pairs})
+    look_ahead(settings, align={"dataset_path": rated, "loss_type": "kto"})
+    with pytest.raises(DataError, match=r"^align: rated.jsonl: row 2 is not a pair of a chosen and a .* loss_type dpo"):
+        look_ahead(settings, align={"dataset_path": rated})
+    with pytest.raises(DataError, match=r"^align: pairs.jsonl: row 2 is not an answer with a label .* loss_type kto"):
+        look_ahead(settings, align={"dataset_path": pairs, "loss_type": "kto"})
+    with pytest.raises(DataError, match=r"^align: .*: row 1 is not a pair"):
+        look_ahead(settings, align={"dataset_path": str(orders)})
+
+
+def prepared(folder: Path, records: list[Record]) -> str:
+    draft = begin(folder, ArtifactKind.DATASET, settings={})
+    with draft:
+        (draft.folder / "train").mkdir()
+        pq.write_table(records_to_table(records), draft.folder / "train/00000.parquet")
+    return str(folder)
+
+
+def test_a_dataset_that_align_cannot_learn_from_is_refused_before_the_first_step(settings, tmp_path: Path) -> None:
+    one, two = (Message("assistant", text) for text in "ab")
+    asked = (Message("user", "q"),)
+    pair, rated = Record(asked, chosen=(one,), rejected=(two,)), Record((*asked, one), label=False)
+    pairs, mixed = prepared(tmp_path / "pairs", [pair, pair]), prepared(tmp_path / "mixed", [pair, rated])
+    look_ahead(settings, align={"dataset_path": pairs})
+    with pytest.raises(DataError, match=r"align: .*mixed: 1 of 2 rows are no preferences"):
+        look_ahead(settings, align={"dataset_path": mixed})
+    with pytest.raises(DataError, match=r"align: .*mixed: 1 of 2 rows are not rated"):
+        look_ahead(settings, align={"dataset_path": mixed, "loss_type": "kto"})
+    own = prepared(tmp_path / "runs/dataset", [pair, rated])
+    config = PipelineConfig(**{**settings, "evaluate": None, "align": {"dataset_path": own}})
+    with pytest.raises(DataError, match=r"align: .*dataset: 1 of 2 rows are no preferences"):
+        refuse_unfit(config, named(config))
 
 
 @pytest.mark.parametrize(
