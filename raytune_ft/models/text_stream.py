@@ -35,9 +35,12 @@ class TextStream:
         start = self._bounds[0] if self._bounds else 0
         before, after = self._decode(self._ids[start : self._settled]), self._decode(self._ids[start:])
         if after.endswith("\ufffd"):
+            self._leave_out(token)
             return ""
         # Bytes that make no character can turn those before them into such, too, which have been shown by then.
         new = after[len(before) :] if after.startswith(before) else self._decode(self._ids[self._settled :])
+        if not new and self._leave_out(token):
+            return ""
         if new:
             self._bounds.append(self._settled)
         self._decoded += new
@@ -45,6 +48,13 @@ class TextStream:
         while len(self._bounds) > 1 and self._bounds[1] <= self._settled - _CONTEXT:
             self._bounds.popleft()
         return self._show(self._decoded, hold=True)
+
+    def _leave_out(self, token: int) -> bool:
+        """Takes the last token away again if decoding skips it: a long run of such would be read anew for each."""
+        if self._decode([token]) or not self._tokenizer.decode([token]):
+            return False
+        self._ids.pop()
+        return True
 
     def finish(self) -> str:
         """What was held back; to be called once, when no more tokens come."""

@@ -115,6 +115,27 @@ def test_special_tokens_in_between_take_no_space_away() -> None:
     assert "".join(pushed(TextStream(tokenizer), [*[end] * 9, word, word])) == "yes yes"
 
 
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.decoded = tokenizer, 0
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        self.decoded += len(ids)
+        return self._tokenizer.decode(ids, **options)
+
+
+@pytest.mark.parametrize("before", ["", "▁yes", "<0xF0>"])
+def test_a_long_run_of_special_tokens_is_decoded_once(before: str) -> None:
+    tokenizer = byte_fallback()
+    word, end = tokenizer.convert_tokens_to_ids(["▁yes", "</s>"])
+    ids = [*tokenizer.convert_tokens_to_ids([before] if before else []), *[end] * 1000, word]
+    counting = Counting(tokenizer)
+    assert "".join(pushed(TextStream(counting), ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert counting.decoded < 10 * len(ids)
+
+
 def test_bytes_that_make_no_character_are_shown_as_such_and_lose_nothing_after_them() -> None:
     tokenizer = byte_fallback()
     generator = random.Random(0)
