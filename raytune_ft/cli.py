@@ -113,9 +113,18 @@ def _load(where: str) -> Any:
 def main() -> None:
     """The command ``raytune-ft``."""
     try:
-        app(prog_name="raytune-ft")
+        _run_app()
     except OutputError as error:
         sys.exit(_fail(error))
+
+
+def _run_app() -> None:
+    try:
+        app(prog_name="raytune-ft")
+    except OSError:
+        with standard_output() as out:  # says so where it was this that takes no more, as of a page of help
+            out.write("\n")
+        raise
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:

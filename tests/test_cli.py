@@ -308,7 +308,8 @@ def test_runs_of_a_path_without_any(tmp_path):
 def test_standard_output_that_takes_no_more_is_one_line_or_silence(tmp_path, unbuffered):
     program = "from raytune_ft.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": unbuffered}
-    for arguments in (["runs", str(tmp_path)], ["schema", "train"], ["key"], ["doctor", "--matrix", "--markdown"]):
+    tables = (["runs", str(tmp_path)], ["schema", "train"], ["key"], ["doctor", "--matrix", "--markdown"])
+    for arguments in (*tables, ["--help"], ["train", "--help"]):
         words = [sys.executable, "-c", program, *arguments]
         with Path("/dev/full").open("w") as full:
             ended = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
