@@ -187,7 +187,7 @@ def test_a_trial_goes_on_from_the_newest_state_of_another_whose_exchanged_one_is
 ) -> None:
     """Of states 1 to `kept` the last two will stay; 0 is deleted."""
     monkeypatch.setattr(PopulationBasedTraining, "_exploit", lambda *given: None)
-    made = scheduler(sweep(scheduler="pbt", grace_steps=8), Location.at(tmp_path), 2)
+    made = scheduler(sweep(scheduler="pbt", grace_steps=8), Location.at(tmp_path))
     made.set_search_properties("eval_loss", "min")
     trial, donor = (Trial("nothing", trial_id=name, stub=True) for name in "ab")
     tune = Tune(made, [trial, donor])
