@@ -28,6 +28,8 @@ def open_s3(uri: str) -> tuple[Any, str]:
         OSError: if the proxy is none that S3 can be reached by, or the bucket's region is not known there.
         pyarrow.ArrowInvalid: if the URI is none of S3's.
     """
+    if not urllib.request.getproxies().keys() & _PORTS.keys():
+        return fs.FileSystem.from_uri(uri)  # type: ignore[no-any-return]
     bucket, options = urlsplit(uri).hostname or "", parse_qs(urlsplit(uri).query)
     is_amazons = "endpoint_override" not in options and not any(map(os.environ.get, _ENDPOINTS))
     proxy = _proxy_to("https", f"{bucket}.s3.amazonaws.com")
