@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.errors import InfeasibleError
+from raytune_ft.core.manifest import MANIFEST
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import OBJECTIVES
+from raytune_ft.training.folder import CHECKPOINTS
 from raytune_ft.training.reporting import EvaluationReport
 
 Splits = Mapping[int, dict[str, list[str]]]
@@ -37,9 +39,12 @@ class Own:
         """GPUs of a run."""
         return int(self.device != "cpu")
 
-    def start(self, name: str, settings: Mapping[str, Any]) -> OwnRun:
-        """The run of a trial; it goes on from its newest checkpoint, if it has one."""
-        return OwnRun(self, self.trial(settings), self.folder(name))
+    def start(self, name: str, settings: Mapping[str, Any], heard: int | None = None) -> OwnRun:
+        """The run of a trial; it goes on from its newest checkpoint, if it has one.
+
+        Evaluations between the step that was `heard` of last and that checkpoint's are told first.
+        """
+        return OwnRun(self, self.trial(settings), self.folder(name), heard)
 
     def trial(self, settings: Mapping[str, Any]) -> FineTuningConfig:
         """A trial's settings for a run of its own: it saves where it is evaluated, and leaves trackers to the sweep.
@@ -80,8 +85,8 @@ class _LeftError(Exception):
 class OwnRun:
     """A training run in a thread of its own."""
 
-    def __init__(self, own: Own, config: FineTuningConfig, output: Location) -> None:
-        self._own, self._config, self._output = own, config, output
+    def __init__(self, own: Own, config: FineTuningConfig, output: Location, heard: int | None) -> None:
+        self._own, self._config, self._output, self._heard = own, config, output, heard
         self._reports: queue.Queue[dict[str, Any] | Exception] = queue.Queue()
         self._asked = threading.Semaphore(0)
         self._left = False
@@ -131,6 +136,23 @@ class OwnRun:
                 self._reports.put({**self._last, "status": "finished", "reason": "ended before its last step"})
 
     def _tell(self, row: dict[str, Any]) -> None:
+        heard, self._heard = self._heard, None
+        for missed in self._evaluations(row, heard) if heard is not None else ():
+            self._say(missed)
+        self._say(row)
+
+    def _evaluations(self, row: dict[str, Any], heard: int) -> Iterator[dict[str, Any]]:
+        """Those after a step and before that of `row`, as the checkpoint of that step remembers them."""
+        from raytune_ft.training.checkpoint import StoredCheckpoint, folder_of
+
+        folder, tokens = folder_of(self._output / CHECKPOINTS, row["global_step"]), 0.0
+        history = StoredCheckpoint(folder).progress["history"] if (folder / MANIFEST).exists() else []
+        for past in history:
+            tokens += past["tokens"]
+            if heard < past["step"] < row["global_step"] and any(name.startswith("eval_") for name in past):
+                yield {**past, "global_step": past["step"], "tokens": tokens, "last_step": row["last_step"]}
+
+    def _say(self, row: dict[str, Any]) -> None:
         step = row["global_step"]
         status = "finished" if step == row["last_step"] else "running"
         self._last = {"step": step, "metrics": row, "status": status, "reason": "", "snapshot": None}

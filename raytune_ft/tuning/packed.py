@@ -7,17 +7,16 @@ Meets Ray, beside `run.py`, because a proxy is a class of Ray Tune's and a bank 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
+from pyarrow.fs import LocalFileSystem
 from ray.tune import PlacementGroupFactory, Trainable, with_parameters, with_resources
 
 from raytune_ft.core import cluster
@@ -28,12 +27,12 @@ from raytune_ft.training.goal import Goal
 from raytune_ft.tuning.homes import PROXY_CPUS, bank_count, bank_cpus
 from raytune_ft.tuning.own import Own, OwnRun, Splits
 from raytune_ft.tuning.packs import Packs, name_of
+from raytune_ft.tuning.pointer import read_pointer, write_pointer
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import settings_at
 
 logger = logging.getLogger("raytune_ft")
 
-_POINTER = "bank.json"
 _RESTARTS = 3
 _PATIENCE_S = 20
 
@@ -221,14 +220,13 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
 
         A run of its own finds its newest state itself.
         """
-        pointer = {"snapshot": self._snapshot, "step": self._step}
-        (Path(checkpoint_dir) / _POINTER).write_text(json.dumps(pointer), encoding="utf-8")
+        write_pointer(LocalFileSystem(), checkpoint_dir, self._snapshot, self._step)
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Ray Tune's hook: goes on from a state on storage, its own or (population-based training) a donor's."""
-        pointer = json.loads((Path(checkpoint) / _POINTER).read_text(encoding="utf-8"))
+        pointer = read_pointer(checkpoint)
         self._leave()
-        self._snapshot, self._step = pointer["snapshot"], pointer["step"]
+        self._snapshot, self._step = pointer
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ray Tune's hook: this process becomes another trial."""
@@ -253,7 +251,7 @@ class Proxy(Trainable):  # type: ignore[misc]  # Ray's classes count as Any
         settings = {**self._shared, **settings_at(self._space, self._shared)}
         if self._banks.share(settings):
             return self._next_in_bank(settings)
-        self._run = self._run or self._own.start(self.trial_id, settings)
+        self._run = self._run or self._own.start(self.trial_id, settings, self._step)
         return self._run.next_report()
 
     def _next_in_bank(self, settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ray.tune.logger import TBXLoggerCallback
 from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.checkpoint import StoredCheckpoint
+from raytune_ft.tuning.pointer import write_pointer
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import settings_at
 from raytune_ft.tuning.tracking import Tracked, TrackedTrials
@@ -63,7 +64,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
         """Ray Tune's hook: of restored trials, checkpoints are forgotten that were deleted after the state was written.
 
         Ray would delete them again, and take it for an error that they are gone. The newest, which a trial goes on
-        from, is left as it is: that one has to be there.
+        from, is written again from what the trial told with it: the states that checkpoints name are kept for longer.
         """
         if self._restored:
             self._restored = False
@@ -138,13 +139,18 @@ class NoEventFiles(TBXLoggerCallback):  # type: ignore[misc]  # Ray's classes co
 
 
 def _forget_deleted(manager: Any) -> None:
-    """Takes the checkpoints but the newest out of Ray's list of a trial's whose folder is gone."""
+    """Takes the checkpoints out of Ray's list of a trial's whose folder is gone; the newest is there again."""
     newest = manager.latest_checkpoint_result
+    if newest is not None and _is_gone(newest.checkpoint):
+        there, told = newest.checkpoint, newest.metrics
+        write_pointer(there.filesystem, there.path, told["snapshot"], told["global_step"])
     manager._checkpoint_results = [
-        kept
-        for kept in manager._checkpoint_results
-        if kept is newest or kept.checkpoint.filesystem.get_file_info(kept.checkpoint.path).type != FileType.NotFound
+        kept for kept in manager._checkpoint_results if kept is newest or not _is_gone(kept.checkpoint)
     ]
+
+
+def _is_gone(checkpoint: Any) -> bool:
+    return bool(checkpoint.filesystem.get_file_info(checkpoint.path).type == FileType.NotFound)
 
 
 def curves_in(folder: Location) -> Curves:

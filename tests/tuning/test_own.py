@@ -52,6 +52,19 @@ def test_a_run_that_was_left_goes_on_in_another_process_as_if_it_had_not_been(ow
         assert found == pytest.approx([report["metrics"][key] for report in whole], abs=1e-6), key
 
 
+def test_a_run_that_is_ahead_of_what_was_heard_tells_of_all_evaluations_since(own: Own, settings: dict) -> None:
+    settings = {**settings, "max_steps": 8, "eval_steps": 1}
+    first = own.start("t", settings)
+    before = [first.next_report() for _ in range(6)]
+    first.leave()
+    after = told(own.start("t", settings, 2))  # Ray Tune's state is older
+    assert [report["step"] for report in after] == [3, 4, 5, 6, 7, 8]
+    for again, earlier in zip(after, before[2:], strict=False):
+        assert again["status"] == "running"
+        for key in ("eval_loss", "tokens", "last_step", "global_step"):
+            assert again["metrics"][key] == earlier["metrics"][key], key
+
+
 def test_nothing_is_trained_before_anybody_asks_and_a_run_ends_where_it_waits(own: Own, settings: dict) -> None:
     unasked = own.start("unasked", settings)
     unasked.leave()

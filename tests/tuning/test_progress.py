@@ -19,6 +19,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
 from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import Tracking
+from raytune_ft.tuning.pointer import read_pointer
 from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import POINT
@@ -96,14 +97,17 @@ def test_a_restored_trial_forgets_the_checkpoints_that_were_deleted(tmp_path: Pa
 
     def saved(number: int) -> _TrainingResult:
         (tmp_path / str(number)).mkdir()
-        return _TrainingResult(tune.Checkpoint.from_directory(str(tmp_path / str(number))), {})
+        told = {"snapshot": f"state-{number}", "global_step": number}
+        return _TrainingResult(tune.Checkpoint.from_directory(str(tmp_path / str(number))), told)
 
     for number in (0, 1):
         manager.register_checkpoint(saved(number))
-    (tmp_path / "0").rmdir()
+    for number in (0, 1):
+        (tmp_path / str(number)).rmdir()
     progress = Progress(Location.at(tmp_path), "eval_loss", Tracked((), Location.at(tmp_path), {}))
     progress.set_state({"curves": {}})
     progress.on_step_begin(0, [SimpleNamespace(run_metadata=SimpleNamespace(checkpoint_manager=manager))])
+    assert read_pointer(str(tmp_path / "1")) == ("state-1", 1), "the newest is there again"
     for number in (2, 3):
         manager.register_checkpoint(saved(number))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
