@@ -50,7 +50,8 @@ from raytune_ft.tuning.progress import (
 )
 from raytune_ft.tuning.report import render
 from raytune_ft.tuning.result import Ending, SweepResult, Trial
-from raytune_ft.tuning.schedulers import domain, limits, scheduler, searcher
+from raytune_ft.tuning.schedulers.budgets import limits
+from raytune_ft.tuning.schedulers.choice import domain, scheduler, searcher
 from raytune_ft.tuning.space import POINT, dimension, settings_at
 from raytune_ft.tuning.tracking import Tracked
 

@@ -30,7 +30,8 @@ from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packed import BankHostActor, Proxy
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
-from raytune_ft.tuning.schedulers import LockstepPopulation, RememberedASHA
+from raytune_ft.tuning.schedulers.population import LockstepPopulation
+from raytune_ft.tuning.schedulers.remembered import RememberedASHA
 
 from ..processes import kill_tree  # noqa: TID252 - tests are no installed package
 
