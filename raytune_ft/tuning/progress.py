@@ -35,21 +35,22 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
     not: when a trial goes on after a pause, they are put back to how they were last uploaded.
     """
 
-    def __init__(self, folder: Location, metric: str, tracked: Tracked) -> None:
+    def __init__(self, folder: Location, metric: str, tracked: Tracked, *, resumes: bool = False) -> None:
         """Without any curve.
 
         Args:
             folder: where Ray Tune keeps its state.
             metric: what trials are compared by.
             tracked: the trackers that are told.
+            resumes: whether the search goes on from that state.
         """
         self._folder, self._view, self._curves = folder, SweepView(metric), Curves()
         self._trackers = TrackedTrials(tracked)
         self._began, self._seconds_before = time.monotonic(), 0.0
-        self._restored = False
+        self._restored, self._resumes = False, resumes
 
     def __reduce__(self) -> Any:  # Ray Tune keeps callbacks with its state; a terminal or a tracker cannot be kept
-        return Progress, (self._folder, self._view.metric, self._trackers.tracked)
+        return _resumed, (self._folder, self._view.metric, self._trackers.tracked)
 
     def get_state(self) -> dict[str, Any]:
         """Ray Tune's hook: what it keeps with the trials."""
@@ -65,7 +66,16 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
 
         Ray would delete them again, and take it for an error that they are gone. The newest, which a trial goes on
         from, is written again from what the trial told with it: the states that checkpoints name are kept for longer.
+
+        Raises:
+            RunError: if Ray could not read its state: it logs that, and goes on with an empty search, without a space.
         """
+        if self._resumes and not trials and _knows_trials(self._folder):
+            raise RunError(
+                f"{self._folder}: the state of the search cannot be read, as a full disk may leave it. Make room, "
+                "delete this folder, and run the same command again: the search then begins anew"
+            )
+        self._resumes = False
         if self._restored:
             self._restored = False
             for trial in trials:
@@ -136,6 +146,19 @@ class NoEventFiles(TBXLoggerCallback):  # type: ignore[misc]  # Ray's classes co
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Writes nothing."""
+
+
+def _resumed(folder: Location, metric: str, tracked: Tracked) -> Progress:
+    return Progress(folder, metric, tracked, resumes=True)
+
+
+def _knows_trials(folder: Location) -> bool:
+    """Whether Ray Tune's newest state names trials, or cannot be read."""
+    states = [name for name in folder.files() if name.startswith("experiment_state-")]
+    try:
+        return bool(states) and bool(json.loads((folder / max(states)).read())["trial_data"])
+    except (ValueError, KeyError):
+        return True
 
 
 def _forget_deleted(manager: Any) -> None:

@@ -187,3 +187,18 @@ def test_trackers_hear_of_trials_that_ended_before_this_driver_went_on(tmp_path)
     assert scalars(tmp_path / "tensorboard/b_lora_r=8") == [(2, "eval_loss", 5.0)]
     assert curves_in(folder) == {"a": curve, "b": [{"global_step": 2.0, "eval_loss": 5.0}]}
     assert tracker_failures_in(folder) == {}
+
+
+@pytest.mark.ray
+def test_a_search_whose_state_was_cut_is_refused_instead_of_begun_without_a_space(
+    ray_cluster: object, tmp_path: Path
+) -> None:
+    told = Progress(Location.at(tmp_path / "ray"), "eval_loss", Tracked((), Location.at(tmp_path), {"method": "lora"}))
+    run = tune.RunConfig(name="ray", storage_path=str(tmp_path), callbacks=[told], verbose=0)
+    tune.Tuner(counts(), param_space={"height": tune.grid_search([9.0])}, run_config=run).fit()
+    again = tune.Tuner.restore(str(tmp_path / "ray"), trainable=counts()).fit()
+    assert [result.metrics["global_step"] for result in again] == [9]
+    state = max((tmp_path / "ray").glob("experiment_state-*.json"))
+    state.write_bytes(state.read_bytes()[:-100])  # as a full disk leaves it
+    with pytest.raises(RunError, match=r"ray: the state of the search cannot be read.*delete this folder"):
+        tune.Tuner.restore(str(tmp_path / "ray"), trainable=counts()).fit()
