@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -162,7 +163,8 @@ def _guarded(action: Callable[[], None]) -> int:
             from raytune_ft.core.cluster import disconnect, was_terminated
 
             terminated = was_terminated()
-            disconnect()
+            with suppress(KeyboardInterrupt):  # Ctrl-C again: Ray's processes end with this one
+                disconnect()
         logger.warning("%s; the same command goes on from here", "terminated" if terminated else "interrupted")
         return 143 if terminated else 130
     return 0

@@ -160,7 +160,8 @@ def test_ctrl_c_is_exit_code_130(verb):
 
 
 @pytest.mark.ray
-def test_ctrl_c_in_a_terminal_leaves_no_ray_process_behind(tmp_path):
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_terminal_leaves_no_ray_process_behind(times, tmp_path):
     program = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests in the background ignore it
@@ -191,8 +192,12 @@ def test_ctrl_c_in_a_terminal_leaves_no_ray_process_behind(tmp_path):
     session = process.stdout.readline().strip()
     assert session and members(session), process.stderr.read()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    if times == 2:
+        time.sleep(0.7)  # while Ray is ended
+        os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert "interrupted; the same command goes on from here" in errors
     assert "Traceback" not in errors
     assert wait_until_gone(session) == []
 

@@ -353,7 +353,8 @@ _terminated = threading.Event()
 def _sigterm_like_ctrl_c() -> Iterator[None]:
     """Within the block Ray sets a handler of its own; after it the caller's is back, or, where there was none, ours.
 
-    Ray's raises `SystemExit`, which ends the process by an abort where it comes while Ray Serve starts.
+    Ray's raises `SystemExit`: where it comes while a cluster starts, the process would end with an exit code of Ray's,
+    and by an abort where it comes while Ray Serve starts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -361,6 +362,11 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:
+        if before != signal.SIG_DFL:
+            raise
+        _terminated.set()
+        raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGTERM, _on_sigterm if before == signal.SIG_DFL else before)
 

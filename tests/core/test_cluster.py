@@ -145,6 +145,32 @@ def test_sigterm_ends_a_command_and_its_cluster_in_order(where: str) -> None:
     assert not alive
 
 
+STARTS = """
+import os, signal, sys, threading, time
+from raytune_ft import cli
+from raytune_ft.core import cluster
+
+def terminate():
+    while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # until Ray has set its own
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=terminate, daemon=True).start()
+sys.exit(cli._guarded(lambda: cluster.connect(num_cpus=1)))
+"""
+
+
+@pytest.mark.ray
+def test_sigterm_while_a_cluster_starts_ends_the_command_in_order() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", STARTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 143, done.stderr
+    assert "terminated; the same command goes on from here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 TRAIN_IN_A_HOSTILE_PLACE = """
 import logging, os, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
