@@ -71,10 +71,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
             RunError: if Ray could not read its state: it logs that, and goes on with an empty search, without a space.
         """
         if self._resumes and not trials and _knows_trials(self._folder):
-            raise RunError(
-                f"{self._folder}: the state of the search cannot be read, as a full disk may leave it. Make room, "
-                "delete this folder, and run the same command again: the search then begins anew"
-            )
+            raise lost_state(self._folder)
         self._resumes = False
         if self._restored:
             self._restored = False
@@ -146,6 +143,14 @@ class NoEventFiles(TBXLoggerCallback):  # type: ignore[misc]  # Ray's classes co
 
     def log_trial_end(self, trial: Any, failed: bool = False) -> None:
         """Writes nothing."""
+
+
+def lost_state(folder: Location) -> RunError:
+    """The error of a search whose state in a folder Ray Tune cannot read."""
+    return RunError(
+        f"{folder}: the state of the search cannot be read, as a full disk may leave it. Make room, delete this "
+        "folder, and run the same command again: the search then begins anew"
+    )
 
 
 def _resumed(folder: Location, metric: str, tracked: Tracked) -> Progress:

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pickle import UnpicklingError
 from typing import Any
 
 from ray import tune as ray_tune
@@ -44,6 +45,7 @@ from raytune_ft.tuning.progress import (
     NoEventFiles,
     Progress,
     curves_in,
+    lost_state,
     of_its_state,
     seconds_before_in,
     tracker_failures_in,
@@ -282,6 +284,10 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
             restart_errored=True,
             storage_filesystem=filesystem,
         )
+        try:
+            return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
+        except (EOFError, UnpicklingError):
+            raise lost_state(output / stage.name) from None
     pointers = CheckpointConfig(checkpoint_frequency=1, num_to_keep=homes.POINTERS_KEPT)
     return Tuner(
         arrangement.trainable,

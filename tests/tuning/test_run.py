@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.report import cost_in_words
 from raytune_ft.tuning.result import SweepResult, Trial
-from raytune_ft.tuning.run import HyperparameterSweep, _as_it_began, _keep, _of_those_measured, _second_stage
+from raytune_ft.tuning.run import HyperparameterSweep, _as_it_began, _keep, _of_those_measured, _second_stage, _tuner
 from raytune_ft.tuning.space import POINT
 
 
@@ -30,6 +33,18 @@ def test_settings_that_were_tried_twice_are_repeated_once() -> None:
     points = stage.space[POINT]["grid_search"]
     assert points == [{"lora_r": rank, "seed": seed} for rank in (4, 2) for seed in (6, 7)]
     assert (stage.searched.max_concurrent_trials, stage.stop) == (3, None)
+
+
+@pytest.mark.parametrize("left", [0, 20])
+def test_a_search_of_whose_beginning_a_part_was_written_is_refused(left: int, tmp_path: Path) -> None:
+    config = SweepConfig(output_dir="o", training={"model_path": "m", "dataset_path": "d"}, space={"lora_r": [2, 4]})
+    stage = _second_stage(config, SweepResult("eval_loss", ()), 1)
+    folder = tmp_path / stage.name
+    folder.mkdir()
+    (folder / "tuner.pkl").write_bytes(pickle.dumps({"param_space": config.space})[:left])  # as a full disk leaves it
+    arrangement: Any = SimpleNamespace(trainable=print, proxies=True)
+    with pytest.raises(RunError, match=f"{stage.name}: the state of the search cannot be read.*delete this folder"):
+        _tuner(config, arrangement, Location.at(tmp_path), stage, None)  # type: ignore[arg-type]
 
 
 def test_steps_and_tokens_are_those_of_repeats_too(tmp_path: Path) -> None:
