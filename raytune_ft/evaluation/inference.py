@@ -177,14 +177,23 @@ def leaks_in(files: Sequence[Location], index: RowIndex) -> tuple[list[dict[str,
 
 
 def close_shards(shards: Sequence[str], kept: KeptRows, target: Target, where: Location) -> None:
-    """Writes the rows of each shard, in order, into a file of their own at `where`."""
+    """Writes the rows of each shard, in order, into a file of their own at `where`.
+
+    Raises:
+        ArtifactError: if storage does not take them.
+    """
     cluster.connect()
     dataset = ray.data.from_arrow([pa.table({"shard": [shard]}) for shard in shards])
     closed = dataset.map_batches(
         close_shard, fn_args=(kept, target.label, where), batch_size=16, batch_format="pyarrow", num_cpus=0.5
     )
-    for _ in closed.iter_batches(batch_size=None, batch_format="pyarrow"):
-        pass
+    faults = [
+        fault_in(row)
+        for table in closed.iter_batches(batch_size=None, batch_format="pyarrow")
+        for row in table.select(["fault"]).to_pylist()
+    ]
+    for fault in filter(None, faults):
+        raise fault
 
 
 def shares(copies: int, rows: int, *, even: bool) -> tuple[int, int]:

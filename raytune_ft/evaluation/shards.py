@@ -18,7 +18,7 @@ import pyarrow as pa
 from raytune_ft.core import errors
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.records import RECORD_SCHEMA, Record, records_to_table, table_to_records
-from raytune_ft.core.storage import Location
+from raytune_ft.core.storage import Location, told_in_words
 from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
 from raytune_ft.evaluation.record_files import under_own_id
 from raytune_ft.evaluation.scorer import Scorer, load_scorer
@@ -59,12 +59,21 @@ def fault_table(error: RaytuneError, target: str, shard: str) -> Any:
 
 
 def close_shard(shards: pa.Table, kept: KeptRows, target: str, where: Location) -> pa.Table:
-    """Writes the rows of each shard (column ``shard``), in order, to ``<shard>.jsonl`` at `where`; gives it back."""
-    for shard in shards.column("shard").to_pylist():
-        rows = {**kept.failed(target, shard), **kept.answered(target, shard)}
-        lines = [json.dumps(under_own_id(row), ensure_ascii=False) + "\n" for _, row in sorted(rows.items())]
-        (where / f"{shard}.jsonl").write("".join(lines).encode())
-    return shards
+    """Writes the rows of each shard (column ``shard``), in order, to ``<shard>.jsonl`` at `where`.
+
+    Returns:
+        The shards, with the error that ended this as `fault` (JSON), null where there was none.
+    """
+    fault = None
+    try:
+        for shard in shards.column("shard").to_pylist():
+            rows = {**kept.failed(target, shard), **kept.answered(target, shard)}
+            lines = [json.dumps(under_own_id(row), ensure_ascii=False) + "\n" for _, row in sorted(rows.items())]
+            with told_in_words(where):
+                (where / f"{shard}.jsonl").write("".join(lines).encode())
+    except RaytuneError as error:
+        fault = _fault(error)
+    return shards.append_column("fault", pa.array([fault] * shards.num_rows, pa.string()))
 
 
 _KEEP_ROWS, _KEEP_S = 64, 15.0
@@ -170,7 +179,7 @@ def _fault(error: RaytuneError) -> str:
 
 
 def fault_in(row: dict[str, Any]) -> RaytuneError | None:
-    """The error that a row of `DONE_SCHEMA` tells of; None for a shard that was worked off."""
+    """The error that the column `fault` of a row tells of; None for a shard that was worked off."""
     if row["fault"] is None:
         return None
     name, message = json.loads(row["fault"])

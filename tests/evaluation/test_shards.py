@@ -145,6 +145,15 @@ def test_a_closed_shard_is_one_file_in_the_order_of_its_rows(kept: KeptRows, tmp
     ]
 
 
+def test_a_shard_that_storage_does_not_take_is_told_with_the_place(kept: KeptRows, tmp_path: Path) -> None:
+    work_off(Upper(), kept, "m", "0", records(0))
+    (tmp_path / "answers").symlink_to("/dev/full")  # no folder
+    (closed,) = close_shard(pa.table({"shard": ["0"]}), kept, "m", Location.at(tmp_path / "answers")).to_pylist()
+    fault = fault_in(closed)
+    assert isinstance(fault, ArtifactError)
+    assert f"{tmp_path / 'answers'}: the storage refused: " in str(fault)
+
+
 def test_a_long_shard_says_how_far_it_is(kept: KeptRows, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "raytune_ft")
     work_off(Upper(), kept, "m", "0", records(0, 1, 2), tell_s=0)
