@@ -73,3 +73,28 @@ def test_stage_3_offloaded_equals_one_process_and_goes_on_under_another_stage(se
     factors = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert len(factors) == 2 * 7 * 2  # two factors, seven linear layers, two blocks
     assert all(tensor.numel() and tensor.isfinite().all() for tensor in factors.values())
+
+
+@pytest.mark.soak
+@pytest.mark.ray  # no Ray, but two starts of DeepSpeed
+def test_every_kind_of_adapter_goes_on_with_another_number_of_workers(settings, splits, tmp_path: Path) -> None:
+    virtual = {"num_virtual_tokens": 4}
+    kinds: dict[str, dict[str, Any]] = {
+        "nf4": {"method": "qlora", "zero_stage": 2},
+        "int8": {"method": "qlora", "bits": 8, "zero_stage": 1},
+        "dora": {"use_dora": True, "zero_stage": 2},
+        "prefix": {"method": "prefix_tuning", **virtual, "zero_stage": 2},
+        "prompt": {"method": "prompt_tuning", **virtual, "zero_stage": 1},
+        "sharded": {"zero_stage": 3},
+        "dropout": {"lora_dropout": 0.3, "zero_stage": 2},
+    }
+    one = {name: settings(**COMMON, **kind) for name, kind in kinds.items()}
+    two = {name: one[name].with_overrides(num_workers=2, per_device_train_batch_size=4) for name in kinds}
+    on_ranks([run(two[name], tmp_path / name, cut_after=2) for name in kinds], splits, tmp_path, world_size=2)
+    on_ranks([run(one[name], tmp_path / name) for name in kinds], splits, tmp_path)
+    for name, config in one.items():
+        alone = Location.at(tmp_path / f"{name}-alone")
+        train_in_process(config.with_overrides(zero_stage=2), splits, Seat(), output=alone)
+        for metric in ("loss", "eval_loss"):
+            expected = history(tmp_path / f"{name}-alone", metric)
+            assert history(tmp_path / name, metric) == pytest.approx(expected, abs=1e-5), (name, metric)
