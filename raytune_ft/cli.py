@@ -30,6 +30,7 @@ from raytune_ft.console import (
     standard_output,
 )
 from raytune_ft.core.errors import ConfigError, OutputError, RaytuneError
+from raytune_ft.core.grammar import number_of
 
 if TYPE_CHECKING:
     from raytune_ft.core.artifacts import Artifact
@@ -418,7 +419,7 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
     target = Location.at(html)
     with told_in_words(target):
         target.write(to_html(found, title=f"{dataset}: {split}").encode())
-    print_out(f"{len(found)} rows of {split}: {target}")
+    print_out(f"{number_of(len(found), 'row')} of {split}: {target}")
 
 
 @app.command()

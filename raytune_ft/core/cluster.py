@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from raytune_ft.core import relay
 from raytune_ft.core.errors import ClusterError, RaytuneError, first_line
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.placement import UNLIMITED, Demand, Node, ResourcePlan, largest_share, misfit
 
 logger = logging.getLogger("raytune_ft")
@@ -57,7 +58,7 @@ class Cluster:
     def __str__(self) -> str:
         kind = "joined" if self.origin == "joined" else "started locally"
         nodes = sum(node.count for node in self.nodes)
-        return f"Ray cluster {kind} at {self.address}: {nodes} node(s), {self.cpus:g} CPU, {self.gpus:g} GPU"
+        return f"Ray cluster {kind} at {self.address}: {number_of(nodes, 'node')}, {self.cpus:g} CPU, {self.gpus:g} GPU"
 
     def free(self, patience_s: float = 3.0) -> tuple[Node, ...]:
         """The nodes with what nothing holds now; what has just ended gets `patience_s` to give back what it held."""

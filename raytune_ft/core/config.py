@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.grammar import number_of
 
 C = TypeVar("C", bound="Config")
 Place = Annotated[str, Field(min_length=1)]
@@ -286,9 +287,10 @@ def _wanted(kind: str, context: Mapping[str, Any], message: str) -> str:
         "tuple_type": "must be a list",
         "dict_type": "must be a mapping",
         "model_type": "must be a mapping of settings",
-        "too_short": "must have at least {min_length} item(s)",
         "string_too_short": "must not be empty",
     }
+    if kind == "too_short":
+        return f"must have at least {number_of(context['min_length'], 'item')}"
     if kind in words:
         return words[kind].format(**context)
     return message.removeprefix("Value error, ")

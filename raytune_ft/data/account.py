@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_ft.core.errors import RunError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.data.config import SPLITS
 
 
@@ -90,7 +91,7 @@ class Account:
 
     def __str__(self) -> str:
         return (
-            f"{self.rows_in} rows in + {self.rows_made} made{_listed(self.made)} = "
+            f"{number_of(self.rows_in, 'row')} in + {self.rows_made} made{_listed(self.made)} = "
             f"{self.rows_out} out + {self.rows_rejected} rejected{_listed(self.rejected)}"
         )
 

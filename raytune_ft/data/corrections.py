@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import agreeing, number_of
 from raytune_ft.core.manifest import Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location, source_digest
@@ -139,7 +140,8 @@ def refuse_unknown(corrections: Mapping[str, Correction], applied: Iterable[str]
     if missing:
         shown = ", ".join(f"{row_id} ({corrections[row_id].where})" for row_id in missing[:_SHOWN])
         raise DataError(
-            f"corrections: {len(missing)} of {len(corrections)} rows are in no source: {shown}. Corrections belong to "
+            f"corrections: {len(missing)} of {number_of(len(corrections), 'row')} "
+            f"{agreeing(len(missing), 'is', 'are')} in no source: {shown}. Corrections belong to "
             "the sources and cleaning that the suspects were found with; remove these lines, or restore those settings."
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.data.labels import MOST_VALUES
 from raytune_ft.data.sketches import most_common
@@ -134,7 +135,8 @@ def _remarks(report: Mapping[str, Any]) -> list[Finding]:
         first = telling[0]
         found.append(
             Finding(
-                f"{len(telling)} word sequence(s) give a label away: {first['words']!r} means {first['target']} "
+                f"{number_of(len(telling), 'word sequence gives', 'word sequences give')} a label away: "
+                f"{first['words']!r} means {first['target']} "
                 f"{first['value']!r} in {first['hits']} of {first['support']} rows ({first['lift']:.1f} times as often)"
             )
         )

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from raytune_ft.core.errors import DataError, RunError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.data.blocks import Blocks
 from raytune_ft.data.config import SPLITS, DataCollectionConfig
 from raytune_ft.data.readers import read_rows
@@ -134,8 +135,8 @@ def refuse_overlaps(found: Sequence[Mapping[str, Any]]) -> None:
     shown = "; ".join(f"{row['source']}:{row['position']} ({row['reason'].partition(': ')[2]})" for row in examples)
     if examples:
         raise DataError(
-            f"{sum(part['count'] for part in found)} row(s) share {BENCHMARK_WORDS} words in a row with a benchmark: "
-            f"{shown}. Remove them, or set on_leak: reject to leave such rows out."
+            f"{number_of(sum(part['count'] for part in found), 'row shares', 'rows share')} {BENCHMARK_WORDS} words in "
+            f"a row with a benchmark: {shown}. Remove them, or set on_leak: reject to leave such rows out."
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.storage import Location
 from raytune_ft.data import plots
 from raytune_ft.data.account import Account
@@ -187,7 +188,8 @@ def refuse_broken(findings: Sequence[Finding], where: Location) -> None:
     broken = [finding.text for finding in findings if finding.broken]
     if broken:
         raise DataError(
-            f"quality: {len(broken)} threshold(s) missed: {'; '.join(broken)}. The report is {where / PAGE_FILE}; "
+            f"quality: {number_of(len(broken), 'threshold')} missed: {'; '.join(broken)}. The report is "
+            f"{where / PAGE_FILE}; "
             "mend the data, or change the thresholds under quality."
         )
 

@@ -16,6 +16,7 @@ from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
 from raytune_ft.core.cluster import Cluster
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, ArtifactKind
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.storage import Location
@@ -164,7 +165,8 @@ def tokenized_splits(
     unanswered = dataset.numbers.get("remarks", {}).get(UNANSWERED, 0)
     if unanswered and not prompts:
         raise DataError(
-            f"{source}: {unanswered} rows are prompts without an answer, since it was prepared with unanswered: keep. "
+            f"{source}: {number_of(unanswered, 'row is a prompt', 'rows are prompts')} without an answer, since it was "
+            "prepared with unanswered: keep. "
             "`raytune-ft reinforce` learns from these; for anything else, prepare it with unanswered: reject"
         )
     return {split: [(dataset / name).uri for name in names] for split, names in PreparedDataset(dataset).files.items()}
@@ -201,7 +203,7 @@ def _prepare(
 ) -> None:
     model = _shared(config.model_path, draft)
     _keep_template(policy, draft)
-    logger.info("prepare: reading %d file(s)", len(files))
+    logger.info("prepare: reading %s", number_of(len(files), "file"))
     _admit(cluster, len(files))
     rows = _collected(config, files)
     rows_in = rows.count()
@@ -216,7 +218,7 @@ def _prepare(
     layout = Layout.plan(tally, cuts, seed=config.seed, shuffle=config.shuffle)
     if not layout.rows["train"]:
         remedies = "".join(f"; {_REMEDIES[name]}" for name in tally.rejected if name in _REMEDIES)
-        raise DataError(f"no row is left to train on: {rows_in} rows in, {tally}{remedies}")
+        raise DataError(f"no row is left to train on: {number_of(rows_in, 'row')} in, {tally}{remedies}")
     split = mapped(settled, assign_folders, layout=layout)
     assessment = _assessed(split, settled.num_blocks(), model, config, draft) if config.quality.report else None
     if assessment is not None and assessment.suspects:
@@ -341,7 +343,7 @@ def _shared(model_path: str | None, draft: Draft) -> str | None:
 
 def _close(account: Account, draft: Draft) -> None:
     for form, count in account.formats.most_common():
-        logger.info("prepare: %d rows read as %s", count, form)
+        logger.info("prepare: %s read as %s", number_of(count, "row"), form)
     for note in account.notes():
         logger.info("prepare: %s", note)
     logger.info("prepare: %s", account)
@@ -361,16 +363,15 @@ def _report(config: DataCollectionConfig, account: Account) -> None:
             logger.info("prepare: %s: Jensen–Shannon distance from the %s: %s", split, whole, far)
     if account.conflicting:
         logger.warning(
-            "prepare: %d rows answer the same prompt as another row, but differently; conflicting_answers: drop "
-            "leaves them out",
-            account.conflicting,
+            "prepare: %s the same prompt as another row, but differently; conflicting_answers: drop leaves them out",
+            number_of(account.conflicting, "row answers", "rows answer"),
         )
     for remark, count in account.remarks.items():
         if remark.startswith(RAW_TEXT):
             logger.warning(
-                "prepare: %d rows are %s; if one is to be learned from the other, say so with columns (for example "
+                "prepare: %s %s; if one is to be learned from the other, say so with columns (for example "
                 "prompt: text, completion: label), else with input_format: text",
-                count,
+                number_of(count, "row is", "rows are"),
                 remark,
             )
     for reason, remedy in _REMEDIES.items():

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from raytune_ft.core.artifacts import has_manifest, more, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, MANIFEST, Parent
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.export import MARKER
@@ -246,9 +247,9 @@ def _usable(folder: Location, names: dict[str, int], nothing: str) -> list[Locat
     if len(usable) < len(visible):
         passed_over = sorted(set(visible) - set(usable))
         logger.warning(
-            "%s: passed over %d file(s), empty or of no known kind: %s",
+            "%s: passed over %s, empty or of no known kind: %s",
             folder,
-            len(passed_over),
+            number_of(len(passed_over), "file"),
             ", ".join(passed_over[:3]),
         )
     return [folder / name for name in usable]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from raytune_ft.core import errors
 from raytune_ft.core.errors import DataError, RunError
+from raytune_ft.core.grammar import agreeing, number_of
 from raytune_ft.core.records import Record
 from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
 from raytune_ft.evaluation.results import Answer, on_disk
@@ -61,7 +62,8 @@ def refuse_missing(missing: Sequence[Unanswered], rows: int, most: int) -> None:
     labels = ", ".join(dict.fromkeys(row.label for row in missing))
     kind = DataError if getattr(errors, first.fault, None) is DataError else RunError
     raise kind(
-        f"{len(positions)} of {rows} rows have no answer of {labels}; the first is row {first.position + 1}: "
+        f"{len(positions)} of {number_of(rows, 'row')} {agreeing(len(positions), 'has', 'have')} no answer of "
+        f"{labels}; the first is row {first.position + 1}: "
         f"{first.reason}. The others are kept: the same command asks for the missing ones only; {further}"
     )
 
@@ -72,8 +74,8 @@ def missing_notes(missing: Sequence[Unanswered]) -> list[str]:
     for label in dict.fromkeys(row.label for row in missing):
         own = [row for row in missing if row.label == label]
         notes.append(
-            f"{len(own)} rows have no answer of {label} and are left out of every value; the first is row "
-            f"{own[0].position + 1}: {own[0].reason}"
+            f"{number_of(len(own), 'row has', 'rows have')} no answer of {label}, left out of every value; the first "
+            f"is row {own[0].position + 1}: {own[0].reason}"
         )
     return notes
 

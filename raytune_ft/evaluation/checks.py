@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raytune_ft.core.errors import RunError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import MeasureConfig
 from raytune_ft.evaluation.forgetting import ANSWER_TOKENS, abilities, general_passages, general_questions, losses
@@ -154,7 +155,10 @@ def check_forgetting(config: MeasureConfig, targets: Sequence[Target], kept: Kep
         rows = kept.all_answered(target.label)
         missing = len(questions) - sum(place in rows for place in range(len(questions)))
         if missing:
-            raise RunError(f"forgetting: {missing} general questions have no answer of {target.label}; run again")
+            raise RunError(
+                f"forgetting: {number_of(missing, 'general question has', 'general questions have')} no answer of "
+                f"{target.label}; run again"
+            )
         found[target.label] = abilities(questions, rows, len(passages))
     base, *others = (target.label for target in targets)
     notes = [note for label in others for note in losses(found[base], found[label], settings, base=base, label=label)]

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.evaluation.statistics import (
     Columns,
     Floats,
@@ -128,12 +129,12 @@ def sentence(found: Difference, *, model: str, other: str, metric: str) -> str:
     interval = f"no {found.confidence:.0%} interval" if span == "none" else f"{found.confidence:.0%} interval {span}"
     numbers = (
         f"difference {signed(found.difference)}, {interval}, p {_probability(found.p_adjusted)}{corrected}; "
-        f"{found.wins} rows won, {found.ties} tied, {found.losses} lost"
+        f"{number_of(found.wins, 'row')} won, {found.ties} tied, {found.losses} lost"
     )
     if found.verdict == "cannot tell":
-        words = f"{metric}: cannot tell {model} from {other} with {found.rows} rows ({numbers})."
+        words = f"{metric}: cannot tell {model} from {other} with {number_of(found.rows, 'row')} ({numbers})."
         return f"{words} {outlook(found)}".rstrip()
-    return f"{metric}: {model} is {found.verdict} than {other} on {found.rows} rows ({numbers})."
+    return f"{metric}: {model} is {found.verdict} than {other} on {number_of(found.rows, 'row')} ({numbers})."
 
 
 def outlook(found: Difference) -> str:
@@ -147,7 +148,9 @@ def outlook(found: Difference) -> str:
         said.append(f"If the difference is what it seems, {_rough(found.rows_to_tell)} rows would tell.")
     if found.visible_difference is not None:
         least = f"{found.visible_difference:.2g}"
-        said.append(f"With {found.rows} rows only a difference of {least} or more would show four times in five.")
+        said.append(
+            f"With {number_of(found.rows, 'row')} only a difference of {least} or more would show four times in five."
+        )
     return " ".join(said)
 
 

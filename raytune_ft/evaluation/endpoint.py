@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 from raytune_ft.core.errors import ModelError, first_line
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.records import Message
 from raytune_ft.evaluation.config_inference import EndpointConfig
 from raytune_ft.evaluation.record_files import HALVES
@@ -124,9 +125,9 @@ class EndpointClient:
                 raise
         if mended:
             logger.warning(
-                "%s: %d answers held half characters (lone surrogates), which no file can keep; U+FFFD stands for them",
+                "%s: %s held half characters (lone surrogates), which no file can keep; U+FFFD stands for them",
                 self.url,
-                mended,
+                number_of(mended, "answer"),
             )
 
     def _reply(self, attempted: Callable[[], Reply]) -> Reply:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raytune_ft.core.errors import ConfigError, DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.evaluation.compare import signed
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.evaluation.joining import evaluated_models, same_rows
@@ -135,7 +136,7 @@ def _short_of(
     if least > 0:
         needed = min(needed, _rows_of_sign_test(confidence))
     if rows < needed and (gain == 0 or least > -max_drop):
-        return f"but {rows} rows are too few to see a drop of {max_drop:g}; it takes {needed}"
+        return f"but {number_of(rows, 'row is', 'rows are')} too few to see a drop of {max_drop:g}; it takes {needed}"
     if least <= -max_drop:
         return f"that is not above {signed(-max_drop) if max_drop else '0'}"
     return ""
@@ -219,7 +220,8 @@ def _words(found: GateDecision, reason: str) -> str:
     if found.max_drop:
         asked = f"is at most {found.max_drop:g} worse than {found.other}"
     numbers = (
-        f"{found.value:.4g} against {found.other_value:.4g} on {found.rows} rows; with {found.confidence:.0%} "
+        f"{found.value:.4g} against {found.other_value:.4g} on {number_of(found.rows, 'row')}; with "
+        f"{found.confidence:.0%} "
         f"confidence the gain is at least {signed(found.least_gain)}"
     )
     if found.passed:

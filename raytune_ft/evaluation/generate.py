@@ -8,6 +8,7 @@ import time
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import DataError, RunError
+from raytune_ft.core.grammar import agreeing, number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config_inference import BatchGenerationConfig
@@ -70,8 +71,9 @@ def _check(account: Account, config: BatchGenerationConfig, kept: KeptRows, targ
         shard = min(shard for _, shard in account.failures)
         row = min(kept.failed(target.label, shard).values(), key=lambda row: row["position"])
         raise RunError(
-            f"{account.failed} of {account.failed + account.answered} rows have no answer; the first is row "
-            f"{row['position'] + 1} of file {int(shard.partition('-')[0]) + 1}: {row['error']}. The others are kept: "
+            f"{account.failed} of {number_of(account.failed + account.answered, 'row')} "
+            f"{agreeing(account.failed, 'has', 'have')} no answer; the first is row {row['position'] + 1} of file "
+            f"{int(shard.partition('-')[0]) + 1}: {row['error']}. The others are kept: "
             f"the same command asks for the missing ones only; max_unanswered: {account.failed} goes on without them."
         )
 

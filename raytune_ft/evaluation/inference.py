@@ -16,6 +16,7 @@ import ray.data
 from raytune_ft.core import cluster
 from raytune_ft.core.cluster import Cluster, own_error
 from raytune_ft.core.errors import RaytuneError, RunError, last_line
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.placement import Demand, ResourcePlan
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
@@ -298,7 +299,7 @@ def _accounted(outcome: Any, what: str) -> Account:
             if fault is not None:
                 break  # the other shards would be worked off for a run that has failed
             failed = f", {account.failed} without an answer" if account.failed else ""
-            logger.info("%s: %d rows%s", what.capitalize(), account.answered, failed)
+            logger.info("%s: %s%s", what.capitalize(), number_of(account.answered, "row"), failed)
     except Exception as error:  # noqa: BLE001 - whatever Ray wraps a fault in: it is unwrapped and raised again
         fault = own_error(error)
         if fault is None:

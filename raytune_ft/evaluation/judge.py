@@ -12,6 +12,7 @@ from pathlib import Path
 
 from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import told_in_words
 from raytune_ft.evaluation.judge_server import JudgeServer, render_page
@@ -69,7 +70,8 @@ class JudgingFolder:
             )
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in preference_records(self.result, votes)]
             (self.path / PREFERENCES).write_text("".join(lines), encoding="utf-8")
-        logger.info("Judging: %d votes; %s, %d preference records", len(votes), self.path / "report.html", len(lines))
+        records = number_of(len(lines), "preference record")
+        logger.info("Judging: %s; %s, %s", number_of(len(votes), "vote"), self.path / "report.html", records)
         return joined.judging
 
 
@@ -123,7 +125,7 @@ def conclude(report: str, output_dir: str | None = None) -> Judging | None:
 
 def said_of(shown: Pairs) -> str:
     """How many pairs there are, and why there are not more."""
-    words = f"{len(shown.shown)} pairs of answers"
+    words = f"{number_of(len(shown.shown), 'pair')} of answers"
     if shown.identical:
         words += f", {shown.identical} more with the same answer twice"
     if shown.left_out:

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.evaluation.statistics import Columns, Floats, interval, percentiles, permutation_p_value
 
 Choice = Literal["model", "other", "tie", "both bad"]
@@ -179,7 +180,8 @@ def _win_rate(model: str, other: str, votes: Sequence[Vote], confidence: float, 
     if told:
         verdict = f"{model} is {'preferred to' if rate > 0.5 else 'liked less than'} {other}"
     words = (
-        f"People: {verdict} on {len(scores)} rows (win rate {rate:.0%}, {confidence:.0%} interval {found.low:.0%} to "
+        f"People: {verdict} on {number_of(len(scores), 'row')} (win rate {rate:.0%}, {confidence:.0%} interval "
+        f"{found.low:.0%} to "
         f"{found.high:.0%}, p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})."
     )
     votes_by_choice: dict[str, int] = {choice: counted[choice] for choice in CHOICES}

@@ -13,6 +13,7 @@ from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import ConfigError, RunError
 from raytune_ft.core.figures import COLOURS, Plot
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
@@ -141,8 +142,8 @@ def _climb(config: LadderConfig, records: Sequence[Record], result: EvaluationRe
         tokens, too_long = pace.pop("top_tokens"), pace.pop("too_long")
         if too_long:
             logger.warning(
-                "Ladder: %d prompts leave no room for an answer in the context of %s: its speed is of others",
-                too_long,
+                "Ladder: %s no room for an answer in the context of %s: its speed is of others",
+                number_of(too_long, "prompt leaves", "prompts leave"),
                 scores.label,
             )
         original = original or tokens
@@ -230,7 +231,7 @@ def lines(rungs: Sequence[Rung], metric: EvaluationMetric) -> list[str]:
 def _refuse_broken(limits: LadderLimits, rungs: Sequence[Rung], target: Location) -> None:
     broken = broken_limits(limits, rungs)
     if broken:
-        raise RunError(f"{target}: {len(broken)} limit(s) are broken: {'; '.join(broken)}")
+        raise RunError(f"{target}: {number_of(len(broken), 'limit is', 'limits are')} broken: {'; '.join(broken)}")
 
 
 def _write(draft: Draft, config: LadderConfig, result: EvaluationResult, rungs: Sequence[Rung]) -> None:

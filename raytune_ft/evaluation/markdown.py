@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.evaluation.check_tables import check_tables
 from raytune_ft.evaluation.examples import MOST_ROWS_SHOWN, Example, examples, most_changed
 from raytune_ft.evaluation.judging import Judging
@@ -95,4 +96,6 @@ def _example(row: Example, labels: Sequence[str], word: str) -> list[str]:
 
 def _subtitle(result: EvaluationResult) -> str:
     split = f", split {result.dataset['split']}" if result.dataset["split"] else ""
-    return f"{result.dataset['rows']} rows of {cell(str(result.dataset['path']))}{split}. {result.created_at}"
+    return (
+        f"{number_of(result.dataset['rows'], 'row')} of {cell(str(result.dataset['path']))}{split}. {result.created_at}"
+    )

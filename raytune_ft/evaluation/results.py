@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.spool import Spool
 from raytune_ft.core.storage import Location
@@ -178,7 +179,7 @@ class EvaluationResult:
         lines = []
         for model in self.models:
             headlines = (f"{metric} {model.values[metric.facts.headline]:.4g}" for metric in self.metrics)
-            lines.append(f"{model.label}: {', '.join(headlines)} ({self.dataset['rows']} rows)")
+            lines.append(f"{model.label}: {', '.join(headlines)} ({number_of(self.dataset['rows'], 'row')})")
         return "\n".join(lines + [comparison.words for comparison in self.comparisons])
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.records import Message, Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.inference import over_on_worker
@@ -55,7 +56,8 @@ def rewarded(
         for model in models
         for record, answer in zip(records, model.answers, strict=True)
     )
-    logger.info("Evaluation: %d answers are judged by the reward model %s", len(models) * len(records), reward_model)
+    judged = number_of(len(models) * len(records), "answer is", "answers are")
+    logger.info("Evaluation: %s judged by the reward model %s", judged, reward_model)
     chunks = iter(lambda: list(itertools.islice(asked, _CHUNK)), [])
     given = iter(over_on_worker(rewards_of, shared_model(reward_model, storage), precision, chunks=chunks))
     return [

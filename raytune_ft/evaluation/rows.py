@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.spool import Spool
@@ -76,7 +77,9 @@ def _liked(files: Sequence[Location], where: str, max_rows: int | None) -> Seque
     records = Spool(itertools.islice(liked(), max_rows), Record.to_row, Record.from_row)
     if disliked:
         logger.warning(
-            "%s: %d rows are answers that people disliked: left out, since they are no references", where, disliked
+            "%s: %s that people disliked: left out as no references",
+            where,
+            number_of(disliked, "row is an answer", "rows are answers"),
         )
     return records
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.core.grammar import agreeing, number_of
 
 logger = logging.getLogger("raytune_ft")
 
@@ -30,7 +31,10 @@ def left_out(model: Any, target_modules: list[str] | str) -> list[str]:
     routers = [name for name, layer in linear.items() if _routes(model, name, layer)]
     routers = [name for name in routers if name not in beside] if target_modules == ALL_LINEAR else []
     if beside:
-        _say(f"{len(beside)} linear layers outside the text decoder get no adapter ({beside[0]} is one)")
+        _say(
+            f"{number_of(len(beside), 'linear layer')} outside the text decoder {agreeing(len(beside), 'gets', 'get')} "
+            f"no adapter ({beside[0]} is one)"
+        )
     if routers:
         _say(f"all-linear leaves out the {len(routers)} layers that choose between experts ({routers[0]} is one)")
     return [*beside, *routers]

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from raytune_ft.compression.config import PruningJob, QuantizationJob
 from raytune_ft.core.config import Config
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.storage import Location
 from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.evaluation.config import EvaluationConfig, EvaluationMetric
@@ -157,8 +158,9 @@ class PipelineConfig(Config):
         here, there = self.tune.training.num_workers, self.train.num_workers
         if "gradient_accumulation_steps" in self.tune.space and here != there:
             raise ValueError(
-                f"tune.space.gradient_accumulation_steps: the same number makes another batch on the {here} worker(s) "
-                f"of a trial than on the {there} of train; search per_device_train_batch_size, or set "
+                f"tune.space.gradient_accumulation_steps: the same number makes another batch on the "
+                f"{number_of(here, 'worker')} of a trial than on the {there} of train; search "
+                "per_device_train_batch_size, or set "
                 f"tune.training.num_workers: {there}"
             )
 

@@ -17,6 +17,7 @@ from raytune_ft.core.artifacts import Artifact, has_manifest
 from raytune_ft.core.config import masked
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import RunError, first_line
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
@@ -155,10 +156,11 @@ def _shrink(config: PipelineConfig, steps: _Steps) -> None:
 
 def plan(config: PipelineConfig, names: list[str]) -> list[str]:
     """What the pipeline is going to do, a line a step, with what is finished already."""
+    workers = number_of(config.train.num_workers, "worker")
     words = {
         "prepare": f"clean, split and tokenize {', '.join(config.prepare.sources)}",
         "tune": f"search {', '.join(config.tune.space)}" if config.tune else "",
-        "train": f"{config.train.method} with {config.train.num_workers} worker(s), ZeRO-{config.train.zero_stage}",
+        "train": f"{config.train.method} with {workers}, ZeRO-{config.train.zero_stage}",
         "align": f"{config.align.loss_type} on {config.align.dataset_path}" if config.align else "",
         "evaluate": f"{_evaluated(config)} on the test split",
         "prune": f"{config.prune.method}, {config.prune.target_sparsity:.0%} of the weights" if config.prune else "",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.config import DecodingConfig
@@ -89,7 +90,8 @@ class AnswerCheck:
         if len(made) < config.eval_generation_rows:
             made.shortfall = (
                 f"eval_generation_rows: {config.eval_generation_rows} asked for, {len(made)} answered: of "
-                f"{len(validation)} validation rows, {count - len(made)} have nothing to answer"
+                f"{number_of(len(validation), 'validation row')}, "
+                f"{number_of(count - len(made), 'has', 'have')} nothing to answer"
             )
         return made
 

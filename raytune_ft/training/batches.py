@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import agreeing
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack_flat
 from raytune_ft.training.copies import local_copy
@@ -68,9 +69,10 @@ class TokenRows:
             liked = pc.fill_null(rows.data.column(LABEL), fill_value=True).to_numpy()
             self.disliked = int(len(liked) - liked.sum())
             if self.disliked == len(liked):
+                who = agreeing(len(liked), "its only row is an answer", f"all {len(liked)} rows are answers")
                 raise NoExampleError(
-                    f"{files[0]}: all {len(liked)} rows are answers that people disliked: there is no example to learn "
-                    "from. `raytune-ft align` with loss_type: kto learns from such rows"
+                    f"{files[0]}: {who} that people disliked: there is no example to learn from. `raytune-ft align` "
+                    "with loss_type: kto learns from such rows"
                 )
             if self.disliked:
                 rows = rows.select(np.flatnonzero(liked))

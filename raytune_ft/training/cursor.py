@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.training.config import FineTuningConfig
 
 
@@ -48,7 +49,7 @@ def other_batch(wanted: int, what: str, config: FineTuningConfig) -> str:
         for w, r, a in layouts(wanted, workers, rows)
     )
     return (
-        f"{what} has a global batch of {wanted} rows, and these settings make {config.global_batch_size} "
+        f"{what} has a global batch of {number_of(wanted, 'row')}, and these settings make {config.global_batch_size} "
         f"({rows} per_device_train_batch_size x {parts} gradient_accumulation_steps x {workers} num_workers): the "
         f"data would come in another order. What goes: {choices}"
     )

@@ -13,6 +13,7 @@ from enum import StrEnum
 from statistics import fmean, median
 from typing import Any
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
 from raytune_ft.training.cursor import layouts
 
@@ -230,7 +231,10 @@ def memory(row: Row, before: Sequence[Row], config: FineTuningConfig) -> Finding
         return None
     most = math.ceil(config.per_device_train_batch_size / divisor)
     (_, rows, steps), *_ = layouts(config.global_batch_size, config.num_workers, most)
-    sign = f"out of memory; micro-batches have at most {most} rows from here on, and the global batch stays the same"
+    sign = (
+        f"out of memory; micro-batches have at most {number_of(most, 'row')} from here on, and the global batch stays "
+        "the same"
+    )
     remedy = (
         f"Set per_device_train_batch_size={rows} gradient_accumulation_steps={steps} from the start, "
         "lower max_length, or take method=qlora"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.training.config import FineTuningConfig, FineTuningMethod
 from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
 from raytune_ft.training.schedule import Timetable, learning_rate_at
@@ -86,7 +87,9 @@ def departures_of_timetable(config: FineTuningConfig, timetable: Timetable) -> l
     if warmup < total:
         return []
     last = learning_rate_at(total, total, peak=1.0, warmup=warmup, kind=config.lr_scheduler_type)
-    what = f"the warmup takes {warmup} step(s) and the run has {total}: its learning rate ends at {last:.0%} of"
+    what = (
+        f"the warmup takes {number_of(warmup, 'step')} and the run has {total}: its learning rate ends at {last:.0%} of"
+    )
     remedy = f"set warmup_steps: {total // 10}, or train longer (num_train_epochs, max_steps)"
     nothing = ", so that nothing is learned" if total == 1 else ""
     return [f"{what} learning_rate ({config.learning_rate:g}){nothing}; {remedy}"]

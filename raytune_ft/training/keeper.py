@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.storage import Location
 from raytune_ft.models.adapters import save_adapter
 from raytune_ft.models.golden import Golden, write_golden
@@ -92,7 +93,7 @@ class Keeper:
         found = self._starting_checkpoint()
         if found is None:
             if self.leads:
-                logger.info("training starts: %d steps", total)
+                logger.info("training starts: %s", number_of(total, "step"))
             return
         self._refuse_other_weights(found)
         cursor.refuse_other(found.progress["cursor"], f"the checkpoint of step {found.step}", self.config)
@@ -111,7 +112,7 @@ class Keeper:
         self.history = History(found.progress["history"])
         if self.leads:
             then = found.progress["world_size"]
-            other = f", which {then} workers wrote," if then != self.peers.world_size else ""
+            other = f", which {number_of(then, 'worker')} wrote," if then != self.peers.world_size else ""
             logger.info("training resumes after step %d of %d from %s%s", self.start, total, found.target, other)
 
     def _starting_checkpoint(self) -> StoredCheckpoint | None:

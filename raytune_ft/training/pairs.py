@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import agreeing, number_of
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, pack_flat
@@ -120,7 +121,8 @@ def refuse_unrated(splits: dict[str, list[str]], dataset: str) -> None:
     missing, rows = _missing(splits, LABEL)
     if missing:
         raise DataError(
-            f"{dataset}: {missing} of {rows} rows are not rated (they have no label). loss_type: kto needs answers "
+            f"{dataset}: {missing} of {number_of(rows, 'row')} {agreeing(missing, 'is', 'are')} not rated (no label). "
+            "loss_type: kto needs answers "
             "with label true or false, or feedback with a rating; prepare such records apart, or take loss_type: dpo "
             "for pairs"
         )
@@ -139,7 +141,8 @@ def refuse_unpaired(splits: dict[str, list[str]], dataset: str) -> None:
     single, rows = _missing(splits, _REJECTED_IDS)
     if single:
         raise DataError(
-            f"{dataset}: {single} of {rows} rows are no preferences (they have no rejected answer). Every row needs a "
+            f"{dataset}: {single} of {number_of(rows, 'row')} "
+            f"{agreeing(single, 'is no preference', 'are no preferences')} (no rejected answer). Every row needs a "
             "prompt, a chosen and a rejected answer; prepare such records apart (input_format: preference)"
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.grammar import agreeing, number_of
 from raytune_ft.data.findings import quantity_of
 from raytune_ft.training.config import FineTuningMethod
 from raytune_ft.training.memory import Load, MemoryPeak, ModelShape, predict_peak
@@ -87,7 +88,10 @@ def recommend_method(
         reasons.append(f"{wanted} would need {least:.1f} GiB of {memory_gib:g} even with one row at a time")
     batch = batches[method] or 1
     if batch < _BATCH:
-        reasons.append(f"{batch} row(s) at a time fit; gradient_accumulation_steps keeps {_BATCH} rows a step")
+        reasons.append(
+            f"{number_of(batch, 'row')} at a time {agreeing(batch, 'fits', 'fit')}; gradient_accumulation_steps keeps "
+            f"{_BATCH} rows a step"
+        )
     if rows is not None:
         reasons += _on_rows(shape.parameters, rows)
     peak = _peak(shape, method, batch, tokens)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.errors import RunError, StoppedError, first_line
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.loading import load_tokenizer, torch_dtype
@@ -328,8 +329,8 @@ class _RestartingLearner:
             return NotOneRowError(where, reason)
         (self.output / CHECKPOINTS / _SHRUNK).write(json.dumps({"divisor": self.divisor * 2}).encode())
         return OutOfMemoryError(
-            f"{where}: out of memory with {rows} rows at a time ({reason}); the next attempt goes on from the "
-            f"newest checkpoint with {-(-rows // 2)} rows at a time and the same global batch"
+            f"{where}: out of memory with {number_of(rows, 'row')} at a time ({reason}); the next attempt goes on from "
+            f"the newest checkpoint with {number_of(-(-rows // 2), 'row')} at a time and the same global batch"
         )
 
 

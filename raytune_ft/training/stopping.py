@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.training.goal import LOSS, Goal
 
 
@@ -39,7 +40,10 @@ class Patience:
     @property
     def reason(self) -> str:
         """Why it ends the run, once it is spent."""
-        return f"no {'higher' if self.goal.higher else 'lower'} {self.goal.title} in {self.patience} evaluations"
+        return (
+            f"no {'higher' if self.goal.higher else 'lower'} {self.goal.title} in "
+            f"{number_of(self.patience or 0, 'evaluation')}"
+        )
 
     def remembered(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, JSON-ready."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from raytune_ft.core.grammar import number_of
+
 _NAMED = (  # dense bf16 tensor-core peaks of the makers' data sheets, in 1e12 operations a second
     ("B200", 2250.0),
     ("H200", 989.0),
@@ -81,7 +83,7 @@ def _measured(device: str, dtype: torch.dtype) -> DevicePeak:
         began = time.perf_counter()
         (left @ right).sum().item()  # reading the sum waits for the device
         best = min(best, time.perf_counter() - began)
-    threads = "" if device.startswith("cuda") else f", {torch.get_num_threads()} thread(s)"
+    threads = "" if device.startswith("cuda") else f", {number_of(torch.get_num_threads(), 'thread')}"
     return DevicePeak(2 * size**3 / best, f"measured: a {size} x {size} matrix product in {dtype}{threads}")
 
 

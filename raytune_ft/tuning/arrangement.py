@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.cluster import Cluster
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.placement import Node, ResourcePlan
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import DistillationConfig
@@ -127,7 +128,7 @@ class Ground:
                 grid.left_out + len(grid.points),
                 "; ".join(grid.reasons),
             )
-        how = f"{self.trials} trials, {together} at a time"
+        how = f"{number_of(self.trials, 'trial')}, {together} at a time"
         if banks.actors:
             bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"
             logger.info("tune: %s on %s, %s", how, bases, self.config.scheduler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.evaluation.report import image, page_template
 from raytune_ft.tuning import plots
 from raytune_ft.tuning.result import SweepResult
@@ -87,7 +88,9 @@ def _is_number(value: object) -> bool:
 def cost_in_words(result: SweepResult, seconds: float) -> str:
     """What the search spent, and against what every trial to its last step would have; and what repeats did besides."""
     spent = sum(trial.tokens for trial in result.trials)
-    words = f"{len(result.trials)} trials, {sum(t.steps for t in result.trials):,} steps, {spent:,.0f} tokens"
+    words = (
+        f"{number_of(len(result.trials), 'trial')}, {sum(t.steps for t in result.trials):,} steps, {spent:,.0f} tokens"
+    )
     words += f" in {seconds:,.0f} s"
     if result.not_begun:
         words += f"; {result.not_begun} more were not evaluated, as the budget was spent before"
@@ -98,5 +101,5 @@ def cost_in_words(result: SweepResult, seconds: float) -> str:
         words += f"; all of them to {where}: about {whole:,.0f} tokens ({spent / whole:.0%} of that was spent)"
     if result.repeats:
         again = sum(trial.tokens for trial in result.repeats)
-        words += f"; besides, {len(result.repeats)} repeats with fresh seeds, {again:,.0f} tokens"
+        words += f"; besides, {number_of(len(result.repeats), 'repeat')} with fresh seeds, {again:,.0f} tokens"
     return words

@@ -20,6 +20,7 @@ from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import RunError, last_line
+from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.training.inputs import (
@@ -142,8 +143,8 @@ def _as_it_began(config: SweepConfig, output: Location) -> SweepConfig:
     together = int(json.loads(began.read()))
     if config.max_concurrent_trials not in {None, together}:
         logger.warning(
-            "tune: goes on with %d trials at a time, as it began; max_concurrent_trials: %d is for a new search",
-            together,
+            "tune: goes on with %s at a time, as it began; max_concurrent_trials: %d is for a new search",
+            number_of(together, "trial"),
             config.max_concurrent_trials,
         )
     return config.model_copy(update={"max_concurrent_trials": together})

@@ -62,7 +62,7 @@ def test_test_rows_and_rejected_rows_are_left_alone(grams: tuple[pa.Table, list[
 def test_an_overlap_stops_the_run_with_count_and_examples(grams: tuple[pa.Table, list[str]]) -> None:
     table = mark_benchmarks(settled([LONGER, "clean"] + [f"{QUESTION} {n}" for n in range(4)]), *grams)
     found = [row for part in parts_of(table, 3) for row in overlapping(part).to_pylist()]
-    with pytest.raises(DataError, match=r"^5 row\(s\) share 13 words.*a:\d \('a farmer has.* also stands in bench"):
+    with pytest.raises(DataError, match=r"^5 rows share 13 words.*a:\d \('a farmer has.* also stands in bench"):
         refuse_overlaps(found)
     refuse_overlaps(overlapping(settled(["clean"])).to_pylist())
 

@@ -128,7 +128,7 @@ def test_missed_thresholds_end_the_run_all_named_after_the_report_is_written(tmp
     config = DataCollectionConfig(sources=["s"], output_path="o", quality=QualityConfig(**limits))
     findings = publish(assessment, account, config, Location.at(tmp_path))
     with pytest.raises(
-        DataError, match=r"3 threshold\(s\) missed: min_rows: training rows is 54, wanted at least 500"
+        DataError, match=r"3 thresholds missed: min_rows: training rows is 54, wanted at least 500"
     ) as e:
         refuse_broken(findings, Location.at(tmp_path))
     assert "max_duplicate_rate: share of duplicates is 0.03226, wanted at most 0.01" in str(e.value)

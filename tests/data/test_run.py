@@ -167,7 +167,7 @@ def _rejected(folder: Path) -> list[dict[str, Any]]:
     ("text", "message"),
     [
         ("\n\n", "source.jsonl: holds no rows"),
-        ('{"question": "a", "answer": ""}\n', "no row is left to train on: 1 rows in, .*rejected: 1 empty answer"),
+        ('{"question": "a", "answer": ""}\n', "no row is left to train on: 1 row in, .*rejected: 1 empty answer"),
         ('{"foo": 1}\n', "source.jsonl:1: unknown columns: foo"),
     ],
 )
@@ -242,7 +242,7 @@ def test_splits_and_near_duplicates_are_the_same_in_one_task_and_by_shuffles(
         "benchmarks": [benchmark],
         "stratify_by": "topic",
     }
-    with pytest.raises(DataError, match=r"1 row\(s\) share 13 words.*talks.jsonl:7 \('w7 0 w7 1.*bench.jsonl:0"):
+    with pytest.raises(DataError, match=r"1 row shares 13 words.*talks.jsonl:7 \('w7 0 w7 1.*bench.jsonl:0"):
         prepare(DataCollectionConfig(output_path=str(tmp_path / "refused"), **settings))
     settings["on_leak"] = "reject"
     whole = prepare(DataCollectionConfig(output_path=str(tmp_path / "whole"), **settings))

@@ -46,7 +46,7 @@ def test_suspects_are_flagged_exported_corrected_and_merged_back(
     assert second.numbers["changed"] == {"correction": 1}
     assert "suspects.jsonl" not in second.manifest.files
     (tmp_path / "mine.jsonl").write_text(json.dumps({**line, "id": "0" * 16, "corrected": "good"}))
-    with pytest.raises(DataError, match="1 of 1 rows are in no source: 0000000000000000"):
+    with pytest.raises(DataError, match="1 of 1 row is in no source: 0000000000000000"):
         prepare(DataCollectionConfig(**settings, **corrections, output_path=str(tmp_path / "third")))
 
 

@@ -161,7 +161,7 @@ def test_corrections_that_no_longer_fit_are_refused(tmp_path: Path) -> None:
     masked = row("q", "5", metadata={"supervised_spans": [[0, 1]]})
     with pytest.raises(DataError, match="which another answer would shift"):
         correct(masked, {masked.id: Correction("6", "5", "f:1")})
-    with pytest.raises(DataError, match=r"1 of 1 rows are in no source: 00 \(f:1\)"):
+    with pytest.raises(DataError, match=r"1 of 1 row is in no source: 00 \(f:1\)"):
         refuse_unknown({"00": Correction("6", None, "f:1")}, ["11"])
     for content, message in [
         ("{", r"mine.jsonl:1: malformed JSON"),

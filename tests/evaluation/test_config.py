@@ -43,7 +43,7 @@ def test_a_list_of_faulty_items_is_not_called_too_short() -> None:
         ComparisonConfig(model_paths=[""], dataset_path="d", metrics=["bleu"])
     assert [line.split(": ", 1)[1] for line in str(found.value).splitlines()] == [
         "model_paths.0: must not be empty (got '')",
-        "model_paths: must have at least 2 item(s) (got [''])",
+        "model_paths: must have at least 2 items (got [''])",
     ]
 
 

@@ -74,7 +74,7 @@ def test_half_characters_are_replaced_and_that_is_said(server: Any, caplog: pyte
     assert refused.error is not None
     refused.error.encode()
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "1 answers held half characters (lone surrogates), which no file can keep; U+FFFD stands for them"
+        "1 answer held half characters (lone surrogates), which no file can keep; U+FFFD stands for them"
     ]
 
 

@@ -68,7 +68,7 @@ def test_one_row_opens_no_gate_and_as_many_as_a_sign_test_takes_do(make_result: 
             assert bool(found) is (rows == 5), found.words  # 1 / 2^5 = 0.031
             assert found.least_gain == pytest.approx(2 * 0.05 ** (1 / rows) - 1)  # 1 - 2u, (1 - u)^rows = 0.05
     words = make_result(said(1, rows=1)).beats(make_result(said(0, rows=1)), max_drop=0.05).words
-    assert words.endswith("on 1 rows; with 95% confidence the gain is at least -0.900, that is not above -0.050).")
+    assert words.endswith("on 1 row; with 95% confidence the gain is at least -0.900, that is not above -0.050).")
 
 
 def test_on_an_open_scale_equal_rows_open_a_gate_with_a_drop_if_there_are_five(make_result: Any) -> None:

@@ -165,7 +165,7 @@ def test_a_model_and_its_smaller_versions_are_climbed(
         pace={"prompts": 2, "new_tokens": 4, "batch_size": 2, "agreement_rows": 4},
         limits={"min_same_tokens": 0.999, "max_megabytes": 0.001},
     )
-    with pytest.raises(RunError, match=r"limit\(s\) are broken: .*quantized: megabytes is"):
+    with pytest.raises(RunError, match=r"limits are broken: .*quantized: megabytes is"):
         ladder(config)
     found = json.loads((tmp_path / "ladder/ladder.json").read_text())  # written before the limits are looked at
     original, quantized, pruned = found["rungs"]

@@ -19,7 +19,7 @@ def test_an_interval_that_is_not_there_is_null_and_said_to_be_none(make_result: 
     perplexity, matches = json.loads(json.dumps(to_json(found), allow_nan=False))["comparisons"]
     assert (perplexity["low"], perplexity["high"]) == (None, None)
     assert (matches["low"], matches["high"]) == (-0.975, 0.975)  # of one row: 1 - 0.025
-    assert found.comparisons[0].words.startswith("Perplexity: cannot tell tuned from base with 1 rows")
+    assert found.comparisons[0].words.startswith("Perplexity: cannot tell tuned from base with 1 row")
     for text in (render_markdown(found), render_html(found)):
         assert "no 95% interval" in text
         assert "+nan" not in text

@@ -48,7 +48,7 @@ def test_answers_that_people_disliked_are_no_references(tmp_path: Path, caplog: 
     with caplog.at_level(logging.WARNING, "raytune_ft"):
         rows = read_rows(str(folder), "test")
     assert [record.answer for record in rows.records] == ["4", "Paris"]
-    assert "1 rows are answers that people disliked" in caplog.text
+    assert "1 row is an answer that people disliked" in caplog.text
     with pytest.raises(DataError, match="holds no rows"):
         read_rows(str(dataset(tmp_path / "e", test=[bad])), "test")
     turns = [{"role": "user", "content": "How was it?"}, {"role": "assistant", "content": "bad"}]

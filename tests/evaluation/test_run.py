@@ -132,7 +132,7 @@ def test_an_endpoint_that_fails_stops_the_report_and_the_next_attempt_asks_only_
         decoding=DecodingConfig(max_new_tokens=4),
         endpoint={"max_retries": 1, "backoff_s": 0.01},
     )
-    with pytest.raises(RunError, match=r"1 of 9 rows have no answer of v1; the first is row 4: answered with"):
+    with pytest.raises(RunError, match=r"1 of 9 rows has no answer of v1; the first is row 4: answered with"):
         run.compare(config)
     # What is kept of the first attempt is taken as it is: a changed word in it comes out in the report.
     for piece in (folder / "pieces" / "answered" / "tiny").rglob("*.jsonl"):
@@ -160,7 +160,7 @@ def test_rows_without_an_answer_may_be_left_out_and_are_told(ray_cluster: object
     )
     result = read_result(run.evaluate(config))
     assert (result.dataset["rows"], result.dataset["unanswered"], len(result.model.answers)) == (8, 1, 8)
-    assert result.notes[0].startswith("1 rows have no answer of model and are left out of every value; the first is")
+    assert result.notes[0].startswith("1 row has no answer of model, left out of every value; the first is")
 
 
 def test_likelihoods_are_not_asked_of_an_endpoint(test_file: Path) -> None:
@@ -206,7 +206,7 @@ def test_what_a_worker_refuses_reaches_the_user_as_it_was_said(
 ) -> None:
     row = {"messages": [{"role": "user", "content": "fox " * 600}, {"role": "assistant", "content": "x"}]}
     test_file.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match=r"^1 of 1 rows have no answer of model; .* its prompt has \d+ tokens") as kept:
+    with pytest.raises(DataError, match=r"^1 of 1 row has no answer of model; .* its prompt has \d+ tokens") as kept:
         run.evaluate(settings(tiny_model, test_file, metrics=["accuracy"]))
     import ray
 

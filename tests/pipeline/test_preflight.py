@@ -138,13 +138,13 @@ def test_a_dataset_that_align_cannot_learn_from_is_refused_before_the_first_step
     pair, rated = Record(asked, chosen=(one,), rejected=(two,)), Record((*asked, one), label=False)
     pairs, mixed = prepared(tmp_path / "pairs", [pair, pair]), prepared(tmp_path / "mixed", [pair, rated])
     look_ahead(settings, align={"dataset_path": pairs})
-    with pytest.raises(DataError, match=r"align: .*mixed: 1 of 2 rows are no preferences"):
+    with pytest.raises(DataError, match=r"align: .*mixed: 1 of 2 rows is no preference"):
         look_ahead(settings, align={"dataset_path": mixed})
-    with pytest.raises(DataError, match=r"align: .*mixed: 1 of 2 rows are not rated"):
+    with pytest.raises(DataError, match=r"align: .*mixed: 1 of 2 rows is not rated"):
         look_ahead(settings, align={"dataset_path": mixed, "loss_type": "kto"})
     own = prepared(tmp_path / "runs/dataset", [pair, rated])
     config = PipelineConfig(**{**settings, "evaluate": None, "align": {"dataset_path": own}})
-    with pytest.raises(DataError, match=r"align: .*dataset: 1 of 2 rows are no preferences"):
+    with pytest.raises(DataError, match=r"align: .*dataset: 1 of 2 rows is no preference"):
         refuse_unfit(config, named(config))
 
 

@@ -62,7 +62,7 @@ def test_fewer_rows_than_asked_for_are_said(tiny_model: Path, settings, splits, 
     assert check(model, tokenizer, settings(eval_generation_rows=1), rows).shortfall is None
     short = check(model, tokenizer, settings(eval_generation_rows=5), rows)
     assert len(short) == 1 and short.shortfall is not None
-    assert short.shortfall.endswith("5 asked for, 1 answered: of 2 validation rows, 1 have nothing to answer")
+    assert short.shortfall.endswith("5 asked for, 1 answered: of 2 validation rows, 1 has nothing to answer")
     with caplog.at_level(logging.WARNING, logger="raytune_ft"):
         train_in_process(settings(eval_generation_rows=9, max_steps=1), splits, Seat(), output=None)
     assert "9 asked for, 4 answered: of 4 validation rows, 0 have nothing" in caplog.text

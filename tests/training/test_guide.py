@@ -49,7 +49,7 @@ def test_a_warmup_that_takes_the_whole_run_is_told_with_the_rate_it_ends_at() ->
         return departures_of_timetable(config, Timetable.of(config, rows, has_validation=False))
 
     (words,) = told(18, warmup_steps=100, max_steps=20)
-    assert words.startswith("the warmup takes 100 step(s) and the run has 20: its learning rate ends at 19% of")
+    assert words.startswith("the warmup takes 100 steps and the run has 20: its learning rate ends at 19% of")
     assert "warmup_steps: 2" in words
     (words,) = told(4, num_train_epochs=1)
     assert "ends at 0% of learning_rate (0.0002), so that nothing is learned; set warmup_steps: 0" in words

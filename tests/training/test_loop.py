@@ -53,7 +53,7 @@ def test_a_run_that_goes_on_tells_again_of_the_step_it_goes_on_from() -> None:
 
 @pytest.mark.parametrize(
     ("start", "stopping", "reason"),
-    [(3, None, "all steps made"), (2, Patience(1, waited=1), "no lower validation loss in 1 evaluations")],
+    [(3, None, "all steps made"), (2, Patience(1, waited=1), "no lower validation loss in 1 evaluation")],
 )
 def test_a_run_that_broke_off_at_its_end_makes_no_step_more(start: int, stopping: Patience, reason: str) -> None:
     learner, noted = Playback([3, 2, 1, 0]), []

@@ -123,14 +123,14 @@ def test_a_validation_split_of_disliked_answers_is_left_out_and_said(
         summary = train_in_process(settings(max_steps=1), rated, Seat(), output=None)
     assert "the validation split is left out" in caplog.text
     assert summary.best_step is None
-    with pytest.raises(DataError, match="all 1 rows are answers that people disliked"):
+    with pytest.raises(DataError, match="its only row is an answer that people disliked"):
         train_in_process(settings(), {"train": rated["validation"]}, Seat(), output=None)
 
 
 def test_a_run_that_is_all_warmup_is_warned_of(settings, splits, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="raytune_ft"):
         train_in_process(settings(max_steps=1), splits, Seat(), output=None)
-    assert "the warmup takes 1 step(s) and the run has 1" in caplog.text
+    assert "the warmup takes 1 step and the run has 1" in caplog.text
 
 
 def test_trackers_hear_how_a_run_ended(settings, splits, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

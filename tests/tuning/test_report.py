@@ -81,7 +81,7 @@ def test_a_schedule_of_settings_is_told_part_by_part() -> None:
 def test_what_repeats_cost_is_told_besides() -> None:
     searched, again = trial(4, 0.1, 1.0), (trial(4, 0.1, 1.0), trial(4, 0.1, 1.0, steps=2))
     words = cost_in_words(SweepResult("eval_loss", (searched,), again), 12.0)
-    assert words.startswith("1 trials, 4 steps, 400 tokens in 12 s; ")
+    assert words.startswith("1 trial, 4 steps, 400 tokens in 12 s; ")
     assert words.endswith("; besides, 2 repeats with fresh seeds, 600 tokens")
 
 
