@@ -124,6 +124,20 @@ def test_a_file_system_that_is_sent_elsewhere_carries_no_password(
     assert len(asked) == before
 
 
+def test_ray_is_given_the_file_system_itself_behind_a_proxy(
+    asked: list[str], s3_bucket: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Location.at(s3_bucket) / "runs"
+    path, filesystem = place.for_ray
+    assert path == place.uri.removeprefix("s3://")
+    filesystem.create_dir(path)
+    assert len(asked) > 0
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "*")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    assert (Location.at(s3_bucket) / "runs").for_ray == (place.uri, None)
+
+
 @pytest.mark.parametrize(
     ("proxy", "said"),
     [
