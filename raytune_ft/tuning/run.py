@@ -278,15 +278,14 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
     where, filesystem = (output / stage.name).for_ray
     if Tuner.can_restore(where, filesystem):
         logger.info("tune: resumes the trials that are left")
-        return Tuner.restore(
-            where,
-            trainable=arrangement.trainable,
-            resume_unfinished=True,
-            restart_errored=True,
-            storage_filesystem=filesystem,
-        )
         try:
-            return Tuner.restore(where, trainable=arrangement.trainable, resume_unfinished=True, restart_errored=True)
+            return Tuner.restore(
+                where,
+                trainable=arrangement.trainable,
+                resume_unfinished=True,
+                restart_errored=True,
+                storage_filesystem=filesystem,
+            )
         except (EOFError, UnpicklingError):
             raise lost_state(output / stage.name) from None
     pointers = CheckpointConfig(checkpoint_frequency=1, num_to_keep=homes.POINTERS_KEPT)
