@@ -66,6 +66,7 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
 
         Ray would delete them again, and take it for an error that they are gone. The newest, which a trial goes on
         from, is written again from what the trial told with it: the states that checkpoints name are kept for longer.
+        What a trial told last is in Ray's part of the state, which may be newer than the curves.
 
         Raises:
             RunError: if Ray could not read its state: it logs that, and goes on with an empty search, without a space.
@@ -77,6 +78,9 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
             self._restored = False
             for trial in trials:
                 _forget_deleted(trial.run_metadata.checkpoint_manager)
+                curve, told = self._curves.get(trial.trial_id, []), trial.last_result or {}
+                if told.get("global_step", 0) > max((row["global_step"] for row in curve), default=0):
+                    self._curves[trial.trial_id] = [*curve, _kept(told)]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""

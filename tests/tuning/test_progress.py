@@ -105,8 +105,11 @@ def test_a_restored_trial_forgets_the_checkpoints_that_were_deleted(tmp_path: Pa
     for number in (0, 1):
         (tmp_path / str(number)).rmdir()
     progress = Progress(Location.at(tmp_path), "eval_loss", Tracked((), Location.at(tmp_path), {}))
-    progress.set_state({"curves": {}})
-    progress.on_step_begin(0, [SimpleNamespace(run_metadata=SimpleNamespace(checkpoint_manager=manager))])
+    progress.set_state({"curves": {"t": [{"global_step": 2}]}})
+    last = {"global_step": 4, "eval_loss": 0.5, "snapshot": "state-1"}  # Ray's part of the state is newer
+    metadata = SimpleNamespace(checkpoint_manager=manager)
+    progress.on_step_begin(0, [SimpleNamespace(trial_id="t", last_result=last, run_metadata=metadata)])
+    assert progress.get_state()["curves"] == {"t": [{"global_step": 2}, {"global_step": 4, "eval_loss": 0.5}]}
     assert read_pointer(str(tmp_path / "1")) == ("state-1", 1), "the newest is there again"
     for number in (2, 3):
         manager.register_checkpoint(saved(number))

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from raytune_ft.core import cluster
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import RunError
+from raytune_ft.core.errors import ConfigError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
@@ -89,6 +90,38 @@ def test_a_search_that_goes_on_has_as_many_trials_at_a_time_as_it_began_with(
         assert _as_it_began(config, output).max_concurrent_trials == 6
     assert "goes on with 6 trials at a time, as it began; max_concurrent_trials: 1 is for a new search" in caplog.text
     assert _as_it_began(config.model_copy(update={"max_concurrent_trials": None}), output).max_concurrent_trials == 6
+
+
+def test_a_scheduler_that_pauses_is_refused_before_anything_starts_where_trials_share_no_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("it started"))
+    training = {"model_path": "m", "dataset_path": "d", "max_steps": 8, "use_dora": True}
+    space = {"learning_rate": [1e-4, 1e-3]}
+    for name in ("hyperband", "pbt"):
+        config = SweepConfig(output_dir="o", training=training, space=space, scheduler=name)
+        with pytest.raises(ConfigError, match=f"scheduler: {name} pauses trials, which only those on a shared"):
+            HyperparameterSweep(config).run()
+
+
+@pytest.mark.ray
+def test_what_the_rows_do_not_allow_is_refused_before_any_trial(
+    ray_cluster, tiny_model: Path, orders: Path, tmp_path: Path
+) -> None:
+    common = {"model_path": str(tiny_model), "dataset_path": str(orders), "report_to": []}
+    steps = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    rates = {"learning_rate": [1e-3, 1e-2]}
+    # 22 rows of training make 6 steps an epoch, of which there are 3.
+    for number, (message, training, more) in enumerate(
+        [
+            ("max_tokens: 10 do not take 2 trials to their first evaluation", steps, {"max_tokens": 10}),
+            (r"grace_steps: 100 is beyond the last step of the longest trial \(18\)", {}, {"grace_steps": 100}),
+        ]
+    ):
+        given = {"space": rates, "grace_steps": 1, **more, "training": {**common, **training}}
+        with pytest.raises(ConfigError, match=message):
+            HyperparameterSweep(SweepConfig(output_dir=str(tmp_path / str(number)), **given)).run()
+        assert not (tmp_path / str(number) / "ray").exists()
 
 
 @pytest.mark.ray
