@@ -292,7 +292,9 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
     return Tuner(
         arrangement.trainable,
         param_space=stage.space,
-        tune_config=replace(stage.searched, metric=config.goal.metric, mode=config.goal.mode, reuse_actors=True),
+        tune_config=replace(
+            stage.searched, metric=config.goal.metric, mode=config.goal.mode, reuse_actors=arrangement.proxies
+        ),
         run_config=RunConfig(
             name=stage.name,
             storage_path=output.for_ray[0],
