@@ -24,6 +24,11 @@ class PreparedDataset(Mapping[str, Any]):
         found = {split: [name for name in names if name.startswith(f"{split}/")] for split in SPLITS}
         return {split: files for split, files in found.items() if files}
 
+    @property
+    def uris(self) -> dict[str, list[str]]:
+        """The same files as URIs, which any process reads."""
+        return {split: [(self.artifact / name).uri for name in names] for split, names in self.files.items()}
+
     def __getitem__(self, split: str) -> Any:
         if split not in self.files:
             raise KeyError(f"{split!r}: this dataset has {', '.join(self.files)}")

@@ -169,7 +169,7 @@ def tokenized_splits(
             "prepared with unanswered: keep. "
             "`raytune-ft reinforce` learns from these; for anything else, prepare it with unanswered: reject"
         )
-    return {split: [(dataset / name).uri for name in names] for split, names in PreparedDataset(dataset).files.items()}
+    return PreparedDataset(dataset).uris
 
 
 def _is_tokenized(dataset: Artifact, model_path: str, policy: TokenPolicy) -> bool:

@@ -116,7 +116,8 @@ def refuse_unfit(config: PipelineConfig, names: Sequence[str]) -> None:
     ahead = unfinished(config, names)
     if config.align is not None and "align" in ahead and _is_made_here(config, config.align.dataset_path):
         with _of("align"):
-            refuse_other_kind(config.align, _splits(open_artifact(config.align.dataset_path, ArtifactKind.DATASET)))
+            dataset = open_artifact(config.align.dataset_path, ArtifactKind.DATASET)
+            refuse_other_kind(config.align, PreparedDataset(dataset).uris)
     if config.evaluate is not None and "evaluate" in ahead:
         with _of("evaluate"):
             _refuse_unmeasured(config, config.evaluate)
@@ -186,14 +187,9 @@ def _refuse_untrainable(config: PipelineConfig, settings: FineTuningConfig) -> N
     if _is_made_here(config, dataset):
         return
     if has_manifest(dataset):
-        refuse_other_kind(settings, _splits(open_artifact(dataset, ArtifactKind.DATASET, verify="size")))
+        refuse_other_kind(settings, PreparedDataset(open_artifact(dataset, ArtifactKind.DATASET, verify="size")).uris)
     else:
         _refuse_other_records(settings, find_files([dataset]))
-
-
-def _splits(dataset: Artifact) -> dict[str, list[str]]:
-    found = PreparedDataset(dataset).files
-    return {split: [(dataset / name).uri for name in names] for split, names in found.items()}
 
 
 def _refuse_other_records(settings: FineTuningConfig, files: Sequence[SourceFile]) -> None:

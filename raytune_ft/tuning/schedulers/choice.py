@@ -8,10 +8,7 @@ from functools import partial
 from typing import Any
 
 from ray import tune as ray_tune
-from ray.tune.schedulers import (
-    FIFOScheduler,
-    HyperBandScheduler,
-)
+from ray.tune.schedulers import FIFOScheduler, HyperBandScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from raytune_ft.core.storage import Location

@@ -10,10 +10,7 @@ from typing import Any
 import numpy as np
 from pyarrow.fs import FileType
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    PopulationBasedTraining,
-    TrialScheduler,
-)
+from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from raytune_ft.tuning.schedulers.memory import TIME, reached_step
 
@@ -32,7 +29,7 @@ class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray'
         super().__init__(**settings)
         self._seed = seed
         self._donors = dict[Trial, Trial]()
-        self._come, self._leaving = dict[Trial, int](), dict[Trial, None]()
+        self._come, self._leaving = set[Trial](), dict[Trial, None]()
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Ray Tune's hook: of a trial that was there before, the last exchange is where it must have been."""
@@ -46,18 +43,15 @@ class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray'
         if step - state.last_perturbation_time < self._perturbation_interval:
             return str(TrialScheduler.CONTINUE)
         self._save_trial_state(state, step, result, trial)
-        self._come[trial] = step
+        self._come.add(trial)
         return str(TrialScheduler.NOOP)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """Ray Tune's hook, which it calls all the time: as PBT does; here states are exchanged, and trials go on."""
         there = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
-        self._come = {trial: step for trial, step in self._come.items() if trial.status == Trial.RUNNING}
-        due = [
-            trial
-            for trial in there
-            if trial in self._come and all(reached_step(other) >= self._come[trial] for other in there)
-        ]
+        self._come = {trial for trial in self._come if trial.status == Trial.RUNNING}
+        least = min(map(reached_step, there), default=0)
+        due = [trial for trial in there if trial in self._come and reached_step(trial) <= least]
         if due and not any(trial.is_saving for trial in due):
             self._exchange(tune_controller, due)
         for trial in list(self._leaving):
@@ -70,9 +64,10 @@ class LockstepPopulation(PopulationBasedTraining):  # type: ignore[misc]  # Ray'
 
     def _exchange(self, tune_controller: Any, due: list[Trial]) -> None:
         worse, better = self._quantiles()
-        with random_by(f"{self._seed} {max(self._come[trial] for trial in due)}"):
+        with random_by(f"{self._seed} {reached_step(due[0])}"):
             for trial in sorted(due, key=lambda trial: trial not in better):  # states are saved before they are read
-                self._trial_state[trial].last_perturbation_time = self._come.pop(trial)
+                self._come.remove(trial)
+                self._trial_state[trial].last_perturbation_time = reached_step(trial)
                 self._leaving[trial] = None
                 self._checkpoint_or_exploit(trial, tune_controller, better, worse)
 
