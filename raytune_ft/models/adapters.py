@@ -55,16 +55,9 @@ def add_lora(
             is one that PEFT cannot adapt, or not with such options. Or if the adapter, once saved, could not be loaded
             whole.
     """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import LoraConfig
 
-    layers = _linear_layers(model)
-    if not isinstance(target_modules, str):
-        modules = [name for name, _ in model.named_modules()]
-        unknown = [end for end in target_modules if not any(f".{name}".endswith(f".{end}") for name in modules)]
-        if unknown:
-            raise ModelError(f"lora_target_modules: {unknown} fit no layer of this model; {layers}")
-        refuse_routers(model, target_modules)
-
+    _refuse_unknown(model, target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -77,12 +70,34 @@ def add_lora(
         base_model_name_or_path=base,
     )
     without_router_weights(config, model)
+    adapted = _adapted(model, config, target_modules, seed)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    _refuse_unloadable(adapted, target_modules)
+    return adapted
+
+
+def _refuse_unknown(model: Any, target_modules: list[str] | str) -> None:
+    """Each name has to fit a layer, and none may choose between experts."""
+    if isinstance(target_modules, str):
+        return
+    modules = [name for name, _ in model.named_modules()]
+    unknown = [end for end in target_modules if not any(f".{name}".endswith(f".{end}") for name in modules)]
+    if unknown:
+        raise ModelError(f"lora_target_modules: {unknown} fit no layer of this model; {_linear_layers(model)}")
+    refuse_routers(model, target_modules)
+
+
+def _adapted(model: Any, config: Any, target_modules: list[str] | str, seed: int) -> Any:
+    """PEFT's model by a `LoraConfig`, with the initial values of a seed."""
+    from peft import get_peft_model
+
+    layers = _linear_layers(model)
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, config)
+        return get_peft_model(model, config)
     except ValueError as error:
-        if config.target_parameters and (dropout or use_dora):
-            option, off = ("use_dora", "false") if use_dora else ("lora_dropout", "0")
+        if config.target_parameters and (config.lora_dropout or config.use_dora):
+            option, off = ("use_dora", "false") if config.use_dora else ("lora_dropout", "0")
             raise ModelError(
                 f"{option}: is not there for experts or routers of {type(model).__name__}, whose weights LoRA adapts "
                 f"as parameters; set {option}: {off}, or name layers of attention only (lora_target_modules)"
@@ -90,15 +105,19 @@ def add_lora(
         raise ModelError(
             f"lora_target_modules: {target_modules} cannot be adapted ({first_line(error)}); {layers}"
         ) from None
-    adapted.peft_config["default"].base_model_name_or_path = base
+
+
+def _refuse_unloadable(adapted: Any, target_modules: list[str] | str) -> None:
+    """Takes the adapter's numbers out as they would be saved, and puts them in again: none may be lost."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     refuse_lost(
         set_peft_model_state_dict(adapted, state),
-        config,
-        f"lora_target_modules: {target_modules}: such an adapter of {type(model).__name__} could be saved, but not "
-        "loaded again; leave these layers out",
+        adapted.peft_config["default"],
+        f"lora_target_modules: {target_modules}: such an adapter of {type(adapted.get_base_model()).__name__} could be "
+        "saved, but not loaded again; leave these layers out",
     )
-    return adapted
 
 
 def _linear_layers(model: Any) -> str:
