@@ -161,7 +161,8 @@ def _guarded(action: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         terminated = False
         if "ray" in sys.modules:
-            from raytune_ft.core.cluster import disconnect, was_terminated
+            from raytune_ft.core.cluster import disconnect
+            from raytune_ft.core.termination import was_terminated
 
             terminated = was_terminated()
             with suppress(KeyboardInterrupt):  # Ctrl-C again: Ray's processes end with this one

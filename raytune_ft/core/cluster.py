@@ -11,23 +11,21 @@ import atexit
 import functools
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from raytune_ft.core import relay
 from raytune_ft.core.errors import ClusterError, RaytuneError, first_line
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.placement import UNLIMITED, Demand, Node, ResourcePlan, largest_share, misfit
+from raytune_ft.core.termination import sigterm_like_ctrl_c
 
 logger = logging.getLogger("raytune_ft")
 
@@ -108,7 +106,7 @@ def connect(*, num_cpus: int | None = None) -> Cluster:
 
     if not ray.is_initialized():
         _quiet_ray()
-        with _sigterm_like_ctrl_c():
+        with sigterm_like_ctrl_c():
             if address := named_address():
                 _join(address)
                 origin: Literal["joined", "started"] = "joined"
@@ -340,42 +338,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def was_terminated() -> bool:
-    """Whether a `KeyboardInterrupt` was SIGTERM: no other exception is passed on from wherever Ray waits."""
-    return _terminated.is_set()
-
-
-_terminated = threading.Event()
-
-
-@contextmanager
-def _sigterm_like_ctrl_c() -> Iterator[None]:
-    """Within the block Ray sets a handler of its own; after it the caller's is back, or, where there was none, ours.
-
-    Ray's raises `SystemExit`: where it comes while a cluster starts, the process would end with an exit code of Ray's,
-    and by an abort where it comes while Ray Serve starts.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:
-        if before != signal.SIG_DFL:
-            raise
-        _terminated.set()
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGTERM, _on_sigterm if before == signal.SIG_DFL else before)
-
-
-def _on_sigterm(signum: int, frame: FrameType | None) -> None:
-    _terminated.set()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked again, the process ends at once
-    raise KeyboardInterrupt
 
 
 def usable_cpus() -> int:
