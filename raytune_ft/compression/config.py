@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
@@ -51,12 +50,6 @@ class CalibrationConfig(Config):
     calibration_tokens: int = Field(512, ge=2)
     """A row is cut behind so many tokens."""
 
-    def _refuse_idle(self, names: Iterable[str], why: str) -> None:
-        """Refuses settings that would change nothing, where they say something else than they do by themselves."""
-        for name in names:
-            if self.differs(name):
-                raise ValueError(f"{name}: {why}")
-
 
 class QuantizationConfig(CalibrationConfig):
     """How the linear layers of a model are quantized; embeddings, norms and ``lm_head`` keep the source's precision."""
@@ -92,13 +85,13 @@ class QuantizationConfig(CalibrationConfig):
     def _says_nothing_in_vain(self) -> QuantizationConfig:
         if self.method is QuantizationMethod.COMPRESSED_TENSORS:
             why = "is of bitsandbytes' weights; leave it out, or set method: bitsandbytes"
-            self._refuse_idle([*_OF_4_BITS, _OF_8_BITS], why)
+            self.refuse_idle([*_OF_4_BITS, _OF_8_BITS], why)
             return self
-        self._refuse_idle(_OF_CALIBRATION, "bitsandbytes looks at no rows; leave it out, or use compressed_tensors")
+        self.refuse_idle(_OF_CALIBRATION, "bitsandbytes looks at no rows; leave it out, or use compressed_tensors")
         if self.bits == 8:
-            self._refuse_idle(_OF_4_BITS, "is of 4-bit weights (bits is 8); leave it out, or set bits: 4")
+            self.refuse_idle(_OF_4_BITS, "is of 4-bit weights (bits is 8); leave it out, or set bits: 4")
         else:
-            self._refuse_idle([_OF_8_BITS], "is of 8-bit weights (bits is 4); leave it out, or set bits: 8")
+            self.refuse_idle([_OF_8_BITS], "is of 8-bit weights (bits is 4); leave it out, or set bits: 8")
         return self
 
 
@@ -153,9 +146,9 @@ class PruningConfig(CalibrationConfig):
         if self.method is not PruningMethod.WANDA and self.calibration_path is not None:
             raise ValueError(f"calibration_path: {self.method} looks at weights alone; leave it out, or use wanda")
         if self.method is not PruningMethod.WANDA:
-            self._refuse_idle(_OF_CALIBRATION, f"{self.method} looks at no rows; leave it out, or use wanda")
+            self.refuse_idle(_OF_CALIBRATION, f"{self.method} looks at no rows; leave it out, or use wanda")
         if self.method is not PruningMethod.MAGNITUDE:
-            self._refuse_idle(["scope"], f"{self.method} compares weights of one output only; use magnitude, or layer")
+            self.refuse_idle(["scope"], f"{self.method} compares weights of one output only; use magnitude, or layer")
         return self
 
     def _check_pattern(self, pattern: str) -> None:

@@ -108,6 +108,21 @@ class Config(BaseModel):
         default = type(self).model_fields[name].get_default(call_default_factory=True)
         return bool(getattr(self, name) != default)
 
+    def refuse_idle(self, names: Iterable[str], why: str, *, under: str = "") -> None:
+        """Refuses settings that would change nothing, where they say something else than they do by themselves.
+
+        Args:
+            names: of the settings.
+            why: they would change nothing, and what to do.
+            under: what stands before their names in an error, where these settings are part of others.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        for name in names:
+            if self.differs(name):
+                raise ValueError(f"{under}{name}: {why}")
+
     def with_overrides(self: C, **changes: Any) -> C:
         """A copy with `changes`, validated again.
 

@@ -9,7 +9,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from raytune_ft.core.config import Config, Place
-from raytune_ft.evaluation.config_inference import EndpointConfig, ModelPath
+from raytune_ft.evaluation.config_inference import (
+    OF_ENDPOINTS,
+    WITHOUT_ENDPOINT,
+    EndpointConfig,
+    ModelPath,
+    is_endpoint,
+    refuse_idle_inference,
+)
 from raytune_ft.evaluation.metric_names import EvaluationMetric, MetricFacts
 from raytune_ft.models.config import DecodingConfig, Precision
 
@@ -31,6 +38,15 @@ EXTRACTIONS = ("gsm8k", "last_number", "boxed")
 
 BleuTokenizer = Literal["13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab"]
 """sacrebleu's, but for those that fetch a model from the network."""
+
+
+_OF_METRICS = {
+    "bleu_tokenizer": {EvaluationMetric.BLEU},
+    "custom_functions": {EvaluationMetric.CUSTOM},
+    "extraction": {EvaluationMetric.ACCURACY, EvaluationMetric.EXACT_MATCH},
+    "json_schema": {EvaluationMetric.JSON_SCHEMA},
+}
+"""Settings that only some metrics look at."""
 
 
 class ForgettingConfig(Config):
@@ -152,11 +168,34 @@ class MeasureConfig(Config):
             raise ValueError("metrics has json_schema, which needs a schema in json_schema")
         if EvaluationMetric.CUSTOM in self.metrics and not self.custom_functions:
             raise ValueError("metrics has custom, which needs a function in custom_functions")
-        if self.differs("bleu_tokenizer") and EvaluationMetric.BLEU not in self.metrics:
-            raise ValueError("bleu_tokenizer: has no effect without the metric bleu; add that, or leave it out")
         if (EvaluationMetric.REWARD in self.metrics) != (self.reward_model_path is not None):
             raise ValueError("the metric reward and a reward model in reward_model_path belong together; give both")
         return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> MeasureConfig:
+        for name, metrics in _OF_METRICS.items():
+            if not metrics & set(self.metrics):
+                wanted = " or ".join(sorted(metrics))
+                self.refuse_idle([name], f"has no effect without the metric {wanted}; add that, or leave it out")
+        if self.production_path is None:
+            self.refuse_idle(["production_embedder"], "has no effect without production_path; leave it out")
+        likelihoods = [metric for metric in self.metrics if not metric.needs_answers]
+        if len(likelihoods) == len(self.metrics):
+            why = f"has no effect: no answers are generated for {' and '.join(likelihoods)}; leave it out"
+            self.decoding.refuse_idle(DecodingConfig.model_fields, why, under="decoding.")
+        paths = self.models.values()
+        refuse_idle_inference(paths, decoding=self.decoding, endpoint=self.endpoint, likelihoods=bool(likelihoods))
+        if all(map(is_endpoint, paths)) and self.reward_model_path is None:
+            self.refuse_idle(["precision"], OF_ENDPOINTS)
+        if self.harness is not None and not any(map(is_endpoint, paths)):
+            self.harness.refuse_idle(["endpoint_tokenizer"], WITHOUT_ENDPOINT, under="harness.")
+        return self
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Label and path of each model, in the order of the report."""
+        raise NotImplementedError
 
 
 class EvaluationConfig(MeasureConfig):
@@ -169,6 +208,15 @@ class EvaluationConfig(MeasureConfig):
     """A model to compare it with, usually its base; the two are then labelled ``base`` and ``tuned``."""
     previous_model_path: ModelPath | None = None
     """The model that it is to replace, which is compared with it, too, and labelled ``previous``."""
+
+    @model_validator(mode="after")
+    def _with_base_or_not(self) -> EvaluationConfig:
+        if self.base_model_path is not None and not self.compare_with_base:
+            raise ValueError(
+                f"compare_with_base: false, and base_model_path names a base to compare with ({self.base_model_path}); "
+                "leave one of them out"
+            )
+        return self
 
     @property
     def models(self) -> dict[str, str]:

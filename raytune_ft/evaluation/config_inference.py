@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from raytune_ft.core.config import Config, Place
 from raytune_ft.models.config import DecodingConfig, Precision
@@ -33,6 +34,11 @@ ModelPath = Annotated[str, Field(min_length=1), AfterValidator(checked_endpoint)
 """A model reference, or the URL of an endpoint."""
 
 
+OF_ENDPOINTS = "has no effect: an endpoint computes as it was started; leave it out"
+WITHOUT_ENDPOINT = "has no effect, since no model is given as the URL of an endpoint; leave it out"
+"""Why settings of local models, and of served ones, change nothing."""
+
+
 class EndpointConfig(Config):
     """How a served model is asked, where a model path is a URL such as ``http://host:8000/v1#name``."""
 
@@ -52,6 +58,30 @@ class EndpointConfig(Config):
     tokenizer: Place | None = None
     """Folder, artifact or hub id of the served model's tokenizer. With it, likelihoods are asked, too (perplexity,
     choices): by text completions that echo their prompt with its log-probabilities."""
+
+
+def refuse_idle_inference(
+    paths: Iterable[str], *, decoding: DecodingConfig, endpoint: EndpointConfig, likelihoods: bool
+) -> None:
+    """Refuses settings of asking models that would change nothing.
+
+    Args:
+        paths: of the models that are asked.
+        decoding: how they answer.
+        endpoint: how those of them are asked that are served.
+        likelihoods: whether they are asked for likelihoods, too.
+
+    Raises:
+        ValueError: naming a setting.
+    """
+    if decoding.temperature == 0:
+        why = "has no effect at temperature 0, which samples nothing; set decoding.temperature, or leave it out"
+        decoding.refuse_idle(("top_p", "seed"), why, under="decoding.")
+    if not any(map(is_endpoint, paths)):
+        endpoint.refuse_idle(EndpointConfig.model_fields, WITHOUT_ENDPOINT, under="endpoint.")
+    if not likelihoods:
+        why = "has no effect where no likelihoods are asked for; leave it out"
+        endpoint.refuse_idle(("tokenizer",), why, under="endpoint.")
 
 
 class BatchGenerationConfig(Config):
@@ -80,3 +110,10 @@ class BatchGenerationConfig(Config):
     """How an endpoint is asked."""
     max_unanswered: int = Field(0, ge=0)
     """Rows that may stay without an answer (from an endpoint that failed) before the run counts as failed."""
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Self:
+        refuse_idle_inference([self.model_path], decoding=self.decoding, endpoint=self.endpoint, likelihoods=False)
+        if is_endpoint(self.model_path):
+            self.refuse_idle(("precision",), OF_ENDPOINTS)
+        return self

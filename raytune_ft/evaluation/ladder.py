@@ -113,6 +113,9 @@ def refuse_unmeasurable(config: LadderConfig) -> None:
     for metric in config.limits.max_drop:
         if metric not in config.metrics:
             raise ConfigError(f"limits.max_drop: {metric} is not measured; add it to metrics")
+    if config.limits.min_same_answers is not None and not any(metric.needs_answers for metric in config.metrics):
+        wanted = ", ".join(config.metrics)
+        raise ConfigError(f"limits.min_same_answers: no answers are generated for {wanted}; add a metric of answers")
 
 
 def _comparison(config: LadderConfig, where: Location) -> ComparisonConfig:

@@ -36,6 +36,8 @@ def prompt_files(dataset_path: str, split: str | None) -> tuple[list[Location], 
         files = split_files(location, sorted(artifact.manifest.files), split or "test")
         return files, artifact.as_parent("dataset")
     if location.is_file():
+        if split is not None:
+            raise DataError(f"split: {location} is a single file, taken whole; leave split out (got {split!r})")
         files = [location]
     elif split is not None:
         files = split_files(location, list(location.files()), split)

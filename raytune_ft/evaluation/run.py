@@ -144,7 +144,7 @@ def _models(config: EvaluationConfig | ComparisonConfig) -> dict[str, str]:
 
 
 def _measure(config: MeasureConfig, models: dict[str, str], kind: type[EvaluationResult]) -> Artifact:
-    rows = read_rows(config.dataset_path, config.split, config.max_rows)
+    rows = _rows(config)
     metrics = fitting_metrics(config, rows)
     work = workload_of(config)
     targets = targets_of(models, Location.at(config.output_dir).parent)
@@ -161,7 +161,7 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         ArtifactKind.REPORT,
         settings=config.resolved(),
         identity=config.identity(),
-        parents=[*parents.values(), *judges, *settings_parents(config, targets), rows.parent],
+        parents=[*parents.values(), *judges, *settings_parents(config), rows.parent],
         keep=(PIECES,),
     )
     if draft.finished is not None:
@@ -209,6 +209,15 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         kept.delete()
     logger.info("%s", result)
     return draft.artifact
+
+
+def _rows(config: MeasureConfig) -> EvaluationRows:
+    rows = read_rows(config.dataset_path, config.split, config.max_rows)
+    if rows.split is None and config.differs("split"):
+        raise ConfigError(
+            f"split: {rows.parent.where} is a single file, taken whole; leave split out (got {config.split!r})"
+        )
+    return rows
 
 
 def _later_checks(config: MeasureConfig, targets: Sequence[Target], rows: EvaluationRows, draft: Draft) -> list[Check]:

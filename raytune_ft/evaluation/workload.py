@@ -89,26 +89,24 @@ def parent_of(target: Target, role: str) -> Parent:
     return model_parent(target.path, role=role)
 
 
-def settings_parents(config: MeasureConfig, targets: Sequence[Target]) -> list[Parent]:
+def settings_parents(config: MeasureConfig) -> list[Parent]:
     """Files that the settings name and that decide what is found, for the manifest: with other content in the same
     place it is another evaluation.
 
     Feedback records (`production_path`) are none of them: they grow while a model is served.
     """
     wheres: dict[str, str | None] = {}
-    if EvaluationMetric.JSON_SCHEMA in config.metrics and isinstance(config.json_schema, str):
+    if isinstance(config.json_schema, str):
         wheres["json_schema"] = config.json_schema
-    if EvaluationMetric.CUSTOM in config.metrics:
-        modules = {where.partition(":")[0] for where in config.custom_functions.values()}
-        files = {module: getattr(import_module(module), "__file__", None) for module in sorted(modules)}
-        wheres |= {f"custom_functions {module}": file for module, file in files.items()}
+    modules = {where.partition(":")[0] for where in config.custom_functions.values()}
+    files = {module: getattr(import_module(module), "__file__", None) for module in sorted(modules)}
+    wheres |= {f"custom_functions {module}": file for module, file in files.items()}
     if config.forgetting is not None:
         wheres["forgetting.text_path"] = config.forgetting.text_path
     if config.harness is not None:
         wheres["harness.include_path"] = config.harness.include_path
         wheres["harness.endpoint_tokenizer"] = config.harness.endpoint_tokenizer
-    if any(target.is_endpoint for target in targets) and not all(metric.needs_answers for metric in config.metrics):
-        wheres["endpoint.tokenizer"] = config.endpoint.tokenizer
+    wheres["endpoint.tokenizer"] = config.endpoint.tokenizer
     return [_content(role, where) for role, where in wheres.items() if where is not None]
 
 

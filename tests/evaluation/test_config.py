@@ -7,6 +7,7 @@ import pytest
 from raytune_ft.core.config import load_config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
+from raytune_ft.evaluation.config_inference import BatchGenerationConfig
 
 
 def evaluation(**changes: object) -> EvaluationConfig:
@@ -52,10 +53,77 @@ def test_no_metric_is_refused() -> None:
         evaluation(metrics=[])
 
 
-def test_a_tokenizer_of_bleu_without_bleu_is_refused() -> None:
-    with pytest.raises(ConfigError, match="bleu_tokenizer: has no effect without the metric bleu"):
-        evaluation(bleu_tokenizer="char")
-    assert evaluation(metrics=["bleu"], bleu_tokenizer="char").bleu_tokenizer == "char"
+SERVED = "http://host:8000/v1"
+BY_TOKENIZER = {"model_path": SERVED, "endpoint": {"tokenizer": "t"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "mended"),
+    [
+        ({"bleu_tokenizer": "char"}, "without the metric bleu; add that", {"metrics": ["bleu"]}),
+        ({"extraction": "gsm8k"}, "without the metric accuracy or exact_match", {"metrics": ["accuracy", "bleu"]}),
+        ({"extraction": "gsm8k"}, "without the metric accuracy or exact_match", {"metrics": ["exact_match"]}),
+        ({"json_schema": "schema.json"}, "without the metric json_schema", {"metrics": ["json_schema"]}),
+        ({"custom_functions": {"f": "m:f"}}, "without the metric custom", {"metrics": ["custom"]}),
+        ({"production_embedder": "e"}, "without production_path", {"production_path": "feedback"}),
+        ({"decoding": {"max_new_tokens": 9}}, "no answers are generated for perplexity", {"metrics": ["bleu"]}),
+        (
+            {"metrics": ["bleu"], "decoding": {"top_p": 0.5}},
+            "at temperature 0",
+            {"decoding": {"top_p": 0.5, "temperature": 1}},
+        ),
+        (
+            {"metrics": ["bleu"], "decoding": {"seed": 1}},
+            "at temperature 0",
+            {"decoding": {"seed": 1, "temperature": 1}},
+        ),
+        ({"endpoint": {"timeout_s": 9}}, "no model is given as the URL", {"base_model_path": SERVED}),
+        ({**BY_TOKENIZER, "metrics": ["bleu"]}, "where no likelihoods", {"metrics": ["bleu", "perplexity"]}),
+        ({**BY_TOKENIZER, "precision": "bf16"}, "an endpoint computes as it was", {"base_model_path": "b"}),
+        (
+            {"harness": {"tasks": ["t"], "endpoint_tokenizer": "t"}},
+            "no model is given as the URL",
+            {"previous_model_path": SERVED},
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(given: dict, words: str, mended: dict) -> None:
+    with pytest.raises(ConfigError, match=rf"EvaluationConfig: (\S+): has no effect.*{words}") as refused:
+        evaluation(**given)
+    name = str(refused.value).split(": ")[1].partition(".")[0]
+    assert name in given
+    assert evaluation(**{**given, **mended}).differs(name)
+
+
+def test_answers_of_an_endpoint_are_judged_in_the_precision_that_is_set() -> None:
+    judged = {"metrics": ["reward"], "reward_model_path": "r"}
+    assert evaluation(model_path=SERVED, precision="bf16", **judged).precision == "bf16"
+
+
+def test_a_base_is_named_or_left_out() -> None:
+    with pytest.raises(ConfigError, match=r"compare_with_base: false, and base_model_path names a base .*\(b\)"):
+        evaluation(base_model_path="b", compare_with_base=False)
+
+
+def test_a_comparison_refuses_what_would_change_nothing_too() -> None:
+    models = {"model_paths": ["a", "b"], "dataset_path": "d", "metrics": ["bleu"]}
+    with pytest.raises(ConfigError, match=r"endpoint\.concurrency: has no effect"):
+        ComparisonConfig(**models, endpoint={"concurrency": 2})
+    assert ComparisonConfig(**{**models, "model_paths": ["a", SERVED]}, endpoint={"concurrency": 2})
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"decoding": {"top_p": 0.5}}, "decoding.top_p"),
+        ({"endpoint": {"timeout_s": 9}}, "endpoint.timeout_s"),
+        ({"model_path": SERVED, "endpoint": {"tokenizer": "t"}}, "endpoint.tokenizer"),
+        ({"model_path": SERVED, "precision": "bf16"}, "precision"),
+    ],
+)
+def test_batch_generation_refuses_what_would_change_nothing(given: dict, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"BatchGenerationConfig: {name}: has no effect"):
+        BatchGenerationConfig(**{"model_path": "m", "dataset_path": "d", **given})
 
 
 def test_a_base_comes_first_and_makes_the_model_the_tuned_one() -> None:

@@ -187,6 +187,12 @@ def test_no_prompts_are_refused(tmp_path: Path) -> None:
         prompt_files(str(tmp_path), None)
 
 
+def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hi"}\n')
+    with pytest.raises(DataError, match=r"split: .*rows.jsonl is a single file, .*leave split out \(got 'test'\)"):
+        prompt_files(str(tmp_path / "rows.jsonl"), "test")
+
+
 def test_the_url_of_one_operation_is_no_endpoint() -> None:
     with pytest.raises(ConfigError, match="must be the endpoint's base URL"):
         BatchGenerationConfig(model_path="http://host/v1/chat/completions", dataset_path="d")

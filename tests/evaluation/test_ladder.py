@@ -67,6 +67,9 @@ def test_endpoints_and_unmeasured_limits_are_refused(tmp_path: Path) -> None:
         ladder(LadderConfig(model_paths=["a", "http://x/v1"], **common))
     with pytest.raises(ConfigError, match="perplexity is not measured"):
         ladder(LadderConfig(model_paths=["a", "b"], limits={"max_drop": {"perplexity": 1}}, **common))
+    likelihoods = {**common, "metrics": ["perplexity"], "limits": {"min_same_answers": 0.9}}
+    with pytest.raises(ConfigError, match=r"limits\.min_same_answers: no answers are generated for perplexity"):
+        ladder(LadderConfig(model_paths=["a", "b"], **likelihoods))
     with pytest.raises(ConfigError, match="must be 0 or more"):
         LadderConfig(model_paths=["a", "b"], limits={"max_drop": {"exact_match": -1}}, **common)
 

@@ -222,6 +222,7 @@ def test_what_a_worker_refuses_reaches_the_user_as_it_was_said(
     ("changes", "kind", "message"),
     [
         ({"metrics": ["rouge", "bleu"], "dataset_path": "nowhere.jsonl"}, DataError, "no such dataset"),
+        ({"split": "train"}, ConfigError, r"split: .*test.jsonl is a single file, .*\(got 'train'\)"),
         ({"model_path": "{folder}"}, ModelError, "is not a model"),
         ({"model_path": "{folder}/nothing"}, ModelError, "no such model folder"),
     ],

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 
 from raytune_ft.evaluation.config import EvaluationConfig
-from raytune_ft.evaluation.workload import Target, settings_parents
+from raytune_ft.evaluation.workload import settings_parents
 
 
-def digests(target: Target, **settings: Any) -> dict[str, str]:
-    config = EvaluationConfig(
-        **{"model_path": target.path, "dataset_path": "d", "metrics": ["exact_match"], **settings}
-    )
-    return {parent.role: parent.digest for parent in settings_parents(config, [target])}
+def digests(model_path: str, **settings: Any) -> dict[str, str]:
+    config = EvaluationConfig(**{"model_path": model_path, "dataset_path": "d", "metrics": ["exact_match"], **settings})
+    return {parent.role: parent.digest for parent in settings_parents(config)}
 
 
 def test_files_that_settings_name_count_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +32,7 @@ def test_files_that_settings_name_count_by_their_content(tmp_path: Path, monkeyp
     for file in files:
         file.parent.mkdir(exist_ok=True)
         file.write_text("f = 1")
-    served = Target("m", "http://host/v1#m")
+    served = "http://host/v1#m"
     before = digests(served, **settings)
     assert list(before) == [
         "json_schema",
@@ -53,11 +51,5 @@ def test_files_that_settings_name_count_by_their_content(tmp_path: Path, monkeyp
     assert digests(served, **settings)["harness.include_path"] != before["harness.include_path"]
 
 
-def test_what_is_not_looked_at_does_not_count(tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text("{}")
-    unused = {"json_schema": str(tmp_path / "schema.json"), "endpoint": {"tokenizer": "org/name"}}
-    assert digests(Target("m", "folder"), **unused, metrics=["perplexity"]) == {}
-    assert digests(Target("m", "http://host/v1#m"), **unused) == {}
-    assert list(digests(Target("m", "http://host/v1#m"), **unused, metrics=["perplexity"])) == ["endpoint.tokenizer"]
-    inline = {"metrics": ["json_schema"], "json_schema": {"type": "object"}}
-    assert digests(Target("m", "folder"), **inline) == {}
+def test_a_schema_in_the_settings_is_no_file() -> None:
+    assert digests("folder", metrics=["json_schema"], json_schema={"type": "object"}) == {}
