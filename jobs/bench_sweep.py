@@ -337,7 +337,7 @@ def ours(packed: str) -> Callable[..., Found]:
                 output_dir=str(out), space={**grid_of(options), "lora_alpha": {"times_rank": [2]}},
                 objective=options.objective, metric="eval_reward_accuracy" if aligns else "eval_loss",
                 scheduler="asha" if options.asha else "none", packed=packed, training=training, cpus_per_trial=2,
-                grace_steps=max(1, steps // 4), reduction_factor=2,
+                **({"grace_steps": max(1, steps // 4)} if options.asha else {}),
                 # All on the base at once, so that steady time is what its end says, not that of trials after others.
                 max_concurrent_trials=None if packed == "never" else math.prod(map(len, grid_of(options).values())),
             )

@@ -132,6 +132,8 @@ class Ground:
         if banks.actors:
             bases = f"{len(banks.actors)} frozen bases" if len(banks.actors) > 1 else "one frozen base"
             logger.info("tune: %s on %s, %s", how, bases, self.config.scheduler)
+            if not apart and self.config.differs("cpus_per_trial"):
+                logger.warning("tune: cpus_per_trial is set and changes nothing: all trials share a base")
             for name, why in apart.items():
                 logger.info("tune: the trials with %s train in a process each (%s)", name, why)
             return

@@ -10,10 +10,10 @@ from itertools import combinations, product
 from typing import Any
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.training.config import FineTuningConfig, bits_of_base
-from raytune_ft.training.without_effect import OF_FOUR_BITS, OF_LORA
+from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.without_effect import DECIDING, idle_beside
 from raytune_ft.tuning.packs import with_values
-from raytune_ft.tuning.space import Domain, TimesRank, dimension, extremes, settings_at, without_effect
+from raytune_ft.tuning.space import Domain, TimesRank, dimension, extremes, settings_at
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -22,31 +22,20 @@ def refuse_without_effect(space: Mapping[str, Domain], training: FineTuningConfi
     """Checks that every key of the space decides something: else trials would differ in name only.
 
     Raises:
-        ValueError: if one does not, with the setting that overrides it.
+        ValueError: if one does not, with the reason.
     """
+    for key, why in idle_everywhere(space, training).items():
+        if key in space:
+            raise ValueError(f"space.{key}: would change nothing: it {why}; leave it out")
 
-    def values(key: str) -> list[Any]:
-        return extremes(space[key]) if key in space else [getattr(training, key)]
 
-    methods = {str(method) for method in values("method")}
-    base_bits = {bits_of_base(method, bits) for method in methods for bits in values("bits")}
-    said = f"method: {', '.join(sorted(methods))}"
-    idle = dict[str, str]()
-    if None not in values("max_steps"):
-        idle["num_train_epochs"] = "max_steps overrides it; leave one of them out"
-    if None not in values("warmup_steps"):
-        idle["warmup_ratio"] = "warmup_steps overrides it; leave one of them out"
-    if "steps" not in values("eval_strategy"):
-        idle["eval_steps"] = "it belongs to eval_strategy: steps; set that"
-    if not methods & {"lora", "qlora"}:
-        idle |= dict.fromkeys(OF_LORA, f"it belongs to method lora or qlora ({said})")
-    if not methods & {"prefix_tuning", "prompt_tuning"}:
-        idle["num_virtual_tokens"] = f"it belongs to method prefix_tuning or prompt_tuning ({said})"
-    if 4 not in base_bits:
-        idle |= dict.fromkeys(OF_FOUR_BITS, "it belongs to a base of 4 bits; set method: qlora, or bits: 4")
-    for key in space:
-        if key in idle:
-            raise ValueError(f"space.{key}: would change nothing: {idle[key]}")
+def idle_everywhere(space: Mapping[str, Domain], training: FineTuningConfig) -> dict[str, str]:
+    """Names of the training settings that decide nothing in any trial of a space, each with the reason."""
+    keys = [key for key in DECIDING if key in space]
+    points = product(*(_telling(space[key]) for key in keys))
+    found = [idle_beside({**dict(training), **dict(zip(keys, point, strict=True))}) for point in points]
+    always = [name for name in found[0] if all(name in idle for idle in found)]
+    return {name: " and ".join(dict.fromkeys(idle[name] for idle in found)) for name in always}
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,7 @@ class Grid:
             settings = settings_at(point, shared)
             first = found.setdefault(_run_of(settings, shared), point)
             if first is not point:
-                reasons += _why_same(point, first, without_effect({**shared, **settings}))
+                reasons += _why_same(point, first, idle_beside({**shared, **settings}))
         return cls(list(found.values()), len(everything) - len(found), tuple(dict.fromkeys(reasons)))
 
 

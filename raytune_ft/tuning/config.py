@@ -22,6 +22,8 @@ _DEFINED = {
 }
 """What is measured in units that a setting decides, by the setting."""
 
+_OF_SCHEDULERS = {"grace_steps": ("asha", "median", "pbt"), "reduction_factor": ("asha", "hyperband")}
+"""Settings that only some schedulers look at."""
 _SHAPE = ("lora_r", "lora_target_modules")
 """What an adapter's tensors have their shapes from."""
 
@@ -143,6 +145,7 @@ class SweepConfig(Config):
                 f"repeat_top: {self.repeat_top} of the {self.trials} trials that the search makes cannot be repeated; "
                 f"set {self.trials} at most"
             )
+        self._refuse_of_other_searches()
         self._refuse_other_schedule()
         self._refuse_unused()
         self._refuse_other_metric()
@@ -189,6 +192,21 @@ class SweepConfig(Config):
                 f"be compared by it; take {' or '.join(left) or 'another objective'}"
             )
 
+    def _refuse_of_other_searches(self) -> None:
+        """Settings of the search that another kind of search has a use for."""
+        for key, schedulers in _OF_SCHEDULERS.items():
+            if self.scheduler not in schedulers:
+                self.refuse_idle(
+                    [key], f"belongs to scheduler {' or '.join(schedulers)} (got {self.scheduler}); leave it out"
+                )
+        if not self.repeat_top:
+            self.refuse_idle(["repeat_seeds"], "nothing is repeated (repeat_top is 0); set that, or leave it out")
+        if self.searcher == "grid" and self.scheduler != "pbt":
+            self.refuse_idle(["seed"], "a grid draws nothing; what trials draw follows from training.seed")
+        if self.training.num_workers > 1:
+            why = "the workers of a trial are given training.cpus_per_worker each; set that instead"
+            self.refuse_idle(["cpus_per_trial"], why)
+
     def _refuse_unused(self) -> None:
         """Settings of a training run that trials would leave without effect."""
         refused = dict.fromkeys(
@@ -205,8 +223,7 @@ class SweepConfig(Config):
             )
             refused["cpus_per_worker"] = "a trial on one worker is given cpus_per_trial; set that instead"
         for key, why in refused.items():
-            if self.training.differs(key):
-                raise ValueError(f"training.{key}: {why}")
+            self.training.refuse_idle([key], why, under="training.")
 
     def _refuse_other_metric(self) -> None:
         known = ("loss", *self.training.evaluated_metrics)

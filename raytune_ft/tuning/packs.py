@@ -10,7 +10,8 @@ from typing import Any
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training import matrix
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.tuning.space import Domain, extremes, without_effect
+from raytune_ft.training.without_effect import idle_beside
+from raytune_ft.tuning.space import Domain, extremes
 
 SHARED = (
     *("method", "use_dora", "adapter_path", "gradient_checkpointing"),
@@ -42,7 +43,7 @@ class Packs:
         found = {}
         for values in product(*(extremes(space[key]) for key in keys)):
             chosen = dict(zip(keys, values, strict=True))
-            idle = without_effect(dict(with_values(training, chosen)))
+            idle = idle_beside(dict(with_values(training, chosen)))
             chosen = {key: value for key, value in chosen.items() if key not in idle}
             found[name_of(keys, {**dict(training), **chosen})] = with_values(training, chosen)
         return cls(keys, found, tuple(extremes(space.get("lora_target_modules", [training.lora_target_modules]))))

@@ -40,6 +40,7 @@ from raytune_ft.tuning.budget import (
     refuse_small_budget,
     tokens_to_first_evaluation,
 )
+from raytune_ft.tuning.combinations import idle_everywhere
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.packs import Packs
 from raytune_ft.tuning.progress import (
@@ -103,6 +104,9 @@ def tune(config: SweepConfig) -> Artifact:
     if draft.finished:
         logger.info("tune: found finished at %s", output)
         return draft.finished
+    for name, why in idle_everywhere(config.space, config.training).items():
+        if config.training.differs(name):
+            logger.warning("tune: training.%s is set and changes nothing: it %s", name, why)
     tracked = Tracked(tuple(config.training.report_to), output, config.training.resolved())
     with draft, tracked.sweep(config.resolved()) as told:
         config = config.model_copy(update={"training": reachable(config.training, output.parent)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -13,7 +12,7 @@ from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig
-from raytune_ft.training.without_effect import of_other_methods, overridden
+from raytune_ft.training.without_effect import idle_beside
 
 OF_WORKERS = ("cpus_per_worker", "zero_stage", "offload", "deepspeed_config")
 """Training settings that trials on one worker have no use for."""
@@ -114,13 +113,8 @@ def settings_at(point: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]
     settings = dict(point.get(POINT, point))
     if _ALPHA_TIMES_RANK in settings:
         settings["lora_alpha"] = settings.pop(_ALPHA_TIMES_RANK) * settings.get("lora_r", shared["lora_r"])
-    idle = without_effect({**shared, **settings})
+    idle = idle_beside({**shared, **settings})
     return {key: value for key, value in settings.items() if key not in idle}
-
-
-def without_effect(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the settings that decide nothing beside the others of a trial, each with the reason."""
-    return {**of_other_methods(settings), **overridden(settings)}
 
 
 def extremes(choice: Domain) -> list[Any]:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.config import DistillationConfig, FineTuningConfig
+from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
 from raytune_ft.training.recommend import recommend_method
-from raytune_ft.training.without_effect import without_effect
+from raytune_ft.training.without_effect import DECIDING, idle_beside, without_effect
 
 WHERE = {"model_path": "model", "dataset_path": "rows.jsonl", "output_dir": "out"}
 
@@ -27,6 +28,14 @@ WHERE = {"model_path": "model", "dataset_path": "rows.jsonl", "output_dir": "out
         ({"num_virtual_tokens": 5}, r"num_virtual_tokens belongs to method prefix_tuning or .*\(got lora\)"),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type belongs to a base of 4 bits"),
         ({"eval_strategy": "no", "eval_generation_rows": 3}, "eval_generation_rows needs evaluations"),
+        ({"eval_strategy": "no", "per_device_eval_batch_size": 8}, "per_device_eval_batch_size needs evaluations"),
+        ({"eval_generation_metric": "bleu"}, r"eval_generation_metric measures answers, and none are .*_rows 0\)"),
+        ({"max_steps": 4, "num_train_epochs": 2}, "num_train_epochs is overridden by max_steps"),
+        ({"warmup_steps": 0, "warmup_ratio": 0.2}, "warmup_ratio is overridden by warmup_steps"),
+        ({"eval_steps": 7}, "eval_steps belongs to eval_strategy steps"),
+        ({"save_steps": 7}, "save_steps belongs to save_strategy steps"),
+        ({"logging_strategy": "epoch", "logging_steps": 7}, "logging_steps belongs to logging_strategy steps"),
+        ({"save_strategy": "no", "save_total_limit": 7}, "save_total_limit needs checkpoints"),
         (
             {"eval_strategy": "no", "metric_for_best_model": "eval_perplexity"},
             "metric_for_best_model needs eval",
@@ -47,11 +56,44 @@ def test_a_setting_that_decides_nothing_is_found(given: dict[str, Any], words: s
         {"method": "qlora", "bnb_4bit_quant_type": "fp4", "lora_r": 4},
         {"method": "qlora", "bits": 4, "bnb_4bit_use_double_quant": False},
         {"method": "prompt_tuning", "num_virtual_tokens": 5},
-        {"eval_generation_rows": 3},
+        {"eval_generation_rows": 3, "eval_generation_metric": "bleu"},
+        {"eval_strategy": "steps", "eval_steps": 7, "save_strategy": "steps", "save_steps": 7, "logging_steps": 7},
+        {"max_steps": 4, "warmup_steps": 2, "per_device_eval_batch_size": 8, "save_total_limit": 7},
     ],
 )
 def test_settings_that_decide_something_pass_and_stay(given: dict[str, Any]) -> None:
     assert not without_effect(FineTuningConfig(**WHERE, **given))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (DistillationConfig(**WHERE, teacher_path="t", hard_loss_weight=1, temperature=3), ["temperature"]),
+        (DistillationConfig(**WHERE, teacher_path="t", temperature=3), []),
+        (PreferenceConfig(**WHERE, eval_generation_metric="bleu"), ["eval_generation_metric"]),
+        (PreferenceConfig(**WHERE, eval_strategy="no", per_device_eval_batch_size=8), []),
+        (RewardConfig(**WHERE, eval_strategy="no", per_device_eval_batch_size=8), ["per_device_eval_batch_size"]),
+        (RewardConfig(**WHERE, eval_generation_metric="bleu"), ["eval_generation_metric"]),
+        (ReinforcementConfig(**WHERE, reward_metric="bleu", eval_strategy="no"), []),
+    ],
+)
+def test_every_kind_of_training_tells_its_own(config: FineTuningConfig, words: list[str]) -> None:
+    assert list(without_effect(config)) == words
+
+
+def test_what_leaves_others_without_effect_is_known() -> None:
+    class Seen(dict):
+        def __getitem__(self, key: str) -> Any:
+            looked_at.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            looked_at.add(key)
+            return super().get(key, default)
+
+    looked_at: set[str] = set()
+    idle_beside(Seen(dict(DistillationConfig(**WHERE, teacher_path="t"))))
+    assert looked_at == set(DECIDING)
 
 
 @pytest.mark.parametrize("memory_gib", [8, 16, 80])

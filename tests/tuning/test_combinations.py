@@ -8,7 +8,7 @@ import pytest
 
 from raytune_ft.core.config import load_config
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.tuning.combinations import Grid
+from raytune_ft.tuning.combinations import Grid, idle_everywhere
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import settings_at
 
@@ -21,20 +21,75 @@ def sweep(space: dict, training: dict | None = None, **changes: object) -> Sweep
 @pytest.mark.parametrize(
     ("space", "training", "why"),
     [
-        ({"num_train_epochs": [1, 2]}, {"max_steps": 4}, "max_steps overrides it"),
-        ({"num_train_epochs": [1, 2], "max_steps": [4, 8]}, {}, "max_steps overrides it"),
-        ({"warmup_ratio": [0.1, 0.2]}, {"warmup_steps": 2}, "warmup_steps overrides it"),
-        ({"eval_steps": [1, 2]}, {"eval_strategy": "epoch"}, "belongs to eval_strategy: steps"),
-        ({"lora_r": [4, 8]}, {"method": "full"}, r"belongs to method lora or qlora \(method: full\)"),
+        ({"num_train_epochs": [1, 2]}, {"max_steps": 4}, "is overridden by max_steps"),
+        ({"num_train_epochs": [1, 2], "max_steps": [4, 8]}, {}, "is overridden by max_steps"),
+        ({"warmup_ratio": [0.1, 0.2]}, {"warmup_steps": 2}, "is overridden by warmup_steps"),
+        ({"eval_steps": [1, 2]}, {"eval_strategy": "epoch"}, "belongs to eval_strategy steps"),
+        ({"eval_steps": [1, 2], "eval_strategy": ["epoch", "no"]}, {}, "belongs to eval_strategy steps"),
+        ({"lora_r": [4, 8]}, {"method": "full"}, r"belongs to method lora or qlora \(got full\)"),
+        (
+            {"lora_r": [4, 8], "method": ["full", "prefix_tuning"]},
+            {},
+            r"belongs to method lora or qlora \(got full\) and .*\(got prefix_tuning\)",
+        ),
         ({"lora_alpha": {"times_rank": [1, 2]}}, {"method": "prefix_tuning"}, "belongs to method lora or qlora"),
         ({"num_virtual_tokens": [8, 16]}, {}, "belongs to method prefix_tuning or prompt_tuning"),
         ({"bnb_4bit_quant_type": ["nf4", "fp4"]}, {}, "belongs to a base of 4 bits"),
         ({"bnb_4bit_quant_type": ["nf4", "fp4"]}, {"method": "qlora", "bits": 8}, "belongs to a base of 4 bits"),
+        ({"per_device_eval_batch_size": [1, 2]}, {"eval_strategy": "no"}, "needs evaluations"),
     ],
 )
 def test_a_key_that_would_change_nothing_is_refused(space: dict, training: dict, why: str) -> None:
-    with pytest.raises(ConfigError, match=rf"space\.{next(iter(space))}: would change nothing: .*{why}"):
+    key = next(iter(space))
+    with pytest.raises(ConfigError, match=rf"space\.{key}: would change nothing: it {why}.*; leave it out"):
         sweep(space, training)
+
+
+def test_a_temperature_that_nothing_is_softened_by_is_refused() -> None:
+    distilled = {"teacher_path": "t", "hard_loss_weight": 1.0}
+    space = {"temperature": [1.0, 2.0]}
+    with pytest.raises(ConfigError, match=r"space\.temperature: would change nothing: it softens what"):
+        sweep(space, distilled, objective="distill")
+    assert (
+        sweep(
+            {**space, "hard_loss_weight": {"uniform": [0.5, 1.0]}},
+            {"teacher_path": "t"},
+            objective="distill",
+            searcher="random",
+            num_trials=2,
+        ).trials
+        == 2
+    )
+
+
+def test_what_training_sets_and_no_trial_looks_at_is_found_whatever_the_space_searches() -> None:
+    def found(space: dict, training: dict) -> list[str]:
+        config = sweep(space, training)
+        return [name for name in idle_everywhere(config.space, config.training) if config.training.differs(name)]
+
+    assert found({"max_steps": [4, 8]}, {"num_train_epochs": 9}) == ["num_train_epochs"]
+    assert found({"max_steps": [None, 8]}, {"num_train_epochs": 9}) == []
+    assert found({"learning_rate": [1e-3]}, {"eval_generation_metric": "bleu"}) == ["eval_generation_metric"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scheduler": "none", "grace_steps": 2}, r"grace_steps: belongs to scheduler asha or .* \(got none"),
+        ({"scheduler": "median", "reduction_factor": 3}, "reduction_factor: belongs to scheduler asha or hyperband"),
+        ({"repeat_seeds": 3}, r"repeat_seeds: nothing is repeated \(repeat_top is 0\)"),
+        ({"seed": 1}, "seed: a grid draws nothing; what trials draw follows from training.seed"),
+        ({"cpus_per_trial": 2}, "cpus_per_trial: the workers of a trial are given training.cpus_per_worker"),
+    ],
+)
+def test_settings_of_another_kind_of_search_are_refused(changes: dict, words: str) -> None:
+    training = {"num_workers": 2, "max_steps": 8}
+    with pytest.raises(ConfigError, match=f"SweepConfig: {words}"):
+        sweep({"learning_rate": [1e-4, 1e-3]}, training, **changes)
+    mended = {"scheduler": "asha", "repeat_top": 1}
+    if "seed" in changes:
+        mended |= {"searcher": "random", "num_trials": 2}
+    assert sweep({"learning_rate": [1e-4, 1e-3]}, {"max_steps": 8}, **{**changes, **mended})
 
 
 def test_a_key_that_changes_some_trials_is_searched() -> None:

@@ -41,7 +41,7 @@ def test_the_training_settings_are_those_of_the_verb() -> None:
     assert isinstance(config.training, PreferenceConfig)
     assert (config.training.beta, config.training.metric_for_best_model) == (0.1, "eval_reward_accuracy")
     assert config.resolved()["training"]["beta"] == 0.1
-    assert config.with_overrides(seed=1).training == config.training
+    assert config.with_overrides(max_hours=1).training == config.training
     assert config.identity() != sweep(training={"model_path": "m", "dataset_path": "d", "beta": 0.2}).identity()
     given = PreferenceConfig(model_path="m", dataset_path="d", output_dir="x", metric_for_best_model="eval_chosen_nll")
     named = SweepConfig(output_dir="out", space={"lora_r": [2]}, metric="eval_chosen_nll", training=given)

@@ -47,7 +47,9 @@ def sweep(tiny_model: Path, orders: Path, folder: Path, **changes: object) -> Sw
         "lora_target_modules": "all-linear",
         "lora_dropout": 0.0,
     }
-    common = {"output_dir": str(folder), "space": {"lora_r": [2, 8], "learning_rate": [2e-2, 1e-4]}, "grace_steps": 4}
+    common = {"output_dir": str(folder), "space": {"lora_r": [2, 8], "learning_rate": [2e-2, 1e-4]}}
+    if changes.get("scheduler", "asha") in {"asha", "median"}:
+        common["grace_steps"] = 4
     return SweepConfig(**{**common, "training": {**training, **changes.pop("training", {})}, **changes})
 
 
@@ -247,7 +249,7 @@ def test_the_best_trial_leaves_its_model_also_where_the_budget_ended_it(
 
     training = {"max_steps": None, "num_train_epochs": 9, "eval_steps": 1, "learning_rate": 1e-2}
     space = {"per_device_train_batch_size": [4, 8]}
-    more = {"space": space, "scheduler": "none", "max_tokens": 1500, "grace_steps": 1}
+    more = {"space": space, "scheduler": "none", "max_tokens": 1500}
     how = {**how, "training": {**training, **how.get("training", {})}}
     config = sweep(tiny_model, orders, tmp_path / "sweep", **more, **how)
     result = SweepResult.from_json(HyperparameterSweep(config).run().read_json("result.json"))
@@ -439,7 +441,7 @@ def test_hyperband_drops_the_same_trials_if_its_driver_was_killed_late(tiny_mode
     Of those five, HyperBand keeps three.
     """
     space = {"learning_rate": [1e-5 * 2**n for n in range(11)]}
-    common = {"space": space, "scheduler": "hyperband", "grace_steps": 1}
+    common = {"space": space, "scheduler": "hyperband"}
     steps = {"max_steps": 16, "eval_steps": 1}
     config = sweep(tiny_model, orders, tmp_path / "sweep", **common, training=steps)
     broken = killed_and_resumed(config, tmp_path, lambda rungs: len(rungs["dropped"]) >= 2)
