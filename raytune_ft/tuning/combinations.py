@@ -42,7 +42,7 @@ def idle_everywhere(space: Mapping[str, Domain], training: FineTuningConfig) -> 
 class Grid:
     """Combinations of a space of lists, as points for Ray Tune; how many are `left_out` beside these, and why."""
 
-    points: list[dict[str, Any]]
+    points: tuple[dict[str, Any], ...]
     left_out: int = 0
     reasons: tuple[str, ...] = ()
 
@@ -50,7 +50,7 @@ class Grid:
     def whole(cls, space: Mapping[str, Domain]) -> Grid:
         """All combinations."""
         names = [dimension(key, choice) for key, choice in space.items()]
-        return cls([dict(zip(names, values, strict=True)) for values in product(*map(extremes, space.values()))])
+        return cls(tuple(dict(zip(names, values, strict=True)) for values in product(*map(extremes, space.values()))))
 
     @classmethod
     def of_runs(cls, space: Mapping[str, Domain], training: FineTuningConfig) -> Grid:
@@ -62,7 +62,7 @@ class Grid:
             first = found.setdefault(_run_of(settings, shared), point)
             if first is not point:
                 reasons += _why_same(point, first, idle_beside({**shared, **settings}))
-        return cls(list(found.values()), len(everything) - len(found), tuple(dict.fromkeys(reasons)))
+        return cls(tuple(found.values()), len(everything) - len(found), tuple(dict.fromkeys(reasons)))
 
 
 def _run_of(settings: Mapping[str, Any], shared: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, WrapValidator, model_validator
@@ -251,9 +252,9 @@ class SweepConfig(Config):
         """How many trials the search makes."""
         return self.num_trials or len(self.grid.points)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
-        """What a grid tries; population-based training changes settings on the way, so it begins with all there are."""
+        """What a grid tries, worked out once; population-based training changes settings on the way, so it begins with all there are."""
         return Grid.whole(self.space) if self.scheduler == "pbt" else Grid.of_runs(self.space, self.training)
 
     @property

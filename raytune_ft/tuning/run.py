@@ -264,7 +264,7 @@ def _first_stage(config: SweepConfig, output: Location, together: int, limit: St
     )
     space = {dimension(key, choice): domain(choice, grid=grid) for key, choice in config.space.items()}
     if grid and config.grid.left_out:
-        space = {POINT: ray_tune.grid_search(config.grid.points)}
+        space = {POINT: ray_tune.grid_search(list(config.grid.points))}
     return _Stage(_RAY_STATE, space, searched, limit)
 
 

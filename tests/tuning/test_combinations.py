@@ -126,6 +126,13 @@ def test_combinations_that_come_to_the_same_run_are_tried_once(space: dict, left
     assert all(trials[:place].count(trial) == 0 for place, trial in enumerate(trials))
 
 
+def test_a_grid_is_worked_out_once_and_is_no_setting() -> None:
+    one, other = sweep({"lora_r": [4, 8]}), sweep({"lora_r": [4, 8]})
+    assert one.grid is one.grid
+    assert one == other and set(one.model_dump()) == set(SweepConfig.model_fields) and one.identity() == other.identity()
+    assert one.with_overrides(space={"lora_r": [4, 8, 16]}).trials == 3
+
+
 def test_a_population_begins_with_all_combinations() -> None:
     space = {"learning_rate": [1e-4, 1e-4, 1e-3]}
     assert sweep(space, {"max_steps": 8}, scheduler="pbt").trials == 3 == sweep(space).trials + 1
