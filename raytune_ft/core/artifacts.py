@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.grammar import more
 from raytune_ft.core.manifest import (
     CLAIM,
     FAILURES,
@@ -115,11 +115,6 @@ def open_artifact(
             + ". Restore the files, or delete the folder and run its command again."
         )
     return Artifact(location, manifest)
-
-
-def more(items: Sequence[str]) -> str:
-    """How many of a list were not among the first five that a message names."""
-    return f" and {len(items) - 5} more" if len(items) > 5 else ""
 
 
 def read_manifest(location: Location) -> Manifest:

@@ -24,7 +24,6 @@ from typing import Any
 from raytune_ft.core.artifacts import (
     Artifact,
     has_manifest,
-    more,
     open_artifact,
     read_claim,
     read_failures,
@@ -32,6 +31,7 @@ from raytune_ft.core.artifacts import (
 )
 from raytune_ft.core.config import masked
 from raytune_ft.core.errors import ArtifactError, RaytuneError
+from raytune_ft.core.grammar import more
 from raytune_ft.core.manifest import (
     CLAIM,
     FAILURES,

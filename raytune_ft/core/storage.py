@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -26,7 +26,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raytune_ft.core.config import masked
-from raytune_ft.core.errors import ArtifactError
+from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.grammar import more
 from raytune_ft.core.s3 import Proxied, open_s3
 
 _CHUNK = 1 << 22
@@ -176,6 +177,17 @@ class Location:
         found = self._reach(lambda: self.filesystem.get_file_info(selector))
         root = self.path.rstrip("/") + "/"
         return dict(sorted((i.path.removeprefix(root), i.size) for i in found if i.type == fs.FileType.File))
+
+    def broken_links(self) -> list[str]:
+        """Relative path of every link below this folder that leads to nothing, sorted: `files` leaves them out."""
+        seen, found = set(), list[str]()
+        for base, folders, files in os.walk(self.path, followlinks=True) if self.is_local else ():
+            if (place := os.path.realpath(base)) in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            found += (os.path.relpath(Path(base, name), self.path) for name in files if not Path(base, name).exists())
+        return sorted(found)
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""
@@ -366,6 +378,20 @@ def told_in_words(where: str | os.PathLike[str] | Location) -> Iterator[None]:
         yield
     except OSError as error:
         raise refused(where, error) from error
+
+
+def refuse_broken_links(folder: Location, names: Sequence[str]) -> None:
+    """Refuses a folder with links that lead to nothing: what they led to would be missing without a word.
+
+    Raises:
+        DataError: if there are any `names`.
+    """
+    if names:
+        listed = sorted(names)
+        raise DataError(
+            f"{folder}: holds links that lead nowhere: {', '.join(listed[:5])}{more(listed)}; put back what they lead "
+            "to, or remove them"
+        )
 
 
 def source_digest(where: str | os.PathLike[str] | Location) -> str:

@@ -7,16 +7,15 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote
 
-from raytune_ft.core.artifacts import has_manifest, more, open_artifact
+from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, MANIFEST, Parent
-from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.core.storage import Location, refuse_broken_links, source_digest
 from raytune_ft.data.export import MARKER
 from raytune_ft.data.hub import SCHEME, HubSource, content_of, parts_of
 
@@ -158,18 +157,7 @@ def _in_folder(folder: Location) -> list[Location]:
 
 def _listed(folder: Location) -> dict[str, int]:
     """Relative path and size of every file below a folder; of a link that leads nowhere `_BROKEN`."""
-    return {**dict.fromkeys(_broken_links(folder), _BROKEN), **folder.files()}
-
-
-def _broken_links(folder: Location) -> Iterator[str]:
-    """The links below a folder that lead to nothing, which pyarrow leaves out."""
-    seen = set()
-    for base, folders, files in os.walk(folder.path, followlinks=True) if folder.is_local else ():
-        if (place := os.path.realpath(base)) in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        yield from (os.path.relpath(Path(base, name), folder.path) for name in files if not Path(base, name).exists())
+    return {**dict.fromkeys(folder.broken_links(), _BROKEN), **folder.files()}
 
 
 def _without_outputs(folder: Location, names: dict[str, int]) -> dict[str, int]:
@@ -235,12 +223,7 @@ def pattern_of(glob: str) -> str:
 
 def _usable(folder: Location, names: dict[str, int], nothing: str) -> list[Location]:
     visible = {name: size for name, size in names.items() if not any(p.startswith((".", "_")) for p in name.split("/"))}
-    broken = sorted(name for name, size in visible.items() if size == _BROKEN)
-    if broken:
-        raise DataError(
-            f"{folder}: holds links that lead nowhere: {', '.join(broken[:5])}{more(broken)}; put back what they lead "
-            "to, or remove them"
-        )
+    refuse_broken_links(folder, [name for name, size in visible.items() if size == _BROKEN])
     usable = [name for name, size in visible.items() if size and _kind(name)]
     if not usable:
         raise DataError(nothing)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.folders import files_of
 from raytune_ft.evaluation.statistics import Floats
 
 Ints = NDArray[np.int64]
@@ -82,12 +83,12 @@ def log_lines(path: str, files: LogFiles, *, setting: str) -> Iterator[Line]:
         setting: that named the path, for errors.
 
     Raises:
-        DataError: if there is none, or a line is no JSON object.
+        DataError: if there is none, a link leads nowhere, or a line is no JSON object.
     """
     location = Location.at(path)
     if not location.exists():
         raise DataError(f"{setting}: {location}: there is no such file or folder")
-    found = [location] if location.is_file() else [location / n for n in location.files() if n.endswith(".jsonl")]
+    found = [location] if location.is_file() else files_of(location, (".jsonl",))
     if not found:
         raise DataError(f"{setting}: {location}: holds no .jsonl file")
     hasher = hashlib.sha256()

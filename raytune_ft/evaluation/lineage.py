@@ -10,10 +10,8 @@ from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config_inference import is_endpoint
-from raytune_ft.evaluation.rows import split_files
+from raytune_ft.evaluation.folders import ROWS, files_of_split
 from raytune_ft.models.references import resolve_model
-
-_KINDS = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -66,9 +64,9 @@ def _training_data(parent: Parent) -> TrainingData:
     location = Location.at(parent.where)
     try:
         if location.is_file():
-            files = [location] if location.name.endswith(_KINDS) else []
+            files = [location] if location.name.endswith(ROWS) else []
         else:
-            files = split_files(location, list(location.files()), "train")
+            files = files_of_split(location, "train")
     except (ArtifactError, DataError) as error:
         return TrainingData(parent.where, parent.digest, unreadable=str(error))
     if not files:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.folders import ROWS, files_of
 from raytune_ft.evaluation.prompts import prompt_record
 from raytune_ft.evaluation.record_files import json_rows, parquet_rows
 
@@ -74,9 +75,8 @@ def feedback_files(path: str) -> list[Location]:
     location = Location.at(path)
     if not location.exists():
         raise DataError(f"production_path: {location}: there is no such file or folder")
-    files = [location] if location.is_file() else [location / name for name in location.files()]
-    files = [file for file in files if file.name.endswith((".jsonl", ".parquet"))]
-    if not files:
+    files = [location] if location.is_file() else files_of(location)
+    if not files or not all(file.name.endswith(ROWS) for file in files):
         raise DataError(f"production_path: {location}: holds no feedback records (.jsonl or .parquet)")
     return files
 

@@ -13,12 +13,12 @@ from raytune_ft.core.errors import DataError, RaytuneError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
+from raytune_ft.evaluation.folders import ROWS, files_of, files_of_split, split_files
 from raytune_ft.evaluation.record_files import json_rows, parquet_rows, record_of, with_columns
-from raytune_ft.evaluation.rows import files_digest, split_files
+from raytune_ft.evaluation.rows import files_digest
 from raytune_ft.evaluation.shards import fault_table, shard_table
 
 ROWS_PER_SHARD = 256
-_KINDS = (".jsonl", ".parquet")
 
 
 def prompt_files(dataset_path: str, split: str | None) -> tuple[list[Location], Parent]:
@@ -40,10 +40,10 @@ def prompt_files(dataset_path: str, split: str | None) -> tuple[list[Location], 
             raise DataError(f"split: {location} is a single file, taken whole; leave split out (got {split!r})")
         files = [location]
     elif split is not None:
-        files = split_files(location, list(location.files()), split)
+        files = files_of_split(location, split)
     else:
-        files = [location / name for name in location.files() if name.endswith(_KINDS)]
-    if not files or not all(file.name.endswith(_KINDS) for file in files):
+        files = files_of(location)
+    if not files or not all(file.name.endswith(ROWS) for file in files):
         raise DataError(f"{location}: holds no .jsonl or .parquet file with prompts")
     return files, Parent(role="dataset", where=str(location), digest=files_digest(files))
 

@@ -15,6 +15,7 @@ from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.spool import Spool
 from raytune_ft.core.storage import Location, source_digest
+from raytune_ft.evaluation.folders import files_of_split, split_files
 from raytune_ft.evaluation.record_files import records_in
 
 logger = logging.getLogger("raytune_ft")
@@ -53,7 +54,7 @@ def read_rows(dataset_path: str, split: str, max_rows: int | None = None) -> Eva
         files, taken = [location], None
         parent = Parent(role="dataset", where=str(location), digest=source_digest(location))
     else:
-        files, taken = split_files(location, list(location.files()), split), split
+        files, taken = files_of_split(location, split), split
         parent = Parent(role="dataset", where=str(location), digest="-".join(source_digest(file) for file in files))
     where = f"{location}, split {taken}" if taken else str(location)
     records = _liked(files, where, max_rows)
@@ -150,21 +151,3 @@ def files_digest(files: Sequence[Location]) -> str:
     """What identifies the content of input files: their `source_digest`s, or, of more than 64, a hash over these."""
     digests = "-".join(source_digest(file) for file in files)
     return digests if len(files) <= 64 else hashlib.sha256(digests.encode()).hexdigest()[:16]
-
-
-def split_files(folder: Location, names: Sequence[str], split: str) -> list[Location]:
-    """The files of a split among the names in a folder.
-
-    Raises:
-        DataError: if there are none.
-    """
-    kept = [name for name in names if name.endswith((".parquet", ".jsonl"))]
-    splits: dict[str, list[Location]] = {}
-    for name in kept:
-        top = name.partition("/")[0]
-        splits.setdefault(top.rpartition(".")[0] if top == name else top, []).append(folder / name)
-    splits.pop("rejected", None)
-    if split not in splits:
-        found = ", ".join(sorted(splits)) or "none"
-        raise DataError(f"{folder}: has no split {split!r} (splits with rows: {found})")
-    return splits[split]

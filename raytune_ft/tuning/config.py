@@ -254,7 +254,8 @@ class SweepConfig(Config):
 
     @cached_property
     def grid(self) -> Grid:
-        """What a grid tries, worked out once; population-based training changes settings on the way, so it begins with all there are."""
+        """What a grid tries, worked out once; population-based training, which changes settings on the way, begins with
+        all there are."""
         return Grid.whole(self.space) if self.scheduler == "pbt" else Grid.of_runs(self.space, self.training)
 
     @property
