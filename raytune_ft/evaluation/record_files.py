@@ -154,7 +154,7 @@ def record_of(row: Any, where: str) -> Record:
     if not isinstance(turns, list):
         raise DataError(f"{where}: `messages` must be a list of messages (got {turns!r})")
     messages = tuple(_message(turn, where) for turn in turns)
-    tools, metadata = _json_text(row.get("tools")), _metadata(row.get("metadata"), where)
+    tools, metadata = _json_text(row.get("tools"), f"{where}: `tools`"), _metadata(row.get("metadata"), where)
     if row.get("choices") is not None:
         metadata = {**metadata, "choices": _choices(row["choices"], where)}
     label = row["label"] if isinstance(row.get("label"), bool) else None  # other files have labels of other kinds
@@ -180,7 +180,7 @@ def _message(turn: Any, where: str) -> Message:
     wanted = f"{where}: a message needs a role ({', '.join(ROLES)}) and a content that is text"
     if not isinstance(turn, dict):
         raise DataError(f"{wanted} (got {turn!r})")
-    calls = _json_text(turn.get("tool_calls"))
+    calls = _json_text(turn.get("tool_calls"), f"{where}: `tool_calls`")
     content = "" if turn.get("content") is None and calls else turn.get("content")
     if turn.get("role") not in ROLES or not isinstance(content, str):
         raise DataError(f"{wanted} (got {turn!r})")
@@ -226,5 +226,17 @@ def _choices(value: Any, where: str) -> list[str]:
     return value
 
 
-def _json_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _json_text(value: Any, what: str) -> str | None:
+    """A value as JSON text; text stays as it is.
+
+    Raises:
+        DataError: if text is no JSON, or a number is infinite or NaN, which JSON cannot say.
+    """
+    if value in (None, ""):
+        return None if value is None else ""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+        written = json.dumps(parsed, ensure_ascii=False, default=str, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} must be JSON ({error}); mend the row, or leave it out (got {value!r:.60})") from None
+    return value if isinstance(value, str) else written

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -105,6 +107,33 @@ def test_metadata_hold_what_json_can_say(tmp_path: Path) -> None:
         path = jsonl(tmp_path / "infinite.jsonl", row, {**row, "metadata": given})
         with pytest.raises(DataError, match=r"l:2: the metadata hold a number that JSON cannot say: -?Inf"):
             read_rows(str(path), "test")
+
+
+@pytest.mark.parametrize(
+    "given",
+    ['[{"x": NaN}]', '[{"x": 1e999}]', [{"x": float("inf")}], [{"x": [float("nan")]}], "call it"],
+)
+def test_tools_and_calls_hold_what_json_can_say(tmp_path: Path, given: object) -> None:
+    asked, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    path = jsonl(tmp_path / "tools.jsonl", {"messages": [asked, answer], "tools": given})
+    with pytest.raises(DataError, match=r"tools.jsonl:1: `tools` must be JSON \(.*\); mend the row"):
+        read_rows(str(path), "test")
+    path = jsonl(tmp_path / "calls.jsonl", {"messages": [asked, {**answer, "tool_calls": given}]})
+    with pytest.raises(DataError, match=r"calls.jsonl:1: `tool_calls` must be JSON \(.*\); mend the row"):
+        read_rows(str(path), "test")
+
+
+def test_tools_are_kept_as_they_are_written(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    kept = [
+        read_rows(str(jsonl(tmp_path / "tools.jsonl", {**row, "tools": given})), "test").records[0].tools
+        for given in ('[ {"name":"\\u00e9"} ]', [{"name": "é"}], None)
+    ]
+    assert kept == ['[ {"name":"\\u00e9"} ]', '[{"name": "é"}]', None]
+    day = pa.array([[{"name": "f", "since": datetime.date(2024, 5, 1)}]])
+    pq.write_table(pa.table({"messages": pa.array([row["messages"]]), "tools": day}), tmp_path / "tools.parquet")
+    [dated] = read_rows(str(tmp_path / "tools.parquet"), "test").records
+    assert dated.tools == '[{"name": "f", "since": "2024-05-01"}]'
 
 
 def test_what_cannot_be_rows_is_refused(tmp_path: Path) -> None:
