@@ -177,7 +177,7 @@ def underfitting(
 
     A loss below 0.5 nats a token is not called high, however it began. Steps of the warmup are not looked at.
     """
-    if len(recent) < _PLATEAU or len(start) < _FEWEST or len({r["learning_rate"] for r in recent}) == 0:
+    if len(recent) < _PLATEAU:
         return None
     losses = [r["loss"] for r in recent]
     if not all(map(math.isfinite, losses)) or _rising(recent):

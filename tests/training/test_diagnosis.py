@@ -74,9 +74,55 @@ def test_a_plateau_below_half_a_nat_or_after_learning_is_no_underfitting() -> No
     assert found(curve([3.0 * 0.9**step for step in range(20)] + [0.6] * 40)) == []
 
 
+def test_a_plateau_with_a_step_of_no_number_is_not_judged() -> None:
+    losses = [2.0] * 60
+    losses[31] = math.nan
+    found_at = [step for kind, step in found(curve(losses)) if kind == "underfitting"]
+    assert found_at == [30], "before that step; it is the same episode up to the 61st"
+    losses = [math.nan] * 29 + [2.0] * 30
+    assert [step for kind, step in found(curve(losses)) if kind == "underfitting"] == [59]
+
+
+@pytest.mark.parametrize(("second_half", "is_found"), [(1.981, True), (1.979, False), (2.019, True), (2.021, False)])
+def test_training_loss_is_flat_where_it_moves_by_a_hundredth_of_its_start_at_most(
+    second_half: float, is_found: bool
+) -> None:
+    rows = curve([2.0] * 15 + [second_half] * 15)
+    assert found(rows) == ([("underfitting", 30)] if is_found else [])
+
+
+@pytest.mark.parametrize(("level", "is_found"), [(1.61, True), (1.59, False)])
+def test_a_plateau_is_high_from_four_fifths_of_the_start_on(level: float, is_found: bool) -> None:
+    rows = curve([2.0] * 8 + [level] * 30)
+    assert found(rows) == ([("underfitting", 38)] if is_found else [])
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "is_found"),
+    [
+        ({10: 2.1, 20: 2.1, 30: 2.1}, True),
+        ({10: 2.1, 20: 2.12, 30: 2.1}, True),
+        ({20: 2.1, 30: 2.1}, False),
+        ({10: 2.1, 20: 2.1, 30: 2.07}, False),
+        ({10: 2.1, 20: 2.07, 30: 2.1}, False),
+        ({10: 2.14, 20: 2.1, 30: 2.1}, False),
+        ({4: 3.0, 10: 2.1, 20: 2.1, 30: 2.1}, False),
+        ({4: 2.5, 10: 2.1, 20: 2.1, 30: 2.1}, True),
+    ],
+)
+def test_validation_loss_has_to_be_flat_and_high_at_three_evaluations_too(
+    evaluations: dict[int, float], is_found: bool
+) -> None:
+    findings = diagnose(curve([2.0] * 30, evaluations), config())
+    assert [finding.step for finding in findings] == ([30] if is_found else [])
+    assert all("validation loss at 2.1" in finding.sign for finding in findings)
+
+
 def test_a_plateau_while_the_learning_rate_rises_is_the_warmup() -> None:
     rows = [{**row, "learning_rate": 1e-6 * row["step"]} for row in curve([3.0] * 50)]
     assert found(rows) == []
+    constant = [{**row, "learning_rate": 1e-4} for row in rows]
+    assert found(constant) == [("underfitting", 30)]
 
 
 def test_a_spike_is_held_against_the_median_of_the_steps_before() -> None:
