@@ -46,6 +46,8 @@ class Verb:
     config: str
     function: str
     help: str
+    resumes: bool = True
+    """Whether a repeated command goes on from where it was interrupted."""
 
     def load_config_class(self) -> type[Config]:
         """The class of the verb's settings."""
@@ -57,7 +59,7 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
-    "prepare": Verb("data.config:DataCollectionConfig", "data.run:prepare", "Make a dataset from records."),
+    "prepare": Verb("data.config:DataCollectionConfig", "data.run:prepare", "Make a dataset from records.", False),
     "train": Verb("training.config:FineTuningConfig", "training.run:train", "Fine-tune a model on a dataset."),
     "tune": Verb("tuning.config:SweepConfig", "tuning.run:tune", "Search for the settings that train best."),
     "evaluate": Verb("evaluation.config:EvaluationConfig", "evaluation.run:evaluate", "Measure a model on a test set."),
@@ -65,8 +67,10 @@ VERBS: Mapping[str, Verb] = {
     "generate": Verb(
         "evaluation.config_inference:BatchGenerationConfig", "evaluation.generate:generate", "Answer files of prompts."
     ),
-    "quantize": Verb("compression.config:QuantizationJob", "compression.run:quantize", "Store a model in fewer bits."),
-    "prune": Verb("compression.config:PruningJob", "compression.run:prune", "Remove weights that matter least."),
+    "quantize": Verb(
+        "compression.config:QuantizationJob", "compression.run:quantize", "Store a model in fewer bits.", False
+    ),
+    "prune": Verb("compression.config:PruningJob", "compression.run:prune", "Remove weights that matter least.", False),
     "distill": Verb("training.config:DistillationConfig", "training.run:distill", "Teach a smaller model."),
     "align": Verb(
         "training.config_alignment:PreferenceConfig", "training.run:train", "Train on which answers people prefer."
@@ -78,15 +82,15 @@ VERBS: Mapping[str, Verb] = {
     "ladder": Verb("evaluation.config_ladder:LadderConfig", "evaluation.ladder:ladder", "What smaller versions cost."),
     "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
     "ab": Verb(
-        "evaluation.config_ab:ABAnalysisConfig", "evaluation.ab:analyse_ab_test", "What an A/B test says so far."
+        "evaluation.config_ab:ABAnalysisConfig", "evaluation.ab:analyse_ab_test", "What an A/B test says so far.", False
     ),
     "pipeline": Verb("pipeline.config:PipelineConfig", "pipeline.run:run_pipeline", "Run these, from one file."),
 }
 
 _HELP = (
     "Prepare, search, train, evaluate, shrink and serve language models on a Ray cluster.\n\n"
-    "Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM (the same command "
-    "goes on from there)."
+    "Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 interrupted, 143 stopped by SIGTERM; the last line "
+    "says whether the same command goes on from there."
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -138,7 +142,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     if not arguments:
         return _fail(ConfigError(f"expected {verb} CONFIG.yaml [dotted.key=value ...]"))
     path, *overrides = arguments
-    return _guarded(lambda: _run(verb, path, overrides))
+    return _guarded(lambda: _run(verb, path, overrides), resumes=VERBS[verb].resumes)
 
 
 def _run(verb: str, path: str, overrides: Sequence[str]) -> None:
@@ -152,7 +156,7 @@ def _run(verb: str, path: str, overrides: Sequence[str]) -> None:
         print_artifact(artifact)
 
 
-def _guarded(action: Callable[[], None]) -> int:
+def _guarded(action: Callable[[], None], *, resumes: bool = True) -> int:
     set_up_logging()
     try:
         action()
@@ -167,7 +171,8 @@ def _guarded(action: Callable[[], None]) -> int:
             terminated = was_terminated()
             with suppress(KeyboardInterrupt):  # Ctrl-C again: Ray's processes end with this one
                 disconnect()
-        logger.warning("%s; the same command goes on from here", "terminated" if terminated else "interrupted")
+        again = "goes on from here" if resumes else "begins anew"
+        logger.warning("%s; the same command %s", "terminated" if terminated else "interrupted", again)
         return 143 if terminated else 130
     return 0
 
@@ -329,7 +334,7 @@ def doctor(
     from raytune_ft.core.doctor import Finding, Verdict, examine
 
     findings: list[Finding] = []
-    code = _guarded(lambda: findings.extend(examine(storage)))
+    code = _guarded(lambda: findings.extend(examine(storage)), resumes=False)
     table = make_table()
     for finding in findings:
         words = finding.found + (f"\n-> {finding.remedy}" if finding.remedy else "")
@@ -361,7 +366,7 @@ def merge(
     """Merge an adapter into its base, in full precision, and check that it answers as before."""
     from raytune_ft.models.derived import merge as merged
 
-    raise typer.Exit(_guarded(lambda: print_artifact(merged(model, output_dir))))
+    raise typer.Exit(_guarded(lambda: print_artifact(merged(model, output_dir)), resumes=False))
 
 
 @app.command(epilog="raytune-ft combine runs/both runs/a=0.7 runs/b=0.3")
@@ -374,7 +379,7 @@ def combine(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the svd result.")] = None,
 ) -> None:
     """Combine several LoRA adapters into one, their weighted sum."""
-    raise typer.Exit(_guarded(lambda: _combine(output_dir, adapters, combination_type, rank)))
+    raise typer.Exit(_guarded(lambda: _combine(output_dir, adapters, combination_type, rank), resumes=False))
 
 
 def _combine(output_dir: str, adapters: Sequence[str], combination_type: Any, rank: int | None) -> None:
@@ -402,7 +407,7 @@ def inspect(
     model: Annotated[str | None, typer.Option(help="Whose tokenizer shows them; by default the dataset's.")] = None,
 ) -> None:
     """Show rows as training sees them: their tokens, the supervised ones in colour."""
-    raise typer.Exit(_guarded(lambda: _inspect(dataset, rows, split, html, model)))
+    raise typer.Exit(_guarded(lambda: _inspect(dataset, rows, split, html, model), resumes=False))
 
 
 def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str | None) -> None:
@@ -435,7 +440,7 @@ def recommend(
     max_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 1024,
 ) -> None:
     """Say which method and starting values fit a model, the memory and the data, by the guide's tables, and why."""
-    raise typer.Exit(_guarded(lambda: _recommend(model, memory_gb, rows, goal, max_length)))
+    raise typer.Exit(_guarded(lambda: _recommend(model, memory_gb, rows, goal, max_length), resumes=False))
 
 
 def _recommend(model: str, memory_gb: float, rows: int | None, goal: str, max_length: int) -> None:
@@ -467,9 +472,9 @@ def runs(
     """List the runs under a storage path (a folder or URI), or tell one run's story."""
     match words or [storage]:
         case ["show", name]:
-            code = _guarded(lambda: show_run(name, storage))
+            code = _guarded(lambda: show_run(name, storage), resumes=False)
         case [where]:
-            code = _guarded(lambda: list_runs(where))
+            code = _guarded(lambda: list_runs(where), resumes=False)
         case _:
             raise typer.BadParameter("expected [STORAGE_PATH], or show NAME_OR_PATH")
     raise typer.Exit(code)

@@ -157,6 +157,10 @@ def test_ctrl_c_is_exit_code_130(verb):
     result = invoke("train", verb(interrupted))
     assert result.exit_code == 130
     assert "interrupted; the same command goes on from here" in result.stderr
+    for name in ("prepare", "quantize", "prune"):  # these have nothing to go on from
+        result = invoke(name, verb(interrupted))
+        assert result.exit_code == 130
+        assert "interrupted; the same command begins anew" in result.stderr
 
 
 @pytest.mark.ray
@@ -197,7 +201,7 @@ def test_ctrl_c_in_a_terminal_leaves_no_ray_process_behind(times, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
-    assert "interrupted; the same command goes on from here" in errors
+    assert "interrupted; the same command begins anew" in errors
     assert "Traceback" not in errors
     assert wait_until_gone(session) == []
 

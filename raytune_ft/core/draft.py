@@ -6,7 +6,6 @@ folder without a manifest is unfinished, whatever lies in it.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -30,7 +29,7 @@ from raytune_ft.core.artifacts import (
     read_manifest,
 )
 from raytune_ft.core.config import masked
-from raytune_ft.core.errors import ArtifactError, RaytuneError
+from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.grammar import more
 from raytune_ft.core.manifest import (
     CLAIM,
@@ -46,14 +45,9 @@ from raytune_ft.core.manifest import (
     now,
     versions,
 )
-from raytune_ft.core.storage import Location, refused
+from raytune_ft.core.storage import Location, not_stored, refused
 
 logger = logging.getLogger("raytune_ft")
-
-_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-"""What the system says where a disk is full or may not be written to."""
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust, such as safetensors, say the system's number of an error."""
 
 _TORN_CLAIM = re.compile(rf"\.{re.escape(CLAIM)}\.\d+-\d+\.part")
 """What a kill leaves of a claim that was being written."""
@@ -68,6 +62,8 @@ class Draft:
     finished: Artifact | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
     lock: FolderLock | None = None
+    resumes: bool = False
+    """Whether a repeated run goes on from what lies here."""
     _scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -94,16 +90,16 @@ class Draft:
                 self._keep_failure(error)
         except (ArtifactError, OSError) as trouble:
             if error is None:
-                raise refused(self.location, trouble) if isinstance(trouble, OSError) else trouble from None
+                raise self._refused(trouble) if isinstance(trouble, OSError) else trouble from None
             logger.warning("%s: why it failed could not be kept: %s", self.location, trouble)
         finally:
             if self.lock is not None:
                 self.lock.release()
             if self._scratch is not None:
                 self._scratch.cleanup()
-        cause = _not_stored(error)
+        cause = not_stored(error)
         if cause is not None:
-            raise refused(self.location, cause) from error
+            raise self._refused(cause) from error
 
     @property
     def artifact(self) -> Artifact:
@@ -117,6 +113,10 @@ class Draft:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _refused(self, error: Exception) -> ArtifactError:
+        goes_on = "goes on from what is there" if self.resumes else "begins anew"
+        return refused(self.location, error, f"Then the same command {goes_on}.")
 
     def _is_ours(self) -> bool:
         """Whether no other run has claimed the folder since."""
@@ -205,7 +205,7 @@ def begin(
         if isinstance(error, OSError):
             raise refused(location, error) from error
         raise
-    return Draft(location, claim, lock=lock)
+    return Draft(location, claim, lock=lock, resumes=bool(keep))
 
 
 def refuse_other(
@@ -237,18 +237,6 @@ def refuse_other(
 def _refuse_file(location: Location, kind: ArtifactKind) -> None:
     if location.is_file():
         raise ArtifactError(f"{location}: is a file; a folder is needed to write the {kind} into")
-
-
-def _not_stored(error: BaseException | None) -> Exception | None:
-    """What storage did not take, out of what Ray wraps around it; None if the error is another one."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, OSError):
-        return cause if cause.errno in _OF_STORAGE else None
-    if not isinstance(cause, Exception) or isinstance(cause, RaytuneError):
-        return None
-    number = _RUST_ERROR.search(str(cause))
-    # A file in Rust that may not be opened has no name, and may be one to read.
-    return cause if number and int(number[1]) in _OF_STORAGE - {errno.EACCES} else None
 
 
 def _only_torn(present: Sequence[str]) -> bool:

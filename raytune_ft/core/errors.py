@@ -52,6 +52,14 @@ class ArtifactError(UserError):
     """A folder is not the finished artifact that was asked for, or cannot become one without losing something."""
 
 
+class StorageError(ArtifactError):
+    """Storage refused to be read or written; `number` is the system's for why, 0 where there is none."""
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class ClusterError(UserError):
     """The cluster cannot be reached, or cannot place what the run needs."""
 

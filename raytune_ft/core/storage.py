@@ -5,6 +5,7 @@ Apart from `artifacts` because sources, models and logs lie on storage, too, wit
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -26,13 +27,21 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raytune_ft.core.config import masked
-from raytune_ft.core.errors import ArtifactError, DataError
+from raytune_ft.core.errors import ArtifactError, DataError, RaytuneError, StorageError
 from raytune_ft.core.grammar import more
 from raytune_ft.core.s3 import Proxied, open_s3
 
 _CHUNK = 1 << 22
 _DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|PERMISSION_DENIED"
                      r"|UNAUTHENTICATED|OAuth2 access token|HTTP status 40[13]|\b40[13], message")  # fmt: skip
+_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+"""What the system says where a disk is full or may not be written to."""
+_MENDS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
+}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust, such as safetensors, say the system's number of an error."""
 _WEB = ("http://", "https://")
 _IN_URI = "/:@!$&'()*+,;=-._~"
 """Signs that stand for themselves in the path of a URI."""
@@ -232,7 +241,7 @@ class Location:
     def write(self, content: bytes) -> None:
         """Puts a file here in one piece, also for those who read meanwhile; synced to the disk where it is local."""
         if self.is_local:
-            with _whole(Path(self.path)) as file:
+            with whole_file(Path(self.path)) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -294,7 +303,7 @@ class Location:
                 raise ArtifactError(f"{self}: holds a file named {name!r}, which leads out of the folder: not copied")
         for name in chosen:
             with (
-                _whole(folder / name) as file,
+                whole_file(folder / name) as file,
                 self.filesystem.open_input_stream((self / name).path, compression=None) as stream,
             ):
                 shutil.copyfileobj(stream, file, _CHUNK)
@@ -308,11 +317,11 @@ class Location:
         except FileNotFoundError:
             raise ArtifactError(f"{self}: there is no such file or folder") from None
         except storage_errors() as error:
-            raise ArtifactError(f"{self}: {storage_reason(error)}") from None
+            raise StorageError(f"{self}: {storage_reason(error)}", _number(error)) from None
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A local file to write, which nobody finds by its name before all of it is there, as on an object store."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
@@ -361,10 +370,38 @@ def storage_reason(error: BaseException) -> str:
     return f"the storage refused: {text[:300] or type(error).__name__}"
 
 
-def refused(where: str | os.PathLike[str] | Location, error: Exception) -> ArtifactError:
-    """What the system did not let us write at a place, in words; of a file that lies elsewhere, its own name."""
+def not_stored(error: BaseException | None) -> Exception | None:
+    """What storage did not take, out of what Ray wraps around it; None if the error is another one."""
+    cause = getattr(error, "cause", None) or error
+    if not isinstance(cause, Exception) or (isinstance(cause, RaytuneError) and not isinstance(cause, StorageError)):
+        return None
+    # Where another error tells of a file that may not be opened, it may be one to read.
+    known = _OF_STORAGE if isinstance(cause, OSError) else _OF_STORAGE - {errno.EACCES}
+    return cause if _number(cause) in known else None
+
+
+def _number(error: BaseException) -> int:
+    """The system's number of an error; 0 if it has none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if isinstance(error, StorageError):
+        return error.number
+    said = _RUST_ERROR.search(str(error))
+    return int(said[1]) if said else 0
+
+
+def refused(where: str | os.PathLike[str] | Location, error: Exception, then: str = "") -> ArtifactError:
+    """What the system did not let us write at a place, in words; of a file that lies elsewhere, its own name.
+
+    Args:
+        where: the place.
+        error: what the system said.
+        then: a sentence on what the same command does once that is mended.
+    """
     denied = error.filename if isinstance(error, PermissionError) else None
-    return ArtifactError(f"{denied or where}: {storage_reason(error)}. Make room there, or choose another folder.")
+    told = str(error) if isinstance(error, StorageError) else f"{denied or where}: {storage_reason(error)}"
+    mend = _MENDS.get(_number(error), "Mend that")
+    return ArtifactError(f"{told}. {mend}, or choose another folder.{then and ' ' + then}")
 
 
 @contextmanager

@@ -113,7 +113,6 @@ def train(config: FineTuningConfig) -> Artifact:
     config = checked(config)
     output = Location.at(config.output_dir)
     refuse_other_batch(config, output)
-    connected = cluster.connect()
     draft = begin(
         output,
         ArtifactKind.MODEL,
@@ -130,6 +129,7 @@ def train(config: FineTuningConfig) -> Artifact:
     for name, why in without_effect(config).items():
         logger.warning("train: %s is set and changes nothing: it %s", name, why)
     with draft:
+        connected = cluster.connect()
         use_gpu = config.on_gpu(connected.gpus)
         if config.cpus_per_worker is None and not use_gpu:
             config = config.with_overrides(cpus_per_worker=connected.share(worker_demand(config, use_gpu=False)))

@@ -22,7 +22,7 @@ import torch
 
 from raytune_ft.core.cluster import report_to_driver
 from raytune_ft.core.errors import RaytuneError, RunError, UserError, first_line
-from raytune_ft.core.storage import Location
+from raytune_ft.core.storage import Location, not_stored
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.adapter_slots import layer_without_rows
 from raytune_ft.models.memory import is_out_of_memory, release_memory
@@ -128,7 +128,7 @@ class BankHost:
         self._writers = ThreadPoolExecutor(max_workers=max(1, min(_MOST_WRITERS, threads)))
         self._cache = TemporaryDirectory()
         self._fault: str | None = None
-        self._broken: str | None = None
+        self._broken: Exception | None = None
         self._refused: UserError | None = None
         self._kind = OBJECTIVES[objective]
         config = self._kind(**settings)
@@ -251,6 +251,7 @@ class BankHost:
         Raises:
             KeyError: if the trial is not here (this process was started anew).
             RuntimeError: if the bank's thread ended, with what ended it.
+            Exception: what the system said, if storage did not take a snapshot.
         """
         with self._changed:
             found = self._changed.wait_for(lambda: self._ready(name, after), timeout_s)
@@ -258,7 +259,7 @@ class BankHost:
 
     def _ready(self, name: str, after: int) -> bool:
         if self._broken is not None:
-            raise RuntimeError(self._broken)
+            raise self._broken
         reports = self._lines[name].reports
         while reports and reports[0]["number"] <= after:
             reports.popleft()
@@ -292,8 +293,12 @@ class BankHost:
         logger.error("the bank stopped: %s", why)
         if self._own_process:
             os._exit(1)
+        self._stop(RuntimeError(why))
+
+    def _stop(self, why: Exception) -> None:
+        """Tells every caller; where a disk is full, a process that is started anew would only find it full."""
         with self._changed:
-            self._broken = why
+            self._broken = self._broken or why
             self._changed.notify_all()
 
     def _steps(self, held: set[str]) -> list[Progress]:
@@ -322,7 +327,7 @@ class BankHost:
         return {name for name, line in self._lines.items() if len(line.reports) + line.writing >= _AHEAD}
 
     def _some_may_step(self) -> bool:
-        if self._entering:
+        if self._entering or self._broken is not None:
             return False
         held = self._held()
         return any(name not in held for name in self._bank.running())
@@ -348,7 +353,10 @@ class BankHost:
             try:
                 where = checkpoint.write(folder, on_cpu(kept), keep=line.snapshots_to_keep())
             except Exception as error:  # noqa: BLE001 - its trial would wait for ever
-                self._break(f"{folder}: the snapshot cannot be written: {type(error).__name__}: {error}")
+                if not_stored(error) is None:
+                    self._break(f"{folder}: the snapshot cannot be written: {type(error).__name__}: {error}")
+                else:
+                    self._stop(error)
                 return
             self._tell(line, progress, metrics, where)
 

@@ -16,6 +16,7 @@ from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.checkpoint import StoredCheckpoint
 from raytune_ft.tuning.pointer import write_pointer
+from raytune_ft.tuning.refusals import raise_noted
 from raytune_ft.tuning.result import Trial
 from raytune_ft.tuning.space import settings_at
 from raytune_ft.tuning.tracking import Tracked, TrackedTrials
@@ -70,7 +71,9 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
 
         Raises:
             RunError: if Ray could not read its state: it logs that, and goes on with an empty search, without a space.
+            Exception: if storage has not taken something, in what the system said.
         """
+        raise_noted()
         if self._resumes and not trials and _knows_trials(self._folder):
             raise lost_state(self._folder)
         self._resumes = False

@@ -32,7 +32,7 @@ from raytune_ft.training.inputs import (
     splits_of,
 )
 from raytune_ft.training.trackers import Trackers
-from raytune_ft.tuning import homes
+from raytune_ft.tuning import homes, refusals
 from raytune_ft.tuning.arrangement import SNAPSHOTS, TRIALS, Arrangement, Ground
 from raytune_ft.tuning.budget import (
     refuse_late_grace,
@@ -91,7 +91,6 @@ def tune(config: SweepConfig) -> Artifact:
     refuse_other_student(config.training)
     refuse_missing_packages(config.training)
     homes.refuse_pausing(config, homes.apart(config, Packs.of(config.space, config.training)))
-    connected = cluster.connect()
     output = Location.at(config.output_dir)
     draft = begin(
         output,
@@ -109,6 +108,7 @@ def tune(config: SweepConfig) -> Artifact:
             logger.warning("tune: training.%s is set and changes nothing: it %s", name, why)
     tracked = Tracked(tuple(config.training.report_to), output, config.training.resolved())
     with draft, tracked.sweep(config.resolved()) as told:
+        connected = cluster.connect()
         config = config.model_copy(update={"training": reachable(config.training, output.parent)})
         config = _as_it_began(config, output)
         packs = Packs.of(config.space, config.training)
@@ -279,7 +279,7 @@ def _second_stage(config: SweepConfig, result: SweepResult, together: int) -> _S
 
 
 def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress) -> Tuner:
-    where, filesystem = (output / stage.name).for_ray
+    where, filesystem = refusals.for_ray(output / stage.name)
     if Tuner.can_restore(where, filesystem):
         logger.info("tune: resumes the trials that are left")
         try:
@@ -301,7 +301,7 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
         ),
         run_config=RunConfig(
             name=stage.name,
-            storage_path=output.for_ray[0],
+            storage_path=refusals.for_ray(output)[0],
             storage_filesystem=filesystem,
             checkpoint_config=pointers if arrangement.proxies else CheckpointConfig(),
             failure_config=FailureConfig(max_failures=config.training.max_failures),
@@ -315,7 +315,8 @@ def _tuner(config: SweepConfig, arrangement: Arrangement, output: Location, stag
 def _trials(
     config: SweepConfig, arrangement: Arrangement, output: Location, stage: _Stage, told: Progress
 ) -> tuple[Trial, ...]:
-    grid = _tuner(config, arrangement, output, stage, told).fit()
+    with refusals.told_of():
+        grid = _tuner(config, arrangement, output, stage, told).fit()
     curves, trials = curves_in(output / stage.name), []
     shared = config.training.model_dump(mode="json")
     # A result knows the settings of its trial only if that reported any, and so Ray's own trials are asked.

@@ -409,6 +409,20 @@ def test_a_refused_run_holds_no_lock(tmp_path):
         shutil.rmtree(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    ("number", "mend"),
+    [(errno.ENOSPC, "Make room there"), (errno.EROFS, "Make it writable"), (errno.EACCES, "Make it writable")],
+)
+def test_how_storage_is_mended_and_what_the_same_command_does_then_is_told(number, mend, tmp_path):
+    for keep, then in (((), "begins anew"), (("pieces",), "goes on from what is there")):
+        told = rf"{mend}, or choose another folder\. Then the same command {then}\.$"
+        with (
+            pytest.raises(ArtifactError, match=told),
+            begin(tmp_path / then, ArtifactKind.MODEL, settings=SETTINGS, keep=keep),
+        ):
+            raise OSError(number, os.strerror(number))
+
+
 def test_a_limit_of_file_sizes_is_told_of_weights_too_wherever_they_were_written(tmp_path):
     def write(folder):
         save_file({"weight": np.zeros(1 << 16)}, folder / "model.safetensors")
@@ -451,6 +465,15 @@ def test_a_full_disk_is_told_in_words_and_hides_no_other_error(tmp_path, caplog)
         begin(tmp_path / "d", ArtifactKind.MODEL, settings=SETTINGS),
     ):
         raise PermissionError(errno.EACCES, "denied", "/elsewhere")
+    with (
+        pytest.raises(
+            ArtifactError, match=r"e/x: the storage refused: .*No space.*Make room there.* Then .* begins anew"
+        ),
+        begin(tmp_path / "e", ArtifactKind.MODEL, settings=SETTINGS) as draft,
+    ):
+        (draft.folder / "x").symlink_to("/dev/full")
+        (tmp_path / "file").write_bytes(bytes(1 << 16))
+        (draft.location / "x")._receive(tmp_path / "file")  # as a model is uploaded
     (tmp_path / "c" / "started.json").mkdir(parents=True)
     with pytest.raises(ArtifactError, match=r"c: the storage refused: .*Is a directory"):
         begin(tmp_path / "c", ArtifactKind.MODEL, settings=SETTINGS)

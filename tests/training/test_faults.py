@@ -121,17 +121,6 @@ def test_a_rank_killed_in_the_middle_of_a_save_resumes_from_the_one_before(
     assert losses(tmp_path / "broken") == pytest.approx(losses(tmp_path / "unbroken"), abs=1e-6)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A file system of 3 MiB, with a way to make it larger."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_on_a_full_disk_the_run_goes_on_and_the_same_call_goes_on_from_the_newest_whole_checkpoint(
     small_disk, settings, splits, tmp_path: Path, caplog
 ) -> None:

@@ -272,3 +272,17 @@ def test_a_base_whose_layers_do_not_see_rows_apart_is_not_shared_where_answers_a
     assert BankHost(opt, splits, str(tmp_path / "a"), device="cpu", threads=2).fault() is None
     told = BankHost({**opt, "eval_generation_rows": 2}, splits, str(tmp_path / "b"), device="cpu", threads=2).fault()
     assert told is not None and "fc1 does not see rows apart" in told
+
+
+def test_a_snapshot_that_the_disk_does_not_take_is_told_to_every_caller(
+    host: BankHost, settings: dict, tmp_path: Path
+) -> None:
+    assert host.fault() is None
+    (tmp_path / "snapshots/a/step-00000002").mkdir(parents=True)
+    (tmp_path / "snapshots/a/step-00000002/rank-00000-of-00001.safetensors").symlink_to("/dev/full")  # takes nothing
+    host.admit("a", settings)
+    host.admit("b", settings)
+    with pytest.raises(OSError, match="No space left on device"):
+        host.report("a", 0)
+    with pytest.raises(OSError, match="No space left on device"):
+        host.report("b", 10)
