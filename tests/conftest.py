@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from .browser import chromium
+from .wandb_runs import offline_wandb
 
-__all__ = ["chromium"]
+__all__ = ["chromium", "offline_wandb"]
 
 # Tiny models gain nothing from more threads, and spinning ones stall each other where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -226,6 +226,7 @@ class WandB:
             id=key,
             resume="allow",
             config=dict(settings),
+            reinit="create_new",  # a sweep's run and those of its trials are open at the same time
         )
 
     def recall(self, rows: Sequence[Row]) -> None:

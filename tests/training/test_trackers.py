@@ -6,6 +6,7 @@ import logging
 import resource
 import shutil
 import struct
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from raytune_ft.core.errors import ConfigError, MissingDependencyError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
 from raytune_ft.training.trackers import TensorBoard, Trackers, refuse_missing
+
+from ..wandb_runs import Offline  # noqa: TID252 - tests are no installed package
 
 
 def scalars(folder: Path) -> list[tuple[int, str, float]]:
@@ -92,9 +95,10 @@ def test_event_files_have_the_checksums_that_tensorboards_own_writer_puts(tmp_pa
 
 
 @pytest.mark.parametrize("name", [Tracking.MLFLOW, Tracking.WANDB])
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command(name: Tracking) -> None:
-    if find_spec(name.value) is not None:
-        pytest.skip(f"{name} is installed here")
+def test_a_tracker_that_is_not_installed_is_refused_with_the_command(
+    name: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name.value, None)  # as good as not installed, where it is
     with pytest.raises(MissingDependencyError, match=f"pip install {name}"):
         refuse_missing([Tracking.TENSORBOARD, name])
 
@@ -140,6 +144,21 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mo
     (run,) = client.search_runs([client.get_experiment_by_name("raytune_ft").experiment_id])
     assert (run.info.status, run.data.params["lora_r"]) == ("FINISHED", "8")
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path: Path, offline_wandb: Offline) -> None:
+    for step in (1, 2):
+        trackers = Trackers.start([Tracking.WANDB], folder=tmp_path, run="/x/model", settings={"lora_r": 8})
+        trackers.recall([{"step": 1, "loss": 2.0}][: step - 1])  # the run there has it
+        trackers.log({"step": step, "loss": 3.0 - step, "eval_loss": float("nan")})
+        trackers.close("finished" if step == 2 else "failed")
+        assert trackers.failures == {"wandb": 0}
+        offline_wandb.anew()
+    first, again = offline_wandb.runs()
+    assert first.key == again.key and (first.name, first.project) == ("model", "raytune_ft")
+    assert first.settings == {"lora_r": 8}
+    assert [first.rows, again.rows] == [[{"step": 1, "loss": 2.0}], [{"step": 2, "loss": 1.0}]]
+    assert (first.exit_code, again.exit_code) == (1, 0)
 
 
 def test_a_run_that_begins_anew_in_its_folder_is_another_one_in_trackers(

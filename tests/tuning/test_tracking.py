@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from raytune_ft.training.trackers import TensorBoard
 from raytune_ft.tuning.tracking import Tracked, TrackedTrials
 
 from ..training.test_trackers import scalars  # noqa: TID252 - tests are no installed package
+from ..wandb_runs import Offline  # noqa: TID252
 
 POINTS = [{"global_step": float(step), "eval_loss": 4.0 / step} for step in (2, 4)]
 
@@ -56,8 +58,10 @@ def test_a_tracker_that_cannot_start_ends_the_sweep_before_it_began(tmp_path: Pa
         pytest.fail("nothing may begin")
 
 
-@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here")
-def test_a_tracker_that_is_not_installed_ends_the_sweep_before_it_began(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_ends_the_sweep_before_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as good as not installed, where it is
     sweep = tracked(tmp_path, Tracking.WANDB).sweep({})
     with pytest.raises(MissingDependencyError, match="pip install wandb"), sweep:
         pytest.fail("nothing may begin")
@@ -117,3 +121,29 @@ def test_mlflow_has_a_run_for_each_trial_with_its_own_settings(tmp_path: Path, m
     }
     assert by_name["t1_lora_alpha.times_rank=2"].data.params == {"lora_r": "8", "method": "lora", "lora_alpha": "16"}
     assert by_name["sweep"].data.metrics == {"best_eval_loss": 1.0}
+
+
+def test_wandb_has_a_run_for_each_trial_beside_that_of_the_sweep(tmp_path: Path, offline_wandb: Offline) -> None:
+    """They are open at the same time, in one process."""
+    made = tracked(tmp_path, Tracking.WANDB)
+    with made.sweep({"searcher": "grid"}) as told:
+        trials = TrackedTrials(made)
+        trials.log("t1", "lora_r=4", {"lora_r": 4}, POINTS[:1])
+        trials.log("t2", "lora_r=2", {"lora_r": 2}, POINTS[:1])
+        trials.end("t2", "failed")
+        trials.log("t1", "lora_r=4", {"lora_r": 4}, POINTS)
+        trials.close()
+        told.log({"step": 2, "best_eval_loss": 1.0})
+    assert trials.failures == {} and told.failures == {"wandb": 0}
+    sweep, first, second = offline_wandb.runs()
+    assert len({run.key for run in (sweep, first, second)}) == 3
+    assert [run.name for run in (sweep, first, second)] == ["sweep", "t1_lora_r=4", "t2_lora_r=2"]
+    assert (sweep.settings["searcher"], first.settings, second.settings["lora_r"]) == (
+        "grid",
+        {"lora_r": 4, "method": "lora"},
+        2,
+    )
+    assert sweep.rows == [{"step": 2, "best_eval_loss": 1.0}]
+    assert first.rows == [{"step": 2, "eval_loss": 2.0}, {"step": 4, "eval_loss": 1.0}]
+    assert second.rows == [{"step": 2, "eval_loss": 2.0}]
+    assert [run.exit_code for run in (sweep, first, second)] == [0, 0, 1]
