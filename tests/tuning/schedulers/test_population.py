@@ -73,6 +73,35 @@ def test_a_population_is_compared_once_all_have_come_to_the_same_step(tmp_path: 
     assert made.compared[1:] == [["b", "c"]]
 
 
+def test_a_trial_whose_state_is_being_saved_is_waited_for_before_an_exchange_and_before_it_goes_on() -> None:
+    made = Population(seed=0, time_attr="global_step", perturbation_interval=4, hyperparam_mutations={"a": [1, 2]})
+    made.compared = []
+    made.set_search_properties("eval_loss", "min")
+    tune = Tune(made, [Trial("nothing", config={"a": 1}, trial_id=name, stub=True) for name in "abc"])
+    first, second, third = tune.trials
+    saving: Any = object()
+    for trial, loss in ((first, 2.0), (second, 1.0), (third, 3.0)):
+        tune.hear(trial, 4, loss)
+    second.temporary_state.saving_to = saving  # the state of its last evaluation
+    made.choose_trial_to_run(tune)
+    assert made.compared == []
+    second.temporary_state.saving_to, first.temporary_state.saving_to = None, None
+    made.choose_trial_to_run(tune)
+    assert (made.compared, tune.goes_on) == ([["b", "a", "c"]], [first])
+    third.set_status(Trial.RUNNING)
+    third.temporary_state.restoring_from = saving  # it reads the second's state
+    made.choose_trial_to_run(tune)
+    assert tune.goes_on == [first]
+    third.temporary_state.restoring_from, second.temporary_state.saving_to = None, saving
+    made.choose_trial_to_run(tune)
+    assert tune.goes_on == [first]
+    second.temporary_state.saving_to = None
+    made.choose_trial_to_run(tune)
+    assert tune.goes_on == [first, second]
+    assert tune.hear(first, 6, 2.0) == TrialScheduler.CONTINUE  # the next exchange is at step 8
+    assert tune.hear(first, 8, 2.0) == TrialScheduler.NOOP
+
+
 def test_what_a_population_draws_is_decided_by_the_seed_and_leaves_other_draws_as_they_were() -> None:
     def drawn(seed: str) -> tuple[float, float]:
         with random_by(seed):
