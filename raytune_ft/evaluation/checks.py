@@ -62,7 +62,7 @@ def refuse_uncheckable(config: MeasureConfig) -> None:
 
 
 def check_leaks(config: MeasureConfig, targets: Sequence[Target], rows: EvaluationRows) -> Check:
-    """Looks for the test rows in what each model was trained on, as far as manifests tell.
+    """Looks for the test rows in what each model was trained on, as far as manifests tell (see `leakage`).
 
     Within one prepared dataset only equal rows and prompts count, since `prepare` has told its splits' near-duplicates
     apart by its own settings.

@@ -3,6 +3,10 @@
 The test set is small and is indexed whole; the training data is looked through file by file, and nothing of it is
 kept but what was found. So near-duplicates are told by the exact Jaccard similarity of their sets of five-word
 sequences, without sketches.
+
+System turns do not count: one that all rows share is no leak, and a question is the same one under another. Only within
+one prepared dataset a row is not met in one with another system turn: `prepare` has kept equal questions in one split,
+but for openings of very many rows ("Summarize this"), which it tells apart by these.
 """
 
 from __future__ import annotations
@@ -63,6 +67,8 @@ class RowIndex:
     sizes: NDArray[np.int64]
     texts: tuple[str | None, ...]
     """What rows of `PART_WORDS` words say, in `plain` text; None for shorter ones."""
+    systems: tuple[list[str], ...]
+    """What rows' system turns say."""
     near: float | None
 
     @classmethod
@@ -88,14 +94,17 @@ class RowIndex:
             rows=rows[order],
             sizes=np.array([len(found) for found in sequences], np.int64),
             texts=tuple(plain(t) if len(w) >= PART_WORDS else None for t, w in zip(said, words, strict=True)),
+            systems=tuple(map(_system, records)),
             near=near,
         )
 
     def met_by(self, record: Record) -> Iterator[tuple[int, str, float]]:
         """The test rows that a training row gives away, each once, how, and how similar they are."""
         met: set[int] = set()
+        own = _system(record)
         for kind, row, similarity in self._met(record):
-            if row not in met:
+            told_apart = self.near is None and self.systems[row] not in ([], own)
+            if row not in met and not told_apart:
                 met.add(row)
                 yield row, kind, similarity
 
@@ -202,6 +211,10 @@ def _said(record: Record) -> str:
     """What a record asks and answers; system turns do not count."""
     turns = [turn.content for turn in (*record.messages, *record.chosen) if turn.role != "system"]
     return "\n".join([*turns, record.text or "", record.reference or ""])
+
+
+def _system(record: Record) -> list[str]:
+    return [plain(turn.content) for turn in record.messages if turn.role == "system"]
 
 
 def _turns(record: Record) -> list[Turn]:

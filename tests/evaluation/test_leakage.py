@@ -94,6 +94,28 @@ def test_rows_inside_longer_ones_and_prompts_on_the_way_are_found(tmp_path: Path
     assert f"row 1 ('A?') is a part of {where}, row 1; " in told
 
 
+def under(system: str, *said: str) -> Record:
+    return Record(messages=(Message("system", system), *talk(*said).messages))
+
+
+def test_a_question_is_the_same_under_another_system_turn(tmp_path: Path) -> None:
+    training = [under("Be brief.", "How many legs has a spider?", "8"), under("Be brief.", "x", "y")]
+    files = pa.table({"uri": [write(tmp_path / "train.parquet", training)]})
+    tests = [under("Be kind.", "How many legs has a spider?", "eight"), under("Be brief.", "And an ant?", "6")]
+    leaks = first_of_each(find_leaks(files, RowIndex.of(tests, 0.8)).to_pylist())
+    assert [(leak["row"], leak["kind"]) for leak in leaks] == [(0, KINDS[2])], "a shared system turn is no leak"
+
+
+def test_within_a_dataset_rows_are_told_apart_by_their_system_turns_as_prepare_does(tmp_path: Path) -> None:
+    asked = f"Is this review good or bad? {' '.join(WORDS)}"
+    training = [under(f"review {n}", asked, "good") for n in range(3)]
+    files = pa.table({"uri": [write(tmp_path / "train.parquet", training)]})
+    tests = [under("review 7", asked, "good"), under("Review  2", asked, "bad"), talk(asked, "bad")]
+    same, other = (first_of_each(find_leaks(files, RowIndex.of(tests, near)).to_pylist()) for near in (None, 0.8))
+    assert [(leak["row"], leak["kind"]) for leak in same] == [(1, KINDS[2]), (2, KINDS[2])]
+    assert [leak["row"] for leak in other] == [0, 1, 2]
+
+
 def test_every_copy_of_a_test_row_counts(tmp_path: Path) -> None:
     where = write(tmp_path / "train.jsonl", [TEST[0]])
     found = find_leaks(pa.table({"uri": [where]}), RowIndex.of([TEST[0], TEST[1], TEST[0]], 0.8)).to_pylist()
