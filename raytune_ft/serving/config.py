@@ -189,3 +189,16 @@ class ServingConfig(Config):
         if self.max_replicas is not None and self.max_replicas < self.num_replicas:
             raise ValueError(f"max_replicas: must be at least num_replicas, {self.num_replicas}")
         return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Self:
+        if self.most_replicas == self.num_replicas:
+            why = "no further replica is ever started; set max_replicas above num_replicas, or leave it out"
+            self.refuse_idle(["target_ongoing_requests"], why)
+        if not self.adapters and self.adapters_path is None:
+            why = "no adapter is served; name some in adapters or adapters_path, or leave it out"
+            self.refuse_idle(["max_adapters", "max_lora_rank"], why)
+        if not self.admin_keys:
+            why = "nobody may load adapters from there; set admin_keys (`raytune-ft key` makes one), or leave it out"
+            self.refuse_idle(["adapters_path"], why)
+        return self

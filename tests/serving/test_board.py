@@ -11,6 +11,7 @@ from raytune_ft.models.config import DecodingConfig
 from raytune_ft.serving import board as boards
 from raytune_ft.serving.board import Board, Posting
 from raytune_ft.serving.config import ServingConfig
+from raytune_ft.serving.keys import hashed
 from raytune_ft.serving.start import start_service
 from raytune_ft.serving.tickets import GenerationRequest
 
@@ -60,8 +61,9 @@ def test_what_new_settings_name_is_there_whatever_was_dropped_under_the_old_ones
 
 def test_replicas_keep_in_step_through_loads_drops_and_a_new_board(tiny_model: Path, adapters: Path):
     config = ServingConfig(
-        model_path=str(tiny_model), name="tiny", adapters={"a": str(adapters / "a")}, adapters_path=str(adapters)
-    )
+        model_path=str(tiny_model), name="tiny", adapters={"a": str(adapters / "a")}, adapters_path=str(adapters),
+        admin_keys=[hashed("root")],
+    )  # fmt: skip
     board = Board(config.adapters)
     one, other = (start_service(config, str(tiny_model), "cpu", replica=name, board=board) for name in ("r1", "r2"))
 
@@ -91,7 +93,9 @@ def test_an_adapter_dropped_and_loaded_again_is_loaded_again_by_the_others(
 ):
     """Other weights lie under the name by then, and no replica looked at the board between the two."""
     shutil.copytree(adapters / "a", tmp_path / "x")
-    config = ServingConfig(model_path=str(tiny_model), name="tiny", adapters_path=str(tmp_path))
+    config = ServingConfig(
+        model_path=str(tiny_model), name="tiny", adapters_path=str(tmp_path), admin_keys=[hashed("root")]
+    )
     board = Board({})
     one, other = (start_service(config, str(tiny_model), "cpu", replica=name, board=board) for name in ("r1", "r2"))
 

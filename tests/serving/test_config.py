@@ -56,3 +56,24 @@ def test_an_adapters_name_is_never_a_path(name: str):
 def test_records_are_appended_to_disks_only():
     with pytest.raises(ConfigError, match="object stores cannot append"):
         ServingConfig(model_path="m", feedback_path="s3://bucket/feedback")
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "mended"),
+    [
+        ({"target_ongoing_requests": 2}, "no further replica is ever started", {"max_replicas": 2}),
+        (
+            {"num_replicas": 2, "max_replicas": 2, "target_ongoing_requests": 2},
+            "no further replica is ever started",
+            {"max_replicas": 3},
+        ),
+        ({"max_adapters": 2}, "no adapter is served", {"adapters": {"a": "x"}}),
+        ({"max_lora_rank": 2}, "no adapter is served", {"adapters_path": "x", "admin_keys": ["0" * 64]}),
+        ({"adapters_path": "x"}, "nobody may load adapters from there", {"admin_keys": ["0" * 64]}),
+    ],
+)
+def test_a_setting_without_effect_is_refused(given: dict, words: str, mended: dict):
+    name = list(given)[-1]
+    with pytest.raises(ConfigError, match=f"ServingConfig: {name}: {words}"):
+        ServingConfig(model_path="m", **given)
+    assert ServingConfig(model_path="m", **{**given, **mended}).differs(name)
