@@ -282,9 +282,43 @@ class DataCollectionConfig(Config):
 
     @model_validator(mode="after")
     def _suspects_have_a_report(self) -> DataCollectionConfig:
-        if self.suspect_model is not None and not self.quality.report:
-            raise ValueError("suspect_model needs the report: set quality.report to true")
+        for name in ("suspect_model", "task_description"):
+            if getattr(self, name) is not None and not self.quality.report:
+                raise ValueError(f"{name} needs the report: set quality.report to true")
         return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> DataCollectionConfig:
+        if self.near_duplicates is NearDuplicates.KEEP:
+            self.refuse_idle(["near_duplicate_threshold"], "near_duplicates: keep looks for none; leave it out")
+        if not self.benchmarks:
+            self.refuse_idle(["on_leak"], "there are no benchmarks to share words with; name some, or leave it out")
+        if not self.validation_split and not self.test_split and self.stratify_by is not None:
+            self.refuse_idle(["stratify_by"], "no rows are split off (validation_split, test_split); leave it out")
+        if self.model_path is None:
+            why = "no row is tokenized here; set model_path, or the max_length of the training"
+            self.refuse_idle(["max_length"], why)
+        if self.reasoning is Reasoning.NONE:
+            why = "no reasoning is written (reasoning: none); set that, or leave it out"
+            self.refuse_idle(["reasoning_format", "on_reasoning_fault"], why)
+        self._refuse_idle_models()
+        return self
+
+    def _refuse_idle_models(self) -> None:
+        """What tells how models judge rows, where none does."""
+        for name, judged in (("task_description", "irrelevant_below"), ("suspect_model", "suspect_z")):
+            if getattr(self, name) is None:
+                self.quality.refuse_idle([judged], f"has no effect without {name}; leave it out", under="quality.")
+        embeds = self.task_description is not None or self.quality.needs_embeddings
+        if not embeds:
+            why = "has no effect without task_description or quality.min_cluster_entropy; leave it out"
+            self.quality.refuse_idle(["clusters"], why, under="quality.")
+        if not embeds and self.augmentation.paraphrase_model is None:
+            why = "no meanings are told (task_description, quality.min_cluster_entropy, paraphrases); leave it out"
+            self.refuse_idle(["embedding_model"], why)
+        if not self.quality.find_suspects and self.suspect_model is None:
+            why = "has no effect without quality.find_suspects or suspect_model; leave it out"
+            self.quality.refuse_idle(["most_suspects"], why, under="quality.")
 
     @model_validator(mode="after")
     def _splits_leave_training_rows(self) -> DataCollectionConfig:

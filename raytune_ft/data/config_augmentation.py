@@ -18,6 +18,14 @@ class Augmentation(StrEnum):
     PARAPHRASE = "paraphrase"
 
 
+_OF_KINDS = {
+    Augmentation.CHARACTERS: ("character_rate",),
+    Augmentation.WORDS: ("word_rate",),
+    Augmentation.PARAPHRASE: ("max_new_tokens", "min_similarity", "max_overlap"),
+}
+"""Settings that only variants of some kind look at."""
+
+
 class AugmentationConfig(Config):
     """Variants of training rows: the last instruction is varied, the answer stays. Off while `ratio` is 0."""
 
@@ -44,4 +52,14 @@ class AugmentationConfig(Config):
             raise ValueError(f"kinds: each at most once (got {', '.join(self.kinds)})")
         if (Augmentation.PARAPHRASE in self.kinds) != (self.paraphrase_model is not None):
             raise ValueError("paraphrase_model and the kind paraphrase go together: set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> AugmentationConfig:
+        if not self.ratio:
+            others = [name for name in type(self).model_fields if name != "ratio"]
+            self.refuse_idle(others, "no variants are made (ratio is 0); set that, or leave it out")
+        for kind, names in _OF_KINDS.items():
+            if kind not in self.kinds:
+                self.refuse_idle(names, f"belongs to the kind {kind} (kinds: {', '.join(self.kinds)}); leave it out")
         return self

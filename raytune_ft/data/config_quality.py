@@ -56,6 +56,11 @@ class QualityConfig(Config):
         given = [name for name in limits if getattr(self, name) is not None]
         if given and not self.report:
             raise ValueError(f"{given[0]} needs the report: set report to true, or leave out the threshold")
+        if not self.report:
+            others = [name for name in type(self).model_fields if name != "report"]
+            self.refuse_idle(others, "has no effect without the report; leave it out, or set report to true")
+        if not self.find_suspects:
+            self.refuse_idle(["suspect_below"], "has no effect where find_suspects is false; leave it out")
         return self
 
     @property

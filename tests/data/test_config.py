@@ -81,3 +81,74 @@ def test_a_text_counts_for_the_identity_also_where_it_is_shown_masked(name: str)
     assert one.identity() != other.identity()
     plain = DataCollectionConfig(sources=["a.jsonl"], output_path="out", **{name: "See a.org"})
     assert set(plain.identity()) == set(plain.resolved()) - plain.not_identity
+
+
+@pytest.mark.parametrize(
+    ("given", "words", "mended"),
+    [
+        (
+            {"near_duplicates": "keep", "near_duplicate_threshold": 0.9},
+            "near_duplicate_threshold: near_duplicates: keep looks for none",
+            {"near_duplicates": "group"},
+        ),
+        ({"on_leak": "reject"}, "on_leak: there are no benchmarks", {"benchmarks": ["b.jsonl"]}),
+        (
+            {"stratify_by": "topic", "validation_split": 0, "test_split": 0},
+            "stratify_by: no rows are split off",
+            {"validation_split": 0.1},
+        ),
+        ({"max_length": 64}, "max_length: no row is tokenized here", {"model_path": "m"}),
+        ({"reasoning_format": "{reasoning}{answer}"}, "reasoning_format: no reasoning is", {"reasoning": "mask"}),
+        ({"on_reasoning_fault": "reject"}, "on_reasoning_fault: no reasoning is written", {"reasoning": "train"}),
+        ({"embedding_model": "e"}, "embedding_model: no meanings are told", {"task_description": "t"}),
+        ({"embedding_model": "e"}, "embedding_model: no meanings", {"quality": {"min_cluster_entropy": 0.1}}),
+        (
+            {"embedding_model": "e"},
+            "embedding_model: no meanings",
+            {"augmentation": {"ratio": 1, "kinds": ["paraphrase"], "paraphrase_model": "p"}},
+        ),
+        ({"quality": {"irrelevant_below": 0.2}}, r"quality\.irrelevant_below: .* task_desc", {"task_description": "t"}),
+        ({"quality": {"clusters": 5}}, r"quality\.clusters: .* task_description", {"task_description": "t"}),
+        ({"quality": {"suspect_z": 4}}, r"quality\.suspect_z: .* suspect_model", {"suspect_model": "m"}),
+        (
+            {"quality": {"find_suspects": False, "most_suspects": 5}},
+            r"quality\.most_suspects: .* suspect_model",
+            {"suspect_model": "m"},
+        ),
+        (
+            {"quality": {"find_suspects": False, "suspect_below": 0.2}},
+            "quality: suspect_below: .* find_suspects is false",
+            {"quality": {"suspect_below": 0.2}},
+        ),
+        (
+            {"quality": {"report": False, "sample_rows": 99}},
+            "quality: sample_rows: has no effect without the report",
+            {"quality": {"sample_rows": 99}},
+        ),
+        (
+            {"augmentation": {"word_rate": 0.2}},
+            r"augmentation: word_rate: no variants are made \(ratio is 0\)",
+            {"augmentation": {"ratio": 1, "kinds": ["words"], "word_rate": 0.2}},
+        ),
+        (
+            {"augmentation": {"ratio": 1, "max_overlap": 0.2}},
+            r"augmentation: max_overlap: belongs to the kind paraphrase \(kinds: wording, characters\)",
+            {"augmentation": {"ratio": 1, "kinds": ["paraphrase"], "paraphrase_model": "p", "max_overlap": 0.2}},
+        ),
+        (
+            {"augmentation": {"ratio": 1, "kinds": ["wording"], "character_rate": 0.2}},
+            "augmentation: character_rate: belongs to the kind characters",
+            {"augmentation": {"ratio": 1, "character_rate": 0.2}},
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_refused(given: dict[str, Any], words: str, mended: dict[str, Any]) -> None:
+    common = {"sources": ["a.jsonl"], "output_path": "out"}
+    with pytest.raises(ConfigError, match=f"DataCollectionConfig: {words}"):
+        DataCollectionConfig(**common, **given)
+    assert DataCollectionConfig(**common, **{**given, **mended}).differs(next(iter(given)))
+
+
+def test_a_task_needs_the_report_that_tells_of_it() -> None:
+    with pytest.raises(ConfigError, match="task_description needs the report"):
+        DataCollectionConfig(sources=["a"], output_path="out", task_description="t", quality={"report": False})
