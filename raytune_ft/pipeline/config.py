@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -117,9 +117,19 @@ class PipelineConfig(Config):
                 )
         if self.ladder is not None and self.prune is None and self.quantize is None:
             raise ValueError("ladder: there is no smaller version to measure; name prune or quantize, too")
+        self._refuse_other_shape()
         self._refuse_lost_splits()
         self._refuse_unmerged()
         return self
+
+    def _refuse_other_shape(self) -> None:
+        """Further training of an adapter keeps its shape."""
+        if self.align is None or not self.train.uses_adapter:
+            return
+        for key in SHAPE:
+            if getattr(self.align, key) != getattr(self.train, key):
+                why = "the adapter keeps the shape that it was trained with; leave it out"
+                self.align.refuse_idle([key], why, under="align.")
 
     def _refuse_lost_splits(self) -> None:
         """Steps that want rows of a split which `prepare` does not make."""
@@ -164,6 +174,16 @@ class PipelineConfig(Config):
                 f"tune.training.num_workers: {there}"
             )
 
+    def with_overrides(self, **changes: Any) -> Self:
+        """A copy with `changes`, validated again; the paths that lead from step to step follow anew."""
+        settings = self.model_dump()
+        for step, joints in _joints(settings).items():
+            settings[step] = {key: value for key, value in settings[step].items() if key not in joints}
+            if step == "tune":
+                training = settings[step]["training"]
+                settings[step]["training"] = {key: training[key] for key in training if key not in _OF_PLACE}
+        return type(self)(**{**settings, **changes})
+
     @property
     def gate_settings(self) -> GateConfig | None:
         """What opens the gate; None if there is none."""
@@ -188,57 +208,97 @@ def _on_one_worker(train: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _join(settings: dict[str, Any]) -> dict[str, Any]:
-    """Fills in the paths that lead from step to step."""
+    """Fills in the paths that lead from step to step.
+
+    Raises:
+        ValueError: if another one is given.
+    """
+    for step in FOLDERS:
+        if isinstance(settings.get(step), Mapping):
+            settings[step] = dict(settings[step])
+    _add_defaults(settings)
+    for step, joints in _joints(settings).items():
+        _fill(settings[step], step, joints)
+        if step == "tune" and isinstance(settings[step].get("training"), Mapping):
+            settings[step]["training"] = dict(settings[step]["training"])
+            _fill(settings[step]["training"], "tune.training", _of_trials(settings))
+    return settings
+
+
+def _add_defaults(settings: dict[str, Any]) -> None:
+    """What trials take over from the training, and that healing trains all weights, where nothing else is said."""
+    train, tune, heal = (settings.get(step) for step in ("train", "tune", "heal"))
+    if isinstance(heal, dict):
+        settings["heal"] = {"method": "full", **heal}
+    if not isinstance(tune, dict):
+        return
+    own = tune.get("training")
+    if isinstance(own, FineTuningConfig):  # which cannot be without a place
+        own = own.model_dump(exclude_unset=True, exclude=set(_OF_PLACE))
+    if own is None or isinstance(own, Mapping):  # another is refused where its turn comes
+        shared = {key: value for key, value in train.items() if key not in OF_RUNS} if isinstance(train, dict) else {}
+        shared = {key: value for key, value in shared.items() if key not in _OF_PLACE}
+        tune["training"] = {**(shared if "num_workers" in (own or {}) else _on_one_worker(shared)), **(own or {})}
+
+
+_OF_PLACE = ("model_path", "dataset_path", "output_dir")
+"""Where a training run begins and ends, which the pipeline says."""
+
+
+def _joints(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of each step that there is, the settings that follow from the pipeline's own."""
     storage = Location.at(settings["storage_path"])
     places = {name: (storage / name).uri for name in FOLDERS.values()}
-    model = settings.get("model_path")
+    model, train = settings.get("model_path"), settings.get("train")
     tuned = places["tuned" if settings.get("align") is None else "aligned"]
-    training = {"model_path": model, "dataset_path": places["dataset"]}
-    train = settings.get("train")
-    if isinstance(train, Mapping):
-        train = settings["train"] = {**train, **training, "output_dir": places["tuned"]}
-    _fill(settings, "prepare", output_path=places["dataset"], model_path=model)
-    if isinstance(settings.get("tune"), Mapping):
-        own = settings["tune"].get("training")
-        own = own.model_dump(exclude_unset=True) if isinstance(own, FineTuningConfig) else own
-        _fill(settings, "tune", output_dir=places["sweep"])
-        if own is None or isinstance(own, Mapping):  # another is refused where its turn comes
-            shared = dict(train) if isinstance(train, Mapping) else {}
-            shared = {key: value for key, value in shared.items() if key not in OF_RUNS}
-            trials = {**(shared if "num_workers" in (own or {}) else _on_one_worker(shared)), **(own or {}), **training}
-            trials["output_dir"] = (storage / "sweep" / "trials").uri
-            _fill(settings, "tune", training=trials)
-    if isinstance(train, Mapping):
-        _fill(settings, "align", **_taken_over(train, places["tuned"]), output_dir=places["aligned"])
-    _fill(
-        settings,
-        "evaluate",
-        model_path=tuned,
-        base_model_path=model,
-        previous_model_path=settings.get("previous_path"),
-        dataset_path=places["dataset"],
-        output_dir=places["evaluation"],
-    )
-    _fill(settings, "prune", model_path=tuned, output_dir=places["pruned"])
-    if isinstance(settings.get("heal"), Mapping):
-        healing = {"method": "full", **settings["heal"]}
-        settings["heal"] = {**healing, **training, "model_path": places["pruned"], "output_dir": places["healed"]}
     shrunk = next((places[FOLDERS[step]] for step in ("heal", "prune") if settings.get(step) is not None), None)
-    _fill(settings, "quantize", model_path=shrunk or tuned, output_dir=places["quantized"])
     smaller = [places[FOLDERS[step]] for step in ("prune", "heal", "quantize") if settings.get(step) is not None]
-    _fill(
-        settings,
-        "ladder",
-        model_paths=[tuned, *(smaller or ["none"])],
-        dataset_path=places["dataset"],
-        output_dir=places["ladder"],
-    )
-    _fill(
-        settings,
-        "serve",
-        model_path=places["quantized"] if settings.get("quantize") is not None else shrunk or tuned,
-    )
-    return settings
+    data = {"dataset_path": places["dataset"]}
+    joints: dict[str, dict[str, Any]] = {
+        "prepare": {"output_path": places["dataset"], "model_path": model},
+        "tune": {"output_dir": places["sweep"]},
+        "train": {"model_path": model, **data, "output_dir": places["tuned"]},
+        "align": {
+            **(_taken_over({**train, "model_path": model}, places["tuned"]) if isinstance(train, Mapping) else {}),
+            "output_dir": places["aligned"],
+        },
+        "evaluate": {
+            "model_path": tuned,
+            "base_model_path": model,
+            "previous_model_path": settings.get("previous_path"),
+            **data,
+            "output_dir": places["evaluation"],
+        },
+        "prune": {"model_path": tuned, "output_dir": places["pruned"]},
+        "heal": {"model_path": places["pruned"], **data, "output_dir": places["healed"]},
+        "quantize": {"model_path": shrunk or tuned, "output_dir": places["quantized"]},
+        "ladder": {"model_paths": [tuned, *(smaller or ["none"])], **data, "output_dir": places["ladder"]},
+        "serve": {"model_path": places["quantized"] if settings.get("quantize") is not None else shrunk or tuned},
+    }
+    return {step: found for step, found in joints.items() if isinstance(settings.get(step), Mapping)}
+
+
+def _of_trials(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows for `tune.training`."""
+    storage = Location.at(settings["storage_path"])
+    data, trials = ((storage / name).uri for name in ("dataset", "sweep/trials"))
+    return {"model_path": settings.get("model_path"), "dataset_path": data, "output_dir": trials}
+
+
+def _fill(step: dict[str, Any], name: str, joints: Mapping[str, Any]) -> None:
+    for key, value in joints.items():
+        given = step.get(key)
+        if given is not None and not _is_same(given, value):
+            follows = f", and is {value!r} here" if value is not None else ""
+            raise ValueError(f"{name}.{key}: follows from the pipeline{follows}; leave it out (got {given!r})")
+        step[key] = value
+
+
+def _is_same(given: Any, value: Any) -> bool:
+    """Whether two settings are equal, or two spellings of one path."""
+    if isinstance(given, str) and isinstance(value, str) and given and value:
+        return given == value or Location.at(given).uri == Location.at(value).uri
+    return bool((list(given) if isinstance(given, tuple) else given) == value)
 
 
 def shaped_like(training: FineTuningConfig, align: PreferenceConfig) -> PreferenceConfig:
@@ -254,8 +314,3 @@ def _taken_over(train: Mapping[str, Any], tuned: str) -> dict[str, Any]:
         return {"model_path": tuned}
     shape = {key: train[key] for key in SHAPE if key in train}
     return {**shape, "model_path": train.get("model_path"), "adapter_path": tuned}
-
-
-def _fill(settings: dict[str, Any], step: str, **joints: Any) -> None:
-    if isinstance(settings.get(step), Mapping):
-        settings[step] = {**settings[step], **joints}

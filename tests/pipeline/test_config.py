@@ -195,3 +195,47 @@ def test_trials_leave_out_what_only_the_training_on_workers_has_a_use_for() -> N
     assert (trial.offload, trial.cpus_per_worker, trial.deepspeed_config) == ("none", None, None)
     assert (trial.resume_from_checkpoint, trial.zero_stage) == ("auto", 2)
     assert (trial.save_strategy, trial.save_steps, trial.logging_steps) == ("epoch", 500, 10)
+
+
+EVERYTHING = {
+    **SETTINGS,
+    "tune": {"space": {"lora_r": [4, 8]}},
+    "align": {"dataset_path": "pairs"},
+    **{"prune": {}, "heal": {}, "ladder": {"metrics": ["perplexity"]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "given"),
+    [
+        *((step, {"model_path": "other"}) for step in ("prepare", "train", "evaluate", "prune", "heal", "quantize")),
+        *((step, {"output_dir": "other"}) for step in ("tune", "train", "align", "evaluate", "heal", "quantize")),
+        *((step, {"dataset_path": "other"}) for step in ("train", "evaluate", "heal", "ladder")),
+        *(("evaluate", {name: "other"}) for name in ("base_model_path", "previous_model_path")),
+        *(("align", {name: "other"}) for name in ("model_path", "adapter_path")),
+        ("prepare", {"output_path": "other"}),
+        ("serve", {"model_path": "other"}),
+        ("ladder", {"model_paths": ["a", "b"]}),
+        ("tune", {"training": {"dataset_path": "other"}}),
+    ],
+)
+def test_what_follows_from_the_pipeline_cannot_be_given_otherwise(step: str, given: dict) -> None:
+    [name] = given if "training" not in given else ["training.dataset_path"]
+    with pytest.raises(ConfigError, match=rf"PipelineConfig: {step}\.{name}: follows from the pipeline.*; leave it"):
+        PipelineConfig(**{**EVERYTHING, step: {**EVERYTHING[step], **given}})
+
+
+def test_what_follows_may_be_said_as_it_is_and_follows_anew() -> None:
+    config = PipelineConfig(**EVERYTHING)
+    assert PipelineConfig(**config.model_dump()) == config
+    assert config.train.output_dir == "/runs/a/tuned"
+    moved = config.with_overrides(storage_path="/runs/b", model_path="n")
+    assert moved == PipelineConfig(**{**EVERYTHING, "storage_path": "/runs/b", "model_path": "n"}).with_overrides()
+    assert (moved.heal.model_path, moved.tune.training.model_path) == ("/runs/b/pruned", "n")
+
+
+def test_further_training_of_an_adapter_keeps_its_shape() -> None:
+    with pytest.raises(ConfigError, match=r"align\.lora_r: the adapter keeps the shape that it was"):
+        PipelineConfig(**{**EVERYTHING, "align": {"dataset_path": "pairs", "lora_r": 64}})
+    same = {"train": {"lora_r": 64}, "align": {"dataset_path": "pairs", "lora_r": 64}}
+    assert PipelineConfig(**{**EVERYTHING, **same}).align.lora_r == 64
