@@ -236,6 +236,22 @@ def test_settings_that_are_wrong_never_reach_the_verb(verb, tmp_path):
         assert result.exit_code == 2 and message in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["judge", "report", "--summary", "--max-pairs", "3"], "--port: --summary serves no page"),
+        (["judge", "report", "--summary", "--port", "8000"], "--port: --summary serves no page"),
+        (["judge", "report", "--summary", "--model", "a"], "--port: --summary serves no page"),
+        (["doctor", "--matrix", "--storage", "here"], "--storage: the matrix writes no probe"),
+        (["doctor", "--markdown", "--storage", "here"], "--storage: the matrix writes no probe"),
+        (["runs", "here", "--storage", "there"], "`show NAME` looks"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments: list[str], message: str):
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_an_unknown_verb_and_a_missing_file_name_are_usage_errors():
     for arguments in (["trian", "a.yaml"], ["train"], ["schema", "trian"], ["runs", "show"]):
         result = invoke(*arguments)
