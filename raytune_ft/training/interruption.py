@@ -49,6 +49,7 @@ class StopBoard:
         self._event = asyncio.Event()
         self._asking = 0
         self._refusing: set[int] = set()
+        self._not_stored: Exception | None = None
 
     async def request(self) -> bool:
         """Asks the run to stop; returns whether a worker is there that heeds it."""
@@ -73,3 +74,11 @@ class StopBoard:
                 return False
             await asyncio.sleep(0.05)
         return True
+
+    async def note_not_stored(self, error: Exception) -> None:
+        """Notes what storage did not take; a disk that is full has no room for the word either."""
+        self._not_stored = error
+
+    async def not_stored(self) -> Exception | None:
+        """What was noted; None if nothing was."""
+        return self._not_stored

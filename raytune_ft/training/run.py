@@ -34,7 +34,7 @@ from raytune_ft.core.errors import (
 )
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.placement import Demand, ResourcePlan
-from raytune_ft.core.storage import Location
+from raytune_ft.core.storage import Location, not_stored
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide
@@ -189,6 +189,7 @@ def run_workers(
         StoppedError: if SIGTERM came, here or to a worker; a checkpoint is saved then.
         UserError: for what only the workers find of what the user can mend; no attempt is repeated for it.
         InfeasibleError: if a loss was no number, or memory does not hold a single row.
+        Exception: what the system said, if a single worker found that storage takes no more.
         RunError: if training failed otherwise.
     """
     (output / _ENDED).delete()
@@ -202,6 +203,7 @@ def run_workers(
             except OutOfMemoryError as error:
                 logger.warning("%s", error)
                 (output / RAY_STATE).delete()
+        _raise_not_stored(board)
     if (output / _ENDED).exists():
         ended = json.loads((output / _ENDED).read())
         if ended["kind"] == "stopped":
@@ -296,6 +298,20 @@ def _worker(settings: dict[str, Any]) -> None:
         if seat.rank == 0:
             ended = {"kind": _mistake(error).__name__, "message": str(error)}
             (output / _ENDED).write(json.dumps(ended).encode())
+    except Exception as error:
+        cause = not_stored(error)
+        if cause is None or seat.world_size > 1:
+            raise  # the others wait for this rank, and end with it
+        ray.get(settings["board"].note_not_stored.remote(cause))
+
+
+def _raise_not_stored(board: Any) -> None:
+    try:
+        found: Exception | None = ray.get(board.not_stored.remote())
+    except ray.exceptions.RayActorError:  # the board is gone with its node
+        return
+    if found is not None:
+        raise found
 
 
 def _mistake(error: Exception) -> type[UserError]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -110,6 +111,21 @@ def test_a_model_error_on_workers_reaches_the_user_as_it_is_and_at_once(
     assert "Traceback" not in capfd.readouterr().err  # nor is any attempt repeated
     with pytest.raises(ArtifactError, match="unfinished"):
         open_or_resume(settings)
+
+
+def test_a_model_that_a_full_disk_does_not_take_ends_the_run_in_words_and_the_same_call_goes_on(
+    ray_cluster, small_disk, settings, orders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, enlarge = small_disk
+    changes = {"dataset_path": str(orders), "output_dir": str(disk / "out"), "max_steps": 2, "eval_strategy": "no"}
+    config = settings(**changes, save_strategy="no", report_to=[], lora_r=2048)  # an adapter of 16 MiB
+    told = "No space left on device.* Make room there, or choose another folder. Then the same command goes on"
+    with caplog.at_level(logging.INFO, logger="raytune_ft"), pytest.raises(ArtifactError, match=told):
+        FineTuner(config).train()
+    assert caplog.text.count("training starts: 2 steps") == 1  # no further attempt
+    assert "Traceback" not in caplog.text
+    enlarge()
+    assert FineTuner(config).train().numbers["steps"] == 2
 
 
 def open_or_resume(settings) -> None:
