@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raytune_ft.core import cluster
 from raytune_ft.core.artifacts import open_artifact
 from raytune_ft.core.errors import ArtifactError, ClusterError, ModelError
 from raytune_ft.core.manifest import ArtifactKind
@@ -111,6 +112,15 @@ def test_a_model_error_on_workers_reaches_the_user_as_it_is_and_at_once(
     assert "Traceback" not in capfd.readouterr().err  # nor is any attempt repeated
     with pytest.raises(ArtifactError, match="unfinished"):
         open_or_resume(settings)
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused_before_a_cluster_starts(
+    monkeypatch: pytest.MonkeyPatch, settings, orders: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("it started"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match="file: is a file; a folder is needed to write the model into"):
+        FineTuner(settings(dataset_path=str(orders), output_dir=str(tmp_path / "file"))).train()
 
 
 def test_a_model_that_a_full_disk_does_not_take_ends_the_run_in_words_and_the_same_call_goes_on(

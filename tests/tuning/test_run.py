@@ -13,7 +13,7 @@ import pytest
 
 from raytune_ft.core import cluster
 from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ConfigError, RunError
+from raytune_ft.core.errors import ArtifactError, ConfigError, RunError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
 from raytune_ft.tuning.config import SweepConfig
@@ -102,6 +102,17 @@ def test_a_scheduler_that_pauses_is_refused_before_anything_starts_where_trials_
         config = SweepConfig(output_dir="o", training=training, space=space, scheduler=name)
         with pytest.raises(ConfigError, match=f"scheduler: {name} pauses trials, which only those on a shared"):
             HyperparameterSweep(config).run()
+
+
+def test_an_output_folder_that_cannot_be_used_is_refused_before_a_cluster_starts(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, orders: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("it started"))
+    (tmp_path / "file").touch()
+    training = {"model_path": str(tiny_model), "dataset_path": str(orders), "report_to": []}
+    config = SweepConfig(output_dir=str(tmp_path / "file"), training=training, space={"lora_r": [2, 4]})
+    with pytest.raises(ArtifactError, match="file: is a file; a folder is needed to write the sweep into"):
+        HyperparameterSweep(config).run()
 
 
 @pytest.mark.ray
