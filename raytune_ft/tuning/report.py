@@ -65,7 +65,7 @@ def importance(result: SweepResult) -> dict[str, float]:
         values = [value for group in groups.values() for value in group]
         mean = sum(values) / len(values)
         total = sum((value - mean) ** 2 for value in values)
-        if 1 < len(groups) < len(values) and len(values) > 2 and total > 0:
+        if 1 < len(groups) < len(values) and total > 0:
             between = sum(len(g) * (sum(g) / len(g) - mean) ** 2 for g in groups.values())
             shares[name] = between / total
     return shares

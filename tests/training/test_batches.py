@@ -21,6 +21,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.models.collate import pack
 from raytune_ft.training.batches import (
     TokenRows,
+    evaluation_batches,
     one_ahead,
     packed_steps,
     rank_share,
@@ -186,3 +187,18 @@ def test_rows_on_an_object_store_are_read_from_a_copy_until_the_file_changes(
 def put(uri: str, file: str, cache: Path) -> TokenRows:
     Location.at(uri).write(Path(file).read_bytes())
     return TokenRows([uri], str(cache))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_evaluate_every_row_once_in_as_many_batches_each(
+    world_size: int, splits: dict[str, list[str]], tmp_path: Path
+) -> None:
+    """4 rows, of which one rank of three has two; the others stand in with a row that does not count."""
+    data = TokenRows(splits["validation"], str(tmp_path / "cache"))
+    ranks = [list(evaluation_batches(data, 1, rank, world_size)) for rank in range(world_size)]
+    assert {len(batches) for batches in ranks} == {-(-4 // world_size)}
+    targets = [batch.targets.tolist() for batches in ranks for batch in batches if batch.items]
+    assert sorted(targets) == sorted(pack([data[number]]).targets.tolist() for number in range(4))
+    some = list(evaluation_batches(data, 2, 0, 1, [3, 1, 2]))
+    assert [batch.rows for batch in some] == [2, 1]
+    assert some[1].targets.tolist() == pack([data[2]]).targets.tolist()

@@ -86,3 +86,14 @@ def test_a_checkpoint_without_manifest_does_not_count(config, splits, tmp_path: 
 def test_only_the_newest_checkpoints_are_kept(settings, splits, tmp_path: Path) -> None:
     run(settings(save_strategy="steps", save_steps=1, save_total_limit=2), splits, tmp_path)
     assert Location.at(tmp_path / CHECKPOINTS).folders() == ["step-00000005", "step-00000006"]
+
+
+def test_a_checkpoint_of_another_format_is_passed_over_by_its_name(tmp_path: Path, caplog) -> None:
+    folder = Location.at(tmp_path)
+    for step in (1, 2):
+        checkpoint.write(folder, checkpoint.Checkpoint(step, {}, {}, {}), keep=2)
+    manifest = tmp_path / "step-00000002/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 1}))
+    found = checkpoint.newest(folder)
+    assert found is not None and found.step == 1
+    assert "step-00000002: damaged (its format is 1, and 2 is read), passed over" in caplog.text

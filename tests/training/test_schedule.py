@@ -13,16 +13,17 @@ def settings(**changes: object) -> FineTuningConfig:
     return FineTuningConfig(**{"model_path": "m", "output_dir": "o", "dataset_path": "d", **changes})
 
 
+@pytest.mark.parametrize("warmup", [0, 3, 10])
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-def test_rates_are_those_of_transformers_schedulers(kind: str) -> None:
+def test_rates_are_those_of_transformers_schedulers(kind: str, warmup: int) -> None:
     import torch
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     name = "constant_with_warmup" if kind == "constant" else kind
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=10)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10)
     for step in range(1, 11):
-        ours = learning_rate_at(step, 10, peak=0.5, warmup=3, kind=kind)
+        ours = learning_rate_at(step, 10, peak=0.5, warmup=warmup, kind=kind)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         scheduler.step()
@@ -57,6 +58,8 @@ def test_progress_lines_come_with_steps_or_epochs_or_not_at_all(strategy: str, l
 def test_warmup_steps_override_the_ratio() -> None:
     assert Timetable.of(settings(max_steps=50, warmup_steps=7), 10, has_validation=False).warmup == 7
     assert Timetable.of(settings(max_steps=50, warmup_ratio=0.2), 10, has_validation=False).warmup == 10
+    assert Timetable.of(settings(max_steps=50, warmup_steps=0), 10, has_validation=False).warmup == 0
+    assert Timetable.of(settings(max_steps=51, warmup_ratio=0.1), 10, has_validation=False).warmup == 6  # of 5.1
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 32])

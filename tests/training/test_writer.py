@@ -17,8 +17,9 @@ from moto.server import ThreadedMotoServer
 
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
+from raytune_ft.training.checkpoint import write_rank
 from raytune_ft.training.folder import CHECKPOINTS, HISTORY
-from raytune_ft.training.peers import Peers
+from raytune_ft.training.peers import ALONE, Peers
 from raytune_ft.training.session import Seat, train_in_process
 from raytune_ft.training.slices import Slice
 from raytune_ft.training.writer import CheckpointWriter, Save, delete_old
@@ -213,3 +214,46 @@ def test_unfinished_checkpoints_do_not_count_and_go(tmp_path: Path) -> None:
         (tmp_path / f"step-0000000{step}/rank-00000-of-00001.safetensors").write_bytes(b"x")
     delete_old(folder, 6, keep=2, best_step=None, verified={6})
     assert folder.folders() == ["step-00000002", "step-00000006", "step-00000008"]
+
+
+def test_checkpoints_beyond_the_newest_neither_count_nor_go(tmp_path: Path) -> None:
+    """A damaged one was passed over, and the run has not come so far again."""
+    folder = Location.at(tmp_path)
+    written(folder, 2, 4, 6, 8)
+    delete_old(folder, 4, keep=1, best_step=None, verified={4})
+    assert checkpoint.steps_below(folder) == [4, 6, 8]
+
+
+def test_what_was_read_of_a_checkpoint_that_goes_says_nothing_of_those_that_stay(tmp_path: Path, caplog) -> None:
+    folder, verified = Location.at(tmp_path), {1}
+    written(folder, 1, 2)
+    (tmp_path / "step-00000002/progress.json").write_text("[]")
+    delete_old(folder, 2, keep=1, best_step=None, verified=verified)
+    assert checkpoint.steps_below(folder) == [1, 2] and "step 2 is not whole" in caplog.text
+    written(folder, 3)
+    delete_old(folder, 3, keep=1, best_step=None, verified=verified)
+    assert checkpoint.steps_below(folder) == [3] and 3 in verified  # it was read, and need not be again
+
+
+def test_a_file_that_does_not_read_back_as_it_was_written_makes_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Location.at(tmp_path)
+    writer = CheckpointWriter(folder, ALONE, keep=1, attempt=1)
+    writer.start(save(2, 0, 1))
+    writer.settle()
+
+    def lossy(target: Location, *given: object) -> object:
+        files = write_rank(target, *given)  # type: ignore[arg-type]
+        for name in files:
+            content = Path((target / name).path).read_bytes()
+            Path((target / name).path).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return files
+
+    monkeypatch.setattr("raytune_ft.training.writer.write_rank", lossy)
+    writer.start(save(4, 0, 1))
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"):
+        writer.settle()
+    assert writer.refused_step == 4
+    assert "step 4 could not be written (rank-00000-of-00001.safetensors does not read back as it was" in caplog.text
+    assert folder.folders() == ["step-00000002"]

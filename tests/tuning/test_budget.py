@@ -62,6 +62,9 @@ def test_the_budget_has_to_cover_every_first_evaluation(files: list[str]) -> Non
         ({"eval_strategy": "epoch", "per_device_train_batch_size": 8}, 600),  # of 16 rows and 4
         ({"space": {"per_device_train_batch_size": [4, 1]}}, 3 * 2 * 30),
         ({"space": {"max_steps": [9, 2]}}, 2 * 4 * 30),
+        ({"eval_steps": 9, "space": {"eval_steps": [9, 2]}}, 2 * 4 * 30),
+        ({"eval_strategy": "epoch", "space": {"eval_strategy": ["epoch", "steps"]}}, 3 * 4 * 30),
+        ({"space": {"gradient_accumulation_steps": [3, 1]}}, 3 * 2 * 30),
     ],
 )
 def test_the_first_evaluation_is_where_a_trial_makes_it(files: list[str], changes: dict, tokens: int) -> None:

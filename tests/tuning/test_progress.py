@@ -19,6 +19,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
 from raytune_ft.training.checkpoint import Checkpoint
 from raytune_ft.training.config import Tracking
+from raytune_ft.training.trackers import TensorBoard
 from raytune_ft.tuning.pointer import read_pointer
 from raytune_ft.tuning.progress import Progress, curves_in, of_its_state, seconds_before_in, tracker_failures_in
 from raytune_ft.tuning.result import Trial
@@ -105,11 +106,16 @@ def test_a_restored_trial_forgets_the_checkpoints_that_were_deleted(tmp_path: Pa
     for number in (0, 1):
         (tmp_path / str(number)).rmdir()
     progress = Progress(Location.at(tmp_path), "eval_loss", Tracked((), Location.at(tmp_path), {}))
-    progress.set_state({"curves": {"t": [{"global_step": 2}]}})
+    progress.set_state({"curves": {"t": [{"global_step": 2}], "even": [{"global_step": 4, "eval_loss": 0.5}]}})
     last = {"global_step": 4, "eval_loss": 0.5, "snapshot": "state-1"}  # Ray's part of the state is newer
     metadata = SimpleNamespace(checkpoint_manager=manager)
-    progress.on_step_begin(0, [SimpleNamespace(trial_id="t", last_result=last, run_metadata=metadata)])
-    assert progress.get_state()["curves"] == {"t": [{"global_step": 2}, {"global_step": 4, "eval_loss": 0.5}]}
+    fresh = SimpleNamespace(checkpoint_manager=_CheckpointManager(tune.CheckpointConfig()))
+    even = SimpleNamespace(trial_id="even", last_result=last, run_metadata=fresh)
+    progress.on_step_begin(0, [SimpleNamespace(trial_id="t", last_result=last, run_metadata=metadata), even])
+    assert progress.get_state()["curves"] == {
+        "t": [{"global_step": 2}, {"global_step": 4, "eval_loss": 0.5}],
+        "even": [{"global_step": 4, "eval_loss": 0.5}],
+    }
     assert read_pointer(str(tmp_path / "1")) == ("state-1", 1), "the newest is there again"
     for number in (2, 3):
         manager.register_checkpoint(saved(number))
@@ -160,6 +166,45 @@ def test_what_was_told_before_anothers_state_was_taken_over_is_not_of_the_model_
     assert of_its_state(replace(trial, snapshot=None)) == replace(trial, snapshot=None)
     with pytest.raises(RunError, match=r"the state of trial learning_rate=0.3 is lost: .*step-00000009"):
         of_its_state(replace(trial, snapshot=str(tmp_path / "step-00000009")))
+
+
+def test_a_curve_of_training_losses_has_every_step_of_its_state(tmp_path) -> None:
+    history = [{"step": step, "loss": 4.0 / step, "tokens": 10} for step in (1, 2)]
+    progress = {"history": history, "config": {"learning_rate": 0.1}}
+    where = checkpoint.write(Location.at(tmp_path), Checkpoint(2, {}, {}, progress), keep=1)
+    found = of_its_state(Trial("t", {"learning_rate": 0.1}, "finished", [], snapshot=where.uri))
+    assert [(row["global_step"], row["loss"], row["tokens"]) for row in found.curve] == [(1, 4.0, 10), (2, 2.0, 20)]
+
+
+def test_how_a_trial_ended_is_said_and_told_to_its_trackers(
+    tmp_path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(TensorBoard, "close", lambda self, status: ended.append(status))
+    folder = Location.at(tmp_path)
+    progress = Progress(folder, "eval_loss", Tracked((Tracking.TENSORBOARD,), folder, {"method": "lora"}))
+    last = {"global_step": 2, "last_step": 4, "eval_loss": 0.5}
+    trials = [
+        SimpleNamespace(trial_id=name, config={"seed": number}, last_result={**last, **more})
+        for number, (name, more) in enumerate(
+            {"cut": {}, "done": {"global_step": 4}, "wild": {"infeasible": "nan"}, "lost": {}}.items()
+        )
+    ]
+    for trial in trials:
+        progress.on_trial_result(0, trials, trial, trial.last_result)
+    with caplog.at_level(logging.INFO, logger="raytune_ft"):
+        for trial in trials[:3]:
+            progress.on_trial_complete(0, trials, trial)
+        progress.on_trial_error(0, trials, trials[3])
+    assert caplog.messages == [
+        "trial seed=0: stopped early at step 2, best eval_loss 0.5000",
+        "trial seed=1: done at step 4, best eval_loss 0.5000",
+        "trial seed=2: infeasible at step 2, best eval_loss 0.5000",
+        "trial seed=3: failed",
+    ]
+    assert ended == ["stopped", "finished", "failed", "failed"]
+    progress.on_experiment_end(trials)
+    assert len(ended) == 4
 
 
 def test_the_time_of_earlier_drivers_is_kept_with_the_state(tmp_path) -> None:

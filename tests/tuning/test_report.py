@@ -30,6 +30,15 @@ def test_importance_is_the_share_of_variance_between_groups() -> None:
     assert importance(SweepResult("eval_loss", trials)) == pytest.approx({"lora_r": 0.2, "learning_rate": 0.8})
 
 
+def test_a_loss_of_zero_has_no_logarithm_and_explains_nothing() -> None:
+    losses = {(4, 0.1): 0, (4, 0.2): 2, (8, 0.1): 1, (8, 0.2): 3}
+    trials = [trial(rank, rate, math.exp(value)) for (rank, rate), value in losses.items()]
+    perfect = replace(trial(8, 0.2, 0.0), name="perfect")
+    result = SweepResult("eval_loss", (perfect, *trials))
+    assert result.best is perfect
+    assert importance(result) == pytest.approx({"lora_r": 0.2, "learning_rate": 0.8})
+
+
 def test_a_setting_with_a_value_for_every_trial_explains_nothing() -> None:
     trials = tuple(trial(4, rate, 1 + rate) for rate in (0.1, 0.2, 0.3))
     assert importance(SweepResult("eval_loss", trials)) == {}

@@ -50,6 +50,8 @@ def test_of_trials_with_equal_answers_the_one_of_the_lower_loss_is_the_best() ->
 
     result = SweepResult("eval_exact_match", (answering("a", 0.5), answering("b", 0.25), answering("c", 1.0)))
     assert [trial.name for trial in result.ranked] == ["b", "a", "c"]
+    unknown = Trial("0", {}, "finished", [{"global_step": 1.0, "eval_exact_match": 0.75}])
+    assert [trial.name for trial in replace(result, trials=(unknown, *result.trials)).ranked] == ["b", "a", "c", "0"]
 
 
 def test_a_sweep_without_any_metric_lists_every_trials_reason() -> None:
@@ -102,8 +104,9 @@ def test_the_training_loss_is_a_mean_of_the_last_values_not_the_luckiest_batch()
         rows = [{"global_step": float(n), "loss": loss} for n, loss in enumerate(losses, start=1)]
         return Trial(name, {"lora_r": int(name)}, "finished", rows)
 
-    lucky = of_batches("1", 0.1, 3.0, 3.0, 3.0, 3.0, 2.0, 2.5, 1.5)
+    lucky = of_batches("1", 0.1, 3.0, 3.0, 3.0, 3.0, 9.0, 2.5, 1.5)
     assert lucky.best("loss") == 2.0  # the last two of eight
+    assert of_batches("1", 0.1, 3.0, 3.0, 2.5, 1.5).best("loss") == 2.0  # two of five: a quarter at least
     assert SweepResult("loss", (lucky, of_batches("2", 1.75))).best.name == "2"
 
 
@@ -119,6 +122,9 @@ def test_means_of_repeats_are_those_of_whole_trials_and_the_best_is_one() -> Non
     assert [(one.settings["lora_r"], one.seeds, one.mean) for one in result.repeated] == [(8, 2, 0.625), (4, 2, 1.5)]
     assert result.best.settings == {"lora_r": 8, "seed": 2}
     diverged = SweepResult("eval_loss", trials, tuple(replace(again, ending="infeasible") for again in repeats))
+    unmeasured = replace(repeats[0], curve=[])
+    assert replace(result, repeats=(unmeasured, repeats[1])).repeated[0].mean == 0.5  # it tells nothing
+    assert replace(result, repeats=(unmeasured,)).repeated == []
     assert diverged.repeated == [] and diverged.best.name == "4-None"
 
 

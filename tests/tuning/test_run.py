@@ -127,6 +127,11 @@ def test_what_the_rows_do_not_allow_is_refused_before_any_trial(
         [
             ("max_tokens: 10 do not take 2 trials to their first evaluation", steps, {"max_tokens": 10}),
             (r"grace_steps: 100 is beyond the last step of the longest trial \(18\)", {}, {"grace_steps": 100}),
+            (
+                r"space.max_length: trials would be compared by eval_loss on other validation rows each",
+                steps,
+                {"space": {"max_length": [53, 512]}},
+            ),
         ]
     ):
         given = {"space": rates, "grace_steps": 1, **more, "training": {**common, **training}}

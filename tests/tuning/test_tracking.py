@@ -38,6 +38,15 @@ def test_each_trial_has_event_files_with_its_whole_curve_also_after_a_restart(tm
     assert after.failures == {}
 
 
+def test_a_trial_of_many_long_settings_has_a_name_that_disks_take(tmp_path: Path) -> None:
+    trials = TrackedTrials(tracked(tmp_path))
+    trials.log("t1", "lora_target_modules=" + "q_proj+" * 99, {}, POINTS)
+    trials.close()
+    assert trials.failures == {}
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    assert folder.name.startswith("t1_lora_target_modules=q_proj") and len(scalars(folder)) == 2
+
+
 def test_event_files_of_a_sweep_on_an_object_store_come_there_at_its_end(gs_bucket: str, tmp_path: Path) -> None:
     output = Location.at(f"{gs_bucket}/sweep")
     remote = Tracked((Tracking.TENSORBOARD,), output, {"method": "lora"})

@@ -22,6 +22,13 @@ def test_a_budget_keeps_for_each_trial_what_takes_it_to_its_first_evaluation(tmp
     assert budget("c", {"tokens": 20}) and budget.stop_all()
 
 
+def test_the_budget_of_a_search_keeps_what_its_settings_say_for_each_of_its_trials(tmp_path: Path) -> None:
+    stopper = limits(sweep(max_tokens=100), Location.at(tmp_path), 10)  # two trials
+    assert stopper is not None
+    assert [stopper("a", {"tokens": spent}) for spent in (79, 80)] == [False, True]
+    assert not stopper("b", {"tokens": 19}) and stopper("b", {"tokens": 20})
+
+
 def test_a_budget_that_is_spent_stops_nothing_before_every_trial_was_evaluated(tmp_path: Path) -> None:
     budget = TokenBudget(Location.at(tmp_path) / "tokens.json", 100, first=10, trials=2)
     assert budget("a", {"tokens": 120}) and not budget.stop_all()
