@@ -304,3 +304,72 @@ def test_a_trial_that_goes_on_from_beyond_its_last_step_is_over(
     assert bank.running() == ["donor"]
     told = bank.trial("shorter").progress()
     assert "eval_loss" in told.metrics and told.reason == "goes on from step 6, and its last is 4"
+
+
+WORSENS = {"eval_strategy": "steps", "eval_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+
+
+def without_improvement(losses: list[float]) -> list[int]:
+    """After each evaluation, how many were made since the best one."""
+    return [number - losses.index(min(losses[: number + 1])) for number in range(len(losses))]
+
+
+def test_a_trial_whose_evaluations_improve_no_more_ends_and_goes_on_with_more_patience_alone(
+    make_bank: MakeBank, trial: Settings, validation_rows, tmp_path: Path
+) -> None:
+    bank = make_bank(validation_rows)
+    common = {**WORSENS, "learning_rate": 0.1, "max_steps": 12}
+    bank.admit("free", trial(**common))
+    bank.admit("patient", trial(**common, early_stopping_patience=2))
+    losses_of(bank)
+    free = [row["eval_loss"] for row in bank.trial("free").history]
+    ends = without_improvement(free).index(2) + 1
+    assert ends < 12 and bank.trial("free").step == 12
+    stopped = bank.trial("patient")
+    assert (stopped.status, stopped.step) == (Status.FINISHED, ends)
+    assert stopped.reason == "no lower validation loss in 2 evaluations"
+    assert [row["eval_loss"] for row in stopped.history] == pytest.approx(free[:ends], abs=1e-4)
+
+    taken = checkpoint.read(checkpoint.write(Location.at(tmp_path), bank.snapshot("patient"), keep=1))
+    again = make_bank(validation_rows)
+    again.admit("same", trial(**common, early_stopping_patience=2), taken)
+    again.admit("longer", trial(**{**common, "max_steps": 99}, early_stopping_patience=2), taken)
+    again.admit("patient", trial(**{**common, "max_steps": 99}, early_stopping_patience=4), taken)
+    assert again.running() == ["patient"]
+    waited = [again.step()[0] for _ in range(2)]
+    expected = without_improvement([*free[:ends], *(told.metrics["eval_loss"] for told in waited)])
+    assert again.trial("patient").patience.waited == expected[-1]  # those before it was taken up count
+    assert (again.trial("patient").status is Status.FINISHED) == (expected[-1] >= 4)
+
+
+def test_a_trial_that_made_all_steps_says_so_also_where_its_patience_ends_with_them(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows)
+    common = {**WORSENS, "learning_rate": 0.1}
+    bank.admit("free", trial(**common, max_steps=12))
+    losses_of(bank)
+    ends = without_improvement([row["eval_loss"] for row in bank.trial("free").history]).index(1) + 1
+    bank.admit("t", trial(**common, max_steps=ends, early_stopping_patience=1))
+    losses_of(bank)
+    assert (bank.trial("t").step, bank.trial("t").reason, bank.trial("t").patience.waited) == (
+        ends,
+        "all steps made",
+        1,
+    )
+
+
+def test_a_trial_that_made_all_steps_goes_on_with_settings_of_more(make_bank: MakeBank, trial: Settings) -> None:
+    whole = make_bank()
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    whole.admit("t", trial(**constant, max_steps=6))
+    losses = losses_of(whole)["t"]
+    bank = make_bank()
+    bank.admit("t", trial(**constant, max_steps=4))
+    losses_of(bank)
+    taken = bank.snapshot("t")
+    bank.evict("t")
+    bank.admit("t", trial(**constant, max_steps=6), taken)
+    assert bank.trial("t").status is Status.RUNNING and bank.trial("t").reason == ""
+    assert losses_of(bank)["t"] == pytest.approx(losses, abs=1e-6)
+    assert bank.trial("t").reason == "all steps made"

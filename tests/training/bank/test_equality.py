@@ -34,6 +34,7 @@ MIXED = {
         "max_grad_norm": 0.05,
         "adam_beta1": 0.8,
         "adam_beta2": 0.95,
+        "adam_epsilon": 1e-4,
         "seed": 4,
     },
 }
@@ -204,6 +205,26 @@ def test_neighbours_that_enter_stop_and_are_replaced_change_nothing(
     bank.pause("third")
     bank.step()
     bank.resume("third")
+    assert difference(losses_of(bank)["kept"], alone) <= 1e-5
+
+
+def test_a_neighbour_that_adapts_further_layers_changes_nothing(
+    make_bank: MakeBank, trial: Settings, arithmetic: str
+) -> None:
+    config = trial(max_steps=8, lora_target_modules=["q_proj", "v_proj"], learning_rate=5e-3)
+    solo = make_bank()
+    solo.admit("kept", config)
+    alone = losses_of(solo)["kept"]
+    bank = make_bank(arithmetic=arithmetic)
+    bank.admit("kept", config)
+    for _ in range(4):
+        bank.step()
+    before = bank.snapshot("kept")
+    bank.admit("further", trial(max_steps=4, lora_r=16, lora_target_modules=["o_proj", "q_proj"], seed=8))
+    after = bank.snapshot("kept")
+    assert after.step == 4 and before.moments
+    assert all(torch.equal(tensor, after.weights[name]) for name, tensor in before.weights.items())
+    assert all(torch.equal(tensor, after.moments[name]) for name, tensor in before.moments.items())
     assert difference(losses_of(bank)["kept"], alone) <= 1e-5
 
 
