@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from raytune_ft.core.errors import DataError, ModelError, RunError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training import checkpoint
-from raytune_ft.tuning.host import BankHost
+from raytune_ft.tuning.host import BankHost, _Line
 
 from ..rows import pair_files, rated_files  # noqa: TID252 - tests are no installed package
 
@@ -127,6 +128,39 @@ def test_snapshots_stay_while_the_searchs_state_on_storage_may_name_them(
     assert train("t") == [f"step-{step:08d}" for step in range(2, 21, 2)]
     monkeypatch.setattr("raytune_ft.tuning.host._STATE_AGE_S", 0.0)
     assert train("slow") == [f"step-{step:08d}" for step in (16, 18, 20)]
+
+
+def test_as_many_snapshots_stay_as_were_written_while_the_searchs_state_may_have_been(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("raytune_ft.tuning.host.time", SimpleNamespace(monotonic=lambda: now))
+
+    def kept_of(every_s: float, times: int) -> int:
+        nonlocal now
+        line = _Line(admitted=now)
+        for _ in range(times):
+            now += every_s
+            kept = line.snapshots_to_keep()
+        return kept
+
+    assert kept_of(100.0, 30) == 3  # its own newest, and two that others may copy
+    assert kept_of(13.0, 30) == 6  # the five of the last minute, and the one before
+    assert kept_of(1.0, 90) == 12  # no more than storage is to hold
+    assert kept_of(13.0, 2) == 12  # admitted half a minute ago: before, in another seat, there may have been as many
+
+
+def test_a_trial_without_validation_rows_reports_every_step(settings: dict, splits: dict, tmp_path: Path) -> None:
+    host = BankHost(settings, {"train": splits["train"]}, str(tmp_path / "snapshots"), device="cpu", threads=1)
+    assert host.fault() is None
+    host.admit("t", {**settings, "max_steps": 3})
+    reports = [host.report("t", number) for number in range(3)]
+    assert [(report["step"], report["status"]) for report in reports] == [
+        (1, "running"),
+        (2, "running"),
+        (3, "finished"),
+    ]
+    assert all("loss" in report["metrics"] and "eval_loss" not in report["metrics"] for report in reports)
 
 
 def test_a_trial_that_diverges_is_reported_infeasible(host: BankHost, settings: dict) -> None:
