@@ -112,8 +112,8 @@ def test_beside_a_cluster_that_somebody_started_here_a_local_one_is_started_and_
 WAITS = """
 import sys, time
 import psutil
-from raytune_ft import cli
 from raytune_ft.core import cluster
+from raytune_ft.exits import guarded
 
 def work():
     cluster.connect(num_cpus=1)
@@ -121,7 +121,7 @@ def work():
     print("children:", *[p.pid for p in psutil.Process().children(recursive=True)], flush=True)
     ray.get(ray.remote(lambda: time.sleep(60)).remote()) if sys.argv[1] == "in Ray" else time.sleep(60)
 
-sys.exit(cli._guarded(work))
+sys.exit(guarded(work))
 """
 
 
@@ -147,8 +147,8 @@ def test_sigterm_ends_a_command_and_its_cluster_in_order(where: str) -> None:
 
 STARTS = """
 import os, signal, sys, threading, time
-from raytune_ft import cli
 from raytune_ft.core import cluster
+from raytune_ft.exits import guarded
 
 def terminate():
     while signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # until Ray has set its own
@@ -156,7 +156,7 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 threading.Thread(target=terminate, daemon=True).start()
-sys.exit(cli._guarded(lambda: cluster.connect(num_cpus=1)))
+sys.exit(guarded(lambda: cluster.connect(num_cpus=1)))
 """
 
 

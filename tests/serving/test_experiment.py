@@ -288,7 +288,7 @@ def test_a_test_of_what_is_not_served_is_refused_in_one_line(changes: dict[str, 
 def test_a_settings_file_with_a_mistake_is_told_and_exit_code_2(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, test: str, said: str
 ):
-    monkeypatch.setattr("raytune_ft.cli.set_up_logging", lambda: None)
+    monkeypatch.setattr("raytune_ft.exits.set_up_logging", lambda: None)
     (tmp_path / "serve.yaml").write_text(f"model_path: m\nadapters: {{new: x}}\nab_test: {test}\n")
     assert run_verb("serve", [str(tmp_path / "serve.yaml")]) == 2
     message = capfd.readouterr().err
