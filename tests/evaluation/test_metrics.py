@@ -14,7 +14,8 @@ import pytest
 from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.evaluation.answers import extracted
 from raytune_ft.evaluation.config import EvaluationMetric
-from raytune_ft.evaluation.metrics import METRICS, MOST_FIELDS, make_metric
+from raytune_ft.evaluation.json_metrics import MOST_FIELDS
+from raytune_ft.evaluation.metrics import METRICS, make_metric
 from raytune_ft.evaluation.statistics import interval
 
 ANSWERS = [

@@ -7,7 +7,7 @@ import pytest
 from raytune_ft.core.errors import DataError
 from raytune_ft.evaluation.answered import Unanswered, refuse_missing
 from raytune_ft.evaluation.config import BleuTokenizer
-from raytune_ft.evaluation.metrics import Bleu, Rouge, TokenF1
+from raytune_ft.evaluation.overlap_metrics import Bleu, Rouge, TokenF1
 
 
 @pytest.mark.parametrize("metric", [Rouge(), Bleu()])
