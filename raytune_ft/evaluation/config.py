@@ -186,11 +186,20 @@ class MeasureConfig(Config):
             self.decoding.refuse_idle(DecodingConfig.model_fields, why, under="decoding.")
         paths = self.models.values()
         refuse_idle_inference(paths, decoding=self.decoding, endpoint=self.endpoint, likelihoods=bool(likelihoods))
-        if all(map(is_endpoint, paths)) and self.reward_model_path is None:
-            self.refuse_idle(["precision"], OF_ENDPOINTS)
+        if all(map(is_endpoint, paths)):
+            self._refuse_of_local_models()
         if self.harness is not None and not any(map(is_endpoint, paths)):
             self.harness.refuse_idle(["endpoint_tokenizer"], WITHOUT_ENDPOINT, under="harness.")
         return self
+
+    def _refuse_of_local_models(self) -> None:
+        if self.reward_model_path is None:
+            self.refuse_idle(["precision"], OF_ENDPOINTS)
+        if self.harness is not None:
+            self.harness.refuse_idle(["batch_size"], OF_ENDPOINTS, under="harness.")
+        if self.forgetting is not None:
+            why = "has no effect: of an endpoint only the shipped questions are asked; leave it out"
+            self.forgetting.refuse_idle(["text_path", "max_perplexity_rise"], why, under="forgetting.")
 
     @property
     def models(self) -> dict[str, str]:

@@ -59,6 +59,12 @@ class EndpointConfig(Config):
     """Folder, artifact or hub id of the served model's tokenizer. With it, likelihoods are asked, too (perplexity,
     choices): by text completions that echo their prompt with its log-probabilities."""
 
+    @model_validator(mode="after")
+    def _waits_before_retries(self) -> Self:
+        if not self.max_retries:
+            self.refuse_idle(["backoff_s"], "nothing is asked again (max_retries is 0); leave it out")
+        return self
+
 
 def refuse_idle_inference(
     paths: Iterable[str], *, decoding: DecodingConfig, endpoint: EndpointConfig, likelihoods: bool

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from raytune_ft.core.artifacts import has_manifest, open_artifact, read_claim
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
@@ -18,6 +20,8 @@ from raytune_ft.training.deepspeed_settings import read_deepspeed_json
 from raytune_ft.training.folder import CHECKPOINTS
 from raytune_ft.training.pairs import refuse_unpaired, refuse_unrated
 from raytune_ft.training.trackers import refuse_missing
+
+logger = logging.getLogger("raytune_ft")
 
 
 def refuse_missing_packages(config: FineTuningConfig) -> None:
@@ -84,7 +88,22 @@ def splits_of(config: FineTuningConfig, where: Location) -> dict[str, list[str]]
         prompts=isinstance(config, ReinforcementConfig),
     )
     refuse_other_kind(config, splits)
+    _tell_idle_length(config, where)
     return splits
+
+
+def _tell_idle_length(config: FineTuningConfig, where: Location) -> None:
+    """Says of a dataset that is taken as it is that longer rows, which the settings would take, are not in it."""
+    if not config.differs("max_length") or where.exists() or not has_manifest(config.dataset_path):
+        return
+    prepared = open_artifact(config.dataset_path, verify="size").manifest.settings.get("max_length")
+    if prepared is not None and prepared < config.max_length:
+        logger.warning(
+            "max_length %d is set and changes nothing: %s was prepared with max_length %d; prepare it with more",
+            config.max_length,
+            config.dataset_path,
+            prepared,
+        )
 
 
 def refuse_other_kind(config: FineTuningConfig, splits: dict[str, list[str]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from raytune_ft.core.config import load_config
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.evaluation.config import ComparisonConfig, EvaluationConfig, EvaluationMetric
-from raytune_ft.evaluation.config_inference import BatchGenerationConfig
+from raytune_ft.evaluation.config_inference import BatchGenerationConfig, EndpointConfig
 
 
 def evaluation(**changes: object) -> EvaluationConfig:
@@ -81,6 +81,15 @@ BY_TOKENIZER = {"model_path": SERVED, "endpoint": {"tokenizer": "t"}}
         ({**BY_TOKENIZER, "metrics": ["bleu"]}, "where no likelihoods", {"metrics": ["bleu", "perplexity"]}),
         ({**BY_TOKENIZER, "precision": "bf16"}, "an endpoint computes as it was", {"base_model_path": "b"}),
         (
+            {**BY_TOKENIZER, "harness": {"tasks": ["t"], "batch_size": 2}},
+            "an endpoint computes as it was",
+            {"base_model_path": "b"},
+        ),
+        *(
+            ({**BY_TOKENIZER, "forgetting": {name: value}}, "only the shipped questions", {"base_model_path": "b"})
+            for name, value in {"text_path": "t", "max_perplexity_rise": 0.5}.items()
+        ),
+        (
             {"harness": {"tasks": ["t"], "endpoint_tokenizer": "t"}},
             "no model is given as the URL",
             {"previous_model_path": SERVED},
@@ -93,6 +102,12 @@ def test_a_setting_without_effect_is_refused(given: dict, words: str, mended: di
     name = str(refused.value).split(": ")[1].partition(".")[0]
     assert name in given
     assert evaluation(**{**given, **mended}).differs(name)
+
+
+def test_a_wait_before_retries_that_nobody_makes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"backoff_s: nothing is asked again \(max_retries is 0\)"):
+        EndpointConfig(max_retries=0, backoff_s=2)
+    assert EndpointConfig(max_retries=1, backoff_s=2).backoff_s == 2
 
 
 def test_answers_of_an_endpoint_are_judged_in_the_precision_that_is_set() -> None:

@@ -16,7 +16,8 @@ from raytune_ft.models.config import DecodingConfig
 
 
 def ask(url: str, texts: list[str], *, decoding: DecodingConfig | None = None, **settings: object) -> list[Reply]:
-    config = EndpointConfig(**{"backoff_s": 0.01, "timeout_s": 5, **settings})
+    waits = {"backoff_s": 0.01} if settings.get("max_retries") != 0 else {}
+    config = EndpointConfig(**{**waits, "timeout_s": 5, **settings})
     client = EndpointClient(url, config, decoding or DecodingConfig(), concurrency=config.concurrency)
     replies: dict[int, Reply] = {}
     client.ask([Request([Message("user", text)]) for text in texts], replies.__setitem__)

@@ -22,6 +22,7 @@ def test_files_that_settings_name_count_by_their_content(tmp_path: Path, monkeyp
         tmp_path / name for name in ("schema.json", "my_scores.py", "text.txt", "tasks/a.yaml", "tok/tokenizer.json")
     ]
     settings = {
+        "base_model_path": "b",
         "metrics": ["json_schema", "custom", "perplexity"],
         "json_schema": str(files[0]),
         "custom_functions": {"f": "my_scores:f"},

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.storage import Location
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.data.run import prepare
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
+from raytune_ft.training.inputs import splits_of
 from raytune_ft.training.recommend import recommend_method
 from raytune_ft.training.without_effect import DECIDING, idle_beside, without_effect
 
@@ -112,3 +118,29 @@ def test_numbers_are_finite(name: str, value: float) -> None:
 def test_an_adapter_of_no_layer_is_refused() -> None:
     with pytest.raises(ConfigError, match="lora_target_modules: must name at least one linear layer"):
         FineTuningConfig(**WHERE, lora_target_modules=[])
+
+
+@pytest.mark.ray
+def test_a_length_that_a_prepared_dataset_has_no_rows_of_is_told(
+    tiny_model: Path, tmp_path: Path, ray_cluster: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": f"Say {number}", "completion": f"It is {number}."} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {"sources": [str(tmp_path / "rows.jsonl")], "output_path": str(tmp_path / "data"), "max_length": 256}
+    made |= {"model_path": str(tiny_model), "near_duplicates": "keep", "quality": {"report": False}}
+    prepare(DataCollectionConfig(**made))
+    common = {"model_path": str(tiny_model), "dataset_path": str(tmp_path / "data"), "output_dir": "out"}
+
+    def told(name: str, **changes: int) -> list[str]:
+        caplog.clear()
+        splits_of(FineTuningConfig(**common, **changes), Location.at(tmp_path / name))
+        return [message for message in caplog.messages if "changes nothing" in message]
+
+    [words] = told("more", max_length=2048)
+    assert words == (
+        f"max_length 2048 is set and changes nothing: {tmp_path}/data was prepared with max_length 256; prepare it "
+        "with more"
+    )
+    assert not (tmp_path / "more").exists()
+    assert told("usual") == told("same", max_length=256) == told("fewer", max_length=32) == []
+    assert (tmp_path / "fewer").exists()
