@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from raytune_ft.core.records import ROLES, Message
@@ -19,6 +20,8 @@ _ROLE_NAMES = {
 _CALLS = frozenset({"function_call", "tool_call"})
 _TURN_FIELDS = frozenset({"role", "from", "content", "value", "tool_calls", "function_call"})
 _CALL_FIELDS = ("tool_calls", "function_call")
+_MAY_BE_NO_NUMBER = re.compile(r"NaN|Infinity|[eE]\+?\d{3}|\d{300}")
+"""Text without any of it, if it is JSON, has no number that JSON cannot say."""
 _NO_TOOLS = re.compile(r"\s*(?:\[\s*\]|null)?\s*")
 REASONING_FIELDS = ("reasoning", "reasoning_content", "rationale", "thinking")
 """Columns, and fields of a turn, in which reasoning is looked for, in this order."""
@@ -141,6 +144,9 @@ def as_json(value: Any) -> str | None:
         FormatFault: if it holds a number that is infinite or NaN.
     """
     if value is None or isinstance(value, str):
+        if value and _MAY_BE_NO_NUMBER.search(value):
+            with suppress(json.JSONDecodeError):  # of text that is no JSON, cleaning has a word
+                _written(json.loads(value))
         return value or None
     return _written(value)
 

@@ -116,6 +116,8 @@ def prepare(config: DataCollectionConfig) -> Artifact:
         DataError: as `DataCollector.prepare`.
     """
     check_languages(config.languages)
+    if config.differs("output_format"):
+        logger.info("prepare: the dataset is Parquet; %s is what `DataCollector.export` writes", config.output_format)
     files = find_files(config.sources, config.test_sources)
     file_weights(files, config.source_weights)
     parents = [*source_parents(config.sources, "source"), *source_parents(config.test_sources, "test_source")]

@@ -342,6 +342,14 @@ def test_numbers_that_json_cannot_say_stand_in_no_metadata() -> None:
         read(record)
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "9" * 400 + ".0"])
+def test_numbers_that_json_cannot_say_stand_in_no_tools_that_are_text(number: str) -> None:
+    with pytest.raises(FormatFault, match="wrong value in tools or calls: no number that JSON can say"):
+        read({"messages": [USER, ASSISTANT], "tools": f'[{{"name": "find", "most": {number}}}]'})
+    for said in ('[{"name": "NaN", "most": 1e300}]', "Infinity tools"):
+        assert read({"messages": [USER, ASSISTANT], "tools": said}).tools == said
+
+
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
 def test_numbers_that_json_cannot_say_stand_in_no_call_or_tool(number: float) -> None:
     call = {"function": {"name": "find", "arguments": {"most": number}}}

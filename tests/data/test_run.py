@@ -39,7 +39,9 @@ def source(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "source.jsonl", [*questions(0, 40), *extra])
 
 
-def test_the_guides_block_prepares_and_exports(source: str, tmp_path: Path, ray_cluster: object) -> None:
+def test_the_guides_block_prepares_and_exports(
+    source: str, tmp_path: Path, ray_cluster: object, caplog: pytest.LogCaptureFixture
+) -> None:
     collector = DataCollector(DataCollectionConfig(sources=[source], output_path=str(tmp_path / "out")))
     dataset = collector.prepare()
     numbers = dataset.artifact.numbers
@@ -52,6 +54,9 @@ def test_the_guides_block_prepares_and_exports(source: str, tmp_path: Path, ray_
     exported = Path(collector.export(dataset))
     assert sum(len((exported / f"{s}.jsonl").read_text().splitlines()) for s in dataset) == 41
     assert DataCollector(collector.config).prepare().artifact.manifest == dataset.artifact.manifest
+    with caplog.at_level(logging.INFO, logger="raytune_ft"):
+        prepare(collector.config.with_overrides(output_format="csv"))
+    assert "prepare: the dataset is Parquet; csv is what `DataCollector.export` writes" in caplog.messages
 
 
 def test_blocks_and_workers_change_neither_content_nor_order(
