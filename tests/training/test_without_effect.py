@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.storage import Location
-from raytune_ft.data.config import DataCollectionConfig
-from raytune_ft.data.run import prepare
+from raytune_ft.data.tokenize import tokenizer_parent
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, ReinforcementConfig, RewardConfig
 from raytune_ft.training.inputs import splits_of
 from raytune_ft.training.recommend import recommend_method
 from raytune_ft.training.without_effect import DECIDING, idle_beside, without_effect
+
+from ..rows import token_files  # noqa: TID252 - tests are no installed package
 
 WHERE = {"model_path": "model", "dataset_path": "rows.jsonl", "output_dir": "out"}
 
@@ -120,27 +123,27 @@ def test_an_adapter_of_no_layer_is_refused() -> None:
         FineTuningConfig(**WHERE, lora_target_modules=[])
 
 
-@pytest.mark.ray
 def test_a_length_that_a_prepared_dataset_has_no_rows_of_is_told(
-    tiny_model: Path, tmp_path: Path, ray_cluster: object, caplog: pytest.LogCaptureFixture
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = [{"prompt": f"Say {number}", "completion": f"It is {number}."} for number in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = {"sources": [str(tmp_path / "rows.jsonl")], "output_path": str(tmp_path / "data"), "max_length": 256}
-    made |= {"model_path": str(tiny_model), "near_duplicates": "keep", "quality": {"report": False}}
-    prepare(DataCollectionConfig(**made))
+    settings = {"max_length": 256, "model_path": str(tiny_model)}
+    parents = [tokenizer_parent(str(tiny_model))]
+    with begin(tmp_path / "data", ArtifactKind.DATASET, settings=settings, parents=parents) as draft:
+        (draft.folder / "train").mkdir()
+        [file] = token_files(tiny_model, tmp_path, train=4, validation=0)["train"]
+        shutil.copy(file, draft.folder / "train/00000.parquet")
+        draft.numbers |= {"chat_fingerprint": "f", "tokens_longest": 30}
     common = {"model_path": str(tiny_model), "dataset_path": str(tmp_path / "data"), "output_dir": "out"}
 
-    def told(name: str, **changes: int) -> list[str]:
+    def told(**changes: int) -> list[str]:
         caplog.clear()
-        splits_of(FineTuningConfig(**common, **changes), Location.at(tmp_path / name))
-        return [message for message in caplog.messages if "changes nothing" in message]
+        splits_of(FineTuningConfig(**common, **changes), Location.at(tmp_path / "tokens"))
+        return caplog.messages
 
-    [words] = told("more", max_length=2048)
-    assert words == (
+    assert told(max_length=2048) == [
         f"max_length 2048 is set and changes nothing: {tmp_path}/data was prepared with max_length 256; prepare it "
         "with more"
-    )
-    assert not (tmp_path / "more").exists()
-    assert told("usual") == told("same", max_length=256) == told("fewer", max_length=32) == []
-    assert (tmp_path / "fewer").exists()
+    ]
+    assert told() == told(max_length=256) == told(max_length=128) == []
+    (tmp_path / "tokens").mkdir()
+    assert told(max_length=2048) == [], "where rows were tokenized anew, for another model, they may be longer"
