@@ -17,6 +17,7 @@ from raytune_ft.evaluation.config_ladder import LadderConfig
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PROMPT_METHODS, PreferenceConfig
+from raytune_ft.training.without_effect import idle_beside
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS
 
@@ -226,7 +227,8 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add_defaults(settings: dict[str, Any]) -> None:
-    """What trials take over from the training, and that healing trains all weights, where nothing else is said."""
+    """What trials take over from the training (but what their own settings leave without effect), and that healing
+    trains all weights, where nothing else is said."""
     train, tune, heal = (settings.get(step) for step in ("train", "tune", "heal"))
     if isinstance(heal, dict):
         settings["heal"] = {"method": "full", **heal}
@@ -238,7 +240,14 @@ def _add_defaults(settings: dict[str, Any]) -> None:
     if own is None or isinstance(own, Mapping):  # another is refused where its turn comes
         shared = {key: value for key, value in train.items() if key not in OF_RUNS} if isinstance(train, dict) else {}
         shared = {key: value for key, value in shared.items() if key not in _OF_PLACE}
-        tune["training"] = {**(shared if "num_workers" in (own or {}) else _on_one_worker(shared)), **(own or {})}
+        shared = shared if "num_workers" in (own or {}) else _on_one_worker(shared)
+        idle = idle_beside({**_defaults(), **shared, **(own or {})})
+        tune["training"] = {**{key: value for key, value in shared.items() if key not in idle}, **(own or {})}
+
+
+def _defaults() -> dict[str, Any]:
+    fields = FineTuningConfig.model_fields.items()
+    return {name: field.get_default(call_default_factory=True) for name, field in fields}
 
 
 _OF_PLACE = ("model_path", "dataset_path", "output_dir")

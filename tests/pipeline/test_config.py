@@ -11,6 +11,7 @@ from raytune_ft.core.storage import Location
 from raytune_ft.pipeline.config import GateConfig, PipelineConfig
 from raytune_ft.pipeline.sources import placed
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.without_effect import without_effect
 
 SETTINGS = {
     "storage_path": "/runs/a",
@@ -239,3 +240,14 @@ def test_further_training_of_an_adapter_keeps_its_shape() -> None:
         PipelineConfig(**{**EVERYTHING, "align": {"dataset_path": "pairs", "lora_r": 64}})
     same = {"train": {"lora_r": 64}, "align": {"dataset_path": "pairs", "lora_r": 64}}
     assert PipelineConfig(**{**EVERYTHING, **same}).align.lora_r == 64
+
+
+def test_trials_take_nothing_over_that_their_own_settings_leave_without_effect() -> None:
+    train = {"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 50, "lora_r": 32}
+    tune = {"space": {"learning_rate": [1e-4, 1e-3]}, "training": {"max_steps": 4, "eval_strategy": "epoch"}}
+    found = PipelineConfig(**{**SETTINGS, "train": train, "tune": tune}).tune.training
+    assert not without_effect(found)
+    assert (found.max_steps, found.eval_strategy, found.lora_r) == (4, "epoch", 32)
+    own = {**tune, "training": {**tune["training"], "eval_steps": 5}}
+    said = PipelineConfig(**{**SETTINGS, "train": train, "tune": own}).tune.training
+    assert list(without_effect(said)) == ["eval_steps"]
