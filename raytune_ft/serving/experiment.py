@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +16,6 @@ from raytune_ft.serving.config_ab import ABTestConfig
 from raytune_ft.serving.faults import GONE, ApiError
 from raytune_ft.serving.feedback import Feedback, Journal, timestamp
 from raytune_ft.serving.metrics import Metrics
-
-logger = logging.getLogger("raytune_ft")
 
 
 @dataclass(eq=False)
@@ -141,8 +138,5 @@ class Experiment:
     def _append(self, line: dict[str, Any]) -> None:
         """An answer is not withheld because the disk is full: the line is lost, counted, and told."""
         assert self._journal is not None
-        try:
-            self._journal.append(line)
-        except OSError as error:
+        if not self._journal.keep(line):
             self._metrics.ab_lost.labels(self._metrics.replica).inc()
-            logger.warning("a line of the A/B test %r could not be written: %s", line["test"], error.strerror)

@@ -7,6 +7,7 @@ the disk before the request is answered; a crash may cut off the last line of a 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from raytune_ft.core.grammar import number_of
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.protocol import ChatMessage
+
+logger = logging.getLogger("raytune_ft")
 
 _LONGEST = 1 << 20
 _MIDDLE = 3
@@ -98,8 +102,9 @@ class Journal:
     def __init__(self, folder: str | Path, name: str) -> None:
         started = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self.path = Path(folder).expanduser().absolute() / f"{name}-{started}-{os.getpid()}.jsonl"
-        self._lock = threading.Lock()
+        self._lock, self._telling = threading.Lock(), threading.Lock()
         self._file: int | None = None
+        self._lost = 0
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Puts a record on the disk; returns when it is there. What could not be written whole leaves nothing behind.
@@ -121,6 +126,34 @@ class Journal:
             except OSError:
                 os.ftruncate(self._file, before)  # the next line would go on from half of this one
                 raise
+
+    def keep(self, record: Mapping[str, Any]) -> bool:
+        """As `append`, for what nobody waits for: a line that cannot be written is lost.
+
+        That is told once, until a line is written again, and then how many were lost: a full disk has no room for more.
+
+        Returns:
+            Whether it was written.
+        """
+        try:
+            self.append(record)
+        except OSError as error:
+            with self._telling:
+                if not self._lost:
+                    logger.warning(
+                        "%s: cannot be written (%s): lines are lost until it can. Make room there, or make it writable",
+                        self.path,
+                        error.strerror,
+                    )
+                self._lost += 1
+            return False
+        with self._telling:
+            if self._lost:
+                logger.warning(
+                    "%s: is written again; %s lost", self.path, number_of(self._lost, "line was", "lines were")
+                )
+            self._lost = 0
+        return True
 
     def close(self) -> None:
         """Closes the file; the next line opens it again."""

@@ -302,11 +302,8 @@ class Service:
             text = "" if job.answer.without_text else choice.text
             record = {**_exchange(prompt, text), "model": job.answer.model, "id": job.answer.sent_id,
                       "finish_reason": choice.finish_reason, "time": timestamp()}  # fmt: skip
-            try:
-                await asyncio.to_thread(self.log.append, record)
-            except OSError as error:
+            if not await asyncio.to_thread(self.log.keep, record):
                 self.metrics.log_lost.labels(self.replica).inc()
-                logger.warning("a line of the request log could not be written: %s", error.strerror)
 
 
 def _exchange(prompt: dict[str, Any], text: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -189,6 +190,23 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_the_others_whole(tmp_path: 
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     (file,) = tmp_path.iterdir()
     assert [json.loads(line)["n"] for line in file.read_text().splitlines()] == [1, 3]
+
+
+def test_lines_that_the_disk_does_not_take_are_told_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    journal = Journal(tmp_path, "requests-r1")
+    everything = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, everything[1]))
+    try:
+        lost = [journal.keep({"n": number}) for number in range(3)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, everything)
+    assert lost == [False] * 3
+    assert journal.keep({"n": 3}) and journal.keep({"n": 4})
+    assert [json.loads(line)["n"] for line in journal.path.read_text().splitlines()] == [3, 4]
+    assert [record.message.partition(" Make")[0] for record in caplog.records] == [
+        f"{journal.path}: cannot be written (File too large): lines are lost until it can.",
+        f"{journal.path}: is written again; 3 lines were lost",
+    ]
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path: Path):
