@@ -68,7 +68,9 @@ VERBS: Mapping[str, Verb] = {
         "training.config_alignment:ReinforcementConfig", "training.run:train", "Learn from rewards for own answers."
     ),
     "ladder": Verb("evaluation.config_ladder:LadderConfig", "evaluation.ladder:ladder", "What smaller versions cost."),
-    "serve": Verb("serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API."),
+    "serve": Verb(
+        "serving.config:ServingConfig", "serving.run:serve", "Host a model behind an OpenAI-compatible API.", False
+    ),
     "ab": Verb(
         "evaluation.config_ab:ABAnalysisConfig", "evaluation.ab:analyse_ab_test", "What an A/B test says so far.", False
     ),

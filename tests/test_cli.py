@@ -157,7 +157,7 @@ def test_ctrl_c_is_exit_code_130(verb):
     result = invoke("train", verb(interrupted))
     assert result.exit_code == 130
     assert "interrupted; the same command goes on from here" in result.stderr
-    for name in ("prepare", "quantize", "prune"):  # these have nothing to go on from
+    for name in ("prepare", "quantize", "prune", "serve"):  # these have nothing to go on from
         result = invoke(name, verb(interrupted))
         assert result.exit_code == 130
         assert "interrupted; the same command begins anew" in result.stderr

@@ -455,7 +455,7 @@ def test_sigterm_while_the_endpoint_starts_ends_the_program_in_order(tiny_model:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143, "".join(said)
-    assert "terminated; the same command goes on from here" in said[-1]
+    assert "terminated; the same command begins anew" in said[-1]
     assert children
     assert not psutil.wait_procs(children, timeout=60)[1]
 
