@@ -31,6 +31,7 @@ def host(settings: dict, splits: dict, tmp_path: Path) -> BankHost:
 def test_reports_come_in_order_with_their_state_on_disk(host: BankHost, settings: dict) -> None:
     assert host.fault() is None
     host.admit("t", settings)
+    assert host.load() == 1
     seen = []
     while not seen or seen[-1]["status"] == "running":
         report = host.report("t", len(seen))
