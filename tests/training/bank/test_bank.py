@@ -373,3 +373,38 @@ def test_a_trial_that_made_all_steps_goes_on_with_settings_of_more(make_bank: Ma
     assert bank.trial("t").status is Status.RUNNING and bank.trial("t").reason == ""
     assert losses_of(bank)["t"] == pytest.approx(losses, abs=1e-6)
     assert bank.trial("t").reason == "all steps made"
+
+
+@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
+def test_trials_that_do_not_fit_together_come_as_far_as_each_other_at_any_time(
+    arithmetic: str, make_bank: MakeBank, trial: Settings
+) -> None:
+    bank = make_bank(arithmetic=arithmetic, token_budget=1)  # one at a time
+    for seed, name in enumerate("abc"):
+        bank.admit(name, trial(max_steps=4, seed=seed))
+    made = []
+    while stepped := bank.step():
+        made += [progress.name for progress in stepped]
+        steps = [bank.trial(name).step for name in "abc"]
+        assert max(steps) - min(steps) <= 1
+    assert made == list("abc") * 4
+
+
+@pytest.mark.parametrize("arithmetic", ["ragged", "stacked"])
+def test_trials_that_are_not_evaluated_in_one_pass_are_measured_as_each_alone(
+    arithmetic: str, make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    names = list("abcdefg")
+    found = []
+    for budget in (10_000, 60):  # all in one pass; a few of them, on some of the rows
+        bank = make_bank(validation_rows, arithmetic=arithmetic, token_budget=budget)
+        for seed, name in enumerate(names):
+            bank.admit(name, trial(max_steps=2, seed=seed, learning_rate=1e-2, warmup_steps=0))
+        losses_of(bank)
+        found.append(bank.evaluate(names))
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+    assert len({round(loss, 3) for loss in found[0].values()}) == len(names)
+    solo = make_bank(validation_rows)
+    solo.admit("g", trial(max_steps=2, seed=6, learning_rate=1e-2, warmup_steps=0))
+    losses_of(solo)
+    assert solo.evaluate(["g"])["g"] == pytest.approx(found[1]["g"], abs=1e-5)
