@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +190,25 @@ def test_an_encoder_with_a_decoder_is_no_causal_model(settings: Settings, copied
     T5Config(vocab_size=400).save_pretrained(copied)
     with pytest.raises(ModelError, match="is an encoder and a decoder, no causal language model"):
         make_trainee(settings(model_path=str(copied)), "cpu")
+
+
+def test_the_optimizer_steps_as_the_settings_say_and_lets_vectors_not_decay(settings) -> None:
+    config = settings(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-2, weight_decay=0.3, learning_rate=0.1)
+    torch.manual_seed(0)
+    shapes = {"weight": (3, 4), "norm": (4,)}
+    mine, alone = ({name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()} for _ in range(2))
+    trainee: Any = SimpleNamespace(trainable=lambda: mine)
+    common = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-2}
+    optimizers = [
+        optimizer_for(trainee, config),
+        torch.optim.AdamW([alone["weight"]], weight_decay=0.3, **common),
+        torch.optim.AdamW([alone["norm"]], weight_decay=0.0, **common),
+    ]
+    for _ in range(3):
+        for name, shape in shapes.items():
+            mine[name].grad = 0.01 * torch.randn(shape)
+            alone[name].grad = mine[name].grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name in shapes:
+        torch.testing.assert_close(mine[name], alone[name])
