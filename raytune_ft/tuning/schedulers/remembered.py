@@ -88,6 +88,11 @@ class RememberedHyperBand(HyperBandScheduler):  # type: ignore[misc]  # Ray's cl
         self._remember()
         return decision
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Ray Tune's hook: a trial's last result comes here alone; to that step it goes again, if it has to."""
+        self._reached[trial.trial_id] = result.get(TIME, self._reached.get(trial.trial_id, 0))
+        super().on_trial_complete(tune_controller, trial, result)
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Ray Tune's hook: a trial that is tried again at once stays in its bracket."""
         if trial.status != Trial.ERROR:  # Ray Tune sets that beforehand only where it recovers a trial

@@ -84,6 +84,18 @@ def test_a_resumed_hyperband_has_its_brackets_as_they_were(tmp_path: Path) -> No
     assert trials[7].status == Trial.TERMINATED
 
 
+def test_a_trial_that_has_ended_goes_to_its_last_step_again_where_ray_tunes_state_is_older(tmp_path: Path) -> None:
+    trials = [Trial("nothing", trial_id=f"t{number}", stub=True) for number in range(8)]
+    tune = Tune(hyperband(tmp_path / "rungs.json"), trials)
+    tune.hear(trials[0], 6, 1.0)
+    tune.made.on_trial_complete(tune, trials[0], reported(trials[0], 7, 1.0))  # its last result is told only so
+    trials[0].set_status(Trial.RUNNING)
+    trials[0].update_last_result(reported(trials[0], 4, 1.0))
+    tune = Tune(hyperband(tmp_path / "rungs.json"), restored(trials))
+    told = [tune.hear(trials[0], step, 1.0) for step in (5, 6, 7)]
+    assert told == [TrialScheduler.CONTINUE, TrialScheduler.CONTINUE, TrialScheduler.STOP]
+
+
 def test_a_trial_that_is_tried_again_stays_in_its_bracket(tmp_path: Path) -> None:
     trials = [Trial("nothing", trial_id=f"t{number}", stub=True) for number in range(8)]
     tune = Tune(hyperband(tmp_path / "rungs.json"), trials)
