@@ -20,6 +20,7 @@ _CHATTER = re.compile(
             "Requesting resources:",  # Ray Train, on what the resource plan has said
             "Attempting to start training worker group",
             "Checkpoint successfully created at:",  # Ray Tune, on the note that says where our own checkpoint lies
+            r"Restored on \S+ from checkpoint:",  # Ray Tune, on the same
             "Started training worker group",
             r"world_rank=\d+, local_rank",
             "Setting up process group for",
