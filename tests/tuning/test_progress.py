@@ -192,6 +192,7 @@ def test_how_a_trial_ended_is_said_and_told_to_its_trackers(
     ]
     for trial in trials:
         progress.on_trial_result(0, trials, trial, trial.last_result)
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="raytune_ft"):
         for trial in trials[:3]:
             progress.on_trial_complete(0, trials, trial)
