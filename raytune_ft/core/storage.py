@@ -417,6 +417,11 @@ def told_in_words(where: str | os.PathLike[str] | Location) -> Iterator[None]:
         raise refused(where, error) from error
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file, by its relative path, is or lies in what is no data by convention: ``.git``, ``_SUCCESS``."""
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
 def refuse_broken_links(folder: Location, names: Sequence[str]) -> None:
     """Refuses a folder with links that lead to nothing: what they led to would be missing without a word.
 

@@ -15,7 +15,7 @@ from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, MANIFEST, Parent
-from raytune_ft.core.storage import Location, refuse_broken_links, source_digest
+from raytune_ft.core.storage import Location, is_hidden, refuse_broken_links, source_digest
 from raytune_ft.data.export import MARKER
 from raytune_ft.data.hub import SCHEME, HubSource, content_of, parts_of
 
@@ -222,7 +222,7 @@ def pattern_of(glob: str) -> str:
 
 
 def _usable(folder: Location, names: dict[str, int], nothing: str) -> list[Location]:
-    visible = {name: size for name, size in names.items() if not any(p.startswith((".", "_")) for p in name.split("/"))}
+    visible = {name: size for name, size in names.items() if not is_hidden(name)}
     refuse_broken_links(folder, [name for name, size in visible.items() if size == _BROKEN])
     usable = [name for name, size in visible.items() if size and _kind(name)]
     if not usable:

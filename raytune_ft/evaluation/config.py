@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -202,9 +203,9 @@ class MeasureConfig(Config):
             self.forgetting.refuse_idle(["text_path", "max_perplexity_rise"], why, under="forgetting.")
 
     @property
+    @abstractmethod
     def models(self) -> dict[str, str]:
         """Label and path of each model, in the order of the report."""
-        raise NotImplementedError
 
 
 class EvaluationConfig(MeasureConfig):

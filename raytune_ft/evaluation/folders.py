@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.grammar import more, number_of
-from raytune_ft.core.storage import Location, refuse_broken_links
+from raytune_ft.core.storage import Location, is_hidden, refuse_broken_links
 
 logger = logging.getLogger("raytune_ft")
 
@@ -62,7 +62,7 @@ def _split_of(name: str) -> str:
 
 
 def _visible(names: Sequence[str]) -> list[str]:
-    return [name for name in names if not any(part.startswith((".", "_")) for part in name.split("/"))]
+    return [name for name in names if not is_hidden(name)]
 
 
 def _chosen(folder: Location, names: Sequence[str], kinds: tuple[str, ...]) -> list[Location]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from raytune_ft.core.artifacts import has_manifest, open_artifact, read_claim
+from raytune_ft.core.artifacts import has_manifest, open_artifact, read_claim, read_manifest
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.storage import Location, source_digest
@@ -96,7 +96,7 @@ def _tell_idle_length(config: FineTuningConfig, where: Location) -> None:
     """Says of a dataset that is taken as it is that longer rows, which the settings would take, are not in it."""
     if not config.differs("max_length") or where.exists() or not has_manifest(config.dataset_path):
         return
-    prepared = open_artifact(config.dataset_path, verify="size").manifest.settings.get("max_length")
+    prepared = read_manifest(Location.at(config.dataset_path)).settings.get("max_length")
     if prepared is not None and prepared < config.max_length:
         logger.warning(
             "max_length %d is set and changes nothing: %s was prepared with max_length %d; prepare it with more",
