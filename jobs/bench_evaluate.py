@@ -128,14 +128,14 @@ def duel(name: str, ours: Callable[[], Any], peer: Callable[[int], Any], repeats
             (mine if side == 0 else theirs).append(seconds)
             found = (got, found[1]) if side == 0 else (found[0], got)
     medians = statistics.median(mine), statistics.median(theirs)
-    faster = medians[1] / medians[0]
+    faster = statistics.median(their / own for own, their in zip(mine, theirs, strict=True))
     print(f"{name:12} ours {medians[0]:8.2f} s   peer (batch {best}) {medians[1]:8.2f} s   {faster:.2f}x", flush=True)
     return {
         "ours_s": mine,
         "peer_s": theirs,
         "peer_batch_sizes_s": search,
         "peer_batch_size": best,
-        "ratio": statistics.median(their / own for own, their in zip(mine, theirs, strict=True)),
+        "ratio": faster,
         "found": found,
     }
 

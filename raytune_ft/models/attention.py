@@ -68,7 +68,8 @@ def segment_attention(
         ModelError: if the layer asks for something that segments don't know.
     """
     if one_segment:
-        cu_seq_lens_q = torch.tensor([0, query.shape[2]], dtype=torch.int32, device=query.device)
+        max_length_q = query.shape[2]
+        cu_seq_lens_q = torch.arange(0, max_length_q + 1, max_length_q, dtype=torch.int32, device=query.device)
     if cu_seq_lens_q is None:
         raise ModelError("attention 'segments' was called without segments; use 'sdpa' for padded batches")
     if attention_mask is not None or dropout:
@@ -79,9 +80,11 @@ def segment_attention(
     if prefixes is not None:
         layer: Any = module.layer_idx
         query, key, value = prefixes.before(layer, query, key, value)
-        starts = prefixes.extended.cu_seq_lens
-        out = _attended(query, key, value, starts, None, scaling=scaling, window=window, bend=bend)
-        return out.index_select(1, prefixes.extended.tokens), None
+        longer = prefixes.extended
+        out = _attended(
+            query, key, value, longer.cu_seq_lens, longer.longest, scaling=scaling, window=window, bend=bend
+        )
+        return out.index_select(1, longer.tokens), None
     return _attended(query, key, value, cu_seq_lens_q, max_length_q, scaling=scaling, window=window, bend=bend), None
 
 

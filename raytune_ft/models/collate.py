@@ -34,6 +34,8 @@ class PackedBatch:
     """[targets] int64, token ids."""
     row_of_target: Tensor
     """[targets] int64, the row that each target belongs to."""
+    longest: int
+    """Tokens of the longest row, which the host need not ask a device for."""
     places: Tensor | None = field(default=None, kw_only=True)
     """[rows] int64, on the CPU: their places among the rows of a training step, if they are of one."""
     stride: ClassVar[int] = 1
@@ -63,14 +65,16 @@ class PackedBatch:
         """The units from `first` to before `last`."""
         start, end = int(self.cu_seq_lens[first]), int(self.cu_seq_lens[last])
         mine = (self.row_of_target >= first) & (self.row_of_target < last)
+        starts = self.cu_seq_lens[first : last + 1] - start
         return replace(
             self,
             input_ids=self.input_ids[:, start:end],
             position_ids=self.position_ids[:, start:end],
-            cu_seq_lens=self.cu_seq_lens[first : last + 1] - start,
+            cu_seq_lens=starts,
             predictors=self.predictors[mine] - start,
             targets=self.targets[mine],
             row_of_target=self.row_of_target[mine] - first,
+            longest=int(starts.diff().max()),
             places=None if self.places is None else self.places[first:last],
         )
 
@@ -81,9 +85,13 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Self:
         """The same batch on another device."""
-        names = [f.name for f in fields(self) if f.name != "places"]
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return type(self)(**moved, places=self.places)
+        kept = {"longest", "places"}
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if f.name not in kept
+        }
+        return replace(self, **moved)
 
     def without_targets(self) -> Self:
         """The same tokens, none of which counts for the loss."""
@@ -117,6 +125,7 @@ def pack_flat(ids: NDArray[Any], supervised: NDArray[np.bool_], lengths: NDArray
         predictors=torch.from_numpy(places - 1),
         targets=torch.from_numpy(ids[places]),
         row_of_target=torch.from_numpy(owners[places]),
+        longest=int(lengths.max(initial=0)),
     )
 
 

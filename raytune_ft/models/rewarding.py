@@ -55,7 +55,9 @@ def row_rewards(parts: RewardParts, batch: PackedBatch) -> Tensor:
         parts: of a model whose attention is ``segments``.
         batch: on the model's device.
     """
-    hidden = hidden_states(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, position_ids=batch.position_ids)
+    hidden = hidden_states(
+        parts.decoder, batch.cu_seq_lens, batch.longest, input_ids=batch.input_ids, position_ids=batch.position_ids
+    )
     states = hidden.index_select(0, _last_tokens(batch, parts.pad))
     found: Tensor = parts.head(states.to(parts.head.weight.dtype)).float()[:, 0]
     return found
@@ -68,8 +70,7 @@ def _last_tokens(batch: PackedBatch, pad: int | None) -> Tensor:
         return batch.cu_seq_lens[1:].long() - 1
     places = torch.arange(batch.tokens, device=starts.device)
     rows = torch.searchsorted(batch.cu_seq_lens[1:].long(), places, right=True)
-    kept = batch.input_ids[0] != pad
-    return starts.scatter_reduce(0, rows[kept], places[kept], "amax")
+    return starts.scatter_reduce(0, rows, torch.where(batch.input_ids[0] != pad, places, starts[rows]), "amax")
 
 
 def load_reward_model(reference: str, *, precision: Precision = Precision.AUTO, device: str = "cpu") -> LoadedModel:

@@ -152,34 +152,49 @@ def _target_states(parts: CausalParts, batch: PackedBatch) -> Tensor:
     virtual = parts.virtual
     if virtual is None:
         hidden = hidden_states(
-            parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, position_ids=batch.position_ids
+            parts.decoder,
+            batch.cu_seq_lens,
+            batch.longest,
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
         )
         return hidden.index_select(0, batch.predictors)
-    extended = Extended.of(batch.cu_seq_lens, virtual.count)
+    extended = Extended.of(batch, virtual.count)
     if virtual.kind == "PREFIX_TUNING":
         prefixes = virtual.prefixes(extended)
         more = {"position_ids": batch.position_ids + virtual.count, "prefixes": prefixes}
-        hidden = hidden_states(parts.decoder, batch.cu_seq_lens, input_ids=batch.input_ids, **more)
+        hidden = hidden_states(parts.decoder, batch.cu_seq_lens, batch.longest, input_ids=batch.input_ids, **more)
         prefixes.check()
         return hidden.index_select(0, batch.predictors)
     decoder: Any = parts.decoder
     tokens = decoder.get_input_embeddings()(batch.input_ids)
     embeddings = extended.join(virtual.embeddings(), tokens, 1)
     hidden = hidden_states(
-        parts.decoder, extended.cu_seq_lens, inputs_embeds=embeddings, position_ids=extended.position_ids
+        parts.decoder,
+        extended.cu_seq_lens,
+        extended.longest,
+        inputs_embeds=embeddings,
+        position_ids=extended.position_ids,
     )
     return hidden.index_select(0, extended.tokens[batch.predictors])
 
 
-def hidden_states(decoder: nn.Module, starts: Tensor, **inputs: Any) -> Tensor:
+def hidden_states(decoder: nn.Module, starts: Tensor, longest: int, **inputs: Any) -> Tensor:
     """[tokens, width] hidden states of rows that start at `starts`; each row's are what they would be alone.
+
+    The host does not wait for the device, but where rows are computed one at a time.
+
+    Args:
+        decoder: its attention is ``segments``.
+        starts: [rows + 1] int32, where each row starts, and the number of tokens.
+        longest: tokens of the longest row.
+        inputs: of the decoder.
 
     Raises:
         ModelError: for a prefix before rows that have to be computed one at a time.
     """
     if why_alone(decoder) is not None:
         return _one_by_one(decoder, starts, **inputs)
-    longest = int((starts[1:] - starts[:-1]).max())  # a host that waits once a pass, not once a layer
     lengths = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
     if long_from(decoder) is None:
         return _computed(decoder, **inputs, **lengths)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from raytune_ft.core.errors import ModelError
+from raytune_ft.models.collate import PackedBatch
 
 KeysAndValues = tuple[Tensor, Tensor]
 KNOWN_METHODS = ("PROMPT_TUNING", "PREFIX_TUNING")
@@ -32,24 +33,26 @@ class Extended:
     """[rows + 1] int32: where each row's virtual tokens start, and the number of places."""
     position_ids: Tensor
     """[1, longer] int64: from 0 in each row, virtual tokens included."""
+    longest: int
+    """Tokens of the longest row, virtual ones included."""
 
     @classmethod
-    def of(cls, cu_seq_lens: Tensor, count: int) -> Extended:
-        """The layout of rows with these starts; see `PackedBatch.cu_seq_lens`."""
-        device = cu_seq_lens.device
-        starts = cu_seq_lens.long()
-        lengths = starts[1:] - starts[:-1]
-        rows = len(lengths)
+    def of(cls, batch: PackedBatch, count: int) -> Extended:
+        """The layout of the rows of `batch`."""
+        device = batch.cu_seq_lens.device
+        starts, rows = batch.cu_seq_lens.long(), batch.rows
+        lengths = starts.diff()
         longer = starts + count * torch.arange(rows + 1, device=device)
-        row_of_token = torch.repeat_interleave(torch.arange(rows, device=device), lengths)
+        row_of_token = torch.repeat_interleave(torch.arange(rows, device=device), lengths, output_size=batch.tokens)
         tokens = torch.arange(len(row_of_token), device=device) + count * (row_of_token + 1)
         source = torch.empty(len(tokens) + rows * count, dtype=torch.long, device=device)
         virtual = longer[:-1, None] + torch.arange(count, device=device)
         source[virtual] = torch.arange(count, device=device).expand(rows, count)
         source[tokens] = count + torch.arange(len(tokens), device=device)
-        first = torch.repeat_interleave(longer[:-1], lengths + count)
+        first = torch.repeat_interleave(longer[:-1], lengths + count, output_size=len(source))
         positions = torch.arange(len(source), device=device) - first
-        return cls(count, source, tokens, longer.to(torch.int32), positions.unsqueeze(0))
+        starts_in_longer = longer.to(torch.int32)
+        return cls(count, source, tokens, starts_in_longer, positions.unsqueeze(0), batch.longest + count)
 
     def join(self, virtual: Tensor, tokens: Tensor, dim: int) -> Tensor:
         """Virtual tokens (once) and tokens laid out along `dim`."""
@@ -113,7 +116,7 @@ class VirtualTokens:
 
     def embeddings(self) -> Tensor:
         """Prompt tuning: [1, virtual tokens, width]."""
-        found: Tensor = self.model.get_prompt(batch_size=1)
+        found: Tensor = self._prompt()
         return found
 
     def prefixes(self, extended: Extended) -> Prefixes:
@@ -122,7 +125,13 @@ class VirtualTokens:
         Raises:
             ModelError: if PEFT gives some layer none, as it does where layers differ in shape.
         """
-        found = [(layer.keys, layer.values) for layer in self.model.get_prompt(batch_size=1).layers]
+        found = [(layer.keys, layer.values) for layer in self._prompt().layers]
         if any(keys is None or values is None for keys, values in found):
             raise ModelError("prefix tuning: some layers of this model take no prefix; take prompt_tuning or lora")
         return Prefixes(found, extended)
+
+    def _prompt(self) -> Any:
+        name, tokens = self.model.active_adapter, self.model.prompt_tokens
+        # PEFT copies their numbers to the device at each pass, and the host waits, unless they are there.
+        tokens[name] = tokens[name].to(self.model.get_input_embeddings().weight.device, non_blocking=True)
+        return self.model.get_prompt(batch_size=1)

@@ -89,7 +89,7 @@ def dropped_by_row(batch: PackedBatch, seed: int, step: int, device: torch.devic
     """Within the block, forward and backward passes over `batch` are dropped out by its rows.
 
     Args:
-        batch: a batch that knows its rows' places in their step; with any other, masks come from torch's stream.
+        batch: on the CPU. If it does not know its rows' places in their step, masks come from torch's stream.
         seed: of the run.
         step: number of the optimizer step, from 1.
         device: where the model is.
@@ -98,9 +98,9 @@ def dropped_by_row(batch: PackedBatch, seed: int, step: int, device: torch.devic
     if batch.places is None:
         yield
         return
-    rows = torch.tensor([row_key(seed, step, place) for place in batch.places.tolist()], device=device)
-    starts = batch.cu_seq_lens.to(device).long()
-    _keys_now = token_keys(rows, starts[1:] - starts[:-1], batch.position_ids[0].to(device))
+    rows = torch.tensor([row_key(seed, step, place) for place in batch.places.tolist()])
+    keys = token_keys(rows, batch.cu_seq_lens.diff().long(), batch.position_ids[0])
+    _keys_now = keys.to(device, non_blocking=True)
     try:
         yield
     finally:
@@ -133,7 +133,7 @@ def linear_numbers(model: Any) -> dict[str, int]:
 def thresholds(rates: Sequence[float], tokens: Sequence[int], device: torch.device | str) -> Tensor:
     """[all tokens, 1] int16 for `kept`: each trial's rate, repeated for its tokens."""
     limits = torch.tensor([_threshold(rate) for rate in rates], dtype=torch.int16)
-    return torch.repeat_interleave(limits, torch.tensor(tokens)).unsqueeze(1).to(device)
+    return torch.repeat_interleave(limits, torch.tensor(tokens)).unsqueeze(1).to(device, non_blocking=True)
 
 
 def _threshold(rate: float) -> int:

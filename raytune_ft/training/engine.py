@@ -285,25 +285,26 @@ class ZeroLearner:
 
     def _reduced(self, values: Tensor) -> Tensor:
         """The sum over all ranks, on the device: the host doesn't wait for it."""
-        values = values.to(self._device)
+        values = values.to(self._device, non_blocking=True)
         torch.distributed.all_reduce(values)
         return values
 
 
 def _evaluate(trainee: Trainee, batches: Iterable[PackedBatch], device: str, *, may_split: bool = True) -> Tensor:
-    """[measures + 1] the objective's sums and the number of items, in float64.
+    """[measures + 1] the objective's sums and the number of items, in float64, on the device.
 
     `may_split`: batches that memory does not hold are computed in parts.
     """
-    totals = torch.zeros(len(trainee.loss.measures) + 1, dtype=torch.float64)
+    sums = torch.zeros(len(trainee.loss.measures), dtype=torch.float64, device=device)
+    items = 0
 
     def sums_of(batch: PackedBatch) -> Tensor:
         return trainee.loss(batch.to(device)).reshape(-1)  # type: ignore[no-any-return]
 
     for batch, parts in computed_without_gradient(trainee.loss, sums_of, batches, may_split=may_split):
-        totals[:-1] += _sum(parts).cpu()
-        totals[-1] += batch.items
-    return totals
+        sums += _sum(parts)
+        items += batch.items
+    return torch.cat([sums, sums.new_full((1,), items)])
 
 
 def _tokens(batch: Sequence[PackedBatch]) -> int:

@@ -134,4 +134,6 @@ def row_sums(losses: Tensor, batch: PackedBatch) -> Tensor:
 
 def row_targets(batch: PackedBatch) -> Tensor:
     """[rows] how many targets each row has; 1 where it has none."""
-    return torch.bincount(batch.row_of_target, minlength=batch.rows).clamp(min=1)
+    rows = batch.row_of_target
+    # Not by bincount, which asks the device for the highest number.
+    return rows.new_zeros(batch.rows).index_add_(0, rows, torch.ones_like(rows)).clamp_(min=1)

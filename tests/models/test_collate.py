@@ -15,7 +15,9 @@ def test_rows_lie_end_to_end_and_targets_point_at_their_predecessor() -> None:
     assert batch.predictors.tolist() == [1, 3]
     assert batch.targets.tolist() == [7, 9]
     assert batch.row_of_target.tolist() == [0, 1]
-    assert (batch.rows, batch.tokens) == (2, 5)
+    assert (batch.rows, batch.tokens, batch.longest) == (2, 5, 3)
+    assert batch.part(1, 2).longest == 2
+    assert batch.to("meta").longest == 3
 
 
 def test_a_batch_without_targets_keeps_its_tokens() -> None:

@@ -78,7 +78,8 @@ class Passes:
             sum(len(rows[number].input_ids) for number in range(first, first + each))
             for first in range(0, len(rows), each)
         ]
-        sums = {name: torch.zeros(len(self._criterion.measures), dtype=torch.float64) for name in names}
+        # Read at last, so that the host lays out the next pass while a GPU computes one.
+        found: list[tuple[list[str], Tensor]] = []
         count = 0
         most = self._pass_tokens(budget)
         for group in group_by_budget(lengths, most if self._small else most // len(names) or 1):
@@ -92,10 +93,14 @@ class Passes:
             def lane(mine: Collection[str], shares: list[Share] = shares, together: int = together) -> None:
                 here = [share for share in shares if share.name in mine]
                 for start in range(0, len(here), together):
-                    for share, total in zip(here[start:], self._there(here[start : start + together]), strict=False):
-                        sums[share.name] += total
+                    some = here[start : start + together]
+                    found.append(([share.name for share in some], self._there(some)))
 
             self._in_lanes(lane, shares)
+        sums = {name: torch.zeros(len(self._criterion.measures), dtype=torch.float64) for name in names}
+        for some_names, totals in found:
+            for name, total in zip(some_names, totals.cpu(), strict=True):
+                sums[name] += total
         return {name: (total / max(1, count)).tolist() for name, total in sums.items()}
 
     def said_by_base(self, rows: Sequence[Encoded], budget: int) -> list[float]:
@@ -183,7 +188,7 @@ class Passes:
             states = target_states(self._parts, batch)
         losses, _ = losses_and_gradient(self._parts.head, states, batch.targets, None)
         sums, _ = self._criterion.graded(losses, batch, shares, torch.tensor(layout.targets), None)
-        return sums.cpu()
+        return sums
 
 
 def _in_items(share: Share, most: int) -> list[list[Share]]:
