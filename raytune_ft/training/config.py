@@ -326,7 +326,8 @@ class DistillationConfig(FineTuningConfig):
     temperature: float = Field(2.0, gt=0)
     """Both distributions are softened by it: above 1, the teacher's less likely tokens count more."""
     hard_loss_weight: float = Field(0.5, ge=0, le=1)
-    """Share of the usual loss on the dataset's tokens; the rest is the divergence from the teacher."""
+    """Share of the usual loss on the dataset's tokens; the rest is the divergence from the teacher. With 1 the student
+    learns without a teacher, as a point to compare with."""
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:

@@ -34,8 +34,8 @@ _USED = ("train", "validation")
 
 
 def make_objective(model: Any, config: FineTuningConfig, device: str) -> SummedLoss:
-    """The module from a batch to its summed loss that the settings ask for."""
-    if isinstance(config, DistillationConfig):
+    """The module from a batch to its summed loss that the settings ask for; a teacher without a share is not loaded."""
+    if isinstance(config, DistillationConfig) and config.hard_loss_weight < 1:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         teacher = load_teacher(config.teacher_path, config.precision, device, vocabulary)
         return DistillationLoss(

@@ -11,7 +11,7 @@ _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_
 _OF_FOUR_BITS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 _OF_EVALUATIONS = ("eval_generation_rows", "metric_for_best_model")
 DECIDING = (
-    *("method", "bits", "max_steps", "warmup_steps", "hard_loss_weight"),
+    *("method", "bits", "max_steps", "warmup_steps", "hard_loss_weight", "student_layers"),
     *("eval_strategy", "eval_generation_rows", "save_strategy", "logging_strategy"),
 )
 """Settings that leave others without effect by some of their values."""
@@ -48,6 +48,9 @@ def _overridden(settings: Mapping[str, Any]) -> dict[str, str]:
         idle["warmup_ratio"] = "is overridden by warmup_steps"
     if settings.get("hard_loss_weight") == 1:
         idle["temperature"] = "softens what hard_loss_weight 1 gives no share"
+    # A teacher that the student is made of is read all the same.
+    if settings.get("student_layers") is None and settings.get("hard_loss_weight") == 1:
+        idle["teacher_path"] = "teaches nothing where hard_loss_weight is 1, and is not loaded"
     return idle
 
 

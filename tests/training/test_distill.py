@@ -104,6 +104,12 @@ def test_the_teacher_is_no_part_of_the_student(tiny_model, student, tmp_path) ->
     assert sum(1 for name, _ in loss.named_parameters() if name.endswith("q_proj.weight")) == 1
 
 
+def test_a_teacher_without_a_share_is_not_loaded(tiny_model, student, tmp_path) -> None:
+    config = distillation(tiny_model, tmp_path, model_path=student, hard_loss_weight=1)
+    trainee = make_trainee(config.with_overrides(teacher_path=str(tmp_path / "nowhere")), "cpu")
+    assert not isinstance(trainee.loss, DistillationLoss)
+
+
 def test_layers_are_kept_evenly() -> None:
     assert kept_layers(30, 4) == [0, 10, 19, 29]
     assert kept_layers(6, 1) == [0]

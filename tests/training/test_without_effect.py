@@ -24,6 +24,7 @@ from raytune_ft.training.without_effect import DECIDING, idle_beside, without_ef
 from ..rows import token_files  # noqa: TID252 - tests are no installed package
 
 WHERE = {"model_path": "model", "dataset_path": "rows.jsonl", "output_dir": "out"}
+TAUGHT = {**WHERE, "teacher_path": "t"}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,9 @@ def test_settings_that_decide_something_pass_and_stay(given: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (DistillationConfig(**WHERE, teacher_path="t", hard_loss_weight=1, temperature=3), ["temperature"]),
+        (DistillationConfig(**TAUGHT, hard_loss_weight=1, temperature=3), ["temperature", "teacher_path"]),
+        (DistillationConfig(**TAUGHT, hard_loss_weight=1), ["teacher_path"]),
+        (DistillationConfig(**{**TAUGHT, "model_path": ""}, student_layers=1, hard_loss_weight=1), []),
         (DistillationConfig(**WHERE, teacher_path="t", temperature=3), []),
         (PreferenceConfig(**WHERE, eval_generation_metric="bleu"), ["eval_generation_metric"]),
         (PreferenceConfig(**WHERE, eval_strategy="no", per_device_eval_batch_size=8), []),
