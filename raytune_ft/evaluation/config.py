@@ -194,6 +194,8 @@ class MeasureConfig(Config):
         return self
 
     def _refuse_of_local_models(self) -> None:
+        why = "has no effect: what the model of an endpoint was trained on is not known; leave it out"
+        self.refuse_idle(["allow_leak", "near_duplicate"], why)
         if self.reward_model_path is None:
             self.refuse_idle(["precision"], OF_ENDPOINTS)
         if self.harness is not None:

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from raytune_ft.core.errors import MissingDependencyError, ServingError
+from raytune_ft.models.golden import GOLDEN
 from raytune_ft.models.references import ModelReference, check_content, resolve_adapter, resolve_model
 from raytune_ft.serving.config import Engine, ServingConfig
 
@@ -50,6 +51,18 @@ def check_config(config: ServingConfig) -> None:
     resolved = resolve_model(config.model_path)
     refuse_whole_models(config)
     refuse_unservable(config, quantization_of(resolved), is_adapter=resolved.adapter is not None)
+    if config.differs("golden_tolerance") and not _may_replay(config, resolved):
+        logger.warning(
+            "golden_tolerance is set and changes nothing: neither the model nor an adapter brings golden answers (%s)",
+            GOLDEN,
+        )
+
+
+def _may_replay(config: ServingConfig, model: ModelReference) -> bool:
+    """Whether the model or an adapter brings golden answers, or adapters are loaded later, which may."""
+    served = [model, *(resolve_model(where) for where in config.adapters.values())]
+    folders = [reference.adapter or Path(reference.base) for reference in served]
+    return config.adapters_path is not None or any((folder / GOLDEN).is_file() for folder in folders)
 
 
 def refuse_whole_models(config: ServingConfig) -> None:

@@ -80,6 +80,8 @@ BY_TOKENIZER = {"model_path": SERVED, "endpoint": {"tokenizer": "t"}}
         ({"endpoint": {"timeout_s": 9}}, "no model is given as the URL", {"base_model_path": SERVED}),
         ({**BY_TOKENIZER, "metrics": ["bleu"]}, "where no likelihoods", {"metrics": ["bleu", "perplexity"]}),
         ({**BY_TOKENIZER, "precision": "bf16"}, "an endpoint computes as it was", {"base_model_path": "b"}),
+        ({**BY_TOKENIZER, "allow_leak": True}, "is not known", {"base_model_path": "b"}),
+        ({**BY_TOKENIZER, "near_duplicate": 0.9}, "is not known", {"previous_model_path": "b"}),
         (
             {**BY_TOKENIZER, "harness": {"tasks": ["t"], "batch_size": 2}},
             "an endpoint computes as it was",

@@ -11,6 +11,7 @@ import pytest
 from raytune_ft.core.draft import begin
 from raytune_ft.core.errors import ArtifactError, MissingDependencyError, ModelError, ServingError
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.models.golden import GOLDEN
 from raytune_ft.serving import choice
 from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
 from raytune_ft.serving.config import Engine, ServingConfig
@@ -107,3 +108,23 @@ def test_an_adapter_that_is_none_is_refused(tiny_model: Path):
         check_config(ServingConfig(model_path=str(tiny_model), adapters={"a": str(tiny_model)}))
     with pytest.raises(ModelError, match=r"adapters\.a: org/nope: there is no such adapter folder"):
         check_config(ServingConfig(model_path=str(tiny_model), adapters={"a": "org/nope"}))
+
+
+def test_a_tolerance_without_golden_answers_is_said_to_change_nothing(
+    tiny_model: Path, adapters: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    own, golden = ServingConfig(model_path=str(tiny_model)), Path(shutil.copytree(adapters / "a", tmp_path / "a"))
+    (golden / GOLDEN).write_text("{}")
+    bare = own.with_overrides(adapters={"b": str(adapters / "b")})
+    for config in (own, bare):
+        check_config(config)
+        assert not caplog.messages
+        check_config(config.with_overrides(golden_tolerance=0.1))
+        assert caplog.messages == [
+            "golden_tolerance is set and changes nothing: neither the model nor an adapter brings golden answers "
+            "(golden.json)"
+        ]
+        caplog.clear()
+    for later in ({"adapters": {"a": str(golden)}}, {"adapters_path": str(tmp_path), "admin_keys": ["0" * 64]}):
+        check_config(own.with_overrides(golden_tolerance=0.1, **later))
+    assert not caplog.messages
