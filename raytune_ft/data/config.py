@@ -309,6 +309,12 @@ class DataCollectionConfig(Config):
         for name, judged in (("task_description", "irrelevant_below"), ("suspect_model", "suspect_z")):
             if getattr(self, name) is None:
                 self.quality.refuse_idle([judged], f"has no effect without {name}; leave it out", under="quality.")
+        if self.suspect_model is None and not self.quality.find_suspects:
+            why = "cannot be measured without quality.find_suspects or suspect_model; set one of them, or leave it out"
+            self.quality.refuse_idle(["max_suspect_rate"], why, under="quality.")
+        if self.task_description is None:
+            why = "cannot be measured without task_description; describe the task, or leave it out"
+            self.quality.refuse_idle(["min_relevance", "max_irrelevant_rate"], why, under="quality.")
         embeds = self.task_description is not None or self.quality.needs_embeddings
         if not embeds:
             why = "has no effect without task_description or quality.min_cluster_entropy; leave it out"

@@ -61,6 +61,8 @@ class QualityConfig(Config):
             self.refuse_idle(others, "has no effect without the report; leave it out, or set report to true")
         if not self.find_suspects:
             self.refuse_idle(["suspect_below"], "has no effect where find_suspects is false; leave it out")
+        if not self.find_quirks:
+            self.refuse_idle(["max_quirk"], "cannot be measured where find_quirks is false; leave it out")
         return self
 
     @property

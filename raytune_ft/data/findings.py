@@ -100,8 +100,6 @@ def _broken(report: Mapping[str, Any], config: QualityConfig) -> list[Finding]:
 
 
 _WHY = {
-    "min_relevance": "it needs task_description",
-    "max_irrelevant_rate": "it needs task_description",
     "min_balance": "no answer is a label",
     "max_suspect_rate": "no answer is a label, and there is no suspect_model",
     "max_quirk": "no answer is a label",

@@ -108,6 +108,22 @@ def test_a_text_counts_for_the_identity_also_where_it_is_shown_masked(name: str)
             {"augmentation": {"ratio": 1, "kinds": ["paraphrase"], "paraphrase_model": "p"}},
         ),
         ({"quality": {"irrelevant_below": 0.2}}, r"quality\.irrelevant_below: .* task_desc", {"task_description": "t"}),
+        ({"quality": {"min_relevance": 0.2}}, r"quality\.min_relevance: .* task_desc", {"task_description": "t"}),
+        (
+            {"quality": {"max_irrelevant_rate": 0.2}},
+            r"quality\.max_irrelevant_rate: cannot be measured without task_description",
+            {"task_description": "t"},
+        ),
+        (
+            {"quality": {"find_suspects": False, "max_suspect_rate": 0.2}},
+            r"quality\.max_suspect_rate: cannot be measured without quality.find_suspects or suspect_model",
+            {"suspect_model": "m"},
+        ),
+        (
+            {"quality": {"find_quirks": False, "max_quirk": 0.2}},
+            "quality: max_quirk: cannot be measured where find_quirks is false",
+            {"quality": {"max_quirk": 0.2}},
+        ),
         ({"quality": {"clusters": 5}}, r"quality\.clusters: .* task_description", {"task_description": "t"}),
         ({"quality": {"suspect_z": 4}}, r"quality\.suspect_z: .* suspect_model", {"suspect_model": "m"}),
         (
