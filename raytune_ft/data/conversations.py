@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from raytune_ft.core.records import ROLES, Message
@@ -145,10 +144,17 @@ def as_json(value: Any) -> str | None:
     """
     if value is None or isinstance(value, str):
         if value and _MAY_BE_NO_NUMBER.search(value):
-            with suppress(json.JSONDecodeError):  # of text that is no JSON, cleaning has a word
-                _written(json.loads(value))
+            _refuse_no_number(value)
         return value or None
     return _written(value)
+
+
+def _refuse_no_number(text: str) -> None:
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):  # of text that is no JSON, cleaning has a word
+        return
+    _written(said)
 
 
 def _written(value: Any) -> str:
@@ -236,7 +242,11 @@ def _content(value: Any, name: str) -> str:
 
 
 def _calls(value: Any, name: str) -> str:
-    """Tool calls as JSON text in OpenAI's form, with the arguments as they are written."""
+    """Tool calls as JSON text in OpenAI's form, with the arguments as they are written.
+
+    Raises:
+        FormatFault: if they are none, or hold a number that is infinite or NaN.
+    """
     if isinstance(value, str):
         try:
             value = parse(value)
@@ -247,5 +257,7 @@ def _calls(value: Any, name: str) -> str:
     for call in calls:
         if not isinstance(call, Mapping):
             raise FormatFault(f"wrong type in {name!r}: a tool call that is no object: {call!r:.40}")
-        wrapped.append(call if isinstance(call.get("function"), Mapping) else {"type": "function", "function": call})
+        bare = not isinstance(call.get("function"), Mapping)
+        as_json((call if bare else call["function"]).get("arguments"))  # which may be JSON text in the JSON
+        wrapped.append({"type": "function", "function": call} if bare else call)
     return _written(wrapped)

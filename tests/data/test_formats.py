@@ -360,6 +360,25 @@ def test_numbers_that_json_cannot_say_stand_in_no_call_or_tool(number: float) ->
         read({"messages": [USER, ASSISTANT], "tools": [{"name": "find", "most": number}]})
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "9" * 400 + ".0"])
+def test_numbers_that_json_cannot_say_stand_in_no_arguments_that_are_text(number: str) -> None:
+    call = {"name": "find", "arguments": f'{{"most": {number}}}'}
+    with pytest.raises(FormatFault, match="wrong value in tools or calls: no number that JSON can say"):
+        read({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}]})
+    with pytest.raises(FormatFault, match="wrong value in tools or calls"):
+        read({"messages": [USER, {"role": "assistant", "content": None, "function_call": call}]})
+    with pytest.raises(FormatFault, match="wrong value in tools or calls"):
+        read({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": json.dumps(call)}]})
+
+
+@pytest.mark.parametrize("said", ['{"most": "NaN"}', "NaN of them", "[" * 99_999 + "1e999", f"[{'9' * 5000}]"])
+def test_arguments_and_tools_that_are_no_such_json_are_left_to_cleaning(said: str) -> None:
+    turn = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "find", "arguments": said}}]}
+    record = read({"messages": [USER, turn], "tools": said})
+    assert record.tools == said
+    assert json.loads(record.messages[1].tool_calls)[0]["function"]["arguments"] == said
+
+
 def test_reasoning_in_the_last_turn_becomes_the_rows() -> None:
     last = {**ASSISTANT, "reasoning_content": "since"}
     assert read({"messages": [USER, last]}).metadata == {"reasoning_content": "since"}
