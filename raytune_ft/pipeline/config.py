@@ -215,8 +215,11 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
         ValueError: if another one is given.
     """
     for step in FOLDERS:
-        if isinstance(settings.get(step), Mapping):
-            settings[step] = dict(settings[step])
+        given = settings.get(step)
+        if isinstance(given, Config):
+            settings[step] = _set_in(given)
+        elif isinstance(given, Mapping):
+            settings[step] = dict(given)
     _add_defaults(settings)
     for step, joints in _joints(settings).items():
         _fill(settings[step], step, joints)
@@ -224,6 +227,12 @@ def _join(settings: dict[str, Any]) -> dict[str, Any]:
             settings[step]["training"] = dict(settings[step]["training"])
             _fill(settings[step]["training"], "tune.training", _of_trials(settings))
     return settings
+
+
+def _set_in(given: Config) -> dict[str, Any]:
+    """What was set in an object of settings; a copy has its output folder set, too, where nobody has."""
+    settings = given.model_dump(exclude_unset=True)
+    return {key: value for key, value in settings.items() if key not in _OUTPUTS or given.differs(key)}
 
 
 def _add_defaults(settings: dict[str, Any]) -> None:
@@ -252,6 +261,7 @@ def _defaults() -> dict[str, Any]:
 
 _OF_PLACE = ("model_path", "dataset_path", "output_dir")
 """Where a training run begins and ends, which the pipeline says."""
+_OUTPUTS = ("output_dir", "output_path")
 
 
 def _joints(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError, DataError
 from raytune_ft.core.storage import Location
-from raytune_ft.pipeline.config import GateConfig, PipelineConfig
+from raytune_ft.data.config import DataCollectionConfig
+from raytune_ft.evaluation.config import EvaluationConfig
+from raytune_ft.pipeline.config import FOLDERS, GateConfig, PipelineConfig
 from raytune_ft.pipeline.sources import placed
+from raytune_ft.serving.config import ServingConfig
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.without_effect import without_effect
+from raytune_ft.tuning.config import SweepConfig
 
 SETTINGS = {
     "storage_path": "/runs/a",
@@ -224,6 +229,49 @@ def test_what_follows_from_the_pipeline_cannot_be_given_otherwise(step: str, giv
     [name] = given if "training" not in given else ["training.dataset_path"]
     with pytest.raises(ConfigError, match=rf"PipelineConfig: {step}\.{name}: follows from the pipeline.*; leave it"):
         PipelineConfig(**{**EVERYTHING, step: {**EVERYTHING[step], **given}})
+
+
+HERE = {"model_path": "m", "dataset_path": "/runs/a/dataset"}
+
+
+@pytest.mark.parametrize(
+    ("step", "given", "name"),
+    [
+        ("prepare", DataCollectionConfig(sources=["a.jsonl"], output_path="other"), "output_path"),
+        ("train", FineTuningConfig(**HERE, output_dir="other"), "output_dir"),
+        ("train", FineTuningConfig(**{**HERE, "dataset_path": "other"}, output_dir="/runs/a/tuned"), "dataset_path"),
+        ("evaluate", EvaluationConfig(**HERE, metrics=["bleu"]), "model_path"),
+        ("serve", ServingConfig(model_path="other"), "model_path"),
+        ("tune", SweepConfig(output_dir="o", training=HERE, space={"lora_r": [4, 8]}), "output_dir"),
+        (
+            "tune",
+            SweepConfig(output_dir="/runs/a/sweep", training={**HERE, "model_path": "other"}, space={"lora_r": [4, 8]}),
+            "training.model_path",
+        ),
+    ],
+)
+def test_what_follows_from_the_pipeline_cannot_be_given_otherwise_in_an_object(
+    step: str, given: Config, name: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"PipelineConfig: {step}\.{name}: follows from the pipeline, and is "):
+        PipelineConfig(**{**EVERYTHING, step: given})
+
+
+def test_settings_of_a_step_may_be_an_object_and_say_the_same_as_a_mapping() -> None:
+    whole = PipelineConfig(**EVERYTHING)
+    own = {"learning_rate": 0.01, "lora_r": 16}
+    mapped = PipelineConfig(**{**EVERYTHING, "train": own, "heal": {"max_steps": 4}})
+    train = FineTuningConfig(**HERE, output_dir="/runs/a/tuned", **own)
+    heal = FineTuningConfig(
+        model_path="/runs/a/pruned", dataset_path="/runs/a/dataset", output_dir="/runs/a/healed", max_steps=4
+    )
+    assert PipelineConfig(**{**EVERYTHING, "train": train, "heal": heal}) == mapped
+    assert mapped.tune.training.lora_r == mapped.align.lora_r == 16 and mapped.heal.method == "full"
+    objects = {step: getattr(whole, step) for step in EVERYTHING if step in FOLDERS}
+    assert PipelineConfig(**{**EVERYTHING, **objects}) == whole
+    copy = EvaluationConfig(model_path="/runs/a/aligned", dataset_path="/runs/a/dataset", metrics=["perplexity"])
+    found = PipelineConfig(**{**EVERYTHING, "evaluate": copy.with_overrides(seed=1)}).evaluate
+    assert (found.seed, found.output_dir) == (1, "/runs/a/evaluation")
 
 
 def test_what_follows_may_be_said_as_it_is_and_follows_anew() -> None:
