@@ -14,7 +14,7 @@ import re
 import tempfile
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -164,10 +164,12 @@ def begin(
     parents: Iterable[Parent] = (),
     keep: Sequence[str] = (),
     renew: bool = False,
+    idle: Collection[str] = (),
 ) -> Draft:
     """Claims a folder for an artifact, or finds the same run's finished work there.
 
-    The same run is one with the same `identity` (by default `settings`) and the same parents' digests. A folder that
+    The same run is one with the same `identity` (by default `settings`; but for what of it is `idle`: dotted keys that
+    decide nothing beside the others) and the same parents' digests. A folder that
     holds an unfinished attempt is taken over; what lies in it is removed, except what is named in `keep` (subfolders
     that the run can go on from) and the failures. With `renew`, so is what the same kind of run has finished with other
     settings or parents: for what is put together from other artifacts within seconds.
@@ -192,13 +194,13 @@ def begin(
     outdated = renew and has_manifest(location) and _is_other(claim, read_manifest(location))
     if has_manifest(location) and not outdated:
         done = open_artifact(location)
-        _refuse_other(location, claim, done.manifest, "holds a finished")
+        _refuse_other(location, claim, done.manifest, "holds a finished", idle)
         return Draft(location, claim, finished=done)
     lock = _locked(location)
     try:
         if outdated:
             (location / MANIFEST).delete()
-        _claim(location, claim, keep)
+        _claim(location, claim, keep, idle)
     except BaseException as error:
         if lock is not None:
             lock.release()  # whoever keeps the error's traceback would keep the lock, too
@@ -209,7 +211,11 @@ def begin(
 
 
 def refuse_other(
-    where: str | os.PathLike[str] | Location, kind: ArtifactKind, identity: Mapping[str, Any] | None = None
+    where: str | os.PathLike[str] | Location,
+    kind: ArtifactKind,
+    identity: Mapping[str, Any] | None = None,
+    *,
+    idle: Collection[str] = (),
 ) -> None:
     """Checks, long before it is its turn, that `begin` will not refuse a folder for what lies there.
 
@@ -217,6 +223,7 @@ def refuse_other(
         where: the folder.
         kind: what is going to be made there.
         identity: of the run that makes it; None where it is not known yet. Unfinished work is not held against it.
+        idle: dotted keys of it that decide nothing beside the others.
 
     Raises:
         ArtifactError: as `begin`.
@@ -227,7 +234,7 @@ def refuse_other(
     if found is not None:
         known = identity if finished and identity is not None else found.identity
         wanted = found.model_copy(update={"kind": kind, "identity": dict(known), "parents": []})
-        _refuse_other(location, wanted, found, f"holds {'a finished' if finished else 'an unfinished'}")
+        _refuse_other(location, wanted, found, f"holds {'a finished' if finished else 'an unfinished'}", idle)
         return
     _refuse_file(location, kind)
     if CLAIM not in (present := list(location.files())) and not _only_torn(present):
@@ -250,7 +257,7 @@ def _foreign(location: Location, present: Sequence[str]) -> ArtifactError:
     )
 
 
-def _claim(location: Location, claim: Claim, keep: Sequence[str]) -> None:
+def _claim(location: Location, claim: Claim, keep: Sequence[str], idle: Collection[str]) -> None:
     """Takes a folder without a manifest over; what is left of earlier attempts goes, but for what is kept."""
     present = list(location.files())
     if CLAIM in present:
@@ -258,7 +265,7 @@ def _claim(location: Location, claim: Claim, keep: Sequence[str]) -> None:
         # Work that the run could go on from is not given up for other settings; without any, nothing is lost.
         resumable = any(name.partition("/")[0] in keep for name in present)
         if earlier is not None and (earlier.kind != claim.kind or resumable):
-            _refuse_other(location, claim, earlier, "holds an unfinished")
+            _refuse_other(location, claim, earlier, "holds an unfinished", idle)
         for name in present:
             if name != CLAIM and name.partition("/")[0] not in {FAILURES, *keep}:
                 (location / name).delete()
@@ -322,9 +329,10 @@ def _is_other(wanted: Claim, found: Claim) -> bool:
     return found.kind == wanted.kind and bool(_changes(wanted, found))
 
 
-def _changes(wanted: Claim, found: Claim) -> list[str]:
-    """What is different between two runs of a kind: settings, and parents' contents."""
+def _changes(wanted: Claim, found: Claim, idle: Collection[str] = ()) -> list[str]:
+    """What is different between two runs of a kind: settings but for those `idle`, and parents' contents."""
     changed = differences(found.identity, json.loads(json.dumps(wanted.identity)))
+    changed = [said for said in changed if said.partition(":")[0] not in idle]
     older = {(parent.role, parent.digest) for parent in found.parents}
     known = {parent.role for parent in found.parents}  # earlier versions noted fewer roles
     return changed + [
@@ -334,10 +342,10 @@ def _changes(wanted: Claim, found: Claim) -> list[str]:
     ]
 
 
-def _refuse_other(location: Location, wanted: Claim, found: Claim, what: str) -> None:
+def _refuse_other(location: Location, wanted: Claim, found: Claim, what: str, idle: Collection[str]) -> None:
     if found.kind != wanted.kind:
         difference = f"a {wanted.kind} was to be written there"
-    elif changed := _changes(wanted, found):
+    elif changed := _changes(wanted, found, idle):
         difference = "made with other settings: " + "; ".join(changed[:5]) + more(changed)
     else:
         return

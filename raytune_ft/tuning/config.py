@@ -11,7 +11,7 @@ from raytune_ft.core.config import Config
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import OBJECTIVES
 from raytune_ft.training.goal import OF_REWARDS, Goal
-from raytune_ft.tuning.combinations import Grid, refuse_invalid_pairs, refuse_without_effect
+from raytune_ft.tuning.combinations import Grid, idle_everywhere, refuse_invalid_pairs, refuse_without_effect
 from raytune_ft.tuning.given import plain_space
 from raytune_ft.tuning.space import OF_RUNS, OF_WORKERS, Space, TimesRank, check_space, extremes
 
@@ -272,3 +272,8 @@ class SweepConfig(Config):
     def identity(self) -> dict[str, Any]:
         """As `Config.identity`, with the training settings' own exceptions."""
         return {**super().identity(), "training": self.training.identity()}
+
+    @property
+    def idle(self) -> list[str]:
+        """Dotted keys of the training settings that decide nothing in any trial."""
+        return [f"training.{name}" for name in idle_everywhere(self.space, self.training)]

@@ -99,6 +99,7 @@ def tune(config: SweepConfig) -> Artifact:
         identity=config.identity(),
         parents=[*model_parents(config.training, output.parent), data_parent(config.training.dataset_path)],
         keep=_KEPT,
+        idle=config.idle,
     )
     if draft.finished:
         logger.info("tune: found finished at %s", output)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from raytune_ft.core.artifacts import open_artifact, read_claim, read_failures
-from raytune_ft.core.draft import begin, refuse_other
+from raytune_ft.core.draft import Draft, begin, refuse_other
 from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.manifest import CLAIM, FAILURES, MANIFEST, ArtifactKind, Parent, differences
 from raytune_ft.core.storage import Location
@@ -205,6 +205,23 @@ def test_unfinished_work_to_go_on_from_is_not_given_up_for_other_settings(storag
     (Location.at(f"{storage}/a") / "checkpoints/step1").write(b"1")
     with pytest.raises(ArtifactError, match="holds an unfinished model, made with other settings"):
         begin(f"{storage}/a", ArtifactKind.MODEL, settings={"lora_r": 1}, keep=["checkpoints"])
+
+
+def test_another_value_of_a_setting_that_decides_nothing_makes_no_other_run(storage):
+    def again(where: str, epochs: int, **more: object) -> Draft:
+        settings = {"training": {"max_steps": 4, "epochs": epochs}}
+        return begin(f"{storage}/{where}", ArtifactKind.SWEEP, settings=settings, keep=["ray"], **more)
+
+    draft = again("a", 2)
+    (draft.location / "ray/state").write(b"1")
+    with draft:
+        pass
+    (again("b", 2).location / "ray/state").write(b"1")
+    for where, state in (("a", "finished"), ("b", "unfinished")):
+        for idle in ([], ["epochs", "training.max_steps"]):
+            with pytest.raises(ArtifactError, match=rf"{state} sweep, .*other settings: training\.epochs: 2 -> 3\."):
+                again(where, 3, idle=idle)
+        assert "ray/state" in again(where, 3, idle=["training.epochs"]).location.files()
 
 
 def test_an_unfinished_attempt_with_nothing_to_go_on_from_gives_way_to_other_settings(storage):

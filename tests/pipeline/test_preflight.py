@@ -195,6 +195,19 @@ def test_a_finished_training_is_held_to_the_best_settings_of_the_search(settings
         look_ahead(searched, train={"max_steps": 3}, tune={**searched["tune"], "training": {"max_steps": 2}})
 
 
+def test_a_setting_without_effect_does_not_count_for_work_that_is_there(settings) -> None:
+    trials = {"max_steps": 2, "num_train_epochs": 2}  # as earlier versions took over from the training
+    searched = {**settings, "tune": {"space": {"learning_rate": [1e-4, 1e-3]}, "training": trials}}
+    config = PipelineConfig(**searched)
+    finish(config, "tune")
+    look_ahead(searched, tune={**searched["tune"], "training": {"max_steps": 2}})
+    with pytest.raises(ArtifactError, match=r"sweep: holds a finished sweep.*: training\.max_steps: 2 -> 3\."):
+        look_ahead(searched, tune={**searched["tune"], "training": {"max_steps": 3}})
+    bare = {**settings, "storage_path": str(config.storage / "bare"), "train": {**trials, "lora_r": 8}}
+    finish(PipelineConfig(**bare), "train")
+    look_ahead(bare, train={"max_steps": 2, "lora_r": 8})
+
+
 def test_finished_steps_that_another_one_now_comes_before_are_all_named(settings) -> None:
     config = PipelineConfig(**settings)
     trained = finish(config, "train")
