@@ -1,9 +1,13 @@
-"""Faults made for real: processes that are killed."""
+"""Faults made for real: processes that are killed, files that take no more."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import resource
 import subprocess
+from collections.abc import Iterator
 
 import psutil
 
@@ -16,3 +20,21 @@ def kill_tree(process: subprocess.Popen) -> None:
             one.kill()
     psutil.wait_procs(tree, timeout=30)
     process.communicate()
+
+
+def unshrinkable_file() -> int:
+    """The descriptor of a file that may grow, but from which nothing can be cut off again."""
+    file = os.memfd_create("unshrinkable", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    return file
+
+
+@contextlib.contextmanager
+def no_larger_than(size: int) -> Iterator[None]:
+    """Within the block, this process can make no file larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -53,13 +54,16 @@ class VotesFile:
         """
         line = (json.dumps(asdict(vote), ensure_ascii=False) + "\n").encode()
         with self._lock:
+            if os.fstat(self._file).st_size > self._size:  # a part that could not be taken back
+                os.ftruncate(self._file, self._size)
             try:
                 written = os.write(self._file, line)
                 if written < len(line):
                     raise OSError("the disk took only a part of it")
                 os.fsync(self._file)
             except OSError:
-                os.ftruncate(self._file, self._size)
+                with suppress(OSError):  # which says less than why the vote could not be written
+                    os.ftruncate(self._file, self._size)
                 raise
             self._size += len(line)
             self.votes.append(vote)

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -104,6 +105,7 @@ class Journal:
         self.path = Path(folder).expanduser().absolute() / f"{name}-{started}-{os.getpid()}.jsonl"
         self._lock, self._telling = threading.Lock(), threading.Lock()
         self._file: int | None = None
+        self._half_from: int | None = None
         self._lost = 0
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -117,6 +119,7 @@ class Journal:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._take_back_half()
             before = os.fstat(self._file).st_size
             try:
                 written = os.write(self._file, line)
@@ -124,8 +127,17 @@ class Journal:
                     written += os.write(self._file, line[written:])
                 os.fsync(self._file)
             except OSError:
-                os.ftruncate(self._file, before)  # the next line would go on from half of this one
+                self._half_from = before
+                with suppress(OSError):  # which says less than why the line could not be written
+                    self._take_back_half()
                 raise
+
+    def _take_back_half(self) -> None:
+        """Cuts off what was written of a line that is not whole: the next one would go on from there."""
+        if self._file is not None and self._half_from is not None:
+            if os.fstat(self._file).st_size > self._half_from:
+                os.ftruncate(self._file, self._half_from)
+            self._half_from = None
 
     def keep(self, record: Mapping[str, Any]) -> bool:
         """As `append`, for what nobody waits for: a line that cannot be written is lost.

@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class EventFile:
                 left = left[self._file.write(left) :]
         except OSError:
             self._file.seek(before)
-            os.ftruncate(self._file.fileno(), before)  # readers end at half a record
+            with suppress(OSError):  # which says less than why they could not be written
+                os.ftruncate(self._file.fileno(), before)  # readers end at half a record
             raise
 
 

@@ -12,6 +12,8 @@ from raytune_ft.core.errors import ArtifactError, ConfigError
 from raytune_ft.evaluation.judging import Vote
 from raytune_ft.evaluation.votes import VOTES, VotesFile, parse_votes
 
+from ..processes import no_larger_than, unshrinkable_file  # noqa: TID252 - tests are no installed package
+
 VOTE = Vote("Ünal <b>", "row1", "tuned", "base", "tie", "base", "2026-01-01")
 
 CASTING = """
@@ -70,6 +72,19 @@ def test_a_vote_that_the_disk_does_not_take_leaves_the_file_as_it_was(tmp_path: 
         assert votes.votes == [VOTE]
         votes.append(VOTE)
     assert len(parse_votes((tmp_path / VOTES).read_text(), "v")) == 2
+
+
+def test_why_a_vote_was_not_written_is_told_also_where_a_half_of_it_cannot_be_taken_back(tmp_path: Path) -> None:
+    with VotesFile(tmp_path) as votes:
+        os.close(votes._file)
+        votes._file = unshrinkable_file()
+        votes.append(VOTE)
+        whole = os.fstat(votes._file).st_size
+        with no_larger_than(whole + 10), pytest.raises(OSError, match="the disk took only a part of it"):
+            votes.append(VOTE)
+        with pytest.raises(OSError, match="Operation not permitted"):  # rather than go on from the half of a line
+            votes.append(VOTE)
+        assert (os.fstat(votes._file).st_size, votes.votes) == (whole + 10, [VOTE])
 
 
 def test_a_second_server_on_the_same_votes_is_refused(tmp_path: Path) -> None:

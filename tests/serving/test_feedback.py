@@ -24,6 +24,8 @@ from raytune_ft.data.sources import find_files
 from raytune_ft.serving.config import ServingConfig
 from raytune_ft.serving.feedback import Feedback, Journal
 
+from ..processes import no_larger_than, unshrinkable_file  # noqa: TID252 - tests are no installed package
+
 ASKED = [{"role": "user", "content": "Grüße?"}]
 
 
@@ -190,6 +192,20 @@ def test_a_line_that_does_not_fit_on_the_disk_leaves_the_others_whole(tmp_path: 
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     (file,) = tmp_path.iterdir()
     assert [json.loads(line)["n"] for line in file.read_text().splitlines()] == [1, 3]
+
+
+def test_why_a_line_was_not_written_is_told_also_where_a_half_of_it_cannot_be_taken_back(tmp_path: Path):
+    journal = Journal(tmp_path, "feedback-r1")
+    journal._file = file = unshrinkable_file()
+    journal.append({"n": 1})
+    whole = os.fstat(file).st_size
+    with no_larger_than(whole + 4), pytest.raises(OSError, match="File too large"):
+        journal.append({"n": 2})
+    assert os.fstat(file).st_size == whole + 4
+    with pytest.raises(OSError, match="Operation not permitted"):  # rather than go on from the half of a line
+        journal.append({"n": 3})
+    assert os.fstat(file).st_size == whole + 4
+    journal.close()
 
 
 def test_lines_that_the_disk_does_not_take_are_told_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import shutil
 import struct
@@ -15,8 +16,10 @@ import pytest
 from raytune_ft.core.errors import ConfigError, MissingDependencyError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
+from raytune_ft.training.event_file import EventFile
 from raytune_ft.training.trackers import TensorBoard, Trackers, refuse_missing
 
+from ..processes import no_larger_than, unshrinkable_file  # noqa: TID252 - tests are no installed package
 from ..wandb_runs import Offline  # noqa: TID252 - tests are no installed package
 
 
@@ -80,6 +83,20 @@ def test_a_full_disk_stops_no_run_and_leaves_whole_records_that_go_on_once_there
     trackers.close("finished")
     assert trackers.failures == {"tensorboard": 98}
     assert [step for step, _, _ in scalars(tmp_path)] == [0] * 9 + [99] * 9
+
+
+def test_why_events_were_not_written_is_told_also_where_a_half_cannot_be_taken_back(tmp_path: Path) -> None:
+    events = EventFile(tmp_path / "first")
+    events.close()
+    events._file = os.fdopen(unshrinkable_file(), "r+b", buffering=0)
+    events.add({"loss": 2.0}, 1)
+    with no_larger_than(events._file.tell() + 10), pytest.raises(OSError, match="File too large"):
+        events.add({"loss": 1.0}, 2)
+    events.add({"loss": 0.5}, 3)
+    events._file.seek(0)
+    (tmp_path / "events.out.tfevents.1.here").write_bytes(events._file.read())
+    events.close()
+    assert scalars(tmp_path) == [(1, "loss", 2.0), (3, "loss", 0.5)]
 
 
 def test_event_files_have_the_checksums_that_tensorboards_own_writer_puts(tmp_path: Path) -> None:
