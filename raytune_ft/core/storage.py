@@ -405,16 +405,16 @@ def refused(where: str | os.PathLike[str] | Location, error: Exception, then: st
 
 
 @contextmanager
-def told_in_words(where: str | os.PathLike[str] | Location) -> Iterator[None]:
+def told_in_words(where: str | os.PathLike[str] | Location, then: str = "") -> Iterator[None]:
     """Within the block, what the system does not let us write is refused in words.
 
     Raises:
-        ArtifactError: as `refused` makes it.
+        ArtifactError: as `refused` makes it, with the sentence `then`.
     """
     try:
         yield
     except OSError as error:
-        raise refused(where, error) from error
+        raise refused(where, error, then) from error
 
 
 def is_hidden(name: str) -> bool:

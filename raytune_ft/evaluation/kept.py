@@ -19,6 +19,8 @@ from raytune_ft.core.storage import Location, told_in_words
 
 PIECES = "pieces"
 """The folder of an unfinished run's rows."""
+GOES_ON = "Then the same command goes on from what is there."
+"""What becomes of them where storage took no more."""
 Row = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ class KeptRows:
         """
         if rows:
             first = min(row["position"] for row in rows)
-            with told_in_words(self.where):
+            with told_in_words(self.where, GOES_ON):
                 (self._folder(target, shard) / f"{first:012d}.jsonl").write(_lines(rows))
 
     def keep_failed(self, target: str, shard: str, first: int, rows: Sequence[Row]) -> None:
@@ -47,7 +49,7 @@ class KeptRows:
         """
         where = self.where / "unanswered" / folder_name(target) / shard / f"{first:012d}.jsonl"
         if rows:
-            with told_in_words(self.where):
+            with told_in_words(self.where, GOES_ON):
                 where.write(_lines(rows))
         elif where.exists():
             where.delete()

@@ -19,7 +19,7 @@ from raytune_ft.core import errors
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.records import RECORD_SCHEMA, Record, records_to_table, table_to_records
 from raytune_ft.core.storage import Location, told_in_words
-from raytune_ft.evaluation.kept import KeptRows, Row, is_answered
+from raytune_ft.evaluation.kept import GOES_ON, KeptRows, Row, is_answered
 from raytune_ft.evaluation.record_files import under_own_id
 from raytune_ft.evaluation.scorer import Scorer, load_scorer
 from raytune_ft.evaluation.workload import Target, Workload
@@ -69,7 +69,7 @@ def close_shard(shards: pa.Table, kept: KeptRows, target: str, where: Location) 
         for shard in shards.column("shard").to_pylist():
             rows = {**kept.failed(target, shard), **kept.answered(target, shard)}
             lines = [json.dumps(under_own_id(row), ensure_ascii=False) + "\n" for _, row in sorted(rows.items())]
-            with told_in_words(where):
+            with told_in_words(where, GOES_ON):
                 (where / f"{shard}.jsonl").write("".join(lines).encode())
     except RaytuneError as error:
         fault = _fault(error)

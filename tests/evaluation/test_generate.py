@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from raytune_ft.core.config import load_config
-from raytune_ft.core.errors import ConfigError, DataError, RunError
+from raytune_ft.core.errors import ArtifactError, ConfigError, DataError, RunError
 from raytune_ft.core.records import Message, Record, records_to_table
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config_inference import BatchGenerationConfig, EndpointConfig
 from raytune_ft.evaluation.generate import generate
-from raytune_ft.evaluation.kept import KeptRows
+from raytune_ft.evaluation.kept import PIECES, KeptRows
 from raytune_ft.evaluation.prompts import prompt_files, prompt_record, read_shards
 from raytune_ft.evaluation.shards import ShardActor, close_shard, fault_in
 from raytune_ft.evaluation.workload import Target, Workload
@@ -256,6 +256,28 @@ def test_an_endpoint_answers_files_too_and_what_it_fails_is_asked_again(
     assert sum(server.asked.values()) == before + 2
     assert [row["messages"][-1]["content"] for row in rows_of(artifact)][:8] == [f"ORDER {n}" for n in range(8)]
     assert artifact.numbers["unanswered"] == 0
+
+
+@pytest.mark.ray
+def test_a_full_disk_ends_it_in_words_and_the_same_call_asks_for_what_is_left(
+    ray_cluster: object, small_disk: Any, server: Any, tmp_path: Path
+) -> None:
+    disk, enlarge = small_disk
+    rows = [{"prompt": f"order {n}", "metadata": {"page": "x" * 20_000}} for n in range(300)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.behaviour = lambda text, times: (200, server.completion(text.upper()))
+    config = BatchGenerationConfig(
+        model_path=server.url, dataset_path=str(tmp_path / "a.jsonl"), output_dir=str(disk / "out")
+    )
+    told = "No space left on device. Make room there, or choose another folder. Then the same command goes on"
+    with pytest.raises(ArtifactError, match=told):
+        generate(config)
+    kept = KeptRows(Location.at(disk / "out" / PIECES)).all_answered("model").values()
+    before = [row["messages"][0]["content"] for row in kept]
+    assert 0 < len(before) < 300
+    enlarge()
+    assert generate(config).numbers["answered"] == 300
+    assert {server.asked[text] for text in before} == {1}
 
 
 @pytest.mark.ray

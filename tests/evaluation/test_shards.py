@@ -17,7 +17,7 @@ from raytune_ft.core.errors import ArtifactError, DataError, ModelError
 from raytune_ft.core.records import Message, Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.inference import shares
-from raytune_ft.evaluation.kept import KeptRows, folder_name
+from raytune_ft.evaluation.kept import GOES_ON, KeptRows, folder_name
 from raytune_ft.evaluation.results import ModelScores
 from raytune_ft.evaluation.scorer import OnRows
 from raytune_ft.evaluation.shards import (
@@ -152,6 +152,7 @@ def test_a_shard_that_storage_does_not_take_is_told_with_the_place(kept: KeptRow
     fault = fault_in(closed)
     assert isinstance(fault, ArtifactError)
     assert f"{tmp_path / 'answers'}: the storage refused: " in str(fault)
+    assert str(fault).endswith(GOES_ON)
 
 
 def test_a_long_shard_says_how_far_it_is(kept: KeptRows, caplog: pytest.LogCaptureFixture) -> None:
@@ -183,7 +184,7 @@ def test_rows_that_storage_does_not_take_are_a_fault_that_names_the_place(tiny_m
     row = Record(messages=(Message("user", "red"),), reference="blue", position=0)
     fault = fault_in(actor(shard_table([row], "m", "0")).to_pylist()[0])
     assert isinstance(fault, ArtifactError)
-    assert f"{kept.where}: the storage refused: " in str(fault)
+    assert f"{kept.where}: the storage refused: " in str(fault) and str(fault).endswith(GOES_ON)
 
 
 @pytest.mark.soak
