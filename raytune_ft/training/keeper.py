@@ -62,7 +62,13 @@ class Keeper:
     """A run's memory; `output` None keeps nothing on storage. Every rank has one, and all make the same calls."""
 
     def __init__(
-        self, config: FineTuningConfig, learner: LocalLearner | ZeroLearner, output: Location | None, peers: Peers
+        self,
+        config: FineTuningConfig,
+        learner: LocalLearner | ZeroLearner,
+        output: Location | None,
+        peers: Peers,
+        *,
+        of_trial: bool = False,
     ) -> None:
         self.config, self.learner, self.output, self.peers = config, learner, output, peers
         self.leads = peers.leads and output is not None
@@ -76,7 +82,7 @@ class Keeper:
         if output is not None:
             attempt = peers.leader_says(secrets.randbits(62))
             keep = config.save_total_limit
-            self._writer = CheckpointWriter(output / CHECKPOINTS, peers, keep=keep, attempt=attempt)
+            self._writer = CheckpointWriter(output / CHECKPOINTS, peers, keep=keep, attempt=attempt, of_trial=of_trial)
 
     def resume(self, total: int, cursor: Cursor) -> None:
         """Goes on from a checkpoint, if there is one, and says which; the best so far is only taken over from its own.

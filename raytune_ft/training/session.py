@@ -47,6 +47,7 @@ from raytune_ft.training.monitor import Monitor
 from raytune_ft.training.objectives import look_at_start, opened_rows, refuse_too_long
 from raytune_ft.training.peers import Peers
 from raytune_ft.training.ratings import RatedLearner, RatedLoss
+from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.rollouts import RolloutLearner, Rollouts, prompt_steps, refuse_unjudged
 from raytune_ft.training.schedule import Timetable, refuse_without_validation
 from raytune_ft.training.trackers import TRACKED, Trackers
@@ -125,7 +126,7 @@ def train_in_process(
             careful = RatedLearner(careful, trainee.loss, peers, evaluation)
         watched = _answering(careful, fitting, trainee, rows, peers=peers)
         look_at_start(trainee.loss, timetable, rows, peers, output / CHECKPOINTS if output else None)
-        keeper = Keeper(config, learner, output, peers)
+        keeper = Keeper(config, learner, output, peers, of_trial=isinstance(report, EvaluationReport))
         keeper.resume(timetable.total, Cursor(config.seed, config.global_batch_size, len(train)))
         monitor = _monitor(config, timetable, trainee, seat, trackers) if keeper.leads else None
         if monitor is not None:

@@ -58,10 +58,15 @@ class _Writing:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time below `folder`; `attempt` tells this attempt's notes from an earlier one's."""
+    """Writes one checkpoint at a time below `folder`; `attempt` tells this attempt's notes from an earlier one's.
 
-    def __init__(self, folder: Location, peers: Peers, *, keep: int, attempt: int) -> None:
+    Each save that storage refuses is said; of a trial of a sweep (`of_trial`), which saves at every evaluation beside
+    others that do, the first of several in a row.
+    """
+
+    def __init__(self, folder: Location, peers: Peers, *, keep: int, attempt: int, of_trial: bool = False) -> None:
         self._folder, self._peers, self._keep, self._attempt = folder, peers, keep, attempt
+        self._of_trial, self._told = of_trial, False
         self._current: _Writing | None = None
         self._verified: set[int] = set()
         self.refused_step: int | None = None
@@ -108,18 +113,32 @@ class CheckpointWriter:
         save = writing.save
         try:
             self._write_parts(writing, folder_of(self._folder, save.step))
+            self._told = False
         except _REFUSALS as error:
             writing.failed = True
-            logger.warning(
-                "checkpoint of step %d could not be written (%s); training goes on, and what was saved before is "
-                "there. Make room, or lower save_total_limit",
-                save.step,
-                error,
-            )
+            self._tell(save.step, error)
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that trains
             writing.failed, writing.unexpected = True, error
         finally:
             writing.own_part_done.set()
+
+    def _tell(self, step: int, error: Exception) -> None:
+        if not self._of_trial:
+            logger.warning(
+                "checkpoint of step %d could not be written (%s); training goes on, and what was saved before is "
+                "there. Make room, or lower save_total_limit",
+                step,
+                error,
+            )
+        elif not self._told:
+            logger.warning(
+                "%s: the checkpoint of step %d could not be written (%s); the trial goes on, and what it saved before "
+                "is there. Make room; until there is, this is not said again",
+                self._folder.parent,
+                step,
+                error,
+            )
+        self._told = True
 
     def _write_parts(self, writing: _Writing, target: Location) -> None:
         save = writing.save

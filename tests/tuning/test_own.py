@@ -10,6 +10,7 @@ import pytest
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.storage import Location
 from raytune_ft.training import checkpoint
+from raytune_ft.training.folder import CHECKPOINTS
 from raytune_ft.tuning.alone import _forget_after
 from raytune_ft.tuning.own import Own, OwnRun
 
@@ -50,6 +51,24 @@ def test_a_run_that_was_left_goes_on_in_another_process_as_if_it_had_not_been(ow
     for key in ("eval_loss", "tokens"):
         found = [report["metrics"][key] for report in (*before[:1], *after)]
         assert found == pytest.approx([report["metrics"][key] for report in whole], abs=1e-6), key
+
+
+def test_states_that_a_full_disk_does_not_take_are_said_once_until_one_is_taken_again(
+    small_disk, splits: dict, settings: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, enlarge = small_disk
+    own = Own({1024: splits}, str(disk / "trials"), "cpu", 1.0, 1)
+    run = own.start("t", {**settings, "max_steps": 7, "eval_steps": 1, "lora_r": 1024})
+    for _ in range(4):
+        run.next_report()
+    said = [message for message in caplog.messages if "could not be written" in message]
+    assert [message.partition(" (")[0] for message in said] == [
+        f"{disk}/trials/t: the checkpoint of step 1 could not be written"
+    ]
+    enlarge()
+    assert told(run)[-1]["status"] == "finished"
+    assert checkpoint.newest(own.folder("t") / CHECKPOINTS).step == 7
+    assert [message for message in caplog.messages if "could not be written" in message] == said
 
 
 def test_a_run_that_is_ahead_of_what_was_heard_tells_of_all_evaluations_since(own: Own, settings: dict) -> None:
