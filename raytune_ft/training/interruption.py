@@ -48,7 +48,7 @@ class StopBoard:
     def __init__(self) -> None:
         self._event = asyncio.Event()
         self._asking = 0
-        self._refusing: set[int] = set()
+        self._at_end: set[int] = set()
         self._not_stored: Exception | None = None
 
     async def request(self) -> bool:
@@ -64,13 +64,23 @@ class StopBoard:
         finally:
             self._asking -= 1
 
-    async def all_refuse(self, rank: int, world_size: int, timeout_s: float = 10.0) -> bool:
-        """Whether every rank says within `timeout_s` that the run cannot be carried out; all of them learn the same."""
-        self._refusing.add(rank)
+    async def begins(self, rank: int) -> Exception | None:
+        """Notes that a rank is at work (again); what storage did not take of an earlier attempt, None if nothing."""
+        self._at_end.discard(rank)
+        return self._not_stored
+
+    async def ends(self, rank: int) -> None:
+        """Notes that a rank has done its part."""
+        self._at_end.add(rank)
+
+    async def all_end(self, rank: int, world_size: int, timeout_s: float = 10.0) -> bool:
+        """Whether within `timeout_s` every rank has done its part, or says that the run cannot be carried out; all that
+        ask learn the same."""
+        self._at_end.add(rank)
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while len(self._refusing) < world_size:
+        while len(self._at_end) < world_size:
             if asyncio.get_running_loop().time() > deadline:
-                self._refusing.discard(rank)
+                self._at_end.discard(rank)
                 return False
             await asyncio.sleep(0.05)
         return True

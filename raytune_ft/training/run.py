@@ -190,7 +190,7 @@ def run_workers(
         StoppedError: if SIGTERM came, here or to a worker; a checkpoint is saved then.
         UserError: for what only the workers find of what the user can mend; no attempt is repeated for it.
         InfeasibleError: if a loss was no number, or memory does not hold a single row.
-        Exception: what the system said, if a single worker found that storage takes no more.
+        Exception: what the system said, if a worker found that storage takes no more.
         RunError: if training failed otherwise.
     """
     (output / _ENDED).delete()
@@ -251,6 +251,7 @@ def _fit(
         trainer.abort()
         raise
     except Exception as error:
+        _raise_not_stored(board)
         raise _failure(error) from error
 
 
@@ -277,40 +278,50 @@ def _worker(settings: dict[str, Any]) -> None:
 
     cluster.report_to_driver()
     config: FineTuningConfig = settings["config"]
-    output = Location(settings["output"])
+    output, board = Location(settings["output"]), settings["board"]
     context = ray.train.get_context()
     torch.set_num_threads(settings["threads"])
     device = str(ray.train.torch.get_device())
     seat = Seat(context.get_world_rank(), context.get_world_size(), device, deepspeed=True)
-    asked = _asked(settings["board"]) if seat.rank == 0 else is_noted
+    if _answer(board.begins.remote(seat.rank)) is not None:
+        return  # another attempt would find the disk as full
+    asked = _asked(board) if seat.rank == 0 else is_noted
     report = EvaluationReport(config, ray.train.report) if settings["reports"] else None
     given: dict[str, Any] = {"report": report, "golden": False} if report is not None else {}
     try:
         train_in_process(config, settings["splits"], seat, output=output, stop_wanted=asked, **given)
         if report is not None:
             report.model_is_written()
+        _answer(board.ends.remote(seat.rank))
     except (StoppedError, NotFiniteError) as error:
         if seat.rank == 0:
             kind, step = ("stopped", 0) if isinstance(error, StoppedError) else ("infeasible", error.step)
             (output / _ENDED).write(json.dumps({"kind": kind, "message": str(error), "step": step}).encode())
     except _MISTAKES as error:
-        if not ray.get(settings["board"].all_refuse.remote(seat.rank, seat.world_size)):
+        if not _answer(board.all_end.remote(seat.rank, seat.world_size)):
             raise  # the others wait for this rank, and end with it
         if seat.rank == 0:
             ended = {"kind": _mistake(error).__name__, "message": str(error)}
             (output / _ENDED).write(json.dumps(ended).encode())
     except Exception as error:
         cause = not_stored(error)
-        if cause is None or seat.world_size > 1:
+        if cause is None:
+            raise
+        _answer(board.note_not_stored.remote(cause))
+        if not _answer(board.all_end.remote(seat.rank, seat.world_size)):
             raise  # the others wait for this rank, and end with it
-        ray.get(settings["board"].note_not_stored.remote(cause))
+
+
+def _answer(reference: Any) -> Any:
+    """What a board answers; None if it is gone with its node."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayActorError:
+        return None
 
 
 def _raise_not_stored(board: Any) -> None:
-    try:
-        found: Exception | None = ray.get(board.not_stored.remote())
-    except ray.exceptions.RayActorError:  # the board is gone with its node
-        return
+    found: Exception | None = _answer(board.not_stored.remote())
     if found is not None:
         raise found
 

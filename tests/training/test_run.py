@@ -123,11 +123,13 @@ def test_an_output_folder_that_cannot_be_used_is_refused_before_a_cluster_starts
         FineTuner(settings(dataset_path=str(orders), output_dir=str(tmp_path / "file"))).train()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_model_that_a_full_disk_does_not_take_ends_the_run_in_words_and_the_same_call_goes_on(
-    ray_cluster, small_disk, settings, orders: Path, caplog: pytest.LogCaptureFixture
+    workers: int, ray_cluster, small_disk, settings, orders: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, enlarge = small_disk
     changes = {"dataset_path": str(orders), "output_dir": str(disk / "out"), "max_steps": 2, "eval_strategy": "no"}
+    changes |= {"num_workers": workers, "per_device_train_batch_size": 2}
     config = settings(**changes, save_strategy="no", report_to=[], lora_r=2048)  # an adapter of 16 MiB
     told = "No space left on device.* Make room there, or choose another folder. Then the same command goes on"
     with caplog.at_level(logging.INFO, logger="raytune_ft"), pytest.raises(ArtifactError, match=told):
