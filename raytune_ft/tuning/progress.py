@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,9 @@ from ray.tune.logger import TBXLoggerCallback
 
 from raytune_ft.core.errors import ArtifactError, RunError
 from raytune_ft.core.storage import Location
-from raytune_ft.training.checkpoint import StoredCheckpoint
+from raytune_ft.training.checkpoint import StoredCheckpoint, folder_of, steps_below
+from raytune_ft.training.folder import CHECKPOINTS
+from raytune_ft.tuning.arrangement import TRIALS
 from raytune_ft.tuning.pointer import write_pointer
 from raytune_ft.tuning.refusals import raise_noted
 from raytune_ft.tuning.result import Trial
@@ -67,7 +70,8 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
 
         Ray would delete them again, and take it for an error that they are gone. The newest, which a trial goes on
         from, is written again from what the trial told with it: the states that checkpoints name are kept for longer.
-        What a trial told last is in Ray's part of the state, which may be newer than the curves.
+        What a trial told last is in Ray's part of the state, which may be newer than the curves; what it told between
+        is in its own.
 
         Raises:
             RunError: if Ray could not read its state: it logs that, and goes on with an empty search, without a space.
@@ -82,8 +86,12 @@ class Progress(Callback):  # type: ignore[misc]  # Ray's classes count as Any
             for trial in trials:
                 _forget_deleted(trial.run_metadata.checkpoint_manager)
                 curve, told = self._curves.get(trial.trial_id, []), trial.last_result or {}
-                if told.get("global_step", 0) > max((row["global_step"] for row in curve), default=0):
-                    self._curves[trial.trial_id] = [*curve, _kept(told)]
+                known = max((row["global_step"] for row in curve), default=0)
+                if told.get("global_step", 0) > known:
+                    run = self._trackers.tracked.output / TRIALS / trial.trial_id
+                    past = _evaluations(_history(told, run), told.get("last_step"))
+                    missed = [row for row in past if known < row["global_step"] < told["global_step"]]
+                    self._curves[trial.trial_id] = [*curve, *missed, _kept(told)]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Ray Tune's hook."""
@@ -211,13 +219,7 @@ def of_its_state(trial: Trial) -> Trial:
         kept = StoredCheckpoint(Location.at(trial.snapshot)).progress
     except (ArtifactError, OSError, ValueError, KeyError) as error:
         raise RunError(f"the state of trial {trial.label()} is lost: {error}") from None
-    curve, tokens = list[dict[str, float]](), 0.0
-    evaluated = any("eval_loss" in row for row in kept["history"])
-    for number, row in enumerate(kept["history"], start=1):
-        tokens += row["tokens"]
-        if "eval_loss" in row or not evaluated or number == len(kept["history"]):
-            told = {**row, "global_step": row["step"], "last_step": trial.last_step, "tokens": tokens}
-            curve.append(_kept(told))
+    curve = _evaluations(kept["history"], trial.last_step)
     earlier, schedule = kept.get("earlier", []), list[dict[str, Any]]()
     configs = [*(before["config"] for before in earlier), kept["config"]]
     for after, config in zip([0, *(before["until"] for before in earlier)], configs, strict=True):
@@ -225,6 +227,32 @@ def of_its_state(trial: Trial) -> Trial:
         if not schedule or schedule[-1]["settings"] != settings:
             schedule.append({"after": after, "settings": settings})
     return replace(trial, curve=curve, settings=schedule[-1]["settings"], schedule=schedule)
+
+
+def _evaluations(history: list[dict[str, float]], last_step: float | None) -> list[dict[str, float]]:
+    """What a run with a history told: its evaluations and its last step; without any evaluation, every step."""
+    curve, tokens = list[dict[str, float]](), 0.0
+    evaluated = any(_is_evaluation(row) for row in history)
+    for number, row in enumerate(history, start=1):
+        tokens += row["tokens"]
+        if _is_evaluation(row) or not evaluated or number == len(history):
+            curve.append(_kept({**row, "global_step": row["step"], "last_step": last_step, "tokens": tokens}))
+    return curve
+
+
+def _is_evaluation(row: dict[str, float]) -> bool:
+    return any(name.startswith(_EVALUATED) for name in row)
+
+
+def _history(told: dict[str, Any], run: Location) -> list[dict[str, float]]:
+    """The history in the state that a trial told of, or in the newest of its own run; none where these are gone."""
+    saved = run / CHECKPOINTS
+    own = (folder_of(saved, step) for step in reversed(steps_below(saved)))
+    for state in [Location.at(told["snapshot"])] if told.get("snapshot") else own:
+        with suppress(ArtifactError, OSError, ValueError, KeyError):
+            history: list[dict[str, float]] = StoredCheckpoint(state).progress["history"]
+            return history
+    return []
 
 
 def seconds_before_in(folder: Location) -> float:

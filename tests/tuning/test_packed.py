@@ -387,10 +387,13 @@ class Broken:
         return steps
 
 
-def killed_and_resumed(config: SweepConfig, folder: Path, when: Callable[[Any], bool], *, lost: bool = False) -> Broken:
+def killed_and_resumed(
+    config: SweepConfig, folder: Path, when: Callable[[Any], bool], *, lost: bool = False, behind: bool = False
+) -> Broken:
     """A sweep whose driver, with all its processes, is killed once its rungs are so, and run again.
 
     With `lost` the checkpoints that Ray Tune's state names are gone by then: it had deleted them since it wrote that.
+    With `behind` the kill comes between two writes of that state: its callbacks' part is the first that there was.
     """
     (folder / "config.json").write_text(config.model_dump_json())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -399,10 +402,20 @@ def killed_and_resumed(config: SweepConfig, folder: Path, when: Callable[[Any], 
     with (folder / "said").open("w") as said:
         first = subprocess.Popen(command, env=environment, start_new_session=True, stderr=said)
     end, rungs = time.monotonic() + 120, Path(config.output_dir) / "ray/rungs.json"
-    while time.monotonic() < end and not (rungs.exists() and when(json.loads(rungs.read_text()))):
+    parts: dict[Path, bytes] = {}
+
+    def is_time() -> bool:
+        for part in rungs.parent.glob("callback-states-*.pkl"):
+            parts.setdefault(part, part.read_bytes())
+        written_again = any(part.read_bytes() != earlier for part, earlier in parts.items())
+        return rungs.exists() and when(json.loads(rungs.read_text())) and (written_again or not behind)
+
+    while time.monotonic() < end and not is_time():
         time.sleep(0.02)
     time.sleep(1.0)
     kill_tree(first)
+    for part, earlier in parts.items() if behind else ():
+        part.write_bytes(earlier)
     assert not (Path(config.output_dir) / "manifest.json").exists()
     kept = json.loads(rungs.read_text())
     for checkpoint in Path(config.output_dir).glob("ray/*/checkpoint_*") if lost else ():
@@ -411,6 +424,20 @@ def killed_and_resumed(config: SweepConfig, folder: Path, when: Callable[[Any], 
     assert again.returncode == 0, again.stderr[-3000:]
     result = SweepResult.from_json(json.loads((Path(config.output_dir) / "result.json").read_text()))
     return Broken(kept, result, ((folder / "said").read_text(), again.stderr))
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+@pytest.mark.parametrize("packed", ["auto", "never"])
+def test_a_sweep_whose_driver_was_killed_between_two_writes_of_its_state_has_whole_curves(
+    packed: str, tiny_model, orders, tmp_path
+) -> None:
+    config = sweep(tiny_model, orders, tmp_path / "sweep", packed=packed, training={"max_steps": 60})
+    broken = killed_and_resumed(config, tmp_path, bool, behind=True)
+    assert len(broken.result.trials) == 4
+    for trial in broken.result.trials:
+        assert [row["global_step"] for row in trial.curve] == list(range(2, trial.steps + 1, 2))
+        assert all({"eval_loss", "loss", "tokens", "last_step"} <= row.keys() for row in trial.curve)
 
 
 @pytest.mark.soak

@@ -122,6 +122,33 @@ def test_a_restored_trial_forgets_the_checkpoints_that_were_deleted(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_a_restored_trial_told_between_the_curves_and_rays_part_of_the_state_is_in_its_own(
+    packed: bool, tmp_path: Path
+) -> None:
+    """The driver was killed between two of Ray's writes: the curves are of the version before."""
+
+    def row(step: int) -> dict[str, float]:
+        return {"step": step, "loss": 4.0, "tokens": 10} | ({"eval_loss": 4.0 / step} if step % 2 == 0 else {})
+
+    def on_curve(step: int) -> dict[str, float]:
+        return {"global_step": step, "last_step": 9, "loss": 4.0, "tokens": 10 * step, "eval_loss": 4.0 / step}
+
+    state = Checkpoint(8, {}, {}, {"history": [row(step) for step in range(1, 9)]})
+    folder = tmp_path / ("snapshots/t" if packed else "trials/t/checkpoints")
+    where = checkpoint.write(Location.at(folder), state, keep=1)
+    (folder / "step-00000009").mkdir()  # which was being written
+    last = {**on_curve(8), "loss": 3.0, "snapshot": where.uri if packed else None}
+    managed = SimpleNamespace(checkpoint_manager=_CheckpointManager(tune.CheckpointConfig()))
+    trial = SimpleNamespace(trial_id="t", last_result=last, run_metadata=managed)
+    for known, steps in (([2], [2, 4, 6]), ([], [2, 4, 6]), ([2, 4, 6], [2, 4, 6])):
+        progress = Progress(Location.at(tmp_path / "ray"), "eval_loss", Tracked((), Location.at(tmp_path), {}))
+        progress.set_state({"curves": {"t": [on_curve(step) for step in known]} if known else {}})
+        progress.on_step_begin(0, [trial])
+        told = {name: value for name, value in last.items() if name != "snapshot"}
+        assert progress.get_state()["curves"] == {"t": [*map(on_curve, steps), told]}
+
+
 def test_a_repeat_is_called_by_its_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = Location.at(tmp_path)
     progress = Progress(folder, "eval_loss", Tracked((), folder, {"lora_r": 8, "method": "lora"}))
