@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raytune_ft.core.errors import DataError
+from raytune_ft.core.errors import DataError, first_line
 from raytune_ft.core.storage import Location, storage_errors, storage_reason
 from raytune_ft.core.words import whole
 from raytune_ft.data.hub import hub_rows
@@ -224,7 +224,7 @@ def _parquet(location: Location) -> Iterator[SourceRow]:
                         yield row
                         place += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{location}: cannot be read as Parquet at {where}: {_reason(error)}") from None
+        raise DataError(f"{location}: cannot be read as Parquet at {where}: {first_line(error)}") from None
 
 
 def _arrow(location: Location) -> Iterator[SourceRow]:
@@ -242,7 +242,7 @@ def _arrow(location: Location) -> Iterator[SourceRow]:
                         yield row
                         place += 1
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{location}: cannot be read as Arrow behind row {place}: {_reason(error)}") from None
+        raise DataError(f"{location}: cannot be read as Arrow behind row {place}: {first_line(error)}") from None
 
 
 def _batch_rows(batch: Any, place: int) -> Iterator[SourceRow]:
@@ -316,8 +316,3 @@ def _refuse_other_separator(location: Location, header: list[str]) -> None:
     for sign, name in ((";", "';'"), ("\t", "tabs"), ("|", "'|'")):
         if len(header) == 1 and sign in header[0]:
             raise DataError(f"{location}:1: its columns are separated by {name}; write it anew with commas")
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
