@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
-
-import pyarrow.parquet as pq
 
 from raytune_ft.compression.config import CalibrationConfig
 from raytune_ft.core.artifacts import has_manifest, open_artifact
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Record
+from raytune_ft.core.row_files import rows_of
 from raytune_ft.core.storage import Location
 from raytune_ft.models.chat import Chat, encode_record
 
@@ -55,25 +52,10 @@ def _records(location: Location) -> Iterator[tuple[Record, str]]:
     else:
         raise DataError(f"calibration_path: {location}: expected a dataset artifact, or a JSONL or Parquet file")
     for file in files:
-        for number, row in enumerate(_rows(file), start=1):
-            where = f"{file}:{number}"
+        for row, where in rows_of(file):
             if not isinstance(row, dict) or not (row.get("messages") or row.get("text")):
                 raise DataError(f"{where}: has neither `messages` nor `text`; run `raytune-ft prepare` on it first")
             try:
                 yield Record.from_row(row), where
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{where}: is no record ({error!r}); run `raytune-ft prepare` on it first") from None
-
-
-def _rows(file: Location) -> Iterator[Any]:
-    if file.name.endswith(".parquet"):
-        with file.filesystem.open_input_file(file.path) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        return
-    for number, line in enumerate(file.lines(errors="replace"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}:{number}: is not valid JSON ({error})") from None

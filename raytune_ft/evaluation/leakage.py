@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.records import RECORD_SCHEMA, Message, Record
+from raytune_ft.core.row_files import rows_of
 from raytune_ft.core.storage import Location
 from raytune_ft.core.words import plain, words_of
-from raytune_ft.evaluation.record_files import json_rows, record_of
+from raytune_ft.evaluation.record_files import record_of
 
 WORDS = 5
 """Words of a sequence; a shorter text is one sequence."""
@@ -252,18 +252,13 @@ def _places(keys: Iterable[Any]) -> dict[Any, list[int]]:
 
 
 def _training_records(file: Location) -> Iterator[tuple[int, Record]]:
-    if file.name.endswith(".parquet"):
-        with file.filesystem.open_input_file(file.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            columns = [name for name in RECORD_SCHEMA.names if name in parquet.schema_arrow.names]
-            number = 0
-            for batch in parquet.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, Record.from_row(row)
-    else:
-        for number, (row, where) in enumerate(json_rows(file), 1):
-            yield number, record_of(row, where)
+    ours = file.name.endswith(".parquet")
+    for number, (row, where) in enumerate(rows_of(file, _record_columns), 1):
+        yield number, Record.from_row(row) if ours else record_of(row, where)
+
+
+def _record_columns(schema: pa.Schema) -> list[str]:
+    return [name for name in RECORD_SCHEMA.names if name in schema.names]
 
 
 def _short(record: Record) -> str:

@@ -18,7 +18,7 @@ from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.folders import ROWS, files_of
 from raytune_ft.evaluation.prompts import prompt_record
-from raytune_ft.evaluation.record_files import json_rows, parquet_rows
+from raytune_ft.evaluation.record_files import rows_in
 
 MOST = 1000
 """Most prompts of each side that are compared; of more, those with the lowest hashes."""
@@ -58,8 +58,7 @@ def production_prompts(path: str) -> list[str]:
     """
     sample = Sample()
     for file in feedback_files(path):
-        rows = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
-        for number, (row, where) in enumerate(rows):
+        for number, (row, where) in enumerate(rows_in(file)):
             sample.add(asked_of(prompt_record(row, where, number)), number)
     if not sample.texts:
         raise DataError(f"production_path: {Location.at(path)}: holds no feedback records (.jsonl or .parquet)")

@@ -14,7 +14,7 @@ from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.folders import ROWS, files_of, files_of_split, split_files
-from raytune_ft.evaluation.record_files import json_rows, parquet_rows, record_of, with_columns
+from raytune_ft.evaluation.record_files import record_of, rows_in, with_columns
 from raytune_ft.evaluation.rows import files_digest
 from raytune_ft.evaluation.shards import fault_table, shard_table
 
@@ -88,6 +88,5 @@ def prompt_record(row: Any, where: str, position: int) -> Record:
 
 
 def _records(file: Location) -> Iterator[Record]:
-    parsed = parquet_rows(file, whole=True) if file.name.endswith(".parquet") else json_rows(file)
-    for position, (row, where) in enumerate(parsed):
+    for position, (row, where) in enumerate(rows_in(file, whole=True)):
         yield with_columns(prompt_record(row, where, position), row, where)

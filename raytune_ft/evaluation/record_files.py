@@ -7,14 +7,15 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import ROLES, Message, Record, plain_metadata
-from raytune_ft.core.storage import Location, storage_errors
+from raytune_ft.core.row_files import rows_of
+from raytune_ft.core.storage import Location
 
 logger = logging.getLogger("raytune_ft")
 
@@ -22,7 +23,6 @@ COLUMNS = ("messages", "text", "reference", "tools", "metadata", "choices", "lab
 """Columns of a file that a record is made of."""
 HALVES = re.compile("[\ud800-\udfff]")
 """Half a character: one of the two code units that UTF-16 needs for some."""
-_BATCH_ROWS = 256
 _SHOWN = frozenset({"id", "messages", "metadata", "choices"})
 """Columns that a record has as they are, its metadata included."""
 _OURS = frozenset({"id", "messages", "text", "chosen", "rejected", "source", "position", "metadata"})
@@ -42,48 +42,21 @@ def records_in(file: Location) -> Iterator[Record]:
             f"{file}: expected a dataset folder or a .jsonl or .parquet file with a `messages` column; "
             "run `raytune-ft prepare` on other formats first"
         )
-    rows = parquet_rows(file) if file.name.endswith(".parquet") else json_rows(file)
-    return (record_of(row, where) for row, where in rows)
+    return (record_of(row, where) for row, where in rows_in(file))
 
 
-def json_rows(file: Location) -> Iterator[tuple[Any, str]]:
-    """The rows of a JSONL file, blank lines aside, each with its place in words.
-
-    Raises:
-        DataError: if a line is no JSON.
-        ArtifactError: if the file cannot be read.
-    """
-    for number, line in enumerate(file.lines(errors="replace"), 1):
-        if line.strip():
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: is not valid JSON ({error})") from None
-            yield row, where
-
-
-def parquet_rows(file: Location, *, whole: bool = False) -> Iterator[tuple[Any, str]]:
-    """The rows of a Parquet file, each with its place in words.
+def rows_in(file: Location, *, whole: bool = False) -> Iterator[tuple[Any, str]]:
+    """The rows of a JSONL or Parquet file, each with its place in words.
 
     Args:
         file: the file.
-        whole: whether they come with all columns but those of bytes, and not just with what a record is made of.
+        whole: whether those of a Parquet file come with all columns but those of bytes, and not just with what a record
+            is made of.
 
     Raises:
-        DataError: if it is none, or cannot be read.
+        DataError, ArtifactError: as `rows_of`.
     """
-    try:
-        with file.filesystem.open_input_file(file.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            columns = _columns(parquet.schema_arrow, file, whole=whole)
-            number = 0
-            for batch in parquet.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{file}, row {number}"
-    except storage_errors() as error:
-        raise DataError(f"{file}: cannot be read as Parquet ({error})") from None
+    return rows_of(file, partial(_columns, file=file, whole=whole))
 
 
 def _columns(schema: pa.Schema, file: Location, *, whole: bool) -> list[str]:
