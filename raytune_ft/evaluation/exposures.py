@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from array import array
@@ -93,15 +92,13 @@ def log_lines(path: str, files: LogFiles, *, setting: str) -> Iterator[Line]:
         raise DataError(f"{setting}: {location}: holds no .jsonl file")
     hasher = hashlib.sha256()
     for file in found:
-        with file.filesystem.open_input_stream(file.path) as stream:
-            text: Any = io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n")
-            for number, line in enumerate(text, 1):
-                if not line.endswith("\n"):
-                    files.torn += 1
-                elif line.strip():
-                    hasher.update(line.encode())
-                    files.lines += 1
-                    yield _parsed(line, f"{file}:{number}"), f"{file}:{number}"
+        for number, line in enumerate(file.lines(errors="replace"), 1):
+            if not line.endswith("\n"):
+                files.torn += 1
+            elif line.strip():
+                hasher.update(line.encode())
+                files.lines += 1
+                yield _parsed(line, f"{file}:{number}"), f"{file}:{number}"
     files.digest = hasher.hexdigest()[:16]
 
 
