@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.pages import template
 from raytune_ft.data.prepared import PreparedDataset
 from raytune_ft.data.tokenize import chat_for, template_beside
 from raytune_ft.models.chat import Chat
@@ -172,8 +172,4 @@ def visible(text: str) -> str:
 
 def to_html(rows: Sequence[InspectedRow], *, title: str) -> str:
     """A page that needs nothing else: the rows with their masks in colour, every text escaped."""
-    from jinja2 import Environment
-
-    source = files("raytune_ft.data").joinpath("inspection.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    return page.render(rows=rows, title=title)
+    return str(template("data/inspection.html.j2").render(rows=rows, title=title))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.grammar import number_of
+from raytune_ft.core.pages import image, template
 from raytune_ft.core.storage import Location
 from raytune_ft.data import plots
 from raytune_ft.data.account import Account
@@ -144,12 +142,8 @@ def summary(report: Mapping[str, Any]) -> str:
 def render_page(report: Mapping[str, Any], findings: Sequence[Finding], account: Account) -> str:
     """The page; whatever the data says stays text (autoescaped, and the page's policy runs no scripts)."""
     drawn = [(image(svg), caption) for svg, caption in plots.draw(report)]
-    return str(_template().render(report=report, findings=findings, account=account, plots=drawn))
-
-
-def image(svg: str) -> str:
-    """An SVG document as the address of an image, so that nothing in it can run."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    page = template("data/report.html.j2", percent=_percent, figure=_figure)
+    return str(page.render(report=report, findings=findings, account=account, plots=drawn))
 
 
 def publish(assessment: Assessment, account: Account, config: DataCollectionConfig, where: Location) -> list[Finding]:
@@ -194,14 +188,9 @@ def refuse_broken(findings: Sequence[Finding], where: Location) -> None:
         )
 
 
-@cache
-def _template() -> Any:
-    import jinja2
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
-    text = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
-    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.3g}"
-    return environment.from_string(text)
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -15,6 +15,7 @@ from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.figures import COLOURS
 from raytune_ft.core.manifest import ArtifactKind, Parent
+from raytune_ft.core.pages import image
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation import ab_plots
 from raytune_ft.evaluation.ab_result import ABResult, analysed
@@ -22,7 +23,7 @@ from raytune_ft.evaluation.ab_tables import contrast_table, time_table, variant_
 from raytune_ft.evaluation.config_ab import ABAnalysisConfig
 from raytune_ft.evaluation.exposures import Exposures, LogFiles, read_exposures
 from raytune_ft.evaluation.ratings import Ratings, read_ratings
-from raytune_ft.evaluation.report import image, page_template, write_plots
+from raytune_ft.evaluation.report import page_template, write_plots
 from raytune_ft.evaluation.results import plain
 
 logger = logging.getLogger("raytune_ft")
@@ -102,7 +103,7 @@ def _write(draft: Draft, config: ABAnalysisConfig, look: Look, result: ABResult)
     draft.write_json(RESULT, plain(content))
     plots = ab_plots.draw(look.exposures, look.ratings, config)
     write_plots(draft.folder, plots)
-    page = page_template("raytune_ft.evaluation", "ab.html.j2").render(
+    page = page_template("evaluation/ab.html.j2").render(
         title=f"A/B test {result.test}",
         result=result,
         first=_day(result.first),

@@ -13,9 +13,9 @@ from urllib.parse import parse_qs, urlsplit
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.loopback import asked_by_own_name
 from raytune_ft.core.manifest import now
+from raytune_ft.core.pages import template
 from raytune_ft.evaluation.judging import Choice, Vote
 from raytune_ft.evaluation.pairs import Pair, Pairs
-from raytune_ft.evaluation.report import page_template
 from raytune_ft.evaluation.votes import VotesFile
 
 HOST = "127.0.0.1"
@@ -38,11 +38,7 @@ def render_page(pairs: Pairs) -> str:
             for pair in pairs.shown
         ]
     }
-    return str(
-        page_template("raytune_ft.evaluation", "judge.html.j2").render(
-            data=_inert(content), nonce=secrets.token_urlsafe(16)
-        )
-    )
+    return str(template("evaluation/judge.html.j2").render(data=_inert(content), nonce=secrets.token_urlsafe(16)))
 
 
 class JudgeServer(ThreadingHTTPServer):

@@ -15,6 +15,7 @@ from raytune_ft.core.errors import ConfigError, RunError
 from raytune_ft.core.figures import COLOURS, Plot
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
+from raytune_ft.core.pages import image
 from raytune_ft.core.records import Record
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.config import ComparisonConfig
@@ -23,7 +24,7 @@ from raytune_ft.evaluation.config_ladder import LadderConfig, LadderLimits
 from raytune_ft.evaluation.inference import on_worker
 from raytune_ft.evaluation.metric_names import EvaluationMetric
 from raytune_ft.evaluation.pace import measure_apart
-from raytune_ft.evaluation.report import image, page_template, write_plots
+from raytune_ft.evaluation.report import page_template, write_plots
 from raytune_ft.evaluation.results import (
     EvaluationResult,
     ModelScores,
@@ -252,7 +253,7 @@ def _write(draft: Draft, config: LadderConfig, result: EvaluationResult, rungs: 
     draft.write_json("ladder.json", plain(content))
     plots = {cost: trade_plot(rungs, metric, cost, label, trades[cost]) for cost, label in costs.items()}
     write_plots(draft.folder, plots)
-    page = page_template("raytune_ft.evaluation", "ladder.html.j2").render(
+    page = page_template("evaluation/ladder.html.j2").render(
         title=f"Ladder of {rungs[0].label}",
         content=content,
         metrics=[(str(found), found.facts.title) for found in result.metrics],

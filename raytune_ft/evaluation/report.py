@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.figures import COLOURS, Plot
+from raytune_ft.core.pages import image, template
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation import plots
 from raytune_ft.evaluation.check_tables import check_tables
@@ -31,7 +30,6 @@ from raytune_ft.evaluation.tables import (
 
 __all__ = [
     "generate_evaluation_report",
-    "image",
     "page_template",
     "page_values",
     "render_html",
@@ -94,7 +92,7 @@ def write_plots(folder: Path, drawn: Mapping[str, Plot]) -> None:
 
 def render_html(result: EvaluationResult) -> str:
     """The page; whatever models and data say stays text (autoescaped, and the page's policy runs no scripts)."""
-    return str(page_template("raytune_ft.evaluation", "report.html.j2").render(**page_values(result)))
+    return str(page_template("evaluation/report.html.j2").render(**page_values(result)))
 
 
 def page_values(result: EvaluationResult) -> dict[str, Any]:
@@ -117,27 +115,10 @@ def page_values(result: EvaluationResult) -> dict[str, Any]:
     }
 
 
-def image(svg: str) -> str:
-    """An SVG document as the address of an image, so that nothing in it can run."""
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
 def _render_json(result: EvaluationResult) -> str:
     return json.dumps(to_json(result, with_answers=True), indent=2, ensure_ascii=False) + "\n"
 
 
-@cache
-def page_template(package: str, name: str) -> Any:
-    """The template `name` of `package`; it may extend ours as ``evaluation/report.html.j2``."""
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, PrefixLoader, StrictUndefined
-
-    ours = PackageLoader("raytune_ft.evaluation", ".")
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader(package, "."), PrefixLoader({"evaluation": ours})]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number_text, "span": span_text}
-    return environment.get_template(name)
+def page_template(name: str) -> Any:
+    """A template (`core.pages`) that shows numbers and intervals as our tables do."""
+    return template(name, number=number_text, span=span_text)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact
-from raytune_ft.evaluation.report import image, page_template, page_values
+from raytune_ft.core.pages import image
+from raytune_ft.evaluation.report import page_template, page_values
 from raytune_ft.evaluation.results import EvaluationResult, read_result
 from raytune_ft.pipeline import plots
 from raytune_ft.tuning.plots import survival
@@ -77,10 +78,10 @@ def render(story: Story) -> str:
     pictures.append((plots.sizes(story.megabytes), "Weights on disk."))
     images = [(image(svg), caption) for svg, caption in pictures]
     if story.evaluation is None:
-        page = page_template("raytune_ft.pipeline", "unmeasured.html.j2")
+        page = page_template("pipeline/unmeasured.html.j2")
         return str(page.render(title="From records to a model", story=story, images=images))
     values = {**page_values(story.evaluation), "story": story, "images": images, "title": "From records to an endpoint"}
-    return str(page_template("raytune_ft.pipeline", "report.html.j2").render(**values))
+    return str(page_template("pipeline/report.html.j2").render(**values))
 
 
 def _history(artifact: Artifact) -> list[dict[str, float]]:

@@ -6,7 +6,8 @@ import math
 from collections import defaultdict
 
 from raytune_ft.core.grammar import number_of
-from raytune_ft.evaluation.report import image, page_template
+from raytune_ft.core.pages import image
+from raytune_ft.evaluation.report import page_template
 from raytune_ft.tuning import plots
 from raytune_ft.tuning.result import SweepResult
 
@@ -34,7 +35,7 @@ def render(result: SweepResult, seconds: float) -> str:
         caption = "What the trials' differences come from: the variance of each setting's group means (main effects)."
         pictures.append((plots.shares(shares), caption))
     return str(
-        page_template("raytune_ft.tuning", "report.html.j2").render(
+        page_template("tuning/report.html.j2").render(
             title="Search for the settings that train best",
             words=cost_in_words(result, seconds),
             result=result,
