@@ -143,7 +143,7 @@ def render_page(report: Mapping[str, Any], findings: Sequence[Finding], account:
     """The page; whatever the data says stays text (autoescaped, and the page's policy runs no scripts)."""
     drawn = [(image(svg), caption) for svg, caption in plots.draw(report)]
     page = template("data/report.html.j2", percent=_percent, figure=_figure)
-    return str(page.render(report=report, findings=findings, account=account, plots=drawn))
+    return str(page.render(title="Quality of the data", report=report, findings=findings, account=account, plots=drawn))
 
 
 def publish(assessment: Assessment, account: Account, config: DataCollectionConfig, where: Location) -> list[Finding]:
