@@ -222,12 +222,17 @@ OWN = "own"
 """In place of a name: what transformers takes by itself, PyTorch's fused attention where the model knows it."""
 
 
+def without_adapter(model: Any) -> Any:
+    """A transformers model, or the one that PEFT has put an adapter upon."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def use_attention(model: Any, name: str) -> None:
     """Switches a transformers model (or a PEFT model around one) to a registered attention.
 
     One that does not follow segments (`takes_segments`) keeps its own.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = without_adapter(model)
     _switch(causal, OWN if name == SEGMENTS and not takes_segments(causal) else name)
 
 
@@ -244,7 +249,7 @@ def _switch(causal: Any, name: str) -> None:
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Within the block, `model` computes with the attention `name`; afterwards with its former one."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = without_adapter(model)
     before = causal.config._attn_implementation
     use_attention(model, name)
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapter_slots import AdapterSlots
+from raytune_ft.models.attention import without_adapter
 from raytune_ft.models.collate import group_by_budget
 from raytune_ft.models.config import DecodingConfig
 from raytune_ft.models.loading import LoadedModel
@@ -116,7 +117,7 @@ class _Reading:
 
 def _cache_argument(model: Any) -> str:
     """How a model's forward calls its keys and values: ``cache``, or ``past_key_values`` in older transformers."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = without_adapter(model)
     return "cache" if "cache" in inspect.signature(type(causal).forward).parameters else "past_key_values"
 
 

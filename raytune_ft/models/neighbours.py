@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from raytune_ft.models.attention import takes_segments
+from raytune_ft.models.attention import takes_segments, without_adapter
 from raytune_ft.models.loading import LoadedModel
 
 logger = logging.getLogger("raytune_ft")
@@ -99,7 +99,7 @@ def why_answered_alone(model: Any) -> str | None:
 
 
 def _decoder(model: Any) -> nn.Module:
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = without_adapter(model)
     found: nn.Module = causal.get_decoder() if hasattr(causal, "get_decoder") else causal
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.core.errors import ModelError, first_line
-from raytune_ft.models.attention import OWN, SEGMENTS, attention, can_be_asked, tolerance
+from raytune_ft.models.attention import OWN, SEGMENTS, attention, can_be_asked, tolerance, without_adapter
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.models.memory import is_out_of_memory
@@ -30,7 +30,7 @@ def check_computation(model: Any) -> None:
     Raises:
         ModelError: if they differ, or cannot be computed.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = without_adapter(model)
     if causal in _FOUND or not can_be_asked(causal):
         return
     name, training = type(causal).__name__, causal.training

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from raytune_ft.core.errors import ModelError
-from raytune_ft.models.attention import SEGMENTS, attention
+from raytune_ft.models.attention import SEGMENTS, attention, without_adapter
 from raytune_ft.models.chat import Chat, Encoded
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
 from raytune_ft.models.config import Precision
@@ -39,7 +39,7 @@ class RewardParts:
         Raises:
             ModelError: if it has no such halves, or more outputs than one.
         """
-        scorer = model.get_base_model() if hasattr(model, "get_base_model") else model
+        scorer = without_adapter(model)
         head = getattr(scorer, "score", None)
         if head is None or scorer.get_decoder() is scorer or scorer.config.num_labels != 1:
             raise ModelError(

@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from torch.utils.checkpoint import checkpoint
 
 from raytune_ft.core.errors import ModelError
-from raytune_ft.models.attention import SEGMENTS, attention, takes_segments
+from raytune_ft.models.attention import SEGMENTS, attention, takes_segments, without_adapter
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.chunks import CHUNK
 from raytune_ft.models.collate import PackedBatch, group_by_budget, pack
@@ -66,7 +66,7 @@ class CausalParts:
         Raises:
             ModelError: if the model has no such halves.
         """
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal = without_adapter(model)
         decoder = causal.get_decoder() if hasattr(causal, "get_decoder") else None
         head = causal.get_output_embeddings()
         name = type(causal).__name__
