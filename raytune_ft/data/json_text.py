@@ -72,6 +72,17 @@ def loads(text: str) -> Any:
     return _whole_texts(json.loads(text), text, 0, len(text))
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list."""
+    if not text.lstrip().startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def list_items(read: Callable[[int], bytes]) -> Iterator[tuple[int, Any]]:
     """Line (from 1) and value of every item of the JSON list that a stream of bytes holds.
 

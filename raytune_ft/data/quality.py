@@ -13,6 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from raytune_ft.core.records import RECORD_SCHEMA, Record, table_to_records
+from raytune_ft.data.json_text import is_json
 from raytune_ft.data.labels import json_fields, label_values
 from raytune_ft.data.rows import short_hash
 from raytune_ft.data.shingles import ngram_hashes, row_texts
@@ -187,7 +188,7 @@ def shape(answer: str) -> str:
         rest = f" and {len(keys) - _KEYS_SHOWN} more" if len(keys) > _KEYS_SHOWN else ""
         return f"JSON with {', '.join(key[:40] for key in keys[:_KEYS_SHOWN])}{rest}" if keys else "JSON without keys"
     text = answer.strip()
-    if text[:1] == "[" and _is_json(text):
+    if text[:1] == "[" and is_json(text):
         return "JSON list"
     kinds = {
         "text with code": "```" in text,
@@ -197,14 +198,6 @@ def shape(answer: str) -> str:
         "one line": len(text.split()) > _FEW_WORDS,
     }
     return next((kind for kind, holds in kinds.items() if holds), "a few words")
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def ending(answer: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from raytune_ft.data.config import PersonalData
-from raytune_ft.data.json_text import loads
+from raytune_ft.data.json_text import is_json, loads
 
 _KEY_FORMS = (
     r"sk-ant-[\w-]{20,}",  # Anthropic
@@ -89,7 +89,7 @@ def redact_text(text: str, kinds: Iterable[PersonalData], found: Counter[str]) -
     Where it is JSON (an answer, a call's arguments, a source's line), each text in it, keys too, is redacted by what it
     says, and so are numbers that are card numbers: it stays JSON, and what is not redacted stays as it is written.
     """
-    if not _is_json(text):
+    if not is_json(text):
         text, here = redact(text, kinds)
         found.update(here)
         return text
@@ -127,16 +127,6 @@ def redact_value(value: Any, kinds: Iterable[PersonalData], found: Counter[str])
 def _unused(key: str, taken: Collection[str]) -> str:
     numbered = (f"{key} ({number})" for number in itertools.count(2))
     return key if key not in taken else next(name for name in numbered if name not in taken)
-
-
-def _is_json(text: str) -> bool:
-    if not text.lstrip().startswith(("{", "[")):
-        return False
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def passes_luhn(digits: str) -> bool:
