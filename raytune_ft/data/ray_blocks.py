@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,6 +76,11 @@ class RayBlocks:
         ends = ray.get([ray.remote(key_range).remote(ref, key) for ref in refs])
         where = {"refs": refs, "ends": ends, "key": key}
         return self._of(mapped(self.dataset, stepped, step=function, settings=settings, **where))
+
+
+def spread(tables: Sequence[pa.Table]) -> Any:
+    """A Ray Data dataset of the tables, a block each."""
+    return ray.data.from_arrow(list(tables))
 
 
 def stepped(
