@@ -141,7 +141,8 @@ def _inspect(dataset: str, rows: int, split: str, html: str | None, model: str |
         with standard_output() as out:
             print_rows(found, Console(file=out, highlight=False))
         return
-    from raytune_ft.core.storage import Location, told_in_words
+    from raytune_ft.core.refusals import told_in_words
+    from raytune_ft.core.storage import Location
 
     target = Location.at(html)
     with told_in_words(target):

@@ -45,7 +45,8 @@ from raytune_ft.core.manifest import (
     now,
     versions,
 )
-from raytune_ft.core.storage import Location, not_stored, refused
+from raytune_ft.core.refusals import not_stored, refused
+from raytune_ft.core.storage import Location
 
 logger = logging.getLogger("raytune_ft")
 

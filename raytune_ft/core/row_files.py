@@ -13,14 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.core.storage import Location, storage_errors
+from raytune_ft.core.refusals import storage_errors
+from raytune_ft.core.storage import Location
 
 _BATCH_ROWS = 256
 
 
-def rows_of(
-    file: Location, columns: Callable[[pa.Schema], Sequence[str]] | None = None
-) -> Iterator[tuple[Any, str]]:
+def rows_of(file: Location, columns: Callable[[pa.Schema], Sequence[str]] | None = None) -> Iterator[tuple[Any, str]]:
     """The rows of a JSONL file, blank lines aside, or of a ``.parquet`` file, each with its place in words.
 
     Args:
@@ -45,9 +44,7 @@ def _json_rows(file: Location) -> Iterator[tuple[Any, str]]:
             yield row, where
 
 
-def _parquet_rows(
-    file: Location, columns: Callable[[pa.Schema], Sequence[str]] | None
-) -> Iterator[tuple[Any, str]]:
+def _parquet_rows(file: Location, columns: Callable[[pa.Schema], Sequence[str]] | None) -> Iterator[tuple[Any, str]]:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)

@@ -5,19 +5,16 @@ Apart from `artifacts` because sources, models and logs lie on storage, too, wit
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
 import posixpath
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -27,21 +24,23 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raytune_ft.core.config import masked
-from raytune_ft.core.errors import ArtifactError, DataError, RaytuneError, StorageError
+from raytune_ft.core.errors import ArtifactError, DataError, StorageError
 from raytune_ft.core.grammar import more
+from raytune_ft.core.refusals import not_stored, storage_errors, storage_reason, system_number
 from raytune_ft.core.s3 import Proxied, open_s3
+from raytune_ft.core.web import open_web
+
+__all__ = [
+    "Location",
+    "cache_folder",
+    "is_hidden",
+    "not_stored",
+    "refuse_broken_links",
+    "source_digest",
+    "whole_file",
+]
 
 _CHUNK = 1 << 22
-_DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH|PERMISSION_DENIED"
-                     r"|UNAUTHENTICATED|OAuth2 access token|HTTP status 40[13]|\b40[13], message")  # fmt: skip
-_OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
-"""What the system says where a disk is full or may not be written to."""
-_MENDS = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"),
-}
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust, such as safetensors, say the system's number of an error."""
 _WEB = ("http://", "https://")
 _IN_URI = "/:@!$&'()*+,;=-._~"
 """Signs that stand for themselves in the path of a URI."""
@@ -128,11 +127,7 @@ class Location:
             return fs.LocalFileSystem(), self.uri
         try:
             if self.uri.startswith(_WEB):
-                import fsspec
-
-                # trust_env: the proxies that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name
-                http = fsspec.filesystem("http", client_kwargs={"trust_env": True})
-                return fs.PyFileSystem(_Http(http)), self.uri
+                return open_web(self.uri)
             if self.uri.startswith("s3://"):
                 return open_s3(self._with_options())
             return fs.FileSystem.from_uri(self._with_options())  # type: ignore[no-any-return]
@@ -317,7 +312,7 @@ class Location:
         except FileNotFoundError:
             raise ArtifactError(f"{self}: there is no such file or folder") from None
         except storage_errors() as error:
-            raise StorageError(f"{self}: {storage_reason(error)}", _number(error)) from None
+            raise StorageError(f"{self}: {storage_reason(error)}", system_number(error)) from None
 
 
 @contextmanager
@@ -333,88 +328,6 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):  # a disk that may not be written to
             partial.unlink(missing_ok=True)
         raise
-
-
-class _Http(fs.FSSpecHandler):  # type: ignore[misc]
-    """Files of a web server: fsspec's own reports every status but success as a missing file."""
-
-    def get_file_info(self, paths: list[str]) -> list[Any]:
-        return [self._info_of(path) for path in paths]
-
-    def _info_of(self, path: str) -> Any:
-        try:
-            info = self.fs.info(path)
-        except FileNotFoundError as error:
-            status = getattr(error.__cause__, "status", None)
-            if status in {404, 410}:
-                return fs.FileInfo(path, fs.FileType.NotFound)
-            if error.__cause__ is None:
-                raise
-            raise (PermissionError if status in {401, 403} else OSError)(str(error.__cause__)) from None
-        changed = info.get("Last-Modified")
-        when = parsedate_to_datetime(changed) if changed else None
-        return fs.FileInfo(path, fs.FileType.File, size=info["size"], mtime=when)
-
-
-def storage_errors() -> tuple[type[BaseException], ...]:
-    """What reading from storage may raise: aiohttp, which fsspec asks web servers with, has errors of its own."""
-    aiohttp = sys.modules.get("aiohttp")
-    return (OSError, pa.ArrowInvalid, *((aiohttp.ClientError,) if aiohttp else ()))
-
-
-def storage_reason(error: BaseException) -> str:
-    """What storage said, in one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, PermissionError) or _DENIED.search(text):
-        return "no permission to read or write here; check the rights, and the credentials that this machine gives"
-    return f"the storage refused: {text[:300] or type(error).__name__}"
-
-
-def not_stored(error: BaseException | None) -> Exception | None:
-    """What storage did not take, out of what Ray wraps around it; None if the error is another one."""
-    cause = getattr(error, "cause", None) or error
-    if not isinstance(cause, Exception) or (isinstance(cause, RaytuneError) and not isinstance(cause, StorageError)):
-        return None
-    # Where another error tells of a file that may not be opened, it may be one to read.
-    known = _OF_STORAGE if isinstance(cause, OSError) else _OF_STORAGE - {errno.EACCES}
-    return cause if _number(cause) in known else None
-
-
-def _number(error: BaseException) -> int:
-    """The system's number of an error; 0 if it has none."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    if isinstance(error, StorageError):
-        return error.number
-    said = _RUST_ERROR.search(str(error))
-    return int(said[1]) if said else 0
-
-
-def refused(where: str | os.PathLike[str] | Location, error: Exception, then: str = "") -> ArtifactError:
-    """What the system did not let us write at a place, in words; of a file that lies elsewhere, its own name.
-
-    Args:
-        where: the place.
-        error: what the system said.
-        then: a sentence on what the same command does once that is mended.
-    """
-    denied = error.filename if isinstance(error, PermissionError) else None
-    told = str(error) if isinstance(error, StorageError) else f"{denied or where}: {storage_reason(error)}"
-    mend = _MENDS.get(_number(error), "Mend that")
-    return ArtifactError(f"{told}. {mend}, or choose another folder.{then and ' ' + then}")
-
-
-@contextmanager
-def told_in_words(where: str | os.PathLike[str] | Location, then: str = "") -> Iterator[None]:
-    """Within the block, what the system does not let us write is refused in words.
-
-    Raises:
-        ArtifactError: as `refused` makes it, with the sentence `then`.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise refused(where, error, then) from error
 
 
 def is_hidden(name: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.errors import DataError
-from raytune_ft.core.storage import storage_errors
+from raytune_ft.core.refusals import storage_errors
 
 logger = logging.getLogger("raytune_ft")
 

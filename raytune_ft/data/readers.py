@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.errors import DataError, first_line
-from raytune_ft.core.storage import Location, storage_errors, storage_reason
+from raytune_ft.core.refusals import storage_errors, storage_reason
+from raytune_ft.core.storage import Location
 from raytune_ft.core.words import whole
 from raytune_ft.data.hub import hub_rows
 from raytune_ft.data.json_text import JsonFault, kind_in_words, list_items, parse

@@ -14,7 +14,7 @@ from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
-from raytune_ft.core.storage import told_in_words
+from raytune_ft.core.refusals import told_in_words
 from raytune_ft.evaluation.judge_server import JudgeServer, render_page
 from raytune_ft.evaluation.judging import Judging
 from raytune_ft.evaluation.pairs import Pairs, pairs

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.records import Record
+from raytune_ft.core.refusals import told_in_words
 from raytune_ft.core.spool import Places
-from raytune_ft.core.storage import Location, told_in_words
+from raytune_ft.core.storage import Location
 
 PIECES = "pieces"
 """The folder of an unfinished run's rows."""

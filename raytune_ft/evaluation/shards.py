@@ -18,7 +18,8 @@ import pyarrow as pa
 from raytune_ft.core import errors
 from raytune_ft.core.errors import RaytuneError
 from raytune_ft.core.records import RECORD_SCHEMA, Record, records_to_table, table_to_records
-from raytune_ft.core.storage import Location, told_in_words
+from raytune_ft.core.refusals import told_in_words
+from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.kept import GOES_ON, KeptRows, Row, is_answered
 from raytune_ft.evaluation.record_files import under_own_id
 from raytune_ft.evaluation.scorer import Scorer, load_scorer

@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from raytune_ft.core.errors import ArtifactError
-from raytune_ft.core.storage import Location, cache_folder, storage_errors, storage_reason
+from raytune_ft.core.refusals import storage_errors, storage_reason
+from raytune_ft.core.storage import Location, cache_folder
 
 _IDLE_S = 3 * 24 * 3600
 

@@ -22,7 +22,8 @@ import torch
 
 from raytune_ft.core.cluster import report_to_driver
 from raytune_ft.core.errors import RaytuneError, RunError, UserError, first_line
-from raytune_ft.core.storage import Location, not_stored
+from raytune_ft.core.refusals import not_stored
+from raytune_ft.core.storage import Location
 from raytune_ft.data.tokenize import adopt_template
 from raytune_ft.models.adapter_slots import layer_without_rows
 from raytune_ft.models.memory import is_out_of_memory, release_memory
