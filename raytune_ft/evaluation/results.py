@@ -15,7 +15,7 @@ from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.spool import Spool
-from raytune_ft.core.storage import Location
+from raytune_ft.core.storage import Location, whole_file
 from raytune_ft.evaluation.compare import Difference
 from raytune_ft.evaluation.config import EvaluationMetric
 from raytune_ft.evaluation.judging import Judging, Vote, summarized
@@ -336,11 +336,8 @@ def _slice(entry: dict[str, Any]) -> Slice:
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Writes one JSON line a row, at once: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(plain(vars(answer)), ensure_ascii=False) + "\n" for answer in answers)
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.writelines((json.dumps(plain(vars(answer)), ensure_ascii=False) + "\n").encode() for answer in answers)
 
 
 def read_answers(file: Location) -> Sequence[Answer]:
