@@ -86,8 +86,9 @@ def planted_rows(count: int) -> tuple[list[str], dict[float, list[tuple[int, int
 
 def settled_table(texts: list[str]) -> pa.Table:
     """The texts as rows that went through all steps before this one."""
+    from raytune_ft.core.digest import short_hash
     from raytune_ft.data.groups import with_nodes
-    from raytune_ft.data.rows import ROW_SCHEMA, short_hash
+    from raytune_ft.data.rows import ROW_SCHEMA
 
     count = len(texts)
     known = {"text": texts, "group": list(map(short_hash, texts)), "position": range(count), "file": [0] * count}

@@ -7,7 +7,6 @@ settings, versions, numbers, and size and sha256 of every file. Folders may be l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.grammar import more
 from raytune_ft.core.manifest import (
@@ -44,7 +44,7 @@ class Artifact:
     def digest(self) -> str:
         """What identifies the content: the sha256 over all file hashes, 16 hex digits."""
         text = json.dumps({name: entry.sha256 for name, entry in self.manifest.files.items()}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return short_hash(text)
 
     @property
     def seconds(self) -> float:

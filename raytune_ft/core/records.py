@@ -6,13 +6,14 @@ same content has the same id in every source, split and report.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+
+from raytune_ft.core.digest import short_hash
 
 ROLES = ("system", "user", "assistant", "tool")
 _SELDOM = ("tool_call_id", "name", "weight")
@@ -94,7 +95,7 @@ class Record:
             self.reference,
             self.tools,
         ]
-        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+        return short_hash(json.dumps(content, ensure_ascii=False))
 
     def to_row(self) -> dict[str, Any]:
         """The record as a row of `RECORD_SCHEMA`."""

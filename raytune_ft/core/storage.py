@@ -24,6 +24,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from raytune_ft.core.config import masked
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ArtifactError, DataError, StorageError
 from raytune_ft.core.grammar import more
 from raytune_ft.core.refusals import not_stored, storage_errors, storage_reason, system_number
@@ -355,7 +356,7 @@ def source_digest(where: str | os.PathLike[str] | Location) -> str:
     info = location._info()
     if info.type == fs.FileType.File and info.size <= 64 << 20:
         return location.sha256()[:16]
-    return hashlib.sha256(f"{info.size} {info.mtime_ns}".encode()).hexdigest()[:16]
+    return short_hash(f"{info.size} {info.mtime_ns}")
 
 
 def cache_folder() -> Path:

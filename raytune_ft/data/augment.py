@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.records import RECORD_SCHEMA, Record
 from raytune_ft.data.blocks import Blocks
 from raytune_ft.data.config_augmentation import Augmentation, AugmentationConfig
-from raytune_ft.data.rows import TOKEN_FIELDS, mark, prompt_hash, short_hash
+from raytune_ft.data.rows import TOKEN_FIELDS, mark, prompt_hash
 from raytune_ft.data.tokenize import TokenPolicy, add_tokens, chat_for
 from raytune_ft.data.wording import mistyped, reworded, thinned
 

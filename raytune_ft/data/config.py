@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from raytune_ft.core.config import Config, Place, masked
+from raytune_ft.core.digest import short_hash
 from raytune_ft.data.config_augmentation import AugmentationConfig
 from raytune_ft.data.config_quality import QualityConfig
 from raytune_ft.models.config import TrainOn
@@ -239,7 +239,7 @@ class DataCollectionConfig(Config):
     def identity(self) -> dict[str, Any]:
         """The resolved settings that decide what the run makes; of texts that are shown masked, a hash as well."""
         texts = {name: text for name in _TEXTS if masked(text := getattr(self, name)) != text}
-        hashes = {f"{name} (sha256)": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+        hashes = {f"{name} (sha256)": short_hash(text) for name, text in texts.items()}
         return super().identity() | hashes
 
     @model_validator(mode="before")

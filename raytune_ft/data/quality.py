@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.records import RECORD_SCHEMA, Record, table_to_records
 from raytune_ft.data.json_text import is_json
 from raytune_ft.data.labels import json_fields, label_values
-from raytune_ft.data.rows import short_hash
 from raytune_ft.data.shingles import ngram_hashes, row_texts
 from raytune_ft.data.sketches import DistinctCount, ValueCount
 

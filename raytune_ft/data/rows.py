@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 
 import pyarrow as pa
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.records import REJECTED_SCHEMA, Record
 
 TOKEN_FIELDS = (
@@ -92,11 +92,6 @@ def prompt_hash(record: Record) -> str:
     """What rows that ask the same have in common: 16 hex digits over the prompt's turns, or over a raw text."""
     turns = [[m.role, m.content, m.tool_calls] for m in record.prompt]
     return short_hash(json.dumps(turns or record.text, ensure_ascii=False))
-
-
-def short_hash(text: str) -> str:
-    """16 hex digits of the sha256 of `text`."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def reason_name(reason: str) -> str:

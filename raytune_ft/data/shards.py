@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.records import RECORD_SCHEMA, REJECTED_SCHEMA
 from raytune_ft.core.storage import Location
-from raytune_ft.data.rows import TOKEN_FIELDS, reason_name, short_hash
+from raytune_ft.data.rows import TOKEN_FIELDS, reason_name
 from raytune_ft.data.split import Cuts, Tally, rank
 
 ROWS_PER_FILE = 16_384

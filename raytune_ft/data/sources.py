@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ArtifactError, DataError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, MANIFEST, Parent
@@ -79,7 +79,7 @@ def source_parents(sources: Sequence[str], role: str) -> list[Parent]:
     parents = []
     for source in sources:
         if source.startswith(SCHEME):
-            digest = hashlib.sha256(content_of(source).encode()).hexdigest()[:16]
+            digest = short_hash(content_of(source))
             parents.append(Parent(role=role, where=source_uri(source), digest=digest))
             continue
         files = _files_of(source)
@@ -87,7 +87,7 @@ def source_parents(sources: Sequence[str], role: str) -> list[Parent]:
             content = [[file.name, source_digest(file)] for file in files]
         else:
             content = [[file.name, str(file._info().size), str(file._info().mtime_ns)] for file in files]
-        digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+        digest = short_hash(json.dumps(content))
         parents.append(Parent(role=role, where=str(Location.at(source)), digest=digest))
     return parents
 

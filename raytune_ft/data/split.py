@@ -14,7 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from raytune_ft.data.rows import mark, reason_name, short_hash
+from raytune_ft.core.digest import short_hash
+from raytune_ft.data.rows import mark, reason_name
 
 GUIDE = {"train": (0.80, 0.90), "validation": (0.10, 0.15), "test": (0.05, 0.10)}
 """Shares that the guide recommends."""

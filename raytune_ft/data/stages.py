@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.records import RECORD_SCHEMA
 from raytune_ft.core.storage import Location
@@ -39,7 +40,6 @@ from raytune_ft.data.rows import (
     prompt_hash,
     remarked,
     renamed_to,
-    short_hash,
 )  # fmt: skip
 from raytune_ft.data.shards import write_file, write_files
 from raytune_ft.data.sources import COLUMNAR, SourceFile

@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raytune_ft.core.artifacts import Artifact
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import Parent
 from raytune_ft.core.records import RECORD_SCHEMA, Record, table_to_records
 from raytune_ft.core.storage import Location, source_digest
 from raytune_ft.data.config import DataCollectionConfig, OverLength
 from raytune_ft.data.over_length import can_split, ends_here, split_record, truncated
-from raytune_ft.data.rows import TOKEN_FIELDS, UNANSWERED, mark, short_hash, with_remarks
+from raytune_ft.data.rows import TOKEN_FIELDS, UNANSWERED, mark, with_remarks
 from raytune_ft.models.chat import Chat, TokenRow, conversation_of
 from raytune_ft.models.config import TrainOn
 from raytune_ft.models.layout import ToolsIgnoredError

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import DataError
-from raytune_ft.data.rows import mark, short_hash
+from raytune_ft.data.rows import mark
 from raytune_ft.data.sources import SourceFile, pattern_of, source_uri
 
 CAUSE = "source weight"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from raytune_ft.core.artifacts import has_manifest, open_artifact
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import CLAIM, ArtifactKind, Parent
@@ -150,4 +150,4 @@ def prompt_turns(record: Record) -> tuple[dict[str, str], ...]:
 def files_digest(files: Sequence[Location]) -> str:
     """What identifies the content of input files: their `source_digest`s, or, of more than 64, a hash over these."""
     digests = "-".join(source_digest(file) for file in files)
-    return digests if len(files) <= 64 else hashlib.sha256(digests.encode()).hexdigest()[:16]
+    return digests if len(files) <= 64 else short_hash(digests)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.manifest import Parent
 from raytune_ft.core.storage import Location
@@ -84,7 +84,7 @@ def targets_of(models: Mapping[str, str], storage: Location) -> list[Target]:
 def parent_of(target: Target, role: str) -> Parent:
     """The target in the manifest of what is made from it; of an endpoint only the address is known."""
     if target.is_endpoint:
-        digest = hashlib.sha256(target.path.encode()).hexdigest()[:16]
+        digest = short_hash(target.path)
         return Parent(role=role, where=target.path, digest=digest)
     return model_parent(target.path, role=role)
 
@@ -114,10 +114,10 @@ def _content(role: str, where: str) -> Parent:
     """A file or folder with the digest of its content; of a hub id the name is all there is."""
     location = Location.at(where)
     if not location.exists():
-        return Parent(role=role, where=where, digest=hashlib.sha256(where.encode()).hexdigest()[:16])
+        return Parent(role=role, where=where, digest=short_hash(where))
     files = [location] if location.is_file() else [location / name for name in location.files() if _is_source(name)]
     names = "" if location.is_file() else json.dumps([file.uri.removeprefix(location.uri) for file in files])
-    digest = hashlib.sha256((names + files_digest(files)).encode()).hexdigest()[:16]
+    digest = short_hash(names + files_digest(files))
     return Parent(role=role, where=str(location), digest=digest)
 
 

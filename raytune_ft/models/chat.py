@@ -6,7 +6,6 @@ markers and where a token spans the border of a turn (such a token belongs to th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import DataError, ModelError
 from raytune_ft.core.records import Message, Record
 from raytune_ft.models import templates
@@ -172,7 +172,7 @@ class Chat:
             self.tokenizer.chat_template,
             {key: str(value) for key, value in self.tokenizer.special_tokens_map.items()},
         ]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return short_hash(json.dumps(content, sort_keys=True))
 
     @cached_property
     def _behind_answer(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.manifest import ArtifactKind, Parent
 from raytune_ft.core.storage import Location, cache_folder, source_digest
@@ -69,7 +69,7 @@ def resolve_model(reference: str) -> ModelReference:
     location = Location.at(reference)
     if not location.exists():
         if "://" not in reference and _HUB_ID.fullmatch(reference):
-            return ModelReference(reference, reference, None, None, _text_digest(reference))
+            return ModelReference(reference, reference, None, None, short_hash(reference))
         raise ModelError(f"{location}: there is no such model folder (nor is this a hub id like org/name)")
     artifact = None
     if has_manifest(location) or (location / "started.json").exists():
@@ -221,7 +221,7 @@ def _adapter_base(folder: Path) -> str:
 
 def _local_folder(location: Location) -> tuple[Path, str]:
     files = location.files()
-    digest = _text_digest(json.dumps({name: source_digest(location / name) for name in files}))
+    digest = short_hash(json.dumps({name: source_digest(location / name) for name in files}))
     if location.is_local:
         return Path(location.path), digest
     target = cache_folder() / "models" / digest
@@ -229,7 +229,3 @@ def _local_folder(location: Location) -> tuple[Path, str]:
         location.download(target)
         (target / ".complete").touch()
     return target, digest
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

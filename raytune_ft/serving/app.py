@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: Serve sends the classes by value, without the names that only quoted
 # annotations use.
-import hashlib
 import json
 from typing import Any
 
@@ -10,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from ray import serve
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import RaytuneError, ServingError
 from raytune_ft.core.storage import Location
 from raytune_ft.models.references import resolve_model
@@ -158,7 +158,7 @@ def _placed(config: ServingConfig) -> ServingConfig:
 
 def _digest(config: ServingConfig) -> str:
     """16 hex digits that change with the settings."""
-    return hashlib.sha256(json.dumps(config.resolved(), sort_keys=True).encode()).hexdigest()[:16]
+    return short_hash(json.dumps(config.resolved(), sort_keys=True))
 
 
 def _scale(config: ServingConfig) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ArtifactError
 from raytune_ft.core.refusals import storage_errors, storage_reason
 from raytune_ft.core.storage import Location, cache_folder
@@ -32,7 +32,7 @@ def local_copy(file: str) -> str:
         raise ArtifactError(f"{where}: there is no such file")
     try:
         info = where.filesystem.get_file_info(where.path)
-        version = hashlib.sha256(f"{where.uri} {info.size} {info.mtime_ns}".encode()).hexdigest()[:16]
+        version = short_hash(f"{where.uri} {info.size} {info.mtime_ns}")
         copy = cache_folder() / "tokens" / version / where.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with (copy.parent / ".lock").open("wb") as lock:

@@ -6,7 +6,6 @@ counted, and does not stop the run.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import secrets
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ArtifactError, ConfigError, MissingDependencyError, first_line
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
@@ -98,7 +98,7 @@ class Trackers:
             ConfigError: if one cannot start.
         """
         refuse_missing(names)
-        key = _key(run)
+        key = short_hash(run)
         if kept is not None:
             begun = kept.exists()
             # Checkpoints without the file are of a version that called the run by its name.
@@ -243,10 +243,6 @@ class WandB:
 
 def _metrics(row: Row) -> dict[str, float]:
     return {key: float(value) for key, value in row.items() if key != "step" and math.isfinite(value)}
-
-
-def _key(run: str) -> str:
-    return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def _experiment() -> str:

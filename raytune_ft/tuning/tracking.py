@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.storage import Location
 from raytune_ft.training.config import Tracking
@@ -40,7 +40,7 @@ class Tracked:
         """Where event files are written: where they stay, if that is a local path, so that TensorBoard can follow."""
         if self.output.is_local:
             return Path((self.output / TENSORBOARD).path)
-        key = hashlib.sha256(self.output.uri.encode()).hexdigest()[:16]
+        key = short_hash(self.output.uri)
         return Path(tempfile.gettempdir()) / f"raytune-ft-events-{key}"
 
     def start(self, name: str, settings: Mapping[str, Any], failures: dict[str, int] | None = None) -> Trackers:

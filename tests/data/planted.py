@@ -7,8 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from raytune_ft.core.digest import short_hash
 from raytune_ft.data.groups import with_nodes
-from raytune_ft.data.rows import ROW_SCHEMA, short_hash
+from raytune_ft.data.rows import ROW_SCHEMA
 
 WORDS = 104
 """Words of a row: 100 shingles."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from raytune_ft.data.rows import short_hash
+from raytune_ft.core.digest import short_hash
 from raytune_ft.data.split import Cuts, Tally, departures, find_cuts, mark_leaks, rank, tally_rows
 
 
