@@ -1,10 +1,10 @@
-"""SIGTERM, which ends a run as Ctrl-C does, also where Ray has put a handler of its own."""
+"""SIGTERM, which ends a run as Ctrl-C does, also where Ray has put a handler of its own; and what signals call."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,3 +42,17 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
     _terminated.set()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # asked again, the process ends at once
     raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_calling(act: Callable[[], None], *numbers: signal.Signals) -> Iterator[None]:
+    """Within the block these signals call `act`, where this is the main thread, which alone hears of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: act()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from raytune_ft.core.errors import ConfigError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.refusals import told_in_words
+from raytune_ft.core.termination import signals_calling
 from raytune_ft.evaluation.judge_server import JudgeServer, render_page
 from raytune_ft.evaluation.judging import Judging
 from raytune_ft.evaluation.pairs import Pairs, pairs
@@ -135,18 +135,14 @@ def said_of(shown: Pairs) -> str:
 
 def _serve(server: JudgeServer) -> None:
     """Until Ctrl-C, or SIGTERM, which is taken as one while this runs."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _interrupt) if main else None
-    try:
-        server.serve_forever(poll_interval=0.2)
-    except KeyboardInterrupt:
-        logger.info("Judging: stopped")
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+    with signals_calling(_interrupt, signal.SIGTERM):
+        try:
+            server.serve_forever(poll_interval=0.2)
+        except KeyboardInterrupt:
+            logger.info("Judging: stopped")
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt() -> None:
     raise KeyboardInterrupt
 
 

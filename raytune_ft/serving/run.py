@@ -7,14 +7,13 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from raytune_ft.core.cluster import Cluster, connect, named_address
 from raytune_ft.core.errors import RaytuneError, ServingError, first_line
 from raytune_ft.core.placement import Demand, ResourcePlan
+from raytune_ft.core.termination import signals_calling
 from raytune_ft.serving.address import free_port, root_url, wait_until_free, wait_until_it_serves
 from raytune_ft.serving.choice import check_config, choose_engine, not_under_vllm
 from raytune_ft.serving.config import Engine, ServingConfig
@@ -112,7 +111,7 @@ class ModelServer:
 
     def serve_forever(self) -> None:
         """Starts the endpoint, if it is not up, and returns when Ctrl-C or SIGTERM came or `stop` was called."""
-        with self, _signals(self._ended.set):
+        with self, signals_calling(self._ended.set, signal.SIGINT, signal.SIGTERM):
             logger.info("Ctrl-C stops it")
             while not self._ended.wait(1.0):
                 pass
@@ -277,19 +276,3 @@ def _wait_running(limit_s: float) -> None:
                 "raise startup_timeout_s if the model is large"
             )
         time.sleep(0.1)
-
-
-@contextmanager
-def _signals(end: Callable[[], None]) -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM call `end` inside the block, where this is the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, lambda *_: end())
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
