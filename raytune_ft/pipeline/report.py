@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from raytune_ft.core.pages import image
 from raytune_ft.evaluation.report import page_template, page_values
 from raytune_ft.evaluation.results import EvaluationResult, read_result
 from raytune_ft.pipeline import plots
+from raytune_ft.training.folder import read_history
 from raytune_ft.tuning.plots import survival
 from raytune_ft.tuning.result import SweepResult
 
@@ -48,8 +48,8 @@ class Story:
         ]
         return cls(
             steps=tuple(steps),
-            history=_history(made["train"]),
-            aligned=_history(made["align"]) if "align" in made else [],
+            history=read_history(made["train"].location),
+            aligned=read_history(made["align"].location) if "align" in made else [],
             sweep=SweepResult.from_json(made["tune"].read_json("result.json")) if "tune" in made else None,
             evaluation=read_result(made["evaluate"]) if "evaluate" in made else None,
             megabytes=weights_sizes(made),
@@ -82,10 +82,6 @@ def render(story: Story) -> str:
         return str(page.render(title="From records to a model", story=story, images=images))
     values = {**page_values(story.evaluation), "story": story, "images": images, "title": "From records to an endpoint"}
     return str(page_template("pipeline/report.html.j2").render(**values))
-
-
-def _history(artifact: Artifact) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (artifact / "history.jsonl").read().decode().splitlines()]
 
 
 def _weights(artifact: Artifact) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from raytune_ft.core.grammar import number_of
+from raytune_ft.training.memory import GIB
 
 _NAMED = (  # dense bf16 tensor-core peaks of the makers' data sheets, in 1e12 operations a second
     ("B200", 2250.0),
@@ -27,7 +28,6 @@ _NAMED = (  # dense bf16 tensor-core peaks of the makers' data sheets, in 1e12 o
     ("A10G", 70.0),
     ("A10", 125.0),
 )
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def memory_in_use(device: str) -> dict[str, float]:
     """``memory_gib`` of this process, and on CUDA ``cuda_peak_gib`` of its tensors since the start."""
     import psutil
 
-    found = {"memory_gib": psutil.Process().memory_info().rss / _GIB}
+    found = {"memory_gib": psutil.Process().memory_info().rss / GIB}
     if device.startswith("cuda"):
-        found["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+        found["cuda_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return found
