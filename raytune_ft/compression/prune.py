@@ -25,6 +25,7 @@ from raytune_ft.core.errors import ModelError
 from raytune_ft.models.chat import Chat
 from raytune_ft.models.loading import UNREADABLE, load_tokenizer
 from raytune_ft.models.scoring import context_tokens
+from raytune_ft.models.size import stored_bytes, weight_bytes
 from raytune_ft.models.sparsity import MARK, fused_experts, write_compact
 
 logger = logging.getLogger("raytune_ft")
@@ -87,15 +88,14 @@ def write_pruned(reference: str, folder: Path, config: PruningConfig, *, device:
     (folder / MARK).write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     total, zeros = _counts(list(model.parameters()))
     considered, pruned_zeros = _counts([layer.weight for layer in layers])
-    dense = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Pruned(
         sparsity=pruned_zeros / considered,
         sparsity_of_model=zeros / total,
         sparsity_by_layer={layer.name: _share(layer.weight) for layer in layers},
         weights_considered=considered,
         weights_total=total,
-        bytes_before=sum(p.numel() * p.element_size() for p in model.parameters()),
-        bytes_after=write_compact(folder) if config.storage == "compact" else dense,
+        bytes_before=weight_bytes(model),
+        bytes_after=write_compact(folder) if config.storage == "compact" else stored_bytes(folder),
         calibration_tokens=calibrated,
         agreement=compare(expected, next_token_logits(model, ids)),
     )

@@ -30,6 +30,7 @@ from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.memory import is_out_of_memory
 from raytune_ft.models.references import resolve_model
 from raytune_ft.models.scoring import context_tokens
+from raytune_ft.models.size import stored_bytes, weight_bytes
 
 logger = logging.getLogger("raytune_ft")
 
@@ -101,7 +102,7 @@ def _by_one_shot(reference: str, folder: Path, config: QuantizationConfig, devic
         raise RunError(f"{reference}: the quantized model's outputs are not finite: its weights are broken")
     return Quantized(
         bytes_before=bytes_before,
-        bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        bytes_after=stored_bytes(folder),
         layers_quantized=figures["layers_quantized"],
         weights_quantized=figures["weights_quantized"],
         weights_kept=weights - figures["weights_quantized"],
@@ -151,7 +152,7 @@ def _by_bitsandbytes(reference: str, folder: Path, config: QuantizationConfig, d
             path.replace(folder / path.name)
     return Quantized(
         bytes_before=bytes_before,
-        bytes_after=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        bytes_after=stored_bytes(folder),
         layers_quantized=len(layers),
         weights_quantized=sum(layer.in_features * layer.out_features for layer in layers),
         weights_kept=sum(kept.values()),
@@ -237,11 +238,6 @@ def head_names(model: Any) -> list[str]:
     """Dotted names of the output head's module (`lm_head` in most models)."""
     head = model.get_output_embeddings()
     return [name for name, module in model.named_modules() if head is not None and module is head]
-
-
-def weight_bytes(model: Any) -> int:
-    """Bytes of the model's weights, tied ones counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _quantized_layers(model: Any) -> list[Any]:

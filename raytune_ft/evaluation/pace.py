@@ -165,13 +165,14 @@ def top_tokens(loaded: Any, records: Sequence[Record]) -> list[list[int]]:
 def weight_bytes(path: str) -> int:
     """Bytes of the weight files of a model; of an adapter, with its base's; of a hub id, in this machine's cache."""
     from raytune_ft.models.references import resolve_model
+    from raytune_ft.models.size import stored_bytes
 
     resolved = resolve_model(path)
     if resolved.adapter is not None:
         folders = [_weight_folder(resolved.base), resolved.adapter]
     else:
         folders = [Path(resolved.artifact.local()) if resolved.artifact else _weight_folder(resolved.base)]
-    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+    return sum(map(stored_bytes, folders))
 
 
 def _weight_folder(base: str) -> Path:

@@ -1,4 +1,4 @@
-"""How many parameters a model has, told without loading its weights."""
+"""How large a model is: its parameters, told without loading its weights, and its bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.models.references import resolve_model
@@ -27,6 +28,16 @@ def parameter_count(reference: str) -> int:
         if not settings.get("quantization_config"):
             return sum(map(_header_count, files))
     return _empty_count(base)
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a loaded model's weights, tied ones counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _header_count(file: Path) -> int:
