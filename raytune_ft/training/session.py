@@ -101,16 +101,8 @@ def train_in_process(
         trackers = _trackers(config, seat, output, events)
         rows = opened_rows(config, splits, cache, leads=seat.rank == 0)
         train, validation = rows["train"], rows.get("validation")
-        if validation is None:
-            refuse_without_validation(config)
-        if isinstance(config, ReinforcementConfig):
-            refuse_unjudged(rows, config)
-            refuse_misfits(rows, config, load_tokenizer(config.model_path))
-        timetable = Timetable.of(config, len(train), has_validation=validation is not None)
         precision = precision_of(config, seat.device)
-        refuse_other_run(config, precision, total=timetable.total, warmup=timetable.warmup)
-        for departure in departures_of_timetable(config, timetable) if seat.rank == 0 else ():
-            logger.warning("train: %s", departure)
+        timetable = _planned(config, rows, precision, leads=seat.rank == 0)
         divisor = _earlier_divisor(output)
         fitting = shrunk(config, divisor)
         with sharded_loading(fitting, seat.device) if seat.deepspeed else nullcontext():
@@ -140,6 +132,21 @@ def train_in_process(
         golden = golden and trainee.loss.writes_text and config.zero_stage != 3
         keeper.finish(summary, monitor, events, whole if golden else None)
     return summary
+
+
+def _planned(config: FineTuningConfig, rows: dict[str, TokenRows], precision: str, *, leads: bool) -> Timetable:
+    """The steps of the run, after the checks that its rows and settings allow them; rank 0 says what is unusual."""
+    has_validation = "validation" in rows
+    if not has_validation:
+        refuse_without_validation(config)
+    if isinstance(config, ReinforcementConfig):
+        refuse_unjudged(rows, config)
+        refuse_misfits(rows, config, load_tokenizer(config.model_path))
+    timetable = Timetable.of(config, len(rows["train"]), has_validation=has_validation)
+    refuse_other_run(config, precision, total=timetable.total, warmup=timetable.warmup)
+    for departure in departures_of_timetable(config, timetable) if leads else ():
+        logger.warning("train: %s", departure)
+    return timetable
 
 
 @dataclass(frozen=True)
@@ -302,13 +309,7 @@ class _RestartingLearner:
         Raises:
             OutOfMemoryError: if memory ran out; what to change is written where the next attempt reads it.
         """
-        try:
-            return {**self.learner.step(batch, step), DIVISOR: self.divisor}
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = first_line(error)
-        raise self._wish(f"step {step}", reason)
+        return {**self._kept_within(f"step {step}", partial(self.learner.step, batch, step)), DIVISOR: self.divisor}
 
     def evaluate(self) -> Metrics:
         """The learner's own evaluation.
@@ -316,13 +317,16 @@ class _RestartingLearner:
         Raises:
             OutOfMemoryError: as in a step.
         """
+        return self._kept_within("evaluation", self.learner.evaluate)
+
+    def _kept_within(self, where: str, work: Callable[[], Metrics]) -> Metrics:
         try:
-            return self.learner.evaluate()
+            return work()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
-        raise self._wish("evaluation", reason)
+        raise self._wish(where, reason)  # outside: an error that is being handled keeps its frames' tensors
 
     def _wish(self, where: str, reason: str) -> OutOfMemoryError:
         rows = self.config.per_device_train_batch_size
