@@ -9,7 +9,7 @@ from typing import Any
 from raytune_ft.core.artifacts import Artifact
 from raytune_ft.core.draft import Draft, begin
 from raytune_ft.core.errors import ConfigError
-from raytune_ft.core.manifest import ArtifactKind, now
+from raytune_ft.core.manifest import ArtifactKind, Parent, now
 from raytune_ft.core.storage import Location
 from raytune_ft.evaluation.answered import answers_of, missing_notes, missing_of, refuse_missing
 from raytune_ft.evaluation.bases import with_base
@@ -148,26 +148,10 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
     metrics = fitting_metrics(config, rows)
     work = workload_of(config)
     targets = targets_of(models, Location.at(config.output_dir).parent)
-    refuse_likelihoods(targets, config.metrics, config.endpoint)
-    if config.forgetting is not None and len(targets) < 2:
-        raise ConfigError("forgetting: compares with the base, which is not known here; name it in base_model_path")
-    refuse_uncheckable(config)
+    _refuse_misfits(config, targets)
     parents = {target.label: parent_of(target, role=target.label) for target in targets}
-    judges = []
-    if config.reward_model_path is not None:
-        judges.append(model_parent(config.reward_model_path, "reward model"))
-    draft = begin(
-        config.output_dir,
-        ArtifactKind.REPORT,
-        settings=config.resolved(),
-        identity=config.identity(),
-        parents=[*parents.values(), *judges, *settings_parents(config), rows.parent],
-        keep=(PIECES,),
-    )
+    draft = _begun(config, [*parents.values(), rows.parent])
     if draft.finished is not None:
-        logger.info("Evaluation: found finished in %s", draft.location)
-        if config.production_path is not None:
-            logger.info("Evaluation: what has come to %s since is not in that report", config.production_path)
         return draft.finished
     with draft:
         bare = check_templates(targets, rows)
@@ -177,16 +161,10 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         missing = [row for target in targets for row in missing_of(rows.records, kept, target.label)]
         left_out = {row.position for row in missing}
         refuse_missing(missing, len(rows.records), config.max_unanswered)
+        answers = {target.label: answers_of(rows.records, kept, target.label, left_out) for target in targets}
         scored = [
-            ModelScores(
-                label=target.label,
-                path=models[target.label],
-                digest=parents[target.label].digest,
-                values={},
-                intervals={},
-                answers=answers_of(rows.records, kept, target.label, left_out),
-            )
-            for target in targets
+            ModelScores(label, models[label], parents[label].digest, values={}, intervals={}, answers=found)
+            for label, found in answers.items()
         ]
         if config.reward_model_path is not None:
             asked = without(rows.records, left_out)
@@ -209,6 +187,36 @@ def _measure(config: MeasureConfig, models: dict[str, str], kind: type[Evaluatio
         kept.delete()
     logger.info("%s", result)
     return draft.artifact
+
+
+def _refuse_misfits(config: MeasureConfig, targets: Sequence[Target]) -> None:
+    """Checks what the targets alone tell.
+
+    Raises:
+        ConfigError: if they cannot give what metrics or checks need.
+    """
+    refuse_likelihoods(targets, config.metrics, config.endpoint)
+    if config.forgetting is not None and len(targets) < 2:
+        raise ConfigError("forgetting: compares with the base, which is not known here; name it in base_model_path")
+    refuse_uncheckable(config)
+
+
+def _begun(config: MeasureConfig, parents: Sequence[Parent]) -> Draft:
+    """The report in the making, or as it was finished before."""
+    judges = [] if config.reward_model_path is None else [model_parent(config.reward_model_path, "reward model")]
+    draft = begin(
+        config.output_dir,
+        ArtifactKind.REPORT,
+        settings=config.resolved(),
+        identity=config.identity(),
+        parents=[*parents, *judges, *settings_parents(config)],
+        keep=(PIECES,),
+    )
+    if draft.finished is not None:
+        logger.info("Evaluation: found finished in %s", draft.location)
+        if config.production_path is not None:
+            logger.info("Evaluation: what has come to %s since is not in that report", config.production_path)
+    return draft
 
 
 def _rows(config: MeasureConfig) -> EvaluationRows:
