@@ -44,30 +44,39 @@ class Plot:
 
     def svg(self) -> str:
         """An SVG document; its text stays text, which the reader's fonts show."""
-        buffer = io.StringIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
-            self._save(buffer, format="svg", metadata={"Date": None})
-        return buffer.getvalue()
+        return svg_of(self._draw, self.width, self.height)
 
     def png(self) -> bytes:
         """A PNG image of twice a screen's usual density."""
         buffer = io.BytesIO()
-        self._save(buffer, format="png", dpi=192, metadata={"Software": None})
+        _save(buffer, self._draw, self.width, self.height, format="png", dpi=192, metadata={"Software": None})
         return buffer.getvalue()
 
-    def _save(self, buffer: Any, **how: Any) -> None:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+    def _draw(self, figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.set_axisbelow(True)
+        axes.grid(axis=self.grid)
+        axes.tick_params(length=0)
+        self.paint(axes)
 
-        with mpl.rc_context(_STYLE):
-            figure = Figure(figsize=(self.width, self.height), layout="constrained")
-            axes = figure.add_subplot()
-            axes.set_axisbelow(True)
-            axes.grid(axis=self.grid)
-            axes.tick_params(length=0)
-            self.paint(axes)
-            figure.savefig(buffer, **how)
+
+def svg_of(draw: Callable[[Any], None], width: float, height: float) -> str:
+    """The SVG document of a figure of so many inches that `draw` draws into."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        _save(buffer, draw, width, height, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _save(buffer: Any, draw: Callable[[Any], None], width: float, height: float, **how: Any) -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, **how)
 
 
 def svg(paint: Paint, *, height: float = 3.6, grid: str = "x") -> str:

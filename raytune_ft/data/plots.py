@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raytune_ft.core.figures import svg
+from raytune_ft.core.figures import COLOURS, svg
 from raytune_ft.data.quality import LENGTH_STEP
 
-_BLUE, _GREY, _RED = "#0072b2", "#8d99a6", "#d55e00"
+_GREY, _BLUE, _RED, *_ = COLOURS
 _MOST_BARS = 12
 _MOST_LETTERS = 34
 

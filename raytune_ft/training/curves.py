@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-_TRAIN, _VALIDATION, _GREY, _TROUBLE = "#0072b2", "#d55e00", "#8d99a6", "#cc79a7"
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "raytune_ft",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#c9ced6",
-    "grid.color": "#e6e9ee",
-}
+from raytune_ft.core.figures import COLOURS, svg_of
+
+_GREY, _TRAIN, _VALIDATION, _TROUBLE = (COLOURS[place] for place in (0, 1, 2, 4))
 _POINTS = 2000
 """Most points of a line: more than a page can show."""
 
 
-def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[int, str]] = ()) -> str:
+def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[int, str]]) -> str:
     """Losses over learning rate and gradient norm (and rewards, if there are any), by step; findings are dotted lines.
 
     Same rows, same bytes.
@@ -30,13 +22,10 @@ def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[in
         rows: the history; of a long one every n-th step is drawn, evaluations all.
         findings: step and kind of each.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     thinned = rows[:: max(1, math.ceil(len(rows) / _POINTS))]
     evaluated = [row for row in rows if "eval_loss" in row]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(7, 5.4), layout="constrained")
+
+    def draw(figure: Any) -> None:
         shown = next((name for name in ("reward", "reward_margin") if any(name in row for row in thinned)), None)
         panels = 3 + (shown is not None)
         losses, *rewards, rates, norms = figure.subplots(panels, 1, sharex=True, height_ratios=(3, *[1] * (panels - 1)))
@@ -61,9 +50,8 @@ def draw_curves(rows: Sequence[Mapping[str, float]], findings: Sequence[tuple[in
             axes.grid(axis="y")
             axes.tick_params(length=0)
         figure.align_ylabels()
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+
+    return svg_of(draw, 7, 5.4)
 
 
 def _line(rows: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
