@@ -119,9 +119,7 @@ def _collected(
     return {**shaped.to_row(), **place, **row_of}
 
 
-def settle_rows(
-    rows: pa.Table, config: DataCollectionConfig, model: str | None, policy: TokenPolicy | None = None
-) -> pa.Table:
+def settle_rows(rows: pa.Table, config: DataCollectionConfig, model: str | None, policy: TokenPolicy) -> pa.Table:
     """Whole groups of rows with duplicates, leaks from the test and, for a `model`, untrainable rows marked.
 
     Added are the columns `conflicting`, `stratum`, `prompt`, `place` and `node`. The result is ordered by group, source
@@ -134,14 +132,13 @@ def settle_rows(
         rows = mark_duplicates(rows)
     rows = mark_conflicts(mark_leaks(rows), drop=config.conflicting_answers == "drop")
     if model is not None:
-        policy = policy or TokenPolicy.of(config, None)
         rows = add_tokens(rows, chat_for(model, policy.template), policy)
     return with_nodes(with_strata(rows, config.stratify_by))
 
 
-def write_rows(rows: pa.Table, where: str, model: str | None = None, policy: TokenPolicy | None = None) -> pa.Table:
+def write_rows(rows: pa.Table, where: str, model: str | None, policy: TokenPolicy) -> pa.Table:
     """As `write_files`, with rows that are too long in pieces; pieces that cannot be trained on go to ``rejected/``."""
-    if model is not None and policy is not None and policy.over_length is OverLength.SPLIT and rows.num_rows:
+    if model is not None and policy.over_length is OverLength.SPLIT and rows.num_rows:
         rows = split_rows(rows, chat_for(model, policy.template), policy)
         paths = zip(rows.column("path").to_pylist(), rows.column("reason").to_pylist(), strict=True)
         moved = [path if reason is None else _rejected_path(path) for path, reason in paths]

@@ -110,10 +110,10 @@ def listed(text: str) -> list[Hashable]:
     return list(dict.fromkeys(item for item in items if item))
 
 
-def repeated_share(text: str, words_in_a_row: int = 4) -> float:
-    """Share of a text's word n-grams that stood in it before; 0 for a text that has none (Welleck et al., 2020)."""
+def repeated_share(text: str) -> float:
+    """Share of a text's runs of four words that stood in it before; 0 where it has none (Welleck et al., 2020)."""
     said = text.split()
-    grams = [tuple(said[place : place + words_in_a_row]) for place in range(len(said) - words_in_a_row + 1)]
+    grams = list(zip(said, said[1:], said[2:], said[3:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

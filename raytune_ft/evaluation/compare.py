@@ -128,7 +128,7 @@ def sentence(found: Difference, *, model: str, other: str, metric: str) -> str:
     span = interval_text(found)
     interval = f"no {found.confidence:.0%} interval" if span == "none" else f"{found.confidence:.0%} interval {span}"
     numbers = (
-        f"difference {signed(found.difference)}, {interval}, p {_probability(found.p_adjusted)}{corrected}; "
+        f"difference {signed(found.difference)}, {interval}, p {stated(found.p_adjusted)}{corrected}; "
         f"{number_of(found.wins, 'row')} won, {found.ties} tied, {found.losses} lost"
     )
     if found.verdict == "cannot tell":
@@ -212,7 +212,8 @@ def _rounded(own: Floats, their: Floats) -> Floats:
     return np.where(np.abs(gain) < 1e-9 * np.maximum(np.abs(own), np.abs(their)), 0.0, gain)
 
 
-def _probability(p: float) -> str:
+def stated(p: float) -> str:
+    """A p-value behind the sign that it is stated with."""
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raytune_ft.core.grammar import number_of
+from raytune_ft.evaluation.compare import stated
 from raytune_ft.evaluation.statistics import Columns, Floats, interval, percentiles, permutation_p_value
 
 Choice = Literal["model", "other", "tie", "both bad"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
 
 _SAMPLES = 500
+_CONFIDENCE = 0.95
 _SCORES: Mapping[Choice, float] = {"model": 1.0, "other": 0.0, "tie": 0.5, "both bad": 0.5}
 
 
@@ -81,13 +83,12 @@ class Judging:
     """...on the right: far apart, they tell of a judge who looks at the side."""
 
 
-def summarized(votes: Sequence[Vote], labels: Sequence[str], *, confidence: float = 0.95, seed: int = 0) -> Judging:
-    """What the votes amount to.
+def summarized(votes: Sequence[Vote], labels: Sequence[str], *, seed: int = 0) -> Judging:
+    """What the votes amount to, with 95% intervals.
 
     Args:
         votes: the last one counts where a judge voted again on the same two answers.
         labels: of the models, in the order of the report.
-        confidence: of the intervals.
         seed: of the bootstrap.
     """
     last = list({(vote.judge, vote.row, vote.model, vote.other): vote for vote in votes}.values())
@@ -95,14 +96,14 @@ def summarized(votes: Sequence[Vote], labels: Sequence[str], *, confidence: floa
     for other, model in itertools.combinations(labels, 2):
         between = [vote for vote in last if (vote.model, vote.other) == (model, other)]
         if between:
-            rates.append(_win_rate(model, other, between, confidence, seed))
+            rates.append(_win_rate(model, other, between, seed))
     sides = Counter(_side(vote) for vote in last)
     return Judging(
         votes=len(last),
         judges=dict(Counter(vote.judge for vote in last)),
         win_rates=tuple(rates),
         agreements=agreements(last),
-        strengths=strengths(last, labels, confidence=confidence, seed=seed) if len(labels) > 2 and last else {},
+        strengths=strengths(last, labels, seed=seed) if len(labels) > 2 and last else {},
         left=sides["left"],
         right=sides["right"],
     )
@@ -122,14 +123,14 @@ def agreements(votes: Sequence[Vote]) -> tuple[Agreement, ...]:
     return tuple(found)
 
 
-def strengths(
-    votes: Sequence[Vote], labels: Sequence[str], *, confidence: float = 0.95, seed: int = 0
-) -> dict[str, tuple[float, float, float]]:
-    """Each model's chance to win against an average one, with a bootstrap interval over rows.
+def strengths(votes: Sequence[Vote], labels: Sequence[str], *, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """Each model's chance to win against an average one, with a 95% bootstrap interval over rows.
 
     Bradley and Terry's model by Hunter's (2004) minorization: ties count half to each side, and one imaginary tie
     between every two models keeps the strength of one that wins or loses all finite.
     """
+    from scipy.special import expit
+
     places = {label: place for place, label in enumerate(labels)}
     rows = {row: place for place, row in enumerate(dict.fromkeys(vote.row for vote in votes))}
     wins = np.zeros((len(rows), len(labels), len(labels)))  # [rows, winner, loser]
@@ -139,10 +140,10 @@ def strengths(
         wins[rows[vote.row], other, model] += 1 - score
     drawn = np.random.default_rng(seed).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=_SAMPLES)
     sums = np.concatenate([wins.sum(axis=0)[None], np.einsum("sr,rij->sij", drawn.astype(float), wins)])
-    chances = _chances(bradley_terry(sums))
+    chances = expit(bradley_terry(sums))  # of each model against one of mean log-strength
     found = {}
     for label, place in places.items():
-        span = percentiles(chances[1:, place], confidence)
+        span = percentiles(chances[1:, place], _CONFIDENCE)
         found[label] = (float(chances[0, place]), span.low, span.high)
     return found
 
@@ -164,25 +165,24 @@ def bradley_terry(wins: Floats) -> Floats:
     return np.log(strength)
 
 
-def _win_rate(model: str, other: str, votes: Sequence[Vote], confidence: float, seed: int) -> WinRate:
+def _win_rate(model: str, other: str, votes: Sequence[Vote], seed: int) -> WinRate:
     by_row: dict[str, list[float]] = defaultdict(list)
     for vote in votes:
         by_row[vote.row].append(_SCORES[vote.choice])
     scores = np.array([np.mean(said) for said in by_row.values()])
     columns = {"score": scores, "rows": np.ones(len(scores))}
     against = {"score": 1 - scores, "rows": np.ones(len(scores))}
-    found = interval(_mean, columns, confidence=confidence, seed=seed, best=1.0)
+    found = interval(_mean, columns, confidence=_CONFIDENCE, seed=seed, best=1.0)
     p_value = permutation_p_value(_mean, columns, against, seed=seed)
     counted = Counter(vote.choice for vote in votes)
     rate = float(scores.mean())
-    told = p_value <= 1 - confidence + 1e-12
+    told = p_value <= 1 - _CONFIDENCE + 1e-12
     verdict = f"cannot tell {model} from {other}"
     if told:
         verdict = f"{model} is {'preferred to' if rate > 0.5 else 'liked less than'} {other}"
     words = (
-        f"People: {verdict} on {number_of(len(scores), 'row')} (win rate {rate:.0%}, {confidence:.0%} interval "
-        f"{found.low:.0%} to "
-        f"{found.high:.0%}, p {'< 0.001' if p_value < 0.001 else f'= {p_value:.3f}'})."
+        f"People: {verdict} on {number_of(len(scores), 'row')} (win rate {rate:.0%}, {_CONFIDENCE:.0%} interval "
+        f"{found.low:.0%} to {found.high:.0%}, p {stated(p_value)})."
     )
     votes_by_choice: dict[str, int] = {choice: counted[choice] for choice in CHOICES}
     return WinRate(model, other, len(scores), votes_by_choice, rate, found.low, found.high, p_value, words)
@@ -196,12 +196,6 @@ def _kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
     from sklearn.metrics import cohen_kappa_score
 
     return float(cohen_kappa_score(first, second)) if len({*first, *second}) > 1 else None
-
-
-def _chances(log_strengths: Floats) -> Floats:
-    """Of each model against one of mean log-strength."""
-    chances: Floats = 1 / (1 + np.exp(-log_strengths))
-    return chances
 
 
 def _side(vote: Vote) -> str:

@@ -41,9 +41,7 @@ def measured(model: ModelScores, metrics: Metrics, *, seed: int) -> ModelScores:
     return replace(model, values=values, intervals=intervals, answers=answers)
 
 
-def compared(
-    models: Sequence[ModelScores], metrics: Metrics, *, seed: int, confidence: float = 0.95
-) -> tuple[Comparison, ...]:
+def compared(models: Sequence[ModelScores], metrics: Metrics, *, seed: int) -> tuple[Comparison, ...]:
     """Each model against each that comes before it, on every metric; their rows are the same, in the same order.
 
     All of these comparisons are one family of tests.
@@ -53,7 +51,7 @@ def compared(
     for (other, their), (model, own) in itertools.combinations(columns.items(), 2):
         for name, metric in metrics.items():
             keys.append((name, model, other))
-            found.append(gained(name, metric, own[name], their[name], seed=seed, confidence=confidence))
+            found.append(gained(name, metric, own[name], their[name], seed=seed))
     return in_words(keys, found)
 
 
@@ -62,9 +60,7 @@ def columns_by_label(models: Sequence[ModelScores], metrics: Metrics) -> dict[st
     return {model.label: {name: columns_of(model, metric) for name, metric in metrics.items()} for model in models}
 
 
-def gained(
-    name: EvaluationMetric, metric: RowMetric, own: Columns, their: Columns, *, seed: int, confidence: float = 0.95
-) -> Difference:
+def gained(name: EvaluationMetric, metric: RowMetric, own: Columns, their: Columns, *, seed: int) -> Difference:
     """What the model of the first columns gains over that of the second, on one metric."""
     return difference(
         metric.headline,
@@ -72,7 +68,6 @@ def gained(
         their,
         scores=(metric.row_scores(own), metric.row_scores(their)),
         lower_is_better=name.facts.lower_is_better,
-        confidence=confidence,
         seed=seed,
         best=name.facts.best,
     )

@@ -77,9 +77,9 @@ def paired_interval(
     columns: Columns,
     others: Columns,
     *,
-    confidence: float = 0.95,
-    seed: int = 0,
-    best: float | None = None,
+    confidence: float,
+    seed: int,
+    best: float | None,
 ) -> PairedInterval:
     """How far the difference of two models would move, had other rows of the same kind been drawn.
 

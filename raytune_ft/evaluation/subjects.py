@@ -61,10 +61,8 @@ def sample_of(means: Floats, *, share: bool) -> Sample:
     return Sample(count, mean, spread / (count - 1) / count)
 
 
-def quantile_interval(
-    values: Floats, subject: Ints, quantile: float, *, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """A quantile of requests' values with an interval that counts subjects, not requests.
+def quantile_interval(values: Floats, subject: Ints, quantile: float) -> tuple[float, float, float]:
+    """A quantile of requests' values with a 95% interval that counts subjects, not requests.
 
     Woodruff's interval (1952): the share of values up to the quantile is a ratio of sums over subjects, whose standard
     error (linearized, as Deng, Knoblich and Lu 2018 do) is read off as quantiles at both ends.
@@ -73,7 +71,6 @@ def quantile_interval(
         values: [requests], at least one.
         subject: [requests], the number of each request's subject.
         quantile: between 0 and 1.
-        confidence: of the interval.
 
     Returns:
         The quantile, and the ends of its interval.
@@ -89,6 +86,6 @@ def quantile_interval(
         return found, float(values.min()), float(values.max())
     residuals = below - counts * below.sum() / counts.sum()
     error = math.sqrt(subjects / (subjects - 1) * float((residuals**2).sum())) / counts.sum()
-    reach = float(norm.ppf((1 + confidence) / 2)) * error
+    reach = float(norm.ppf(0.975)) * error
     low, high = np.quantile(values, [max(quantile - reach, 0.0), min(quantile + reach, 1.0)])
     return found, float(low), float(high)

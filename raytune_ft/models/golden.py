@@ -54,7 +54,7 @@ class Golden(BaseModel):
     answers: list[GoldenAnswer] = Field(min_length=1)
 
 
-def golden_answers(loaded: LoadedModel, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = 32) -> Golden:
+def golden_answers(loaded: LoadedModel, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> Golden:
     """What `loaded` answers greedily to `prompts` (each ends with a user's turn).
 
     Raises:
@@ -66,7 +66,7 @@ def golden_answers(loaded: LoadedModel, prompts: Sequence[Sequence[Message]], *,
 
 
 def golden_continuations(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 32
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> list[GoldenAnswer]:
     """As `golden_answers`, to token ids."""
     texts = [str(loaded.tokenizer.decode(list(ids), skip_special_tokens=False)) for ids in prompts]

@@ -178,7 +178,7 @@ def computed_without_gradient(
     result_of: Callable[[PackedBatch], Result],
     batches: Iterable[PackedBatch],
     *,
-    may_split: bool = True,
+    may_split: bool,
 ) -> Iterator[tuple[PackedBatch, list[Result]]]:
     """Each batch with the results of its parts, as small as memory wants; in eval mode, and afterwards in train mode.
 
