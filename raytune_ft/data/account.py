@@ -11,6 +11,16 @@ from raytune_ft.core.errors import RunError
 from raytune_ft.core.grammar import number_of
 from raytune_ft.data.config import SPLITS
 
+_NOTES = {
+    "changed": "rows changed by",
+    "redacted": "placeholders put for",
+    "undecided": "rows not told by",
+    "remarks": "rows used though",
+    "unmade": "variants not made:",
+    "metadata": "rows whose columns are kept as metadata, and not trained on:",
+}
+"""Counts of what cleaning did, by name, with the words that they are told by."""
+
 
 @dataclass
 class Account:
@@ -52,14 +62,8 @@ class Account:
         written = 0
         for file in counts:
             written += file["rows"]
-            account.formats.update(file.get("formats", {}))
-            account.changed.update(file.get("changed", {}))
-            account.redacted.update(file.get("redacted", {}))
-            account.undecided.update(file.get("undecided", {}))
-            account.remarks.update(file.get("remarks", {}))
-            account.made.update(file.get("made", {}))
-            account.unmade.update(file.get("unmade", {}))
-            account.metadata.update(file.get("metadata", {}))
+            for name in ("formats", "made", *_NOTES):
+                getattr(account, name).update(file.get(name, {}))
             if file["folder"] == "rejected":
                 account.rejected.update(file["reasons"])
                 continue
@@ -96,22 +100,12 @@ class Account:
         )
 
     def _notes(self) -> dict[str, Counter[str]]:
-        return {
-            "changed": self.changed,
-            "redacted": self.redacted,
-            "undecided": self.undecided,
-            "remarks": self.remarks,
-            "unmade": self.unmade,
-            "metadata": self.metadata,
-        }
+        return {name: getattr(self, name) for name in _NOTES}
 
     def notes(self) -> list[str]:
         """What cleaning did, a line a kind, for people."""
-        words = {"changed": "rows changed by", "redacted": "placeholders put for", "undecided": "rows not told by"}
-        words |= {"remarks": "rows used though", "unmade": "variants not made:"}
-        words["metadata"] = "rows whose columns are kept as metadata, and not trained on:"
         return [
-            f"{words[name]} " + ", ".join(f"{item} {count}" for item, count in counter.most_common())
+            f"{_NOTES[name]} " + ", ".join(f"{item} {count}" for item, count in counter.most_common())
             for name, counter in self._notes().items()
             if counter
         ]

@@ -61,10 +61,7 @@ def with_remarks(table: pa.Table, remarks: Sequence[str | None]) -> pa.Table:
 
 def remarked(notes: str | None, remark: str | None) -> str | None:
     """The JSON in a row's `notes` with a remark added."""
-    if remark is None:
-        return notes
-    said = json.loads(notes or "{}")
-    return json.dumps({**said, "remarks": [*said.get("remarks", ()), remark]}, sort_keys=True)
+    return _added(notes, "remarks", remark)
 
 
 def renamed_to(notes: str | None, names: Sequence[str]) -> str | None:
@@ -82,10 +79,14 @@ def kept_aside(notes: str | None, columns: Sequence[str]) -> str | None:
 
 def changed_by(notes: str | None, step: str | None) -> str | None:
     """The JSON in a row's `notes` with a step that changed the row added."""
-    if step is None:
+    return _added(notes, "changed", step)
+
+
+def _added(notes: str | None, key: str, item: str | None) -> str | None:
+    if item is None:
         return notes
     said = json.loads(notes or "{}")
-    return json.dumps({**said, "changed": [*said.get("changed", ()), step]}, sort_keys=True)
+    return json.dumps({**said, key: [*said.get(key, ()), item]}, sort_keys=True)
 
 
 def prompt_hash(record: Record) -> str:
