@@ -167,9 +167,13 @@ def scalars(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lines(values: Mapping[str, Any], most: int = 1000) -> str:
-    """A line ``key=value`` for each of at most `most` values, with fractions cut to four digits."""
-    shown = [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
-    return "\n".join(_cut(shown, most))
+    """A line for each of at most `most` values, as `assigned`."""
+    return "\n".join(_cut(assigned(values), most))
+
+
+def assigned(values: Mapping[str, Any]) -> list[str]:
+    """``key=value`` of each value, with fractions cut to four digits."""
+    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()]
 
 
 def _cut(items: list[str], most: int) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raytune_ft.core.artifacts import Artifact
+from raytune_ft.core.ledger import assigned
 from raytune_ft.core.pages import image
 from raytune_ft.evaluation.report import page_template, page_values
 from raytune_ft.evaluation.results import EvaluationResult, read_result
@@ -96,6 +97,5 @@ def _figures(numbers: dict[str, Any]) -> str:
         elif isinstance(value, int | str | bool):
             words.append(f"{key} {value}")
         elif isinstance(value, dict) and value and all(isinstance(item, int | float | str) for item in value.values()):
-            pairs = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in value.items()]
-            words.append(f"{key} {', '.join(pairs)}")
+            words.append(f"{key} {', '.join(assigned(value))}")
     return " · ".join(words)
