@@ -82,7 +82,6 @@ def _characters(row: dict[str, Any]) -> int:
 def _collected(
     file: SourceFile, row: SourceRow, config: DataCollectionConfig, corrections: Mapping[str, Correction]
 ) -> dict[str, Any]:
-    place = {"file": file.number, "is_test": file.is_test}
     given = [standard for standard, name in config.columns.items() if row.values and name in row.values]
     try:
         if row.values is None:
@@ -97,11 +96,7 @@ def _collected(
             where = f"{Location(file.uri)}" + (f":{row.line}" if row.line else f": row {row.position + 1}")
             mend = "Mend the row, or set on_bad_row: reject to leave such rows out."
             raise DataError(f"{where}: {fault}. {mend}") from None
-        named = {"source": file.label, "position": row.position, "group": short_hash(f"{file.number}:{row.position}")}
-        words, raw = str(fault), row.raw
-        if config.redact:
-            words, raw = (redact_text(text, config.redact, Counter()) for text in (words, raw))
-        return {**named, **place, "reason": words, "raw": raw, "format": "no record", "notes": renamed_to(None, given)}
+        return {**_no_record(file, row, str(fault), config), "notes": renamed_to(None, given)}
     aside = only_metadata(values, record)
     doubtful = passed_over(aside, kind) if config.input_format is None else None
     record = with_system_prompt(record, config.system_prompt)
@@ -116,7 +111,24 @@ def _collected(
         shaped, done = correct(shaped, corrections)
         notes = changed_by(notes, done)
     row_of = {"group": prompt_hash(shaped), "format": f"{kind} ({why})", "notes": notes, "reason": reason}
-    return {**shaped.to_row(), **place, **row_of}
+    return {**shaped.to_row(), "file": file.number, "is_test": file.is_test, **row_of}
+
+
+def _no_record(file: SourceFile, row: SourceRow, reason: str, config: DataCollectionConfig) -> dict[str, Any]:
+    """A row that is rejected as it was read."""
+    raw = row.raw
+    if config.redact:
+        reason, raw = (redact_text(text, config.redact, Counter()) for text in (reason, raw))
+    return {
+        "source": file.label,
+        "position": row.position,
+        "group": short_hash(f"{file.number}:{row.position}"),
+        "file": file.number,
+        "is_test": file.is_test,
+        "reason": reason,
+        "raw": raw,
+        "format": "no record",
+    }
 
 
 def settle_rows(rows: pa.Table, config: DataCollectionConfig, model: str | None, policy: TokenPolicy) -> pa.Table:
