@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raytune_ft.core.errors import ModelError
 from raytune_ft.models.adapters import add_lora, add_virtual_tokens, go_on_from
-from raytune_ft.models.attention import SEGMENTS, use_attention
+from raytune_ft.models.attention import SEGMENTS, use_attention, without_adapter
 from raytune_ft.models.collate import PackedBatch
 from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.models.neighbours import why_alone
@@ -91,25 +91,34 @@ def make_trainee(config: FineTuningConfig, device: str) -> Trainee:
             )
         hold_zeros(model, zeros_of(model))
     if config.uses_adapter:
-        model.requires_grad_(False)
-        numbers = linear_numbers(model)
-        model = _with_new_adapter(model, config)
-        if alone is None and _drops(config):
-            drop_by_row(model, numbers)
-        if config.adapter_path is not None:
-            go_on_from(model, config.adapter_path)
-        if config.zero_stage < 3:
-            fuse_lora(model)
+        model = _with_adapter(model, config, by_row=alone is None)
     if config.gradient_checkpointing:
-        causal = model.get_base_model() if config.uses_adapter else model
-        if not causal.supports_gradient_checkpointing:
-            raise ModelError(
-                f"{config.model_path}: {type(causal).__name__} cannot compute its activations again; set "
-                "gradient_checkpointing: false"
-            )
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_gradients(without_adapter(model), config)
     use_attention(model, SEGMENTS)
     return Trainee(make_objective(model.train(), config, device), tokenizer)
+
+
+def _with_adapter(model: Any, config: FineTuningConfig, *, by_row: bool) -> Any:
+    """The frozen model with the adapter that is trained; `by_row`: its dropout is each row's own."""
+    model.requires_grad_(False)
+    numbers = linear_numbers(model)
+    model = _with_new_adapter(model, config)
+    if by_row and _drops(config):
+        drop_by_row(model, numbers)
+    if config.adapter_path is not None:
+        go_on_from(model, config.adapter_path)
+    if config.zero_stage < 3:
+        fuse_lora(model)
+    return model
+
+
+def _checkpoint_gradients(causal: Any, config: FineTuningConfig) -> None:
+    if not causal.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{config.model_path}: {type(causal).__name__} cannot compute its activations again; set "
+            "gradient_checkpointing: false"
+        )
+    causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _with_new_adapter(model: Any, config: FineTuningConfig) -> Any:
