@@ -295,29 +295,37 @@ def merge_adapter(reference: str, folder: Path) -> None:
                 "serve the adapter upon it, or name the base in full precision that it was made from in "
                 "base_model_name_or_path of adapter_config.json"
             )
-        zeros = _zeros_under(model) if is_pruned(resolved.base) else {}
-        probe = torch.arange(1, 9).unsqueeze(0) % model.config.get_text_config().vocab_size
-        with torch.no_grad():
-            before = model(probe).logits
-            model = model.merge_and_unload()
-            after = model(probe).logits
-        drift = float((before - after).abs().max() / before.abs().max())
-        if not drift < 1e-3:
-            raise ModelError(
-                f"{reference}: the merged model's logits differ from the adapter's by {drift:.1e} of their size, as "
-                "where a layer that it changes shares its weights with another (a head with the embeddings); serve the "
-                "adapter"
-            )
-        if zeros:
-            changed = zero_again(model, zeros)
-            with torch.no_grad():
-                drift = float((before - model(probe).logits).abs().max() / before.abs().max())
-            total = sum(int(where.sum()) for where in zeros.values())
-            logger.info(
-                "%s: the base is pruned: %d of its %d zeros, which the adapter had filled, are zero again; logits "
-                "differ by %.1e of their size",
-                reference, changed, total, drift,
-            )  # fmt: skip
+        model = _merged(model, reference, pruned=is_pruned(resolved.base))
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     carry_mark(resolved.base, folder)
+
+
+@torch.no_grad()
+def _merged(model: Any, reference: str, *, pruned: bool) -> Any:
+    """The model with its adapter merged in, which answers as before; zeros of a pruned base are zero again.
+
+    Raises:
+        ModelError: if it answers otherwise.
+    """
+    zeros = _zeros_under(model) if pruned else {}
+    probe = torch.arange(1, 9).unsqueeze(0) % model.config.get_text_config().vocab_size
+    before = model(probe).logits
+
+    def drift() -> float:
+        return float((before - model(probe).logits).abs().max() / before.abs().max())
+
+    model = model.merge_and_unload()
+    if not (apart := drift()) < 1e-3:
+        raise ModelError(
+            f"{reference}: the merged model's logits differ from the adapter's by {apart:.1e} of their size, as where "
+            "a layer that it changes shares its weights with another (a head with the embeddings); serve the adapter"
+        )
+    if zeros:
+        changed, total = zero_again(model, zeros), sum(int(where.sum()) for where in zeros.values())
+        logger.info(
+            "%s: the base is pruned: %d of its %d zeros, which the adapter had filled, are zero again; logits differ "
+            "by %.1e of their size",
+            reference, changed, total, drift(),
+        )  # fmt: skip
+    return model
