@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from raytune_ft.core.config import Config
 from raytune_ft.core.loopback import is_local
 from raytune_ft.models.config import Precision
-from raytune_ft.serving.config_ab import BASE, ABTestConfig
+from raytune_ft.serving.config_ab import BASE, ABTestConfig, MountedFolder
 
 ADAPTER_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
@@ -90,10 +90,10 @@ class ServingConfig(Config):
     golden_tolerance: float = Field(0.5, gt=0)
     """A model with ``golden.json`` is served only if the log-probabilities of its golden answers are this near to the
     trained model's, on average, in nats."""
-    feedback_path: str | None = Field(None, min_length=1)
+    feedback_path: MountedFolder | None = None
     """Folder for what ``POST /v1/feedback`` brings, as JSON lines that ``raytune-ft prepare`` reads; on a disk that
     the replicas' machines have mounted."""
-    request_log_path: str | None = Field(None, min_length=1)
+    request_log_path: MountedFolder | None = None
     """Folder for a log of prompts and answers as JSON lines. Without it prompts are written nowhere."""
     ab_test: ABTestConfig | None = None
     """Splits the requests for this model between itself and its adapters, and writes down who got which."""
@@ -124,13 +124,6 @@ class ServingConfig(Config):
             if not re.fullmatch(ADAPTER_NAME, name):
                 raise ValueError(f"{name!r} is no name for an adapter: letters, digits, '.', '_' and '-' are")
         return adapters
-
-    @field_validator("feedback_path", "request_log_path")
-    @classmethod
-    def _mounted(cls, path: str | None) -> str | None:
-        if path is not None and "://" in path:
-            raise ValueError("must be a folder on a mounted disk: object stores cannot append to a file")
-        return path
 
     @model_validator(mode="after")
     def _hashed(self) -> Self:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 
 from raytune_ft.core.config import Config
 
 BASE = "base"
 """The variant that is the served model without an adapter; ``NAME:base`` asks for it outside the test."""
+
+
+def _mounted(path: str) -> str:
+    if "://" in path:
+        raise ValueError("must be a folder on a mounted disk: object stores cannot append to a file")
+    return path
+
+
+MountedFolder = Annotated[str, Field(min_length=1), AfterValidator(_mounted)]
+"""A folder with files that lines are added to."""
 
 
 class ABTestConfig(Config):
@@ -29,7 +40,7 @@ class ABTestConfig(Config):
     `adapters`."""
     control: str = Field(BASE, min_length=1)
     """The variant that the others are compared with: what is served today."""
-    log_path: str = Field(min_length=1)
+    log_path: MountedFolder
     """Folder for a JSON line per request of the test: time, variant, hashed subject, status, times, tokens; neither
     prompts nor answers nor user ids. On a disk that the replicas' machines have mounted; `raytune-ft ab` reads it."""
     model: str | None = Field(None, min_length=1)
@@ -48,13 +59,6 @@ class ABTestConfig(Config):
         if not math.isclose(total := sum(variants.values()), 1, abs_tol=1e-6):
             raise ValueError(f"the shares must sum to 1; these sum to {total:g}")
         return variants
-
-    @field_validator("log_path")
-    @classmethod
-    def _mounted(cls, path: str) -> str:
-        if "://" in path:
-            raise ValueError("must be a folder on a mounted disk: object stores cannot append to a file")
-        return path
 
     @model_validator(mode="after")
     def _controlled(self) -> ABTestConfig:
