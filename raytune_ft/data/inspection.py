@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raytune_ft.core.artifacts import Artifact, open_artifact
 from raytune_ft.core.errors import DataError
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.pages import template
+from raytune_ft.core.row_files import rows_of
 from raytune_ft.data.prepared import PreparedDataset
 from raytune_ft.data.tokenize import chat_for, template_beside
 from raytune_ft.models.chat import Chat
@@ -79,8 +79,8 @@ def inspect_rows(dataset_path: str, *, rows: int, split: str = "train", model: s
     if split not in names:
         raise DataError(f"{dataset.location}: has no split {split!r}; it has {', '.join(names) or 'none'}")
     chat = _chat(dataset, model)
-    table = _first_rows(dataset, names[split], rows)
-    return [_inspected(chat, number, row) for number, row in enumerate(table.to_pylist(), start=1)]
+    found = _first_rows(dataset, names[split], rows)
+    return [_inspected(chat, number, row) for number, row in enumerate(found, start=1)]
 
 
 def _chat(dataset: Artifact, model: str | None) -> Chat:
@@ -103,20 +103,12 @@ def _chat(dataset: Artifact, model: str | None) -> Chat:
     return chat
 
 
-def _first_rows(dataset: Artifact, names: Sequence[str], rows: int) -> pa.Table:
-    batches: list[pa.RecordBatch] = []
-    wanted = rows
-    for name in names:
-        place = dataset / name
-        with place.filesystem.open_input_file(place.path) as stream:
-            file = pq.ParquetFile(stream)
-            columns = [field for field in file.schema_arrow.names if field.removeprefix("rejected_") in _COLUMNS]
-            for batch in file.iter_batches(min(rows, 256), columns=columns):
-                batches.append(batch.slice(0, wanted))
-                wanted -= len(batches[-1])
-                if wanted <= 0:
-                    return pa.Table.from_batches(batches)
-    return pa.Table.from_batches(batches)
+def _first_rows(dataset: Artifact, names: Sequence[str], rows: int) -> Iterator[dict[str, Any]]:
+    return islice((row for name in names for row, _ in rows_of(dataset / name, _shown)), rows)
+
+
+def _shown(schema: pa.Schema) -> list[str]:
+    return [name for name in schema.names if name.removeprefix("rejected_") in _COLUMNS]
 
 
 def _inspected(chat: Chat, number: int, row: dict[str, Any]) -> InspectedRow:

@@ -20,6 +20,7 @@ from raytune_ft.core.errors import RunError, first_line
 from raytune_ft.core.grammar import number_of
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.records import Record
+from raytune_ft.core.row_files import rows_of
 from raytune_ft.core.storage import Location
 from raytune_ft.data.config import DataCollectionConfig
 from raytune_ft.data.run import prepare
@@ -237,13 +238,10 @@ def _ask(url: str, config: ServingConfig, record: Record, key: str) -> dict[str,
 
 
 def _first_test_record(dataset: Artifact) -> Record:
-    import pyarrow.parquet as pq
-
     for name in sorted(dataset.manifest.files):
         if name.startswith("test/") and name.endswith(".parquet"):
-            place = dataset / name
-            rows = next(pq.ParquetFile(place.path, filesystem=place.filesystem).iter_batches(1)).to_pylist()
-            return Record.from_row(rows[0])
+            row, _ = next(rows_of(dataset / name))
+            return Record.from_row(row)
     raise RunError(f"{dataset.location}: has no test split to take a held-out request from; set prepare.test_split")
 
 
