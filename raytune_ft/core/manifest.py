@@ -13,7 +13,7 @@ from enum import StrEnum
 from importlib import metadata
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 MANIFEST = "manifest.json"
 CLAIM = "started.json"
@@ -33,37 +33,33 @@ class ArtifactKind(StrEnum):
     PIPELINE = "pipeline"
 
 
-class FileEntry(BaseModel):
+class FileEntry(BaseModel, frozen=True, extra="forbid"):
     """Size in bytes and sha256 of one file of an artifact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     size: int
     sha256: str
 
 
-class Parent(BaseModel):
+class Parent(BaseModel, frozen=True, extra="forbid"):
     """What an artifact was made from: its role here (``dataset``, ``model``), where it lay, and its digest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     role: str
     where: str
     digest: str
 
 
-class Failure(BaseModel):
+class Failure(BaseModel, frozen=True, extra="forbid"):
     """Why an attempt at an artifact stopped."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     at: str
     error: str
     message: str
     trace: str = ""
 
 
-class Claim(BaseModel):
+class Claim(BaseModel, frozen=True, extra="forbid"):
     """What a folder is going to hold, written before the work starts."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     schema_version: Literal[1] = 1
     kind: ArtifactKind
     identity: dict[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from raytune_ft.core.errors import ModelError, first_line
 from raytune_ft.core.records import Message
@@ -22,22 +22,20 @@ from raytune_ft.models.references import resolve_model
 GOLDEN = "golden.json"
 
 
-class GoldenTurn(BaseModel):
+class GoldenTurn(BaseModel, extra="forbid"):
     """A turn of a golden prompt."""
 
-    model_config = ConfigDict(extra="forbid")
     role: str
     content: str
 
 
-class GoldenAnswer(BaseModel):
+class GoldenAnswer(BaseModel, extra="forbid"):
     """A prompt, its tokens, and the greedy answer with each token's log-probability.
 
     The prompt is a conversation, or (`messages` empty) text whose tokens are known; `text` is empty where the tokens
     do not follow from it.
     """
 
-    model_config = ConfigDict(extra="forbid")
     messages: list[GoldenTurn] = []
     text: str = ""
     prompt_ids: list[int] = Field(min_length=1)
@@ -46,10 +44,9 @@ class GoldenAnswer(BaseModel):
     logprobs: list[float] = Field(min_length=1)
 
 
-class Golden(BaseModel):
+class Golden(BaseModel, extra="forbid"):
     """The file ``golden.json`` of a model's folder."""
 
-    model_config = ConfigDict(extra="forbid")
     schema_version: Literal[1] = 1
     answers: list[GoldenAnswer] = Field(min_length=1)
 

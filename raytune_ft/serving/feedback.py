@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from raytune_ft.core.grammar import number_of
 from raytune_ft.serving.faults import ApiError
@@ -29,10 +29,9 @@ _MIDDLE = 3
 """A rating from 1 to 5 that is neither good nor bad."""
 
 
-class Feedback(BaseModel):
+class Feedback(BaseModel, extra="forbid"):
     """The body of ``POST /v1/feedback``: what was asked, what came, and what is to be said of it."""
 
-    model_config = ConfigDict(extra="forbid")
     messages: list[ChatMessage] = Field(min_length=1)
     response: str | None = Field(None, max_length=_LONGEST)
     rating: Literal["up", "down"] | int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from raytune_ft.core.records import Message
 from raytune_ft.models.config import DecodingConfig
@@ -63,13 +63,12 @@ class TextPart(BaseModel):
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(BaseModel, extra="allow"):
     """One turn of the conversation in a request; ``developer`` is read as ``system``.
 
     An assistant's may have no content, as one that only calls tools has: its calls are refused by their own name.
     """
 
-    model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
 
@@ -113,10 +112,9 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
+class _Request(BaseModel, extra="allow"):
     """What both protocols share."""
 
-    model_config = ConfigDict(extra="allow")
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)

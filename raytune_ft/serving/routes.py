@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from raytune_ft.serving.config import ADAPTER_NAME
@@ -42,10 +42,9 @@ class _Stream(StreamingResponse):
             self._end()
 
 
-class AdapterName(BaseModel):
+class AdapterName(BaseModel, extra="forbid"):
     """The body of ``POST /admin/adapters``: a name, never a path."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(pattern=f"^{ADAPTER_NAME}$")
 
 
