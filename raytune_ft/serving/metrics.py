@@ -9,8 +9,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.metrics_core import Metric
 
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_LABELS = ("replica", "model", "adapter")
-_TEST_LABELS = ("replica", "test", "variant")
+_REPLICA = ("replica",)
+_LABELS = (*_REPLICA, "model", "adapter")
+_TEST_LABELS = (*_REPLICA, "test", "variant")
 Series = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 """Of each metric its name, help, type, and samples (name, labels, value): what replicas tell each other."""
 
@@ -27,25 +28,13 @@ class Metrics:
         self.cancelled = self._counter("cancelled", "Requests whose client went away.")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers.")
-        self.feedback = Counter(
-            "raytune_ft_feedback", "Feedback records written.", ("replica",), registry=self.registry
-        )
-        self.ab_requests = Counter(
-            "raytune_ft_ab_requests", "Requests of an A/B test, by variant and HTTP status.", (*_TEST_LABELS, "status"),
-            registry=self.registry,
-        )  # fmt: skip
-        self.ab_feedback = Counter(
-            "raytune_ft_ab_feedback", "Feedback on answers of an A/B test, by variant and verdict.",
-            (*_TEST_LABELS, "verdict"), registry=self.registry,
-        )  # fmt: skip
-        self.ab_lost = Counter(
-            "raytune_ft_ab_lost", "Lines of an A/B test's log that could not be written.", ("replica",),
-            registry=self.registry,
-        )  # fmt: skip
-        self.log_lost = Counter(
-            "raytune_ft_log_lost", "Lines of the request log that could not be written.", ("replica",),
-            registry=self.registry,
-        )  # fmt: skip
+        self.feedback = self._counter("feedback", "Feedback records written.", of=_REPLICA)
+        self.ab_requests = self._counter("ab_requests", "Requests of an A/B test, by variant and HTTP status.",
+                                         "status", of=_TEST_LABELS)  # fmt: skip
+        self.ab_feedback = self._counter("ab_feedback", "Feedback on answers of an A/B test, by variant and verdict.",
+                                         "verdict", of=_TEST_LABELS)  # fmt: skip
+        self.ab_lost = self._counter("ab_lost", "Lines of an A/B test's log that could not be written.", of=_REPLICA)
+        self.log_lost = self._counter("log_lost", "Lines of the request log that could not be written.", of=_REPLICA)
         self.ab_duration = self._histogram(
             "ab_request_duration_seconds", "From a test's request to the end of its answer.", _TEST_LABELS
         )
@@ -72,14 +61,14 @@ class Metrics:
             for metric in self.registry.collect()
         ]
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"raytune_ft_{name}", text, (*_LABELS, *labels), registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str, of: tuple[str, ...] = _LABELS) -> Counter:
+        return Counter(f"raytune_ft_{name}", text, (*of, *labels), registry=self.registry)
 
     def _histogram(self, name: str, text: str, labels: tuple[str, ...] = _LABELS) -> Histogram:
         return Histogram(f"raytune_ft_{name}", text, labels, buckets=_LATENCIES, registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"raytune_ft_{name}", text, ("replica",), registry=self.registry)
+        return Gauge(f"raytune_ft_{name}", text, _REPLICA, registry=self.registry)
 
 
 def exposition(replicas: Iterable[Series]) -> bytes:
