@@ -7,7 +7,6 @@ import logging
 import signal
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 from raytune_ft.core.cluster import Cluster, connect, named_address
@@ -121,9 +120,7 @@ class ModelServer:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.stop()
 
 
