@@ -23,7 +23,7 @@ from raytune_ft.models.chat import Chat
 from raytune_ft.models.config import Precision
 from raytune_ft.models.decoding import Decoder, Row
 from raytune_ft.models.loading import LoadedModel, load_model
-from raytune_ft.models.virtual import VirtualTokens
+from raytune_ft.models.scoring import context_tokens
 from raytune_ft.serving.adapters import Adapter, AdapterSet
 from raytune_ft.serving.rows import CheckedSampler, has_failed
 from raytune_ft.serving.tickets import Events, GenerationRequest, Progress, Ticket
@@ -96,9 +96,7 @@ class TransformersEngine:
     @property
     def context_tokens(self) -> int | None:
         """Most tokens of prompt and answer together; None where the model names no limit."""
-        limit = getattr(self.loaded.model.config, "max_position_embeddings", None)
-        virtual = VirtualTokens.of(self.loaded.model)
-        return int(limit) - (virtual.count if virtual else 0) if limit else None
+        return context_tokens(self.loaded.model)
 
     @property
     def alive(self) -> bool:
