@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from raytune_ft.core.errors import DataError
+from raytune_ft.core.grammar import meant
 from raytune_ft.data.config import STRATA, DataCollectionConfig
 from raytune_ft.data.shingles import Places, row_texts
 
@@ -134,15 +134,10 @@ def refuse_absent(seen: Iterable[str], config: DataCollectionConfig) -> None:
     for setting, field in named_fields(config).items():
         if field not in fields:
             there = f"there are, among others, {', '.join(sorted(names)[:_SHOWN])}" if names else "it has no fields"
-            raise DataError(f"{setting}: no row has {field!r} in its metadata ({there}){_meant(field, names)}")
+            raise DataError(f"{setting}: no row has {field!r} in its metadata ({there}){meant(field, names, 0.5)}")
     for standard, name in config.columns.items():
         if standard not in columns:
-            raise DataError(f"columns.{standard}: no row of the sources has a column {name!r}{_meant(name, names)}")
-
-
-def _meant(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
+            raise DataError(f"columns.{standard}: no row of the sources has a column {name!r}{meant(name, names, 0.5)}")
 
 
 def _hashed(values: list[str]) -> Places:

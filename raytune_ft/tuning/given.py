@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.grammar import meant
 from raytune_ft.tuning.space import GUIDE, Choice, LogUniform, QUniform, TimesRank, Uniform, with_guide
 
 _KINDS: dict[str, type[Config]] = {
@@ -50,8 +50,7 @@ def _domain(key: str, choice: Any) -> Any:
     if not isinstance(choice, dict):
         raise ValueError(f"space.{key}: {wanted}; got {choice!r}; did you mean [{choice}]?")
     if len(choice) != 1 or next(iter(choice)) not in _KINDS:
-        near = [found for name in choice for found in difflib.get_close_matches(str(name), _KINDS, n=1)]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = next(filter(None, (meant(str(name), _KINDS) for name in choice)), "")
         raise ValueError(f"space.{key}: {wanted}; got {choice!r}{hint}")
     [kind] = (_KINDS[name] for name in choice)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from raytune_ft.core.config import Config
 from raytune_ft.core.errors import ConfigError
+from raytune_ft.core.grammar import meant
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig
 from raytune_ft.training.without_effect import idle_beside
@@ -182,8 +182,7 @@ def check_space(space: dict[str, Domain], training: FineTuningConfig) -> None:
     kind = type(training)
     for key, choice in space.items():
         if key not in kind.model_fields:
-            near = difflib.get_close_matches(key, list(kind.model_fields), n=1)
-            raise ValueError(f"space.{key}: is no training setting" + (f"; did you mean {near[0]}?" if near else ""))
+            raise ValueError(f"space.{key}: is no training setting{meant(key, kind.model_fields)}")
         if key in _FIXED:
             raise ValueError(f"space.{key}: cannot be searched; all trials of a sweep share it")
         if key in _MADE_FOR_EACH and not isinstance(choice, list | Choice):
