@@ -100,9 +100,7 @@ class Trackers:
         refuse_missing(names)
         key = short_hash(run)
         if kept is not None:
-            begun = kept.exists()
-            # Checkpoints without the file are of a version that called the run by its name.
-            key = kept.read().decode() if begun else key if kept.parent.folders() else secrets.token_hex(8)
+            key = kept.read().decode() if kept.exists() else secrets.token_hex(8)
         makers: dict[Tracking, Callable[[], Tracker]] = {
             Tracking.TENSORBOARD: lambda: TensorBoard(folder),
             Tracking.MLFLOW: lambda: MLflow(run, settings, key),
