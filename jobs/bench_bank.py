@@ -147,7 +147,7 @@ def trial_settings(base: str, number: int, options: argparse.Namespace) -> Any:
         per_device_train_batch_size=rows_at_a_time(options.tokens),
         eval_strategy="no", save_strategy="no", lora_dropout=0.0, lora_target_modules="all-linear", lora_r=rank,
         lora_alpha=2 * rank, learning_rate=rates[number // len(ranks) % len(rates)], seed=number,
-        use_gpu=options.device == "cuda",
+        use_gpu=options.device == "cuda", precision=options.precision,
     )  # fmt: skip
 
 
@@ -228,10 +228,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="of a trial's step")
     parser.add_argument("--budget", type=int, help="most tokens at a time on a GPU; those of all trials by default")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16"], default="auto", help="of the bank; peers have their own"
+    )
     parser.add_argument("--peers", action="store_true", help="measure TRL's trainer on the same rows, too")
     parser.add_argument("--peer-steps", type=int, default=40)
     options = parser.parse_args()
     name = f"bench_bank_{options.base}_{options.tokens}_{options.device}"
+    if options.precision != "auto":
+        name += f"_{options.precision}"
     return measured(name, lambda: profile_bank(options), allow_busy=options.allow_busy)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -28,8 +29,8 @@ def left_out(model: Any, target_modules: list[str] | str) -> list[str]:
     """
     linear = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
     beside = [name for name in _beside_the_text(model, list(linear)) if _fits(name, target_modules)]
-    routers = [name for name, layer in linear.items() if _routes(model, name, layer)]
-    routers = [name for name in routers if name not in beside] if target_modules == ALL_LINEAR else []
+    routers = _routers(model, linear) if target_modules == ALL_LINEAR else []
+    routers = [name for name in routers if name not in beside]
     if beside:
         _say(
             f"{number_of(len(beside), 'linear layer')} outside the text decoder {agreeing(len(beside), 'gets', 'get')} "
@@ -50,9 +51,13 @@ def refuse_routers(model: Any, target_modules: list[str]) -> None:
     Raises:
         ModelError: naming one that does.
     """
-    for name, layer in model.named_modules():
-        if not (isinstance(layer, nn.Linear) and _fits(name, target_modules) and _routes(model, name, layer)):
-            continue
+    named = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and _fits(name, target_modules)
+    }
+    for name in _routers(model, named):
+        layer = named[name]
         if type(layer).forward is not nn.Linear.forward:
             raise ModelError(
                 f"lora_target_modules: {name} ({type(layer).__name__}) returns more than a product, so that an adapter "
@@ -103,12 +108,17 @@ def _beside_the_text(model: Any, names: list[str]) -> list[str]:
     return [name for name in names if id(model.get_submodule(name)) not in inside]
 
 
-def _routes(model: Any, name: str, layer: Any) -> bool:
-    """Whether a linear layer scores experts: by its place beside them, and by its outputs or its name."""
+def _routers(model: Any, layers: Mapping[str, Any]) -> list[str]:
+    """The names of those linear layers that score experts."""
     counts = _expert_counts(model)
+    return [name for name, layer in layers.items() if _routes(model, name, layer, counts)] if counts else []
+
+
+def _routes(model: Any, name: str, layer: Any, counts: set[int]) -> bool:
+    """Whether a layer scores experts, of which there are `counts`: by its place beside them, by its outputs or name."""
     above, _, own = name.rpartition(".")
     further, _, block = above.rpartition(".")
-    if not counts or not above:
+    if not above:
         return False
     if "router" in {own, block}:
         return True

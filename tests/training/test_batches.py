@@ -57,7 +57,8 @@ def test_rows_packed_at_once_are_those_packed_one_by_one(splits: dict[str, list[
     whole, single = data.packed(numbers), pack([data[number] for number in numbers])
     assert whole.rows == 4
     assert whole.places is single.places is None
-    for part in (part for part in fields(whole) if part.name != "places"):
+    assert whole.longest == single.longest == max(len(data[number].input_ids) for number in numbers)
+    for part in (part for part in fields(whole) if part.name not in {"places", "longest"}):
         one, other = getattr(whole, part.name), getattr(single, part.name)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
