@@ -393,7 +393,7 @@ def killed_and_resumed(
     """A sweep whose driver, with all its processes, is killed once its rungs are so, and run again.
 
     With `lost` the checkpoints that Ray Tune's state names are gone by then: it had deleted them since it wrote that.
-    With `behind` the kill comes between two writes of that state: its callbacks' part is the first that there was.
+    With `behind` the kill comes between two writes of that state: its callbacks' part is the one before.
     """
     (folder / "config.json").write_text(config.model_dump_json())
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -405,10 +405,11 @@ def killed_and_resumed(
     parts: dict[Path, bytes] = {}
 
     def is_time() -> bool:
-        for part in rungs.parent.glob("callback-states-*.pkl"):
-            parts.setdefault(part, part.read_bytes())
-        written_again = any(part.read_bytes() != earlier for part, earlier in parts.items())
-        return rungs.exists() and when(json.loads(rungs.read_text())) and (written_again or not behind)
+        found = {part: part.read_bytes() for part in rungs.parent.glob("callback-states-*.pkl")}
+        if not (rungs.exists() and when(json.loads(rungs.read_text())) and (parts or not behind)):
+            parts.update(found)
+            return False
+        return not behind or found != parts
 
     while time.monotonic() < end and not is_time():
         time.sleep(0.02)
