@@ -79,7 +79,6 @@ class AdapterBank:
         self._criterion = criterion or Examples()
         self._passes = Passes(base, self._slots, self._seat, self._criterion)
         self._trials: dict[str, Trial] = {}
-        self._paused: dict[str, Checkpoint] = {}
         self._lock = threading.RLock()
         base.model.train()
 
@@ -125,23 +124,7 @@ class AdapterBank:
         with self._lock:
             self._found(name)
             del self._trials[name]
-            if self._paused.pop(name, None) is None:
-                self._slots.evict(name)
-
-    def pause(self, name: str) -> None:
-        """Moves a trial's tensors to the CPU; it makes no steps until it is resumed."""
-        with self._lock:
-            if name not in self._paused:
-                self._paused[name] = self.snapshot(name)
-                self._slots.evict(name)
-
-    def resume(self, name: str) -> None:
-        """Lets a paused trial go on where it was."""
-        with self._lock:
-            self._found(name)
-            if name in self._paused:
-                self._seat_trial(self._trials[name], self._paused[name])
-                del self._paused[name]
+            self._slots.evict(name)
 
     def snapshot(self, name: str, *, on_device: bool = False) -> Checkpoint:
         """All that a trial needs to go on, on the CPU; `checkpoint.write` puts it on disk.
@@ -150,7 +133,7 @@ class AdapterBank:
         """
         with self._lock:
             trial = self._found(name)
-            return self._paused.get(name) or snapshot_of(trial, self._slots.read(name, on_device=on_device))
+            return snapshot_of(trial, self._slots.read(name, on_device=on_device))
 
     def save(self, name: str, folder: Path) -> None:
         """Writes a trial's adapter as a PEFT folder with the tokenizer: of its best evaluation, if there was one."""
@@ -165,9 +148,9 @@ class AdapterBank:
         self._template.save(config, best or snapshot.weights, self._base.tokenizer, folder)
 
     def running(self) -> list[str]:
-        """The trials that have steps left to make and are not paused."""
+        """The trials that have steps left to make."""
         with self._lock:
-            return [name for name in self._trials if self._steps(name)]
+            return [name for name, trial in self._trials.items() if trial.status is Status.RUNNING]
 
     def step(self, *, hold: Collection[str] = ()) -> list[Progress]:
         """One optimizer step of the trials that are next in line, and their evaluation where it is due.
@@ -221,14 +204,11 @@ class AdapterBank:
         """Mean loss of these trials over the items of the validation rows.
 
         Raises:
-            ConfigError: if there are no validation rows, or a trial is paused.
+            ConfigError: if there are no validation rows, or there is no such trial.
         """
         with self._lock:
             if self._validation is None or not len(self._validation):
                 raise ConfigError("the bank has no validation rows to evaluate on")
-            paused = [name for name in names if name in self._paused]
-            if paused:
-                raise ConfigError(f"trials {', '.join(paused)}: are paused; resume them first")
             found = self._evaluate([self._found(name) for name in names], self._validation)
             return {name: metrics["eval_loss"] for name, metrics in found.items()}
 
@@ -236,9 +216,6 @@ class AdapterBank:
         if name not in self._trials:
             raise ConfigError(f"trial {name}: is not in the bank (it holds {', '.join(self._trials) or 'none'})")
         return self._trials[name]
-
-    def _steps(self, name: str) -> bool:
-        return self._trials[name].status is Status.RUNNING and name not in self._paused
 
     def _seat_trial(self, trial: Trial, snapshot: Checkpoint | None) -> None:
         targets, initial = self._template.initial(trial.config)

@@ -70,7 +70,7 @@ def test_a_snapshot_on_the_device_is_the_same_and_does_not_change_with_the_next_
     assert any(key.startswith("best.") for key in found.moments)
 
 
-def test_a_paused_trial_makes_no_step_and_goes_on_where_it_was(make_bank: MakeBank, trial: Settings) -> None:
+def test_a_trial_that_leaves_and_comes_back_goes_on_where_it_was(make_bank: MakeBank, trial: Settings) -> None:
     alone = make_bank()
     alone.admit("t", trial())
     losses = losses_of(alone)["t"]
@@ -78,10 +78,11 @@ def test_a_paused_trial_makes_no_step_and_goes_on_where_it_was(make_bank: MakeBa
     bank.admit("t", trial())
     bank.admit("other", trial(seed=5))
     bank.step()
-    bank.pause("t")
+    taken = bank.snapshot("t")
+    bank.evict("t")
     assert [progress.name for progress in bank.step()] == ["other"]
     assert bank.running() == ["other"]
-    bank.resume("t")
+    bank.admit("t", trial(), taken)
     assert losses_of(bank)["t"] == pytest.approx(losses, abs=1e-5)
 
 

@@ -200,11 +200,13 @@ def test_neighbours_that_enter_stop_and_are_replaced_change_nothing(
     bank.evict("first")
     bank.step()
     bank.admit("second", trial(max_steps=3, lora_r=32, seed=8))
-    bank.admit("third", trial(max_steps=14, lora_target_modules=["o_proj"], seed=9))
+    third = trial(max_steps=14, lora_target_modules=["o_proj"], seed=9)
+    bank.admit("third", third)
     bank.step()
-    bank.pause("third")
+    taken = bank.snapshot("third")
+    bank.evict("third")
     bank.step()
-    bank.resume("third")
+    bank.admit("third", third, taken)
     assert difference(losses_of(bank)["kept"], alone) <= 1e-5
 
 
