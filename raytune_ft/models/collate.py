@@ -149,4 +149,4 @@ def group_by_budget(lengths: Sequence[int], token_budget: int, *, padded: bool =
 
 
 def _longest_first(lengths: Sequence[int]) -> Iterable[int]:
-    return sorted(range(len(lengths)), key=lambda number: (-lengths[number], number))
+    return sorted(range(len(lengths)), key=lambda number: -lengths[number])

@@ -304,9 +304,10 @@ class BankHost:
 
     def _steps(self, held: set[str]) -> list[Progress]:
         """One step; where memory runs out, fewer trials step together, and one that cannot even alone is given up."""
+        failed = list[Progress]()
         while True:
             try:
-                return self._bank.step(hold=held)
+                return [*failed, *self._bank.step(hold=held)]
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -315,7 +316,7 @@ class BankHost:
             release_memory()
             too_large = None if waited else self._bank.make_room(hold=held)
             if too_large is not None:
-                return [self._bank.fail(too_large, f"out of memory: {reason}")]
+                failed.append(self._bank.fail(too_large, f"out of memory: {reason}"))
 
     def _wait_for_writers(self) -> bool:
         """Waits for snapshots that are being written, which hold memory of the device; whether there were any."""

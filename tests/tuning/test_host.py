@@ -321,3 +321,19 @@ def test_a_snapshot_that_the_disk_does_not_take_is_told_to_every_caller(
         host.report("a", 0)
     with pytest.raises(OSError, match="No space left on device"):
         host.report("b", 10)
+
+
+def test_trials_whose_last_evaluation_memory_does_not_hold_are_given_up_one_by_one(
+    host: BankHost, settings: dict
+) -> None:
+    class NoRoom:
+        def measure_each(self, *given: object, **how: object) -> list[dict[str, float]]:
+            torch.empty(1 << 60)
+            return []
+
+    host._bank._answers = NoRoom()
+    for name in "ab":
+        host.admit(name, {**settings, "max_steps": 1})
+    ends = [host.report(name, 0) for name in "ab"]
+    assert [(end["step"], end["status"]) for end in ends if end is not None] == [(1, "infeasible")] * 2
+    assert all(end["reason"].startswith("out of memory: ") for end in ends)

@@ -26,7 +26,7 @@ from raytune_ft.training.bank.slot import SlotSettings, SlotState
 from raytune_ft.training.bank.snapshot import slot_state, snapshot_of
 from raytune_ft.training.bank.stacked import StackedSlots
 from raytune_ft.training.bank.template import AdapterTemplate
-from raytune_ft.training.bank.trial import Progress, Status, Trial
+from raytune_ft.training.bank.trial import Progress, Status, Trial, longest_of
 from raytune_ft.training.bank.turns import next_group
 from raytune_ft.training.batches import Rows
 from raytune_ft.training.checkpoint import Checkpoint
@@ -79,6 +79,7 @@ class AdapterBank:
         self._criterion = criterion or Examples()
         self._passes = Passes(base, self._slots, self._seat, self._criterion)
         self._trials: dict[str, Trial] = {}
+        self._untold: list[str] = []  # those that have stepped, until their evaluation is made and told
         self._lock = threading.RLock()
         base.model.train()
 
@@ -125,6 +126,7 @@ class AdapterBank:
             self._found(name)
             del self._trials[name]
             self._slots.evict(name)
+            self._untold = [other for other in self._untold if other != name]
 
     def snapshot(self, name: str, *, on_device: bool = False) -> Checkpoint:
         """All that a trial needs to go on, on the CPU; `checkpoint.write` puts it on disk.
@@ -155,6 +157,8 @@ class AdapterBank:
     def step(self, *, hold: Collection[str] = ()) -> list[Progress]:
         """One optimizer step of the trials that are next in line, and their evaluation where it is due.
 
+        Where memory runs out in the evaluation, the steps are made all the same: the next call makes the rest of it.
+
         Args:
             hold: trials that make no step now.
 
@@ -162,34 +166,28 @@ class AdapterBank:
             A report of each that stepped; nothing if no trial is running.
         """
         with self._lock:
-            owing = [trial for trial in self._trials.values() if trial.owes_evaluation]
-            if owing:  # memory ran out in the midst of their evaluation
-                self._evaluate_due(owing)
-                return [trial.progress() for trial in owing]
-            running = {name: self._trials[name] for name in self.running() if name not in hold}
-            line = {name: trial.tokens for name, trial in running.items()}
-            group = self._passes.evened({name: line[name] for name in next_group(line, self._budget)})
-            if not group:
-                return []
-            self._step_group([running[name] for name in self._slots.order(group)])
-            for name in group:  # to the end of the line
-                self._trials[name] = self._trials.pop(name)
-            self._evaluate_due([running[name] for name in group if running[name].owes_evaluation])
-            return [running[name].progress() for name in group]
+            if not self._untold:
+                self._untold = self._owing() or self._step_next(hold)
+            trials = [self._trials[name] for name in self._untold]
+            self._evaluate_due([trial for trial in trials if trial.owes_evaluation])
+            self._untold = []
+            return [trial.progress() for trial in trials]
 
     def make_room(self, *, hold: Collection[str] = ()) -> str | None:
-        """After memory ran out: the next step takes half the tokens at most.
+        """After memory ran out: the next step, or what is left of an evaluation, takes half the tokens at most.
 
         Returns:
-            The next trial in line, if it needs less than that by itself already: then no smaller step will help it.
+            The trial whose turn it was, if it needs less than that by itself already: then no smaller one will help it.
         """
         with self._lock:
-            first = next((name for name in self.running() if name not in hold), None)
-            if first is None:
+            owing = self._owing()
+            line = owing or [name for name in self.running() if name not in hold]
+            if not line:
                 return None
-            longest = self._trials[first].longest(self._criterion.rows_together)
+            rows = self._validation if owing and self._validation else self._trials[line[0]].upcoming().rows
+            longest = longest_of(rows, self._criterion.rows_together)
             if self._budget <= longest:
-                return first
+                return line[0]
             self._budget = max(longest, self._budget // 2)
             return None
 
@@ -198,6 +196,7 @@ class AdapterBank:
         with self._lock:
             trial = self._found(name)
             trial.fail(reason)
+            self._untold = [other for other in self._untold if other != name]
             return trial.progress()
 
     def evaluate(self, names: Sequence[str]) -> dict[str, float]:
@@ -225,6 +224,21 @@ class AdapterBank:
             trial.recall(snapshot)
         self._seat.wrap(targets)
         self._slots.admit(trial.name, SlotSettings.of(trial.config, targets), state)
+
+    def _owing(self) -> list[str]:
+        """The trials that wait for an evaluation after their last step."""
+        return [name for name, trial in self._trials.items() if trial.owes_evaluation]
+
+    def _step_next(self, hold: Collection[str]) -> list[str]:
+        """Makes a step of those next in line, and gives their names."""
+        running = {name: self._trials[name] for name in self.running() if name not in hold}
+        line = {name: trial.tokens for name, trial in running.items()}
+        group = self._passes.evened({name: line[name] for name in next_group(line, self._budget)})
+        if group:
+            self._step_group([running[name] for name in self._slots.order(group)])
+        for name in group:  # to the end of the line
+            self._trials[name] = self._trials.pop(name)
+        return group
 
     def _step_group(self, trials: list[Trial]) -> None:
         coming = [trial.upcoming() for trial in trials]

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from raytune_ft.training.bank.packed_linear import PackedLinear
-
 MOST_LANES = 16
 """More threads than this mostly wait for Python's lock."""
 
@@ -61,8 +59,7 @@ def may_share_cores(model: Any) -> bool:
     rope = getattr(model.config, "rope_parameters", None) or {}
     if str(rope.get("rope_type", "default")) in {"dynamic", "longrope"}:
         return False
-    layers = (module.base if isinstance(module, PackedLinear) else module for module in model.modules())
-    return not any(hasattr(layer, "state") and hasattr(layer.state, "threshold") for layer in layers)
+    return not any(hasattr(layer, "state") and hasattr(layer.state, "threshold") for layer in model.modules())
 
 
 class Lanes:

@@ -94,11 +94,6 @@ class Trial:
         """Tokens of the next step."""
         return sum(len(row.input_ids) for row in self.upcoming().rows)
 
-    def longest(self, together: int) -> int:
-        """Tokens of the longest rows of the next step that so many neighbours belong to."""
-        lengths = [len(row.input_ids) for row in self.upcoming().rows]
-        return max(sum(lengths[start : start + together]) for start in range(0, len(lengths), together))
-
     def rate(self) -> float:
         """Learning rate of the next step."""
         return learning_rate_at(
@@ -178,4 +173,9 @@ class Trial:
             self.status, self.reason = Status.RUNNING, ""
         elif self.status is Status.RUNNING and self.step >= self.timetable.total:
             self.finish(f"goes on from step {self.step}, and its last is {self.timetable.total}")
-        self._order = self._upcoming = self._ahead = None
+
+
+def longest_of(rows: Rows, together: int) -> int:
+    """Tokens of the longest of these rows, of which so many neighbours belong together."""
+    lengths = [len(rows[number].input_ids) for number in range(len(rows))]
+    return max(sum(lengths[start : start + together]) for start in range(0, len(lengths), together))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,13 +13,14 @@ from safetensors.torch import load_file
 
 from raytune_ft.core.errors import ConfigError, ModelError
 from raytune_ft.core.storage import Location
+from raytune_ft.models.adapter_slots import AdapterSlots
 from raytune_ft.models.chat import Encoded
 from raytune_ft.training import checkpoint
 from raytune_ft.training.bank.bank import AdapterBank
 from raytune_ft.training.bank.base import frozen_base, load_frozen_base
 from raytune_ft.training.bank.refusal import why_not_packed
 from raytune_ft.training.bank.snapshot import on_cpu
-from raytune_ft.training.bank.trial import Status
+from raytune_ft.training.bank.trial import Progress, Status
 from raytune_ft.training.bank.turns import next_group, row_chunks
 from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.loop import Decision
@@ -117,6 +119,7 @@ def test_a_copy_of_a_donor_starts_from_its_state_with_settings_of_its_own(make_b
     assert progress["clone"].step == 4
     with pytest.raises(ModelError, match="its snapshot is of another shape"):
         bank.admit("wider", trial(lora_r=16), taken)
+    assert sorted(bank.names()) == sorted(progress.name for progress in bank.step()) == ["clone", "donor"]
 
 
 def test_a_trial_that_went_on_from_others_knows_what_they_trained_with(
@@ -305,6 +308,10 @@ def test_a_trial_that_goes_on_from_beyond_its_last_step_is_over(
     assert bank.running() == ["donor"]
     told = bank.trial("shorter").progress()
     assert "eval_loss" in told.metrics and told.reason == "goes on from step 6, and its last is 4"
+    bank.step()  # the donor, to where nothing was evaluated
+    bank.admit("ends there", trial(max_steps=7, eval_strategy="steps", eval_steps=2), on_cpu(bank.snapshot("donor")))
+    [told] = bank.step()
+    assert (told.name, told.step) == ("ends there", 7) and "eval_loss" in told.metrics
 
 
 WORSENS = {"eval_strategy": "steps", "eval_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant"}
@@ -409,3 +416,128 @@ def test_trials_that_are_not_evaluated_in_one_pass_are_measured_as_each_alone(
     solo.admit("g", trial(max_steps=2, seed=6, learning_rate=1e-2, warmup_steps=0))
     losses_of(solo)
     assert solo.evaluate(["g"])["g"] == pytest.approx(found[1]["g"], abs=1e-5)
+
+
+class Cramped:
+    """A check of answers that memory holds for so many tokens at a time."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.asked = room, list[int]()
+
+    def measure_each(self, adapters: AdapterSlots, slots: range, *, token_budget: int) -> list[dict[str, float]]:
+        self.asked.append(token_budget)
+        if token_budget > self.room:
+            torch.empty(1 << 60)
+        return [{} for _ in slots]
+
+
+def stepped(bank: AdapterBank) -> list[Progress]:
+    """One step, made again with less at a time where memory runs out; or who is given up."""
+    for _ in range(20):
+        with contextlib.suppress(RuntimeError):
+            return bank.step()
+        too_large = bank.make_room()
+        if too_large is not None:
+            return [bank.fail(too_large, "out of memory")]
+    raise AssertionError("nothing gets smaller, and nobody is given up")
+
+
+def test_where_memory_runs_out_in_an_evaluation_no_step_is_made_again_and_everyone_tells(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    cramped, long_rows = Cramped(30), [Encoded([5] * 60, [True] * 60)] * 6  # than which less is needed at a time
+    bank = make_bank(validation_rows, train=long_rows, answers=cramped, token_budget=400)
+    for name, every in (("often", 1), ("seldom", 2), ("never", 9)):
+        bank.admit(name, trial(eval_strategy="steps", eval_steps=every))
+    told = {progress.name: progress for progress in stepped(bank)}
+    assert cramped.asked == [400, 200, 100, 50, 25]
+    assert {name: (one.step, "eval_loss" in one.metrics) for name, one in told.items()} == {
+        "often": (1, True),
+        "seldom": (1, False),
+        "never": (1, False),
+    }
+    assert {one.name: one.step for _ in told for one in bank.step()} == dict.fromkeys(told, 2)  # one at a time now
+
+
+def test_a_trial_whose_evaluation_memory_does_not_hold_is_given_up_itself(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows, answers=Cramped(0), token_budget=400)
+    bank.admit("neighbour", trial(eval_strategy="steps", eval_steps=8))
+    bank.admit("large", trial(eval_strategy="steps", eval_steps=8, max_steps=2))
+    assert [progress.step for progress in stepped(bank)] == [1, 1]
+    [failed] = stepped(bank)
+    assert (failed.name, failed.step, failed.status, failed.reason) == ("large", 2, Status.INFEASIBLE, "out of memory")
+    assert [(progress.name, progress.step) for progress in stepped(bank)] == [("neighbour", 2)]
+    bank.evict("neighbour")
+    bank.admit("large alone", trial(eval_strategy="steps", eval_steps=8, max_steps=1))
+    [failed] = stepped(bank)
+    assert (failed.name, failed.status) == ("large alone", Status.INFEASIBLE)
+    assert stepped(bank) == []
+
+
+def test_whoever_leaves_in_the_midst_of_an_evaluation_is_not_told_of(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows, answers=Cramped(200), token_budget=400)
+    for name in ("stays", "leaves"):
+        bank.admit(name, trial(eval_strategy="steps", eval_steps=1))
+    with pytest.raises(RuntimeError, match="allocate"):
+        bank.step()
+    bank.evict("leaves")
+    bank.admit("leaves", trial())  # another one of that name
+    assert bank.make_room() is None
+    [told] = bank.step()
+    assert (told.name, told.step) == ("stays", 1) and "eval_loss" in told.metrics
+
+
+def test_copies_of_one_state_share_nothing_of_what_happens_later(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    often = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    bank = make_bank(validation_rows)
+    bank.admit("donor", trial(**often))
+    for _ in range(2):
+        bank.step()
+    taken = bank.snapshot("donor")
+    for name, rate in (("slow", 1e-4), ("fast", 1e-2)):
+        bank.admit(name, trial(**often, learning_rate=rate), taken)
+    bank.step()
+    for name in bank.names():
+        assert [row["step"] for row in bank.trial(name).history] == [1, 2, 3], name
+    assert [row["step"] for row in taken.progress["history"]] == [1, 2]
+    assert [len(bank.trial(name).earlier) for name in ("donor", "slow", "fast")] == [0, 1, 1]
+
+
+def test_what_a_bank_cannot_train_or_measure_is_told(make_bank: MakeBank, trial: Settings) -> None:
+    bank = make_bank()
+    with pytest.raises(ConfigError, match="trial t: adapter_path: trials of a bank start from fresh adapters"):
+        bank.admit("t", trial(adapter_path="an adapter"))
+    with pytest.raises(ConfigError, match="trial t: there are no training rows"):
+        make_bank(train=[]).admit("t", trial())
+    bank.admit("t", trial())
+    for without in (bank, make_bank([])):
+        with pytest.raises(ConfigError, match="the bank has no validation rows to evaluate on"):
+            without.evaluate(["t"])
+
+
+def test_a_step_without_any_target_moves_nothing_and_is_no_divergence(make_bank: MakeBank, trial: Settings) -> None:
+    rows = [Encoded([5, 6, 7], [False] * 3), Encoded([8, 9], [True, False])]
+    bank = make_bank(train=rows)
+    bank.admit("t", trial(max_steps=3, weight_decay=0.0))
+    before = bank.snapshot("t")
+    assert losses_of(bank) == {"t": [0.0] * 3}
+    assert bank.trial("t").reason == "all steps made"
+    assert all(torch.equal(tensor, before.weights[name]) for name, tensor in bank.snapshot("t").weights.items())
+
+
+@pytest.mark.parametrize(("every", "reason"), [(1, "the validation loss of step 1 is"), (2, "the loss of step 2 is")])
+def test_a_trial_that_diverged_ends_and_is_evaluated_no_more(
+    every: int, reason: str, make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows)
+    bank.admit("wild", trial(eval_strategy="steps", eval_steps=every, learning_rate=1e30, warmup_steps=0))
+    told = [progress for _ in range(3) for progress in bank.step()]
+    assert len(told) == every and told[-1].status is Status.INFEASIBLE
+    assert told[-1].reason.startswith(reason)
+    assert ("eval_loss" in told[-1].metrics) == (every == 1)

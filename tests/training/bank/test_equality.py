@@ -258,13 +258,13 @@ def test_an_idle_slot_keeps_every_bit(make_bank: MakeBank, trial: Settings, arit
     assert all(torch.equal(tensor, after.moments[name]) for name, tensor in before.moments.items())
 
 
-def test_quantized_bases_give_the_losses_of_a_bank_of_one(tiny_model, trial: Settings, rows) -> None:
+def test_quantized_bases_give_the_losses_of_a_bank_of_one(trial: Settings, rows, arithmetic: str) -> None:
     from raytune_ft.training.bank.bank import AdapterBank
     from raytune_ft.training.bank.base import load_frozen_base
 
     for bits in (4, 8):
         configs = {n: trial(method="qlora", bits=bits, max_steps=4, seed=n, lora_r=4 * n) for n in (1, 2, 3)}
-        bank = AdapterBank(load_frozen_base(configs[1], "cpu"), rows)
+        bank = AdapterBank(load_frozen_base(configs[1], "cpu"), rows, arithmetic=arithmetic)
         for number, config in configs.items():
             bank.admit(str(number), config)
         packed = losses_of(bank)
@@ -300,3 +300,34 @@ def test_in_low_precision_packing_moves_losses_no_more_than_the_order_of_a_batch
     drift = max(difference(alone[name], permuted[name]) for name in configs)
     assert drift > 0
     assert max(difference(packed[name], alone[name]) for name in configs) <= 2 * drift
+
+
+def test_trials_that_drop_features_and_such_as_do_not_share_a_pass(
+    make_bank: MakeBank, trial: Settings, arithmetic: str
+) -> None:
+    configs = {name: trial(max_steps=5, lora_dropout=rate) for name, rate in (("all", 0.0), ("half", 0.5))}
+    bank = make_bank(arithmetic=arithmetic)
+    for name, config in configs.items():
+        bank.admit(name, config)
+    packed = losses_of(bank)
+    for name, config in configs.items():
+        solo = make_bank(arithmetic="ragged")
+        solo.admit(name, config)
+        assert difference(packed[name], losses_of(solo)[name]) <= 1e-5, name
+    assert difference(packed["all"], packed["half"]) > 1e-4
+
+
+def test_the_gradients_norm_is_that_of_the_trial_also_where_others_wait(
+    make_bank: MakeBank, trial: Settings, arithmetic: str
+) -> None:
+    configs = {name: trial(max_steps=3, **changes) for name, changes in MIXED.items()}
+    bank = make_bank(arithmetic=arithmetic, token_budget=1)  # one at a time
+    for name, config in configs.items():
+        bank.admit(name, config)
+    losses_of(bank)
+    for name, config in configs.items():
+        solo = make_bank(arithmetic="ragged")
+        solo.admit(name, config)
+        losses_of(solo)
+        alone, found = ([row["grad_norm"] for row in one.trial(name).history] for one in (solo, bank))
+        assert found == pytest.approx(alone, rel=1e-4), name

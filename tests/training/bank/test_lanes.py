@@ -23,6 +23,7 @@ def test_a_step_is_made_by_as_many_trials_as_keep_all_lanes_busy() -> None:
     assert evened(dict.fromkeys("abcd", 7), 2) == list("abcd")
     assert evened({"a": 9, "b": 1}, 2) == ["a", "b"]
     assert evened({"a": 4, "b": 4, "c": 8, "d": 9}, 2) == ["a", "b", "c"]
+    assert evened({"a": 5, "b": 5, "c": 90, "d": 5, "e": 5}, 2) == list("abcde")  # half of them at least
     assert evened({"a": 5}, 4) == ["a"]
     assert evened({}, 2) == []
 
@@ -45,8 +46,13 @@ def test_lanes_run_side_by_side_and_tell_the_first_failure_when_all_have_ended()
 
 def test_threads_of_the_process_are_shared_by_the_lanes() -> None:
     seen: list[int] = []
-    Lanes(4).run([lambda: seen.append(torch.get_num_threads())] * 2)
-    assert seen == [2, 2]
+    threads = torch.get_num_threads()
+    try:
+        for jobs in (2, 1):  # a single one has them all
+            Lanes(4).run([lambda: seen.append(torch.get_num_threads())] * jobs)
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [2, 2, 4]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -75,7 +81,8 @@ def test_bases_whose_layers_keep_a_state_between_calls_are_computed_by_one_threa
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert may_share_cores(model)
-    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert not may_share_cores(model)
+    for kind in ("dynamic", "longrope"):
+        model.config.rope_parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+        assert not may_share_cores(model)
     assert not may_share_cores(load_frozen_base(trial(method="qlora", bits=8), "cpu").model)
     assert may_share_cores(load_frozen_base(trial(method="qlora", bits=4), "cpu").model)
