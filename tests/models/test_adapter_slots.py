@@ -65,6 +65,7 @@ def test_each_row_is_computed_with_its_own_adapter(tiny_model: Path, tmp_path: P
         ({"use_dora": True}, "DoRA cannot be mixed with other adapters; serve it alone"),
         ({"modules_to_save": ["lm_head"]}, r"lm_head.*is no factor of a linear layer"),
         ({"r": 9}, "rank 9 is above the limit of 8; raise max_lora_rank"),
+        ({"rank_pattern": {"q_proj": 9}}, "rank 9 is above the limit of 8; raise max_lora_rank"),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(tiny_model: Path, tmp_path: Path, settings: dict[str, Any], message: str):
@@ -80,3 +81,23 @@ def test_an_adapter_of_another_architecture_is_refused(tiny_model: Path, tmp_pat
     model.model.layers = model.model.layers[:1]
     with pytest.raises(ModelError, match=r"has no layer model\.layers\.1.*belongs to another base"):
         AdapterSlots(model, slots=1, max_rank=8).load(1, folder)
+
+
+def test_an_adapter_for_layers_of_another_size_is_refused(tiny_model: Path, tmp_path: Path):
+    folder = saved(tiny_model, tmp_path / "one", 1)
+    model = load_model(str(tiny_model), device="cpu").model
+    model.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 64)
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj is 32 x 64 in the served .* 64 x 64 in the ad"):
+        AdapterSlots(model, slots=1).load(1, folder)
+
+
+def test_a_slot_that_is_filled_again_has_nothing_of_what_was_there(tiny_model: Path, tmp_path: Path):
+    large = saved(tiny_model, tmp_path / "large", 1, r=8)
+    small = saved(tiny_model, tmp_path / "small", 2, r=2, target_modules=["q_proj"])
+    model = load_model(str(tiny_model), device="cpu").model
+    slots = AdapterSlots(model, slots=1, max_rank=8)
+    with torch.no_grad(), slots.rows([1, 1, 1]):
+        for folder in (large, small):
+            slots.load(1, folder)
+            found, alone = model(IDS).logits, load_model(str(folder), device="cpu").model(IDS).logits
+            torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from raytune_ft.core.errors import ModelError
-from raytune_ft.models.attention import SEGMENTS, attention, segment_attention, use_attention
+from raytune_ft.models.attention import OWN, SEGMENTS, attention, segment_attention, takes_segments, use_attention
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import pack
 from raytune_ft.models.loading import load_model
@@ -124,3 +124,40 @@ def test_a_window_that_is_left_in_the_settings_of_a_model_without_one_counts_for
         starts = torch.tensor([0, 19], dtype=torch.int32)
         segments = model(ids, cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=19, max_length_k=19).logits
     assert torch.allclose(plain, segments, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_is_asked_how_it_computes_is_left_as_it_was(training: bool) -> None:
+    """Attention dropout, of which segments know nothing, is no reason against them: nothing is dropped meanwhile."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=2, attention_dropout=0.5))
+    model.train(training)
+    before = model.config._attn_implementation
+    assert takes_segments(model)
+    assert all(module.training is training for module in model.modules())
+    assert model.config._attn_implementation == before
+
+
+def test_a_model_that_memory_does_not_hold_when_it_is_asked_is_asked_again(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(tiny_model)).model
+    layer = model.model.layers[0].mlp
+    with monkeypatch.context() as short:
+        short.setattr(layer, "forward", lambda x: torch.empty(1 << 60))
+        with pytest.raises(RuntimeError, match="allocate"):
+            takes_segments(model)
+    assert takes_segments(model)
+
+
+def test_a_model_that_knows_no_fused_attention_computes_in_plain_steps(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(str(tiny_model)).model
+    use_attention(model, OWN)
+    assert model.config._attn_implementation == "sdpa"
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+    use_attention(model, OWN)
+    assert model.config._attn_implementation == "eager"

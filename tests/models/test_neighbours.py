@@ -17,6 +17,7 @@ from transformers import (
     Phi3Config,
     PhimoeConfig,
     PreTrainedConfig,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -72,6 +73,14 @@ def phimoe(vocabulary: int) -> PreTrainedConfig:
     return PhimoeConfig(vocab_size=vocabulary, sliding_window=8, **shape)
 
 
+def qwen2_moe(vocabulary: int) -> PreTrainedConfig:
+    """Windows in the first and the third layer."""
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    shape = {**HEADS, **SPECIAL, **LAYERS, **experts, **window}
+    return Qwen2MoeConfig(vocab_size=vocabulary, shared_expert_intermediate_size=16, **shape)
+
+
 def made(make: Any, tokenizer: Path, folder: Path) -> LoadedModel:
     tokens = AutoTokenizer.from_pretrained(tokenizer)
     config = make(len(tokens))
@@ -112,7 +121,7 @@ def plain_answers(loaded: LoadedModel, prompts: Sequence[Sequence[int]]) -> list
     return answers
 
 
-@pytest.mark.parametrize("make", [lfm2, granite, qwen3_next, longrope, phimoe])
+@pytest.mark.parametrize("make", [lfm2, granite, qwen3_next, longrope, phimoe, qwen2_moe])
 def test_rows_score_together_as_transformers_scores_each_alone(make: Any, tiny_model: Path, tmp_path: Path) -> None:
     loaded = made(make, tiny_model, tmp_path)
     rows = some_rows(20, 5, 40, 33)

@@ -16,6 +16,8 @@ from raytune_ft.models.collate import pack
 from raytune_ft.models.loading import load_model
 
 ROWS = [Encoded(list(range(10, 10 + n)), [False] * (n // 2) + [True] * (n - n // 2)) for n in (4, 9, 30, 17)]
+SCALES = {"logit_scale": 0.5, "lm_head_multiplier": 0.5, "logits_scaling": 2.0, "logits_mup_width_multiplier": 2.0}
+"""What logits are multiplied by where a model has a half in a setting."""
 
 
 def test_scores_come_in_row_order_and_equal_each_row_alone(tiny_model: Path) -> None:
@@ -45,12 +47,12 @@ def test_chunks_change_neither_losses_nor_gradients(tiny_model: Path, monkeypatc
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("key", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
+@pytest.mark.parametrize("key", [*SCALES, "final_logit_softcapping", "logits_soft_cap"])
 def test_a_multiplied_head_with_a_bias_is_refused_and_others_are_taken(key: str, tiny_model: Path) -> None:
     loaded = load_model(str(tiny_model))
     setattr(loaded.model.config, key, 0.5)
     parts = scoring.CausalParts.of(loaded.model)
-    assert parts.scale == {"logit_scale": 0.5, "logits_scaling": 2.0}.get(key, 1.0)
+    assert parts.scale == SCALES.get(key, 1.0)
     head = loaded.model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.zeros(head.out_features))
     if parts.scale == 1.0:
@@ -62,7 +64,8 @@ def test_a_multiplied_head_with_a_bias_is_refused_and_others_are_taken(key: str,
 
 def test_a_row_without_supervised_tokens_scores_nothing(tiny_model: Path) -> None:
     loaded = load_model(str(tiny_model))
-    assert scoring.sequence_scores(loaded, [Encoded([5, 6], [False, False])]) == [scoring.Score(0.0, 0)]
+    rows = [Encoded([5] * tokens, [False] * tokens) for tokens in (2, 600)]  # the latter is beyond the context
+    assert scoring.sequence_scores(loaded, rows) == [scoring.Score(0.0, 0, windows=1)] * 2
 
 
 def test_windows_score_every_token_once_with_half_a_context_before_it() -> None:
@@ -110,3 +113,26 @@ def test_the_context_of_a_model_with_pictures_is_that_of_its_text() -> None:
 
     config = Gemma3Config(text_config={"max_position_embeddings": 64})
     assert scoring.context_tokens(SimpleNamespace(config=config)) == 64
+
+
+def test_virtual_tokens_take_a_part_of_the_context(tiny_model: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    loaded = load_model(str(tiny_model))
+    assert scoring.context_tokens(loaded.model) == 512
+    tuned = get_peft_model(loaded.model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=12))
+    assert scoring.context_tokens(tuned) == 500
+
+
+def test_a_special_token_beyond_the_model_counts_where_it_is_written(tiny_model: Path) -> None:
+    loaded = load_model(str(tiny_model))
+    loaded.tokenizer.add_special_tokens({"additional_special_tokens": ["<picture>"]})
+    scoring.check_vocabulary(loaded)
+    plain = loaded.tokenizer.chat_template
+    loaded.tokenizer.chat_template = plain + "<picture>"
+    with pytest.raises(ModelError, match="do not belong together"):
+        scoring.check_vocabulary(loaded)
+    loaded.tokenizer.chat_template = plain
+    loaded.tokenizer.eos_token = "<picture>"
+    with pytest.raises(ModelError, match="do not belong together"):
+        scoring.check_vocabulary(loaded)

@@ -97,3 +97,12 @@ def test_a_layer_that_mixes_rows_is_found_by_trying() -> None:
     model.model.layers[0].self_attn.o_proj = layer
     assert why_not_packed(model) is None
     assert rows_interact(model)
+
+
+def test_dropout_of_a_head_that_no_text_passes_is_no_reason_and_that_of_a_layer_is() -> None:
+    none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, **none))
+    assert model.config.summary_first_dropout > 0
+    assert why_not_packed(model) is None
+    model.transformer.drop.p = 0.1  # its settings know nothing of it
+    assert "has dropout of its own (transformer.drop: 0.1)" in (why_not_packed(model) or "")
