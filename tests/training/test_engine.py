@@ -18,7 +18,7 @@ from raytune_ft.models.loading import load_tokenizer
 from raytune_ft.training.bank.base import load_frozen_base
 from raytune_ft.training.batches import TokenRows, step_rows
 from raytune_ft.training.config import FineTuningConfig
-from raytune_ft.training.engine import make_trainee, optimizer_for
+from raytune_ft.training.engine import make_trainee, optimizer_for, seed_step
 from raytune_ft.training.session import Seat, train_in_process
 
 Settings = Callable[..., FineTuningConfig]
@@ -45,7 +45,9 @@ def reference(config: FineTuningConfig, splits: dict[str, list[str]], cache: Pat
         base, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules="all-linear")
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon
+    )
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=1, num_training_steps=6)
     data = TokenRows(splits["train"], str(cache))
     losses = []
@@ -58,7 +60,7 @@ def reference(config: FineTuningConfig, splits: dict[str, list[str]], cache: Pat
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits[kept[:, 1:]], ids[:, 1:][kept[:, 1:]])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -69,6 +71,14 @@ def reference(config: FineTuningConfig, splits: dict[str, list[str]], cache: Pat
 def test_losses_equal_plain_peft_on_padded_batches(settings: Settings, splits, tmp_path: Path) -> None:
     config = settings()
     assert history(config, splits) == pytest.approx(reference(config, splits, tmp_path / "cache"), abs=1e-5)
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_settings(settings: Settings, splits, tmp_path: Path) -> None:
+    """With a large epsilon, since AdamW by itself hardly depends on a gradient's size."""
+    config = settings(max_grad_norm=0.05, adam_epsilon=1e-2)
+    clipped = history(config, splits)
+    assert clipped == pytest.approx(reference(config, splits, tmp_path / "cache"), abs=1e-5)
+    assert abs(clipped[-1] - history(config.with_overrides(max_grad_norm=0.1), splits)[-1]) > 1e-3
 
 
 def test_accumulation_gives_the_losses_of_the_whole_batch(settings: Settings, splits) -> None:
@@ -212,3 +222,26 @@ def test_the_optimizer_steps_as_the_settings_say_and_lets_vectors_not_decay(sett
             optimizer.step()
     for name in shapes:
         torch.testing.assert_close(mine[name], alone[name])
+
+
+def test_what_is_drawn_from_torchs_stream_is_decided_by_seed_step_and_rank() -> None:
+    def drawn(seed: int, step: int, rank: int) -> float:
+        seed_step(seed, step, rank)
+        return float(torch.rand(()))
+
+    assert drawn(3, 7, 1) == drawn(3, 7, 1)
+    assert len({drawn(seed, step, rank) for seed in (0, 1) for step in (1, 2) for rank in (0, 1)}) == 8
+
+
+def test_rows_that_stand_in_where_a_part_of_a_step_has_none_are_no_tokens(settings: Settings, splits) -> None:
+    """The last of three steps has two rows, in eight parts."""
+
+    def tokens(**changes: int) -> list[float]:
+        found: list[float] = []
+        config = settings(**changes, num_train_epochs=1)
+        train_in_process(config, splits, Seat(), output=None, report=lambda step, told: found.append(told["tokens"]))
+        return found
+
+    whole = tokens(per_device_train_batch_size=8)
+    assert tokens(per_device_train_batch_size=1, gradient_accumulation_steps=8) == whole
+    assert len(whole) == 3

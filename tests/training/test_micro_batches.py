@@ -42,6 +42,8 @@ def test_parts_are_what_packing_their_rows_gives() -> None:
         for name in ("input_ids", "position_ids", "cu_seq_lens", "predictors", "targets", "row_of_target"):
             assert torch.equal(getattr(part, name), getattr(alone, name)), name
     assert [part.rows for part in divided([pack(ROWS)], 8)] == [1, 1, 1]
+    placed = divided([pack(ROWS).placed([4, 0, 7])], 2)  # places in the step, which dropout depends on
+    assert [part.places.tolist() for part in placed if part.places is not None] == [[4], [0, 7]]
 
 
 class Roomy:
