@@ -337,3 +337,34 @@ def test_trials_whose_last_evaluation_memory_does_not_hold_are_given_up_one_by_o
     ends = [host.report(name, 0) for name in "ab"]
     assert [(end["step"], end["status"]) for end in ends if end is not None] == [(1, "infeasible")] * 2
     assert all(end["reason"].startswith("out of memory: ") for end in ends)
+
+
+def test_callers_go_before_the_next_step(host: BankHost, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that end only when somebody waits to enter."""
+    order, times = list[str](), 12
+    step, admit = host._bank.step, host._bank.admit
+
+    def until_somebody_waits(**how: object) -> object:
+        order.append("step")
+        while order.count("admit") < times and not host._entering:
+            time.sleep(0.001)
+        return step(**how)
+
+    def admitted(*given: object) -> None:
+        order.append("admit")
+        admit(*given)
+
+    monkeypatch.setattr(host._bank, "step", until_somebody_waits)
+    monkeypatch.setattr(host._bank, "admit", admitted)
+    for number in range(times):
+        host.admit(str(number), settings)
+        while number + 1 < times and order[-1] != "step":
+            assert host._broken is None
+            time.sleep(0.001)
+    assert order[: 2 * times - 1] == ["admit", "step"] * (times - 1) + ["admit"]
+
+
+def test_every_report_says_where_its_trial_ends(host: BankHost, settings: dict) -> None:
+    host.admit("t", {**settings, "max_steps": 5})
+    reports = [host.report("t", number) for number in range(3)]
+    assert [(told["step"], told["metrics"]["last_step"]) for told in reports if told] == [(2, 5.0), (4, 5.0), (5, 5.0)]

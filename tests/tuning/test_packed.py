@@ -25,9 +25,14 @@ import pytest
 from ray.tune.experiment import Trial as RayTrial
 
 from raytune_ft.core.storage import Location
+from raytune_ft.training.checkpoint import StoredCheckpoint
 from raytune_ft.training.config import FineTuningConfig
+from raytune_ft.training.goal import LOSS
 from raytune_ft.tuning.config import SweepConfig
-from raytune_ft.tuning.packed import BankHostActor, Proxy
+from raytune_ft.tuning.host import BankHost
+from raytune_ft.tuning.own import Own
+from raytune_ft.tuning.packed import BankHostActor, Banks, Proxy
+from raytune_ft.tuning.packs import name_of
 from raytune_ft.tuning.result import SweepResult
 from raytune_ft.tuning.run import HyperparameterSweep
 from raytune_ft.tuning.schedulers.population import LockstepPopulation
@@ -108,6 +113,59 @@ def test_a_fault_of_a_bank_is_no_bank_that_was_started_anew(monkeypatch: pytest.
     with pytest.raises(KeyError, match="a fault"):
         proxy._next_in_bank({"lora_r": 4})
     assert len(entered) == 3
+
+
+@pytest.fixture
+def proxy_of(
+    settings: dict, splits: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, dict], Proxy]:
+    """Trials of one bank, all in this process: what Ray would pass on is called at once."""
+    shared = FineTuningConfig(**settings).model_dump(mode="json")
+    host = BankHost(shared, splits, str(tmp_path / "snapshots"), device="cpu", threads=1)
+    assert host.fault() is None
+    calls = {name: SimpleNamespace(remote=getattr(host, name)) for name in ("load", "admit", "evict", "report")}
+    banks = Banks((), {name_of((), {}): (SimpleNamespace(**calls),)})
+    monkeypatch.setattr("raytune_ft.tuning.packed.ray.get", lambda told: told)
+    monkeypatch.setattr("raytune_ft.tuning.packed.ray.wait", lambda asked, **how: (asked, []))
+
+    def make(name: str, space: dict) -> Proxy:
+        proxy = Proxy.__new__(Proxy)
+        proxy._trial_info = SimpleNamespace(trial_id=name)
+        proxy.setup(space, shared, banks, Own({1024: splits}, str(tmp_path), "cpu", 1.0, 1), LOSS)
+        return proxy
+
+    return make
+
+
+def test_a_process_that_becomes_another_trial_begins_anew(proxy_of: Callable[[str, dict], Proxy]) -> None:
+    proxy = proxy_of("a", {"seed": 1})
+    [bank] = proxy._banks.of({})
+    first, second = proxy.step(), proxy.step()
+    proxy._trial_info = SimpleNamespace(trial_id="b")  # as Ray Tune does
+    proxy.reset_config({"seed": 2})
+    other = proxy.step()
+    assert bank.load.remote() == 1
+    proxy.cleanup()
+    assert bank.load.remote() == 0
+    assert [told["global_step"] for told in (first, second, other)] == [2, 4, 2]
+    assert other["tokens"] < second["tokens"] and other["eval_loss"] != first["eval_loss"]
+    assert proxy_of("c", {"seed": 2}).step()["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-6)
+
+
+def test_a_trial_that_takes_over_anothers_state_goes_on_from_there_with_its_own_settings(
+    proxy_of: Callable[[str, dict], Proxy], tmp_path: Path
+) -> None:
+    common = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    donor, taker = proxy_of("donor", common), proxy_of("taker", {**common, "learning_rate": 1e-2, "seed": 3})
+    told = [donor.step() for _ in range(2)]
+    taker.step()
+    donor.save_checkpoint(str(tmp_path / "checkpoint"))
+    taker.load_checkpoint(str(tmp_path / "checkpoint"))
+    after = taker.step()
+    assert (after["global_step"], after["learning_rate"]) == (6, 1e-2)
+    kept = StoredCheckpoint(Location.at(after["snapshot"])).progress
+    assert [row["eval_loss"] for row in kept["history"] if "eval_loss" in row][:2] == [t["eval_loss"] for t in told]
+    assert [part["until"] for part in kept["earlier"]] == [4]
 
 
 @pytest.mark.ray
