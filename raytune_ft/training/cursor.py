@@ -23,7 +23,7 @@ class Cursor:
         """The place after a step, as a checkpoint keeps it: `epoch` from 0, and rows of it that were seen."""
         per_epoch = -(-self.rows // self.global_batch_size)
         epoch, place = divmod(step, per_epoch)
-        return {**asdict(self), "epoch": epoch, "row": min(self.rows, place * self.global_batch_size)}
+        return {**asdict(self), "epoch": epoch, "row": place * self.global_batch_size}
 
     def refuse_other(self, there: Mapping[str, Any], what: str, config: FineTuningConfig) -> None:
         """Refuses to go on in another order.
