@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
 
 from raytune_ft.core.storage import Location
-from raytune_ft.training import checkpoint
+from raytune_ft.training import checkpoint, writer
 from raytune_ft.training.folder import CHECKPOINTS, HISTORY
 from raytune_ft.training.loop import Decision
 from raytune_ft.training.session import Seat, train_in_process
@@ -97,3 +98,18 @@ def test_a_checkpoint_of_another_format_is_passed_over_by_its_name(tmp_path: Pat
     found = checkpoint.newest(folder)
     assert found is not None and found.step == 1
     assert "step-00000002: damaged (its format is 1, and 2 is read), passed over" in caplog.text
+
+
+def test_a_checkpoint_that_is_written_late_has_no_step_after_its_own(
+    settings, splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = writer.write_progress
+
+    def late(*given):
+        time.sleep(0.3)  # the next step is made meanwhile
+        return write(*given)
+
+    monkeypatch.setattr(writer, "write_progress", late)
+    train_in_process(settings(save_strategy="steps", save_steps=2), splits, Seat(), output=Location.at(tmp_path))
+    kept = [checkpoint.opened(checkpoint.folder_of(Location.at(tmp_path) / CHECKPOINTS, step)) for step in (4, 6)]
+    assert [[row["step"] for row in one.progress["history"]] for one in kept] == [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6]]

@@ -173,3 +173,54 @@ def test_the_settings_that_avoid_running_out_of_memory_have_the_same_global_batc
     assert "per_device_train_batch_size=1 gradient_accumulation_steps=3" in finding.remedy
     (finding,) = diagnose(rows, config(per_device_train_batch_size=6, gradient_accumulation_steps=2, num_workers=3))
     assert "per_device_train_batch_size=3 gradient_accumulation_steps=4" in finding.remedy
+
+
+def instability(losses: list[float], norms: dict[int, float] | None = None) -> list[int]:
+    return [step for kind, step in found(curve(losses, norms=norms)) if kind == "instability"]
+
+
+@pytest.mark.parametrize(("loss", "is_found"), [(1.99, False), (2.01, True)])
+def test_a_spike_is_twice_the_median(loss: float, is_found: bool) -> None:
+    assert instability([1.0] * 16 + [loss]) == ([17] if is_found else [])
+
+
+@pytest.mark.parametrize(("loss", "is_found"), [(2.7, False), (2.85, True)])
+def test_a_spike_is_six_deviations_above_the_median(loss: float, is_found: bool) -> None:
+    """Median 1, median deviation 0.2: six deviations are 6 x 1.4826 x 0.2 = 1.78."""
+    assert instability([0.8, 1.2] * 8 + [loss]) == ([17] if is_found else [])
+
+
+@pytest.mark.parametrize(("norm", "is_found"), [(4.9, False), (5.1, True)])
+def test_an_explosion_is_ten_times_the_median_norm(norm: float, is_found: bool) -> None:
+    assert instability([1.0] * 17, norms={17: norm}) == ([17] if is_found else [])
+
+
+def test_a_step_is_held_against_eight_steps_at_least_and_sixteen_at_most() -> None:
+    assert instability([1.0] * 7 + [9.0]) == []
+    assert instability([1.0] * 8 + [9.0]) == [9]
+    assert instability([10.0] * 20 + [1.0] * 7 + [2.5]) == []  # most of the last 16 were higher
+    assert instability([10.0] * 20 + [1.0] * 9 + [2.5]) == [30]
+
+
+def test_an_episode_is_over_after_sixteen_steps() -> None:
+    assert instability([1.0] * 10 + [5.0] + [1.0] * 15 + [5.0]) == [11]
+    assert instability([1.0] * 10 + [5.0] + [1.0] * 16 + [5.0]) == [11, 28]
+
+
+@pytest.mark.parametrize(
+    ("values", "is_found"),
+    [((1.0, 1.005, 1.009), False), ((1.0, 1.005, 1.011), True), ((1.0, 0.99, 1.02), False), ((1.0, 1.03, 1.02), False)],
+)
+def test_overfitting_is_a_rise_of_a_hundredth_in_two_evaluations(
+    values: tuple[float, float, float], is_found: bool
+) -> None:
+    rows = curve(falling(24), dict(zip((8, 16, 24), values, strict=True)))
+    assert found(rows) == ([("overfitting", 24)] if is_found else [])
+
+
+@pytest.mark.parametrize(("share", "steps", "is_found"), [(0.89, 8, False), (0.91, 7, False), (0.91, 8, True)])
+def test_rewards_tell_nothing_where_nine_of_ten_prompts_have_equal_ones_in_eight_steps(
+    share: float, steps: int, is_found: bool
+) -> None:
+    rows = [{**row, "equal_rewards_share": share, "reward": 0.25} for row in curve(falling(steps))]
+    assert found(rows) == ([("underfitting", 8)] if is_found else [])
