@@ -263,7 +263,8 @@ def test_quantized_bases_give_the_losses_of_a_bank_of_one(trial: Settings, rows,
     from raytune_ft.training.bank.base import load_frozen_base
 
     for bits in (4, 8):
-        configs = {n: trial(method="qlora", bits=bits, max_steps=4, seed=n, lora_r=4 * n) for n in (1, 2, 3)}
+        common = {"method": "qlora", "bits": bits, "max_steps": 4, "learning_rate": 2e-2, "warmup_steps": 0}
+        configs = {n: trial(**common, seed=n, lora_r=4 * n) for n in (1, 2, 3)}
         bank = AdapterBank(load_frozen_base(configs[1], "cpu"), rows, arithmetic=arithmetic)
         for number, config in configs.items():
             bank.admit(str(number), config)
