@@ -27,19 +27,9 @@ from raytune_ft.core.config import masked
 from raytune_ft.core.digest import short_hash
 from raytune_ft.core.errors import ArtifactError, DataError, StorageError
 from raytune_ft.core.grammar import more
-from raytune_ft.core.refusals import not_stored, storage_errors, storage_reason, system_number
+from raytune_ft.core.refusals import storage_errors, storage_reason, system_number
 from raytune_ft.core.s3 import Proxied, open_s3
 from raytune_ft.core.web import open_web
-
-__all__ = [
-    "Location",
-    "cache_folder",
-    "is_hidden",
-    "not_stored",
-    "refuse_broken_links",
-    "source_digest",
-    "whole_file",
-]
 
 _CHUNK = 1 << 22
 _WEB = ("http://", "https://")

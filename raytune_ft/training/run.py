@@ -34,7 +34,8 @@ from raytune_ft.core.errors import (
 )
 from raytune_ft.core.manifest import ArtifactKind
 from raytune_ft.core.placement import Demand, ResourcePlan
-from raytune_ft.core.storage import Location, not_stored
+from raytune_ft.core.refusals import not_stored
+from raytune_ft.core.storage import Location
 from raytune_ft.training.config import DistillationConfig, FineTuningConfig
 from raytune_ft.training.folder import CHECKPOINTS, read_history, read_report, read_summary
 from raytune_ft.training.guide import departures_from_guide

@@ -16,7 +16,8 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
 
-from raytune_ft.core.storage import Location, not_stored, whole_file
+from raytune_ft.core.refusals import not_stored
+from raytune_ft.core.storage import Location, whole_file
 
 _LOGS = ("ray.tune.execution.tune_controller", "ray.tune.execution.experiment_state")
 _UNASKED = "RAY_IGNORE_UNHANDLED_ERRORS"
