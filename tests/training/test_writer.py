@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
@@ -23,6 +21,8 @@ from raytune_ft.training.peers import ALONE, Peers
 from raytune_ft.training.session import Seat, train_in_process
 from raytune_ft.training.slices import Slice
 from raytune_ft.training.writer import CheckpointWriter, Save, delete_old
+
+from ..processes import no_larger_than  # noqa: TID252 - tests are no installed package
 
 WHOLE = torch.arange(12.0)
 
@@ -125,16 +125,6 @@ def test_no_manifest_before_every_rank_of_this_attempt_is_done(tmp_path: Path) -
     assert torch.equal(found.read("weights.a", 0, 12), WHOLE + 2)
 
 
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_save_that_storage_refuses_is_said_and_the_run_goes_on(
     settings, splits, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,7 +133,7 @@ def test_a_save_that_storage_refuses_is_said_and_the_run_goes_on(
     train_in_process(unbroken, splits, Seat(), output=Location.at(tmp_path / "a"))
     weights = tmp_path / "a/adapter_model.safetensors"
     # A checkpoint has weights, two moments and the best weights; the adapter alone, and all other files, are smaller.
-    with caplog.at_level(logging.WARNING, logger="raytune_ft"), files_no_larger_than(2 * weights.stat().st_size):
+    with caplog.at_level(logging.WARNING, logger="raytune_ft"), no_larger_than(2 * weights.stat().st_size):
         train_in_process(settings(**common, save_steps=2), splits, Seat(), output=Location.at(tmp_path / "b"))
     for step in (2, 4, 6):
         assert f"checkpoint of step {step} could not be written ([Errno 27] File too large" in caplog.text

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,9 +97,8 @@ def test_losses_on_a_base_that_bends_its_scores_and_logits_equal_plain_peft(
             assert difference(packed[name], reference_losses(config, rows, 15)) <= 1e-5, (arithmetic, name)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_packed_equals_a_bank_of_one(make_bank: MakeBank, trial: Settings, dropout: float, arithmetic: str) -> None:
-    configs = {name: trial(max_steps=12, lora_dropout=dropout, **changes) for name, changes in MIXED.items()}
+def losses_like_alone(make_bank: MakeBank, configs: dict[str, Any], arithmetic: str) -> dict[str, list[float]]:
+    """The losses of trials in one bank, which are those that each has in a bank of its own."""
     bank = make_bank(arithmetic=arithmetic)
     for name, config in configs.items():
         bank.admit(name, config)
@@ -107,6 +107,13 @@ def test_packed_equals_a_bank_of_one(make_bank: MakeBank, trial: Settings, dropo
         solo = make_bank(arithmetic="ragged")
         solo.admit(name, config)
         assert difference(packed[name], losses_of(solo)[name]) <= 1e-5, name
+    return packed
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_packed_equals_a_bank_of_one(make_bank: MakeBank, trial: Settings, dropout: float, arithmetic: str) -> None:
+    configs = {name: trial(max_steps=12, lora_dropout=dropout, **changes) for name, changes in MIXED.items()}
+    losses_like_alone(make_bank, configs, arithmetic)
 
 
 def test_slots_in_several_blocks_compute_the_same(
@@ -307,14 +314,7 @@ def test_trials_that_drop_features_and_such_as_do_not_share_a_pass(
     make_bank: MakeBank, trial: Settings, arithmetic: str
 ) -> None:
     configs = {name: trial(max_steps=5, lora_dropout=rate) for name, rate in (("all", 0.0), ("half", 0.5))}
-    bank = make_bank(arithmetic=arithmetic)
-    for name, config in configs.items():
-        bank.admit(name, config)
-    packed = losses_of(bank)
-    for name, config in configs.items():
-        solo = make_bank(arithmetic="ragged")
-        solo.admit(name, config)
-        assert difference(packed[name], losses_of(solo)[name]) <= 1e-5, name
+    packed = losses_like_alone(make_bank, configs, arithmetic)
     assert difference(packed["all"], packed["half"]) > 1e-4
 
 
