@@ -541,3 +541,25 @@ def test_a_trial_that_diverged_ends_and_is_evaluated_no_more(
     assert len(told) == every and told[-1].status is Status.INFEASIBLE
     assert told[-1].reason.startswith(reason)
     assert ("eval_loss" in told[-1].metrics) == (every == 1)
+
+
+def test_a_trial_that_is_admitted_and_evaluated_leaves_the_base_and_the_random_stream_as_they_were(
+    make_bank: MakeBank, trial: Settings, validation_rows
+) -> None:
+    bank = make_bank(validation_rows, answers=Cramped(9999))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    bank.admit("t", trial(eval_strategy="steps", eval_steps=1))
+    bank.step()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module._forward_hooks for module in bank._base.model.modules())  # of adapters that answered
+
+
+def test_evaluations_between_steps_change_no_loss_on_a_base_of_int8(trial: Settings, rows, validation_rows) -> None:
+    common = {"method": "qlora", "bits": 8, "max_steps": 4, "learning_rate": 2e-2, "warmup_steps": 0}
+    found = []
+    for validation in (None, validation_rows):
+        bank = AdapterBank(load_frozen_base(trial(**common), "cpu"), rows, validation)
+        bank.admit("t", trial(**common, eval_strategy="steps", eval_steps=1))
+        found.append(losses_of(bank)["t"])
+    assert found[0] == found[1]
