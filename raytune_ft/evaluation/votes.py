@@ -7,11 +7,11 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from raytune_ft.core.appending import WholeLines
 from raytune_ft.core.errors import ArtifactError, ConfigError
 from raytune_ft.evaluation.judging import CHOICES, Vote
 
@@ -29,7 +29,7 @@ class VotesFile:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / VOTES
-        self._lock = threading.Lock()
+        self._lock, self._whole = threading.Lock(), WholeLines()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,8 +39,7 @@ class VotesFile:
         try:
             content = self.path.read_bytes()
             self.votes = parse_votes(content.decode(errors="replace"), str(self.path))
-            self._size = content.rfind(b"\n") + 1
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self._file, content.rfind(b"\n") + 1)
         except BaseException:
             os.close(self._file)
             raise
@@ -53,18 +52,9 @@ class VotesFile:
         """
         line = (json.dumps(asdict(vote), ensure_ascii=False) + "\n").encode()
         with self._lock:
-            if os.fstat(self._file).st_size > self._size:  # a part that could not be taken back
-                os.ftruncate(self._file, self._size)
-            try:
-                written = os.write(self._file, line)
-                if written < len(line):
+            with self._whole.line(self._file):
+                if os.write(self._file, line) < len(line):
                     raise OSError("the disk took only a part of it")
-                os.fsync(self._file)
-            except OSError:
-                with suppress(OSError):  # which says less than why the vote could not be written
-                    os.ftruncate(self._file, self._size)
-                raise
-            self._size += len(line)
             self.votes.append(vote)
 
     def of_judge(self, judge: str) -> dict[tuple[str, str, str], Vote]:

@@ -11,13 +11,13 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from raytune_ft.core.appending import WholeLines
 from raytune_ft.core.grammar import number_of
 from raytune_ft.serving.faults import ApiError
 from raytune_ft.serving.protocol import ChatMessage
@@ -104,7 +104,7 @@ class Journal:
         self.path = Path(folder).expanduser().absolute() / f"{name}-{started}-{os.getpid()}.jsonl"
         self._lock, self._telling = threading.Lock(), threading.Lock()
         self._file: int | None = None
-        self._half_from: int | None = None
+        self._whole = WholeLines()
         self._lost = 0
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -118,25 +118,10 @@ class Journal:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            self._take_back_half()
-            before = os.fstat(self._file).st_size
-            try:
+            with self._whole.line(self._file):
                 written = os.write(self._file, line)
                 while written < len(line):
                     written += os.write(self._file, line[written:])
-                os.fsync(self._file)
-            except OSError:
-                self._half_from = before
-                with suppress(OSError):  # which says less than why the line could not be written
-                    self._take_back_half()
-                raise
-
-    def _take_back_half(self) -> None:
-        """Cuts off what was written of a line that is not whole: the next one would go on from there."""
-        if self._file is not None and self._half_from is not None:
-            if os.fstat(self._file).st_size > self._half_from:
-                os.ftruncate(self._file, self._half_from)
-            self._half_from = None
 
     def keep(self, record: Mapping[str, Any]) -> bool:
         """As `append`, for what nobody waits for: a line that cannot be written is lost.
