@@ -37,6 +37,11 @@ def token_keys(row_keys: Tensor, lengths: Tensor, positions: Tensor) -> Tensor:
     return _mix_(keys.add_(positions, alpha=_signed(_FIRST)))
 
 
+def batch_keys(row_keys: Sequence[int], batch: PackedBatch) -> Tensor:
+    """[tokens] int64 keys of a batch on the CPU, from those of its rows."""
+    return token_keys(torch.tensor(row_keys), batch.cu_seq_lens.diff().long(), batch.position_ids[0])
+
+
 def kept(keys: Tensor, layer: int, width: int, rates: Tensor | float) -> Tensor:
     """Which features stay.
 
@@ -98,9 +103,8 @@ def dropped_by_row(batch: PackedBatch, seed: int, step: int, device: torch.devic
     if batch.places is None:
         yield
         return
-    rows = torch.tensor([row_key(seed, step, place) for place in batch.places.tolist()])
-    keys = token_keys(rows, batch.cu_seq_lens.diff().long(), batch.position_ids[0])
-    _keys_now = keys.to(device, non_blocking=True)
+    rows = [row_key(seed, step, place) for place in batch.places.tolist()]
+    _keys_now = batch_keys(rows, batch).to(device, non_blocking=True)
     try:
         yield
     finally:

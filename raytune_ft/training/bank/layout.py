@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raytune_ft.models.chat import Encoded
 from raytune_ft.models.collate import PackedBatch, pack
-from raytune_ft.training.dropout import row_key, token_keys
+from raytune_ft.training.dropout import batch_keys, row_key
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,4 @@ def lay_out(shares: Sequence[Share], device: torch.device, *, dropout: bool) -> 
 
 def _keys(shares: Sequence[Share], batch: PackedBatch) -> Tensor:
     rows = [row_key(share.seed, share.step, place) for share in shares for place in share.places]
-    lengths = (batch.cu_seq_lens[1:] - batch.cu_seq_lens[:-1]).long()
-    return token_keys(torch.tensor(rows), lengths, batch.position_ids[0])
+    return batch_keys(rows, batch)
