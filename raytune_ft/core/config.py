@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -102,6 +102,11 @@ class Config(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The resolved settings that decide what the run makes."""
         return {key: value for key, value in self.resolved().items() if key not in self.not_identity}
+
+    @property
+    def idle(self) -> Collection[str]:
+        """Dotted keys that decide nothing beside the others: another value of theirs makes no other run."""
+        return ()
 
     def differs(self, name: str) -> bool:
         """Whether a setting is another than its default; what was given does not tell, since copies are given all."""

@@ -167,10 +167,10 @@ def begin(
     """Claims a folder for an artifact, or finds the same run's finished work there.
 
     The same run is one with the same `identity` (by default `settings`; but for what of it is `idle`: dotted keys that
-    decide nothing beside the others) and the same parents' digests. A folder that
-    holds an unfinished attempt is taken over; what lies in it is removed, except what is named in `keep` (subfolders
-    that the run can go on from) and the failures. With `renew`, so is what the same kind of run has finished with other
-    settings or parents: for what is put together from other artifacts within seconds.
+    decide nothing beside the others) and the same parents' digests. A folder that holds an unfinished attempt is taken
+    over; what lies in it is removed, except what is named in `keep` (subfolders that the run can go on from) and the
+    failures. With `renew`, so is what the same kind of run has finished with other settings or parents: for what is put
+    together from other artifacts within seconds.
 
     Returns:
         A draft; its `finished` is set when there is nothing left to do.

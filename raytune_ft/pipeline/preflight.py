@@ -5,7 +5,7 @@ Steps that are finished are not looked at again: the same settings found their w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 
@@ -16,7 +16,6 @@ from raytune_ft.compression.run import calibration_parents
 from raytune_ft.compression.source import refuse_quantized
 from raytune_ft.core.artifacts import Artifact, has_manifest, open_artifact, read_manifest
 from raytune_ft.core.cluster import Cluster
-from raytune_ft.core.config import Config
 from raytune_ft.core.draft import refuse_other
 from raytune_ft.core.errors import ArtifactError, DataError, UserError
 from raytune_ft.core.manifest import ArtifactKind
@@ -45,7 +44,6 @@ from raytune_ft.training.config import FineTuningConfig
 from raytune_ft.training.config_alignment import PreferenceConfig, PreferenceLoss
 from raytune_ft.training.inputs import checked, refuse_missing_packages, refuse_other_kind
 from raytune_ft.training.run import worker_demand
-from raytune_ft.training.without_effect import idle_beside
 from raytune_ft.tuning.config import SweepConfig
 from raytune_ft.tuning.homes import apart, refuse_pausing
 from raytune_ft.tuning.packs import Packs
@@ -277,13 +275,6 @@ def _is_not_of(folder: Location, name: str, taken: str) -> bool:
     return bool(known) and Artifact(Location.at(taken), read_manifest(Location.at(taken))).digest not in known
 
 
-def _idle(settings: Config | None) -> Collection[str]:
-    """Dotted keys of a step's settings that decide nothing beside the others."""
-    if isinstance(settings, SweepConfig):
-        return settings.idle
-    return idle_beside(dict(settings)) if isinstance(settings, FineTuningConfig) else ()
-
-
 def _refuse_other_work(config: PipelineConfig, names: Sequence[str]) -> None:
     """Checks that each step's folder is free, or holds this step's work with the same settings."""
     training: FineTuningConfig | None = config.train
@@ -295,8 +286,8 @@ def _refuse_other_work(config: PipelineConfig, names: Sequence[str]) -> None:
             settings = training
         elif isinstance(settings, PreferenceConfig):
             settings = None if training is None else shaped_like(training, settings)
-        identity = None if settings is None else settings.identity()
-        refuse_other(folder, _KINDS.get(name, ArtifactKind.MODEL), identity, idle=_idle(settings))
+        identity, idle = (None, ()) if settings is None else (settings.identity(), settings.idle)
+        refuse_other(folder, _KINDS.get(name, ArtifactKind.MODEL), identity, idle=idle)
         if name == "tune":  # what it finds best is not known before it is finished
             best = read_manifest(folder).numbers["best_settings"] if has_manifest(folder) else None
             training = None if best is None else config.train.with_overrides(**best)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Self
 
@@ -255,6 +256,13 @@ class FineTuningConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What decides the run's result; how a global batch is laid out over workers does not."""
         return {**super().identity(), "global_batch_size": self.global_batch_size}
+
+    @property
+    def idle(self) -> Collection[str]:
+        """See `Config`."""
+        from raytune_ft.training.without_effect import idle_beside
+
+        return idle_beside(dict(self))
 
     def on_gpu(self, gpus: float) -> bool:
         """Whether a cluster with so many GPUs trains on them: as `use_gpu` says, else if there is one."""

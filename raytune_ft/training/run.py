@@ -53,7 +53,7 @@ from raytune_ft.training.loop import Metrics, NotFiniteError
 from raytune_ft.training.micro_batches import NotOneRowError, OutOfMemoryError
 from raytune_ft.training.reporting import EvaluationReport
 from raytune_ft.training.schedule import refuse_without_validation
-from raytune_ft.training.without_effect import idle_beside, without_effect
+from raytune_ft.training.without_effect import without_effect
 
 logger = logging.getLogger("raytune_ft")
 
@@ -121,7 +121,7 @@ def train(config: FineTuningConfig) -> Artifact:
         identity=config.identity(),
         parents=[*model_parents(config, output.parent), data_parent(config.dataset_path)],
         keep=(CHECKPOINTS,),
-        idle=idle_beside(dict(config)),
+        idle=config.idle,
     )
     if draft.finished:
         logger.info("train: found finished at %s", output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -274,6 +275,6 @@ class SweepConfig(Config):
         return {**super().identity(), "training": self.training.identity()}
 
     @property
-    def idle(self) -> list[str]:
-        """Dotted keys of the training settings that decide nothing in any trial."""
+    def idle(self) -> Collection[str]:
+        """Those of the training settings that decide nothing in any trial."""
         return [f"training.{name}" for name in idle_everywhere(self.space, self.training)]
